@@ -1,0 +1,21 @@
+"""The one family of errors this project raises on purpose. Knows nothing about where they are shown."""
+
+
+class CloError(Exception):
+    """Base of every deliberate error: one line that names the field, the value and the rule."""
+
+
+class SpecError(CloError, ValueError):
+    """A model, machine, design or workload that breaks a rule, or does not fit another one."""
+
+
+class TraceError(CloError, ValueError):
+    """An attention trace that is corrupt, truncated, of a newer schema, or does not fit the request."""
+
+
+class ProfileError(CloError, ValueError):
+    """A profile that is corrupt, of a newer schema, or lacks a cost that the design needs."""
+
+
+class NotFoundError(CloError, LookupError):
+    """A name that no preset and no file answers to."""

@@ -1,0 +1,279 @@
+"""Turns (model, machine, design, workload) into the numbers of one decode step: pages, slots, bytes of device memory.
+
+Every rule that involves more than one of the four is checked here, before any work starts. Knows nothing about time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from clo.errors import SpecError
+from clo.specs import Attend, Cache, Design, MachineSpec, ModelSpec, Selector, Workload
+from clo.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceMemory:
+    """Device bytes by use. `kv` is what designs compete for; `total` must fit the GPU."""
+
+    weights: float
+    reserve: float
+    window: float
+    dense_layers: float
+    pinned_heads: float
+    index: float
+    slots: float
+
+    @property
+    def kv(self) -> float:
+        """Everything that is there because of the KV cache, bytes."""
+        return self.window + self.dense_layers + self.pinned_heads + self.index + self.slots
+
+    @property
+    def total(self) -> float:
+        """All device memory in use, bytes."""
+        return self.weights + self.reserve + self.kv
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodePlan:
+    """One decode step's fixed numbers. Page counts are per KV head and sequence."""
+
+    model: ModelSpec
+    machine: MachineSpec
+    design: Design
+    workload: Workload
+    num_pages: int
+    budget_pages: int
+    slot_pages: int
+    pinned_heads_per_layer: int
+    memory: DeviceMemory
+    host_bytes: float
+
+    @property
+    def page_bytes(self) -> float:
+        """Keys and values of one page of one KV head, bytes."""
+        return self.design.page_size * self.model.head_token_bytes
+
+    @property
+    def offloaded_heads(self) -> int:
+        """KV heads of one layer, summed over the batch, whose pages come from the host."""
+        return (self.model.num_kv_heads - self.pinned_heads_per_layer) * self.workload.batch
+
+    @property
+    def window_tokens(self) -> int:
+        """Sinks and recent tokens, always on the device."""
+        return min(self.workload.context_tokens, self.design.num_sink_tokens + self.design.recent_window_tokens)
+
+    @property
+    def attended_tokens(self) -> int:
+        """Tokens an offloaded head attends to in a step."""
+        if self.design.attend is Attend.FULL:
+            return self.workload.context_tokens
+        return min(self.workload.context_tokens, self.budget_pages * self.design.page_size + self.window_tokens)
+
+    @property
+    def dense_layers(self) -> int:
+        """First layers whose KV stays on the device and is attended in full."""
+        return dense_layers(self.model, self.design)
+
+    @property
+    def index_bytes_per_head(self) -> float:
+        """Bytes that scoring all pages of one KV head of one sequence reads."""
+        return index_bytes_per_head(self.model, self.design, self.workload)
+
+
+def dense_layers(model: ModelSpec, design: Design) -> int:
+    """All layers of a resident design, none of a streamed one, else `design.dense_layers`."""
+    if design.cache is Cache.RESIDENT:
+        return model.num_layers
+    return 0 if design.attend is Attend.FULL else min(design.dense_layers, model.num_layers)
+
+
+def index_bytes_per_head(model: ModelSpec, design: Design, workload: Workload) -> float:
+    """Device bytes of the selector's index for one KV head of one sequence.
+
+    Page min/max holds two vectors a page, page mean one; 4-bit keys half a byte a key element; sign-hash codes 128 bits
+    a token; the exact selector is an oracle that keeps every key on the device.
+    """
+    if not design.selects or design.cache is Cache.RESIDENT:
+        return 0.0
+    tokens, vector = workload.context_tokens, model.head_dim * model.kv_bytes_per_value
+    pages = math.ceil(tokens / design.page_size)
+    sizes = {
+        Selector.EXACT: tokens * vector,
+        Selector.PAGE_MINMAX: pages * 2 * vector,
+        Selector.PAGE_MEAN: pages * vector,
+        Selector.KEY_4BIT: tokens * model.head_dim / 2,
+        Selector.SIGN_HASH: tokens * 16.0,
+    }
+    return sizes[design.selector]
+
+
+def make_plan(
+    model: ModelSpec,
+    machine: MachineSpec,
+    design: Design,
+    workload: Workload,
+    *,
+    kv_memory_bytes: float | None = None,
+) -> DecodePlan:
+    """Check the four against each other and fix the cache size.
+
+    `kv_memory_bytes` is the device memory that the KV cache may take (default: what weights and reserve leave). Raises
+    `SpecError` that says what is needed, what there is, and which field to change.
+    """
+    _check_context(model, workload)
+    budget = _budget_pages(design, workload)
+    pinned = round(design.pinned_head_fraction * model.num_kv_heads) if design.offloads else 0
+    fixed = _fixed_memory(model, machine, design, workload, pinned)
+    room = _kv_room(model, machine, kv_memory_bytes) - fixed.kv
+    page_row_bytes = _slot_row_bytes(model, design, workload, pinned)
+    slots = _slot_pages(design, workload, budget, room, page_row_bytes)
+    memory = _with_slots(fixed, slots * page_row_bytes)
+    _check_device(machine, design, memory, room, slots * page_row_bytes)
+    host_bytes = _host_bytes(model, machine, design, workload)
+    return DecodePlan(
+        model=model,
+        machine=machine,
+        design=design,
+        workload=workload,
+        num_pages=_num_pages(design, workload),
+        budget_pages=budget,
+        slot_pages=slots,
+        pinned_heads_per_layer=pinned,
+        memory=memory,
+        host_bytes=host_bytes,
+    )
+
+
+def _check_context(model: ModelSpec, workload: Workload) -> None:
+    if workload.context_tokens > model.max_positions:
+        raise SpecError(
+            f"workload.context_tokens = {workload.context_tokens}: {model.name} accepts at most "
+            f"{model.max_positions} positions (model.max_positions)"
+        )
+
+
+def _num_pages(design: Design, workload: Workload) -> int:
+    return math.ceil(workload.context_tokens / design.page_size)
+
+
+def _budget_pages(design: Design, workload: Workload) -> int:
+    pages = _num_pages(design, workload)
+    if design.attend is Attend.FULL:
+        return pages
+    if design.budget_pages is not None and design.budget_pages > pages:
+        raise SpecError(
+            f"design.budget_pages = {design.budget_pages}: the context holds only {pages} pages of "
+            f"{design.page_size} tokens (workload.context_tokens = {workload.context_tokens})"
+        )
+    return design.budget_pages or max(1, round(design.budget_fraction * pages))
+
+
+def _kv_room(model: ModelSpec, machine: MachineSpec, kv_memory_bytes: float | None) -> float:
+    free = machine.gpu.memory_bytes - machine.reserve_bytes - model.weight_bytes
+    if free <= 0:
+        raise SpecError(
+            f"model {model.name}: weights take {format_bytes(model.weight_bytes)} and the reserve "
+            f"{format_bytes(machine.reserve_bytes)}, but {machine.name} has {format_bytes(machine.gpu.memory_bytes)} "
+            "of device memory (machine.gpu.memory_bytes): this model does not fit one GPU"
+        )
+    return free if kv_memory_bytes is None else min(free, kv_memory_bytes)
+
+
+def _fixed_memory(
+    model: ModelSpec, machine: MachineSpec, design: Design, workload: Workload, pinned: int
+) -> DeviceMemory:
+    dense = dense_layers(model, design)
+    sparse = model.num_layers - dense
+    layer_bytes = workload.batch * workload.context_tokens * model.layer_token_bytes
+    window = min(workload.context_tokens, design.num_sink_tokens + design.recent_window_tokens + design.page_size)
+    offloaded_heads = sparse * (model.num_kv_heads - pinned) * workload.batch
+    return DeviceMemory(
+        weights=model.weight_bytes,
+        reserve=machine.reserve_bytes,
+        window=offloaded_heads * window * model.head_token_bytes,
+        dense_layers=dense * layer_bytes,
+        pinned_heads=sparse * layer_bytes * pinned / model.num_kv_heads,
+        index=offloaded_heads * index_bytes_per_head(model, design, workload),
+        slots=0.0,
+    )
+
+
+def _slot_row_bytes(model: ModelSpec, design: Design, workload: Workload, pinned: int) -> float:
+    """Device bytes of one slot in every KV head that has slots at the same time."""
+    if not design.offloads:
+        return 0.0
+    sparse = model.num_layers - dense_layers(model, design)
+    # without a cache the slots are a buffer that layers share in turn: one in use, the others being filled
+    layers = min(sparse, design.prefetch_depth + 1) if design.cache is Cache.NONE else sparse
+    return layers * (model.num_kv_heads - pinned) * workload.batch * design.page_size * model.head_token_bytes
+
+
+def _slot_pages(design: Design, workload: Workload, budget: int, room: float, row_bytes: float) -> int:
+    pages = _num_pages(design, workload)
+    if not design.offloads:
+        return 0
+    # a buffer, or a set that is replaced as a whole, has no use for more than the budget
+    if design.cache is Cache.NONE or (design.cache is Cache.HEAD_REUSE and design.on_miss == "replace"):
+        return budget
+    if design.slot_pages is not None:
+        if design.slot_pages < budget:
+            raise SpecError(f"design.slot_pages = {design.slot_pages}: must hold at least the budget of {budget} pages")
+        return min(design.slot_pages, pages)
+    if design.slot_budgets is not None:
+        return min(pages, round(design.slot_budgets * budget))
+    fitting = int(room // row_bytes) if row_bytes else pages
+    return max(budget, min(pages, fitting))
+
+
+def _with_slots(fixed: DeviceMemory, slot_bytes: float) -> DeviceMemory:
+    return DeviceMemory(
+        weights=fixed.weights,
+        reserve=fixed.reserve,
+        window=fixed.window,
+        dense_layers=fixed.dense_layers,
+        pinned_heads=fixed.pinned_heads,
+        index=fixed.index,
+        slots=slot_bytes,
+    )
+
+
+def _check_device(
+    machine: MachineSpec, design: Design, memory: DeviceMemory, room_for_slots: float, slot_bytes: float
+) -> None:
+    missing = slot_bytes - room_for_slots
+    if missing <= 0:
+        return
+    available = memory.kv - missing
+    raise SpecError(
+        f"design {design.name}: its KV needs {format_bytes(memory.kv)} of device memory, {machine.name} has "
+        f"{format_bytes(max(0.0, available))} left for KV: {_remedy(design)}"
+    )
+
+
+def _remedy(design: Design) -> str:
+    if not design.offloads:
+        return "offload (any other design), or lower workload.batch or workload.context_tokens"
+    if design.attend is Attend.FULL:
+        return "lower design.prefetch_depth, workload.batch or workload.context_tokens"
+    return (
+        "lower design.budget_fraction, design.slot_budgets, design.dense_layers, design.pinned_head_fraction or "
+        "workload.batch, or take a smaller selector index"
+    )
+
+
+def _host_bytes(model: ModelSpec, machine: MachineSpec, design: Design, workload: Workload) -> float:
+    if not design.offloads:
+        return 0.0
+    sparse = model.num_layers - dense_layers(model, design)
+    needed = sparse * workload.batch * workload.context_tokens * model.layer_token_bytes
+    if needed > machine.host.memory_bytes:
+        raise SpecError(
+            f"design {design.name}: KV on the host needs {format_bytes(needed)} of pinned memory, {machine.name} has "
+            f"{format_bytes(machine.host.memory_bytes)} (machine.host.memory_bytes): lower workload.batch or "
+            "workload.context_tokens"
+        )
+    return needed

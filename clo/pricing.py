@@ -1,0 +1,246 @@
+"""What an operation's work costs alone, and what it asks of shared resources while it runs.
+
+Joins a profile (costs) with a machine (capacities). Knows nothing about order, contention or schedules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import singledispatchmethod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clo.profile import Cost, Profile, Source
+from clo.schedule.work import (
+    Amount,
+    BarWrite,
+    Bookkeeping,
+    Copy,
+    DecodeAttention,
+    Gemm,
+    HostAction,
+    HostGather,
+    Quantity,
+    StreamKernel,
+    Submit,
+    Work,
+    ZeroCopy,
+)
+from clo.specs import MachineSpec
+from clo.traffic import Traffic
+
+Seconds = float | NDArray[np.float64]
+"""A number, or one per step and layer `[steps, layers]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """Shares of capacities that work takes at full speed (0 to 1), and how it disturbs or is disturbed."""
+
+    h2d: float = 0.0
+    d2h: float = 0.0
+    hbm: float = 0.0
+    host_memory: float = 0.0
+    sms_taken: float = 0.0
+    is_dma: bool = False
+    is_kernel: bool = False
+
+
+@dataclass(frozen=True)
+class Pricer:
+    """Prices work on one machine."""
+
+    profile: Profile
+    machine: MachineSpec
+
+    def seconds(self, work: Work, traffic: Traffic) -> Seconds:
+        """Time of `work` when nothing else runs: a float if the plan fixes it, else `[steps, layers]`."""
+        return self._seconds(work, traffic)
+
+    def cost(self, work: Work) -> Cost | None:
+        """The profile entry behind a price; `None` for the fitted kernel tables."""
+        return self._cost(work)
+
+    def source(self, work: Work) -> Source:
+        """How the price of `work` is known."""
+        cost = self._cost(work)
+        return Source(cost.source if cost is not None else self.profile.gemm.source)
+
+    def demand(self, work: Work, mean_seconds: float, mean_bytes: float) -> Demand:
+        """What `work` takes from shared resources; `mean_*` describe a typical instance of it."""
+        link, hbm = self.machine.link, self.machine.gpu.hbm_bytes_per_s
+        if isinstance(work, ZeroCopy):
+            rate = self.zero_copy_rate(work.num_ctas)
+            return Demand(
+                h2d=rate / link.h2d_bytes_per_s,
+                hbm=min(1.0, rate / hbm),
+                host_memory=min(1.0, rate / self.machine.host.memory_bytes_per_s),
+                sms_taken=min(1.0, work.num_ctas / self.machine.gpu.num_sms),
+            )
+        if isinstance(work, Copy):
+            rate, share = self.copy_rate(work), "h2d" if work.direction == "h2d" else "d2h"
+            capacity = link.h2d_bytes_per_s if share == "h2d" else link.d2h_bytes_per_s
+            host = min(1.0, rate / self.machine.host.memory_bytes_per_s)
+            used = min(1.0, rate / capacity)
+            return Demand(
+                h2d=used if share == "h2d" else 0.0,
+                d2h=used if share == "d2h" else 0.0,
+                hbm=min(1.0, rate / hbm),
+                host_memory=host,
+                is_dma=True,
+            )
+        if isinstance(work, BarWrite):
+            rate = self.bar_write_rate(work)
+            return Demand(
+                h2d=min(1.0, rate / link.h2d_bytes_per_s),
+                host_memory=min(1.0, rate / self.machine.host.memory_bytes_per_s),
+            )
+        if isinstance(work, HostGather):
+            return Demand(host_memory=min(1.0, 2 * self.gather_rate(work) / self.machine.host.memory_bytes_per_s))
+        if isinstance(work, Gemm | DecodeAttention | StreamKernel):
+            share = min(1.0, mean_bytes / (mean_seconds * hbm)) if mean_seconds else 0.0
+            return Demand(hbm=share, is_kernel=True)
+        return Demand()
+
+    def hbm_bytes(self, work: Work, traffic: Traffic) -> Seconds:
+        """Bytes `work` moves through device memory."""
+        if isinstance(work, Gemm):
+            return 2.0 * (work.m * work.k + work.k * work.n + work.m * work.n)
+        if isinstance(work, DecodeAttention):
+            heads = work.batch * work.num_kv_heads
+            return 2.0 * heads * work.kv_tokens * work.head_dim * work.kv_bytes_per_value
+        if isinstance(work, StreamKernel):
+            return _value(work.num_bytes, traffic)
+        if isinstance(work, ZeroCopy | Copy):
+            return self.link_bytes(work, traffic)
+        return 0.0
+
+    def link_bytes(self, work: Work, traffic: Traffic) -> Seconds:
+        """Bytes `work` moves over the host link, in whichever direction."""
+        if isinstance(work, ZeroCopy):
+            return _value(work.num_bytes, traffic)
+        if isinstance(work, Copy | BarWrite):
+            return _value(work.pieces, traffic) * work.piece_bytes
+        if isinstance(work, StreamKernel):
+            return _value(work.host_store_bytes, traffic)
+        return 0.0
+
+    def zero_copy_rate(self, num_ctas: int) -> float:
+        """Bytes/s of a zero-copy kernel: the link, or what its thread blocks keep in flight."""
+        return min(self.machine.link.h2d_bytes_per_s, self.profile.zero_copy.rate(num_ctas))
+
+    def copy_rate(self, work: Copy) -> float:
+        """Bytes/s of a copy engine for pieces of this size."""
+        if work.direction == "h2d":
+            return min(self.machine.link.h2d_bytes_per_s, self.profile.copy_h2d.rate(work.piece_bytes))
+        return min(self.machine.link.d2h_bytes_per_s, self.profile.copy_d2h.rate(work.piece_bytes))
+
+    def bar_write_rate(self, work: BarWrite) -> float:
+        """Bytes/s of CPU threads writing through the BAR."""
+        cost = self.profile.bar_write
+        per_thread = work.piece_bytes / (cost.per_piece_s + work.piece_bytes / cost.bytes_per_s_per_thread)
+        threads = min(work.num_threads, self.machine.host.num_threads)
+        return min(threads * per_thread, cost.link_share * self.machine.link.h2d_bytes_per_s)
+
+    def gather_rate(self, work: HostGather) -> float:
+        """Bytes/s of CPU threads gathering into a staging buffer (each byte is read and written once)."""
+        cost = self.profile.host_gather
+        per_thread = work.piece_bytes / (cost.per_piece_s + work.piece_bytes / cost.bytes_per_s_per_thread)
+        threads = min(work.num_threads, self.machine.host.num_threads)
+        return min(threads * per_thread, self.machine.host.memory_bytes_per_s / 2)
+
+    @singledispatchmethod
+    def _seconds(self, work: Work, traffic: Traffic) -> Seconds:
+        raise TypeError(f"no price for {type(work).__name__}")
+
+    @_seconds.register
+    def _(self, work: Gemm, traffic: Traffic) -> Seconds:
+        return float(self.profile.gemm.seconds(work.m, work.n, work.k))
+
+    @_seconds.register
+    def _(self, work: DecodeAttention, traffic: Traffic) -> Seconds:
+        # the tables hold bf16 caches; a narrower cache is priced as fewer tokens of the same bytes
+        tokens = max(1.0, work.kv_tokens * work.kv_bytes_per_value / 2.0)
+        table = self.profile.decode_attention
+        return float(table.seconds(work.batch, tokens, work.num_query_heads, work.num_kv_heads, work.head_dim))
+
+    @_seconds.register
+    def _(self, work: StreamKernel, traffic: Traffic) -> Seconds:
+        cost = getattr(self.profile, work.kernel)
+        seconds = cost.latency_s + _value(work.num_bytes, traffic) / (
+            cost.efficiency * self.machine.gpu.hbm_bytes_per_s
+        )
+        if work.host_store_bytes == 0.0:
+            return seconds
+        return seconds + _value(work.host_store_bytes, traffic) / self.machine.link.d2h_bytes_per_s
+
+    @_seconds.register
+    def _(self, work: ZeroCopy, traffic: Traffic) -> Seconds:
+        num_bytes = _value(work.num_bytes, traffic)
+        moving = self.profile.zero_copy.latency_s + num_bytes / self.zero_copy_rate(work.num_ctas)
+        # with nothing to fetch the kernel starts, sees an empty list and ends
+        return _where_any(num_bytes, moving, self.profile.elementwise.latency_s)
+
+    @_seconds.register
+    def _(self, work: Copy, traffic: Traffic) -> Seconds:
+        pieces = _value(work.pieces, traffic)
+        cost = self.profile.copy_h2d if work.direction == "h2d" else self.profile.copy_d2h
+        return _where_any(pieces, cost.latency_s + pieces * work.piece_bytes / self.copy_rate(work), 0.0)
+
+    @_seconds.register
+    def _(self, work: Submit, traffic: Traffic) -> Seconds:
+        descriptors, cost = _value(work.descriptors, traffic), self.profile.submit
+        return _where_any(descriptors, cost.per_call_s + descriptors * cost.per_descriptor_s, 0.0)
+
+    @_seconds.register
+    def _(self, work: HostGather, traffic: Traffic) -> Seconds:
+        return _value(work.pieces, traffic) * work.piece_bytes / self.gather_rate(work)
+
+    @_seconds.register
+    def _(self, work: BarWrite, traffic: Traffic) -> Seconds:
+        return _value(work.pieces, traffic) * work.piece_bytes / self.bar_write_rate(work)
+
+    @_seconds.register
+    def _(self, work: Bookkeeping, traffic: Traffic) -> Seconds:
+        cost = self.profile.bookkeeping
+        threads = min(work.num_threads, self.machine.host.num_threads)
+        heads, pages = _value(work.heads, traffic), _value(work.pages, traffic)
+        return (heads * cost.per_head_s + pages * cost.per_page_s) / threads
+
+    @_seconds.register
+    def _(self, work: HostAction, traffic: Traffic) -> Seconds:
+        return float(work.count * getattr(self.profile, work.action).seconds)
+
+    def _cost(self, work: Work) -> Cost | None:
+        if isinstance(work, Gemm | DecodeAttention):
+            return None
+        if isinstance(work, StreamKernel):
+            name: str = work.kernel
+        elif isinstance(work, Copy):
+            name = "copy_h2d" if work.direction == "h2d" else "copy_d2h"
+        elif isinstance(work, HostAction):
+            name = work.action
+        else:
+            name = _COST_FIELD[type(work)]
+        cost: Cost = getattr(self.profile, name)
+        return cost
+
+
+_COST_FIELD: dict[type, str] = {
+    ZeroCopy: "zero_copy",
+    Submit: "submit",
+    HostGather: "host_gather",
+    BarWrite: "bar_write",
+    Bookkeeping: "bookkeeping",
+}
+
+
+def _value(quantity: Quantity, traffic: Traffic) -> Seconds:
+    return traffic.evaluate(quantity) if isinstance(quantity, Amount) else quantity
+
+
+def _where_any(amount: Seconds, some: Seconds, none: float) -> Seconds:
+    if isinstance(amount, float | int):
+        return some if amount else none
+    return np.where(amount > 0, some, none)

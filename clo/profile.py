@@ -1,0 +1,190 @@
+"""What operations cost on one machine, and how that is known. Knows nothing about schedules.
+
+A profile is a versioned JSON file. Every cost carries its source, so that a report can say how much of a result rests
+on measurements.
+"""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, ValidationError, field_validator
+
+from clo.errors import ProfileError
+from clo.kernel_tables import DecodeAttentionTable, GemmTable
+from clo.specs.base import Spec, explain
+
+SCHEMA_VERSION = 1
+
+Scalar = float | NDArray[np.float64]
+
+
+class Source(StrEnum):
+    """How a cost is known, best first."""
+
+    MEASURED = "measured"
+    AICONFIGURATOR = "aiconfigurator"
+    DATASHEET = "datasheet"
+    LITERATURE = "literature"
+    ASSUMED = "assumed"
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether somebody timed it on the kind of machine the profile is for."""
+        return self in (Source.MEASURED, Source.AICONFIGURATOR)
+
+
+class Cost(Spec):
+    """Where a cost comes from."""
+
+    source: Source
+    note: str = ""
+    date: str = ""
+    samples: NonNegativeInt = 0
+    spread: NonNegativeFloat = Field(default=0.0, description="relative standard deviation of the samples")
+
+
+class FixedCost(Cost):
+    """The same every time."""
+
+    seconds: NonNegativeFloat
+
+
+class StreamCost(Cost):
+    """A bandwidth-bound kernel: `latency_s + bytes / (efficiency * HBM bandwidth)`."""
+
+    latency_s: NonNegativeFloat
+    efficiency: PositiveFloat = Field(le=1.0, description="share of the datasheet HBM bandwidth")
+
+
+class CopyCost(Cost):
+    """A copy engine: `latency_s + pieces * piece_bytes / min(link, rate(piece_bytes))`.
+
+    `rate` is piecewise linear in log(piece size) and constant outside the table.
+    """
+
+    latency_s: NonNegativeFloat
+    piece_bytes: list[PositiveFloat]
+    bytes_per_s: list[PositiveFloat]
+
+    @field_validator("bytes_per_s")
+    @classmethod
+    def _as_long(cls, value: list[float], info: Any) -> list[float]:
+        sizes = info.data.get("piece_bytes", [])
+        if len(value) != len(sizes) or sorted(sizes) != sizes or not sizes:
+            raise ValueError("must have one rate for each of the ascending piece_bytes")
+        return value
+
+    def rate(self, piece_bytes: float) -> float:
+        """Bytes/s when every descriptor moves `piece_bytes`."""
+        return float(np.interp(np.log(piece_bytes), np.log(self.piece_bytes), self.bytes_per_s))
+
+
+class ZeroCopyCost(Cost):
+    """A kernel over pinned host memory: `min(link, ctas * in_flight / round_trip)` after `latency_s`."""
+
+    latency_s: NonNegativeFloat
+    in_flight_bytes_per_cta: PositiveFloat
+    round_trip_s: PositiveFloat
+
+    def rate(self, num_ctas: int) -> float:
+        """Bytes/s that `num_ctas` thread blocks can keep in flight."""
+        return num_ctas * self.in_flight_bytes_per_cta / self.round_trip_s
+
+
+class ThreadCost(Cost):
+    """CPU threads moving scattered pieces: each pays `per_piece_s` a piece and moves `bytes_per_s_per_thread`."""
+
+    per_piece_s: NonNegativeFloat
+    bytes_per_s_per_thread: PositiveFloat
+    link_share: PositiveFloat = Field(default=1.0, le=1.0, description="share of the link that CPU writes can reach")
+
+
+class BookkeepingCost(Cost):
+    """CPU threads keeping a cache's order."""
+
+    per_head_s: NonNegativeFloat
+    per_page_s: NonNegativeFloat
+
+
+class SubmitCost(Cost):
+    """The CPU submitting copies: one call, plus one descriptor per piece."""
+
+    per_call_s: NonNegativeFloat
+    per_descriptor_s: NonNegativeFloat
+
+
+class InterferenceCost(Cost):
+    """How much a kernel slows beside transfers, beyond shared bandwidth.
+
+    `per_sm_share`: relative slow-down when a zero-copy kernel holds all SMs, proportional below; `dma`: beside DMA.
+    """
+
+    per_sm_share: NonNegativeFloat = Field(lt=1.0)
+    dma: NonNegativeFloat = Field(lt=1.0)
+
+
+class Profile(Spec):
+    """All costs of one machine. Seconds and bytes; see each cost's `source`."""
+
+    schema_version: int = SCHEMA_VERSION
+    name: str
+    machine: str
+    date: str
+    note: str = ""
+
+    gemm: GemmTable
+    decode_attention: DecodeAttentionTable
+
+    elementwise: StreamCost
+    hit_test: StreamCost
+    score_pages: StreamCost
+    select_pages: StreamCost
+    resolve_pages: StreamCost
+    zero_copy: ZeroCopyCost
+    copy_h2d: CopyCost
+    copy_d2h: CopyCost
+    submit: SubmitCost
+    host_gather: ThreadCost
+    bar_write: ThreadCost
+    bookkeeping: BookkeepingCost
+    kernel_launch: FixedCost
+    graph_launch: FixedCost
+    stream_sync: FixedCost
+    read_back: FixedCost
+    thread_wake: FixedCost
+    doorbell: FixedCost
+    ready_flag: FixedCost
+    interference: InterferenceCost
+
+    def sources(self) -> dict[str, Source]:
+        """Source of every cost, by its field."""
+        costs = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: Source(cost.source) for name, cost in costs.items() if hasattr(cost, "source")}
+
+
+def load_profile(path: Path) -> Profile:
+    """Read a profile file. Raises `ProfileError` naming the file, the field and the rule."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ProfileError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ProfileError(f"{path}: not JSON, or truncated: {error}") from None
+    if not isinstance(data, dict):
+        raise ProfileError(f"{path}: a JSON object is expected")
+    version = data.get("schema_version", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:
+        raise ProfileError(
+            f"{path}: profile.schema_version = {version!r}: this version reads {SCHEMA_VERSION}"
+            " (a newer profile needs a newer clo-offload)"
+        )
+    try:
+        return Profile.model_validate(data)
+    except ValidationError as error:
+        raise ProfileError(f"{path}: {explain(Profile, error)}") from None

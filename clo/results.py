@@ -1,0 +1,109 @@
+"""What a run of a design says, the same for clock, simulator and machine. Knows nothing about how it was obtained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from clo.errors import CloError
+from clo.files import write_text
+from clo.specs import Design, Workload
+from clo.specs.base import Spec, explain
+
+SCHEMA_VERSION = 1
+
+
+class OpTotal(Spec):
+    """One operation name, summed over layers, mean per step."""
+
+    seconds: float
+    calls: int
+    num_bytes: float
+    source: str
+
+
+class Roofline(Spec):
+    """The least that has to move, and the time that takes on each link; `seconds` is the largest of them."""
+
+    hbm_bytes: float
+    hbm_s: float
+    h2d_bytes: float
+    h2d_s: float
+    compute_s: float
+    seconds: float
+
+
+class Result(Spec):
+    """One design on one machine under one workload. All times are means per decode step unless named otherwise.
+
+    `busy_s` (main stream, by part), `contention_s` and `stall_s` (main stream, by cause) add up to `tpot_s`.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    executor: Literal["clock", "simpy", "machine"]
+    model: str
+    machine: str
+    profile: str
+    design: Design
+    workload: Workload
+
+    tpot_s: float
+    tpot_p50_s: float
+    tpot_p99_s: float
+    tokens_per_s: float
+    hit_rate: float
+    reuse_rate: float
+    overlap: float
+    h2d_bytes_per_step: float
+    d2h_bytes_per_step: float
+    h2d_utilisation: float
+    hbm_bytes_per_step: float
+    cpu_launch_s: float
+    cpu_threads_s: float
+    device_bytes: float
+    kv_device_bytes: float
+    host_bytes: float
+    memory: dict[str, float]
+    num_pages: int
+    budget_pages: int
+    slot_pages: int
+
+    busy_s: dict[str, float]
+    stall_s: dict[str, float]
+    contention_s: float
+    lane_busy_s: dict[str, float]
+    ops: dict[str, OpTotal]
+    roofline: Roofline
+    measured_share: float
+    source_shares: dict[str, float]
+    assumptions: tuple[str, ...] = ()
+
+    @property
+    def total_stall_s(self) -> float:
+        """All stalls of the main stream."""
+        return sum(self.stall_s.values())
+
+    def save(self, path: Path) -> None:
+        """Write as JSON, whole or not at all."""
+        write_text(path, json.dumps(self.model_dump(mode="json"), indent=1))
+
+
+def load_result(path: Path) -> Result:
+    """Read a result. Raises `CloError` naming the file and the problem."""
+    data = _read(path)
+    try:
+        return Result.model_validate(data)
+    except ValidationError as error:
+        raise CloError(f"{path}: {explain(Result, error)}") from None
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CloError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise CloError(f"{path}: not JSON, or truncated: {error}") from None

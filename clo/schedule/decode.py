@@ -1,0 +1,165 @@
+"""One decode step, written once for every design: what is launched where, what waits for what, who moves which bytes.
+
+The generators run on any `Machine`: the recorder that feeds clock and simulator, or a real device. They know nothing
+about time, tensors or which heads missed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from clo.plan import DecodePlan
+from clo.schedule.machine import Cause, HostWait, Lane, Machine, Step, Token
+from clo.schedule.ops import Stage, StepOps
+from clo.schedule.transfer import fetch, needs_host
+from clo.specs import Attend, Cache, ResolveOn, Sync
+
+
+@dataclass(slots=True)
+class _Flight:
+    """What is under way while the step is being submitted, by the layer it is for."""
+
+    chosen: dict[int, Token] = field(default_factory=dict)
+    arrived: dict[int, Token] = field(default_factory=dict)
+    speculated: Token | None = None
+    written_back: Token | None = None
+
+
+def decode_step(plan: DecodePlan, m: Machine) -> Step:
+    """Submit one decode step of `plan` to `m`; ends when the launching thread knows the new tokens.
+
+    A step starts and ends with every lane idle: what a step prefetches for the next one has arrived when it ends.
+    """
+    ops, flight = StepOps(plan), _Flight()
+    if plan.design.sync is Sync.GRAPH:
+        m.begin_graph()
+    _first_streamed_layers(m, ops, flight)
+    for layer in range(plan.model.num_layers):
+        yield from _layer(m, ops, flight, layer)
+    m.launch(Lane.MAIN, ops.hidden_norm("final_norm", ops.last_layer))
+    m.launch(Lane.MAIN, ops.lm_head())
+    yield from _join(m, ops, flight)
+
+
+def _join(m: Machine, ops: StepOps, flight: _Flight) -> Step:
+    for token, cause in ((flight.written_back, Cause.ORDER), (flight.speculated, Cause.PREFETCH)):
+        if token is not None:
+            m.wait(Lane.MAIN, token, cause)
+    sampled = m.launch(Lane.MAIN, ops.sample())
+    yield HostWait(sampled, ops.host_action("read_back", ops.last_layer), Cause.SYNC)
+
+
+def _layer(m: Machine, ops: StepOps, flight: _Flight, layer: int) -> Step:
+    target = _prefetch_target(ops.plan, layer)
+    m.launch(Lane.MAIN, ops.hidden_norm("input_norm", layer))
+    predicts = target is not None and ops.plan.design.selects
+    projected = m.launch(Lane.MAIN, ops.qkv_proj(layer, predicted_layers=int(predicts)))
+    appended = m.launch(Lane.MAIN, ops.append_kv(layer))
+    _write_back(m, ops, flight, layer, appended)
+    if target is not None:
+        _choose_ahead(m, ops, flight, target, projected)
+    yield from _demand(m, ops, flight, layer)
+    # on-demand pages go first where both kinds share a lane: the main stream is waiting for them
+    if target in flight.chosen and not needs_host(ops):
+        yield from _fetch_ahead(m, ops, flight, target)
+    attended = _attend(m, ops, flight, layer)
+    _mlp(m, ops, layer)
+    # a host-driven transfer is submitted after this layer's kernels: the GPU works while the host waits
+    if target in flight.chosen and target not in flight.arrived:
+        yield from _fetch_ahead(m, ops, flight, target)
+    yield from _speculate(m, ops, flight, layer, attended)
+
+
+def _mlp(m: Machine, ops: StepOps, layer: int) -> None:
+    m.launch(Lane.MAIN, ops.out_proj(layer))
+    m.launch(Lane.MAIN, ops.hidden_norm("post_norm", layer))
+    m.launch(Lane.MAIN, ops.gate_up_proj(layer))
+    m.launch(Lane.MAIN, ops.activation(layer))
+    m.launch(Lane.MAIN, ops.down_proj(layer))
+
+
+def _write_back(m: Machine, ops: StepOps, flight: _Flight, layer: int, appended: Token) -> None:
+    if ops.plan.design.offloads and ops.copies_back and layer >= ops.plan.dense_layers:
+        m.wait(Lane.D2H, appended, Cause.ORDER)
+        flight.written_back = m.launch(Lane.D2H, ops.write_back(layer))
+
+
+def _prefetch_target(plan: DecodePlan, layer: int) -> int | None:
+    """The layer whose pages start to move while `layer` computes."""
+    target = layer + plan.design.prefetch_depth
+    ahead = plan.design.prefetches and not plan.design.speculates_last_step
+    return target if ahead and plan.dense_layers <= target < plan.model.num_layers else None
+
+
+def _attend(m: Machine, ops: StepOps, flight: _Flight, layer: int) -> Token:
+    if layer < ops.plan.dense_layers:
+        return m.launch(Lane.MAIN, ops.dense_attention(layer))
+    arrived = flight.arrived.pop(layer, None)
+    if arrived is not None:
+        m.wait(Lane.MAIN, arrived, Cause.PREFETCH)
+    attended = m.launch(Lane.MAIN, ops.attention(layer))
+    if ops.plan.pinned_heads_per_layer:
+        attended = m.launch(Lane.MAIN, ops.pinned_attention(layer))
+    return attended
+
+
+def _demand(m: Machine, ops: StepOps, flight: _Flight, layer: int) -> Step:
+    """The real query decides: what is not yet on the device is fetched now, and the main stream waits for it."""
+    plan = ops.plan
+    predicted = flight.chosen.pop(layer, None)
+    on_its_way = predicted is not None or layer in flight.arrived
+    if layer < plan.dense_layers or (plan.design.cache is Cache.NONE and on_its_way):
+        return
+    if plan.design.attend is Attend.FULL:
+        m.wait(Lane.MAIN, m.launch(Lane.H2D, ops.copy_pages(Stage.DEMAND, layer)), Cause.DEMAND)
+        return
+    if predicted is not None:
+        # the anchors and page tables that the prefetch moved must be settled before the real query is tested
+        m.wait(Lane.MAIN, predicted, Cause.PREFETCH)
+    chosen = _select(m, ops, Stage.DEMAND, layer, Lane.MAIN)
+    done = yield from fetch(m, ops, Stage.DEMAND, layer, chosen, Lane.MAIN)
+    m.wait(Lane.MAIN, done, Cause.DEMAND)
+
+
+def _select(m: Machine, ops: StepOps, stage: Stage, layer: int, stream: Lane) -> Token:
+    """Hit test where there is a gate, then score, select and, on the GPU, resolve."""
+    design = ops.plan.design
+    if design.gated and not (design.speculates_last_step and stage is Stage.PREFETCH):
+        m.launch(stream, ops.hit_test(stage, layer))
+    m.launch(stream, ops.score_pages(stage, layer))
+    chosen = m.launch(stream, ops.select_pages(stage, layer))
+    if design.resolve_on is ResolveOn.GPU and design.cache is not Cache.NONE:
+        chosen = m.launch(stream, ops.resolve_pages(stage, layer))
+    return chosen
+
+
+def _choose_ahead(m: Machine, ops: StepOps, flight: _Flight, target: int, projected: Token) -> None:
+    """Selection for a later layer by its predicted query; a streamed layer needs none and starts to move."""
+    if not ops.plan.design.selects:
+        # the buffer of `target` is free once this projection ran: the attention that read it came before
+        m.wait(Lane.H2D, projected, Cause.PREFETCH)
+        flight.arrived[target] = m.launch(Lane.H2D, ops.copy_pages(Stage.PREFETCH, target))
+        return
+    m.wait(Lane.PREFETCH, projected, Cause.ORDER)
+    flight.chosen[target] = _select(m, ops, Stage.PREFETCH, target, Lane.PREFETCH)
+
+
+def _fetch_ahead(m: Machine, ops: StepOps, flight: _Flight, target: int) -> Step:
+    chosen = flight.chosen[target]
+    flight.arrived[target] = yield from fetch(m, ops, Stage.PREFETCH, target, chosen, Lane.PREFETCH)
+
+
+def _speculate(m: Machine, ops: StepOps, flight: _Flight, layer: int, attended: Token) -> Step:
+    """This step's query chooses what the next step attends to."""
+    if ops.plan.design.speculates_last_step and layer >= ops.plan.dense_layers:
+        m.wait(Lane.PREFETCH, attended, Cause.ORDER)
+        chosen = _select(m, ops, Stage.PREFETCH, layer, Lane.PREFETCH)
+        flight.speculated = yield from fetch(m, ops, Stage.PREFETCH, layer, chosen, Lane.PREFETCH)
+
+
+def _first_streamed_layers(m: Machine, ops: StepOps, flight: _Flight) -> None:
+    """Streamed layers need no query: the first ones are on their way before the step computes anything."""
+    plan = ops.plan
+    if plan.design.offloads and not plan.design.selects:
+        for layer in range(min(plan.design.prefetch_depth, plan.model.num_layers)):
+            flight.arrived[layer] = m.launch(Lane.H2D, ops.copy_pages(Stage.PREFETCH, layer))

@@ -1,0 +1,114 @@
+"""Records a schedule once into a graph of operations, which clock and simulator evaluate many times.
+
+Knows nothing about durations; it is the `Machine` that only writes down what it is told.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from clo.plan import DecodePlan
+from clo.schedule.decode import decode_step
+from clo.schedule.machine import Cause, HostWait, Lane, Op, Part, Token
+from clo.schedule.work import Copy, HostAction, HostActionName, Submit
+
+
+@dataclass(frozen=True, slots=True)
+class Dependency:
+    """`node` must have ended; `cause` names the stall if this is what the main stream waits for."""
+
+    node: int
+    cause: Cause
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operation on one lane; it also follows the lane's previous node."""
+
+    lane: Lane
+    op: Op
+    after: tuple[Dependency, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepGraph:
+    """A decode step in submission order: every dependency points to an earlier node."""
+
+    nodes: tuple[Node, ...]
+
+    def lanes(self) -> tuple[Lane, ...]:
+        """Lanes in use, in their canonical order."""
+        used = {node.lane for node in self.nodes}
+        return tuple(lane for lane in Lane if lane in used)
+
+
+def record_step(plan: DecodePlan) -> StepGraph:
+    """Run the schedule of `plan` on the recorder."""
+    recorder = _Recorder()
+    for wait in decode_step(plan, recorder):
+        recorder.host_wait(wait)
+    return StepGraph(tuple(recorder.nodes))
+
+
+class _Recorder:
+    """Writes down every verb as nodes; `_pending` holds waits that the next operation of a lane must respect."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self._pending: dict[Lane, list[Dependency]] = {}
+        self._graph_launch: Token | None = None
+        self._in_graph: set[Lane] = set()
+        self._host_stall: dict[Lane, Cause] = {}
+
+    def begin_graph(self) -> None:
+        self._graph_launch = self._add(Lane.LAUNCH, _runtime("graph_launch", 0), ())
+
+    def launch(self, lane: Lane, op: Op) -> Token:
+        if self._graph_launch is None:
+            submitted = self._add(Lane.LAUNCH, _submission(op), ())
+            return self._add(lane, op, (Dependency(submitted, self._host_stall.pop(lane, Cause.LAUNCH)),))
+        first = lane not in self._in_graph
+        self._in_graph.add(lane)
+        return self._add(lane, op, (Dependency(self._graph_launch, Cause.LAUNCH),) if first else ())
+
+    def wait(self, lane: Lane, token: Token, cause: Cause) -> None:
+        self._pending.setdefault(lane, []).append(Dependency(token, cause))
+
+    def host_wait(self, wait: HostWait) -> None:
+        self._add(Lane.LAUNCH, wait.op, (Dependency(wait.token, wait.cause),))
+        # whatever is launched next came late because the launching thread was blocked here
+        self._host_stall = dict.fromkeys(Lane, wait.cause)
+
+    def host_work(self, op: Op) -> Token:
+        woken = self._add(Lane.LAUNCH, _runtime("thread_wake", op.layer), ())
+        return self._add(Lane.POOL, op, (Dependency(woken, Cause.HOST_WORK),))
+
+    def ring(self, token: Token, layer: int) -> Token:
+        return self._add(Lane.POOL, _runtime("doorbell", layer), (Dependency(token, Cause.SYNC),))
+
+    def flagged_work(self, seen: Token, op: Op) -> Token:
+        return self._add(Lane.POOL, op, (Dependency(seen, Cause.HOST_WORK),))
+
+    def flagged_copy(self, ready: Token, op: Op) -> Token:
+        submitted = self._add(Lane.POOL, _submission(op), (Dependency(ready, Cause.HOST_WORK),))
+        return self._add(Lane.H2D, op, (Dependency(submitted, Cause.HOST_WORK),))
+
+    def wait_flag(self, lane: Lane, done: Token, layer: int, cause: Cause) -> Token:
+        self.wait(lane, done, cause)
+        return self.launch(lane, _runtime("ready_flag", layer))
+
+    def _add(self, lane: Lane, op: Op, after: tuple[Dependency, ...]) -> Token:
+        waits = (*self._pending.pop(lane, ()), *after)
+        self.nodes.append(Node(lane, op, tuple(wait for wait in waits if self.nodes[wait.node].lane is not lane)))
+        return Token(len(self.nodes) - 1)
+
+
+def _submission(op: Op) -> Op:
+    """What the CPU pays to submit `op`: a descriptor per piece of a copy, one launch otherwise."""
+    if isinstance(op.work, Copy):
+        return Op(f"submit {op.name}", op.layer, Part.RUNTIME, Submit(op.work.pieces))
+    return Op(f"launch {op.name}", op.layer, Part.RUNTIME, HostAction("kernel_launch"))
+
+
+def _runtime(action: HostActionName, layer: int) -> Op:
+    return Op(action, layer, Part.RUNTIME, HostAction(action))

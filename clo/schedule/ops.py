@@ -1,0 +1,215 @@
+"""The operations of one decode step with their shapes, built from a plan. Knows nothing about their order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from clo.plan import DecodePlan
+from clo.schedule.machine import Op, Part
+from clo.schedule.work import (
+    Amount,
+    AmountName,
+    BarWrite,
+    Bookkeeping,
+    Copy,
+    DecodeAttention,
+    Gemm,
+    HostAction,
+    HostActionName,
+    HostGather,
+    StreamKernel,
+    Work,
+    ZeroCopy,
+)
+from clo.specs import Attend, Sync
+
+INDEX_SCORE_BYTES = 4.0
+"""A page score is a float32."""
+
+
+class Stage(StrEnum):
+    """Whether an operation serves what is predicted or what the real query asks for."""
+
+    PREFETCH = "prefetch"
+    DEMAND = "demand"
+
+    @property
+    def heads(self) -> AmountName:
+        """Count of KV heads (times sequences) that select anew."""
+        return "spec_heads" if self is Stage.PREFETCH else "demand_heads"
+
+    @property
+    def pages(self) -> AmountName:
+        """Count of pages fetched."""
+        return "spec_pages" if self is Stage.PREFETCH else "demand_pages"
+
+    def op_name(self, name: str) -> str:
+        """Prefetch operations are told apart from on-demand ones by a prefix."""
+        return f"prefetch.{name}" if self is Stage.PREFETCH else name
+
+
+@dataclass(frozen=True, slots=True)
+class StepOps:
+    """Builds the operations of one plan. All byte counts are for the whole batch."""
+
+    plan: DecodePlan
+
+    def hidden_norm(self, name: str, layer: int) -> Op:
+        """Fused residual add and RMSNorm: reads the hidden state and the residual, writes both."""
+        hidden_bytes = self.plan.workload.batch * self.plan.model.hidden_size * 2.0
+        return Op(name, layer, Part.MODEL, StreamKernel("elementwise", 4 * hidden_bytes))
+
+    def qkv_proj(self, layer: int, predicted_layers: int) -> Op:
+        """Fused projection of this layer, and of the queries of the layers it predicts (norm weights folded in)."""
+        model = self.plan.model
+        width = model.qkv_width + predicted_layers * model.num_query_heads * model.head_dim
+        return self._gemm("qkv_proj", layer, width, model.hidden_size)
+
+    def append_kv(self, layer: int) -> Op:
+        """Rotary embedding, the new token into the window, the index entry of a page that fills up.
+
+        Where the GPU moves pages by itself, the kernel also stores the page that leaves the window to the host.
+        """
+        model, batch = self.plan.model, self.plan.workload.batch
+        num_bytes = batch * (2 * model.num_query_heads * model.head_dim * 2.0 + 2 * model.layer_token_bytes)
+        stores = layer >= self.plan.dense_layers and self.plan.design.offloads and not self.copies_back
+        leaving = Amount("write_back_pages", self.plan.page_bytes) if stores else 0.0
+        return Op("append_kv", layer, Part.MODEL, StreamKernel("elementwise", num_bytes, leaving))
+
+    @property
+    def copies_back(self) -> bool:
+        """Whether pages that leave the window go by a copy engine, not by a kernel's stores."""
+        return self.plan.design.cpu_moves and self.plan.design.sync is not Sync.GRAPH
+
+    def write_back(self, layer: int) -> Op:
+        """Pages that leave the recent window go to the host."""
+        return Op("write_back", layer, Part.TRANSFER, Copy("d2h", Amount("write_back_pages"), self.plan.page_bytes))
+
+    def hit_test(self, stage: Stage, layer: int) -> Op:
+        """Cosine of every query with its head's anchor, folded per KV head."""
+        model, batch = self.plan.model, self.plan.workload.batch
+        num_bytes = 2 * batch * model.num_query_heads * model.head_dim * 2.0
+        return Op(stage.op_name("hit_test"), layer, Part.SELECTION, StreamKernel("hit_test", num_bytes))
+
+    def score_pages(self, stage: Stage, layer: int) -> Op:
+        """Scans the selector's index of the heads that select."""
+        work = StreamKernel("score_pages", Amount(stage.heads, self.plan.index_bytes_per_head))
+        return Op(stage.op_name("score_pages"), layer, Part.SELECTION, work)
+
+    def select_pages(self, stage: Stage, layer: int) -> Op:
+        """The budget's best pages of the heads that select."""
+        work = StreamKernel("select_pages", Amount(stage.heads, self.plan.num_pages * INDEX_SCORE_BYTES))
+        return Op(stage.op_name("select_pages"), layer, Part.SELECTION, work)
+
+    def resolve_pages(self, stage: Stage, layer: int) -> Op:
+        """Page table look-up of the selection, eviction order of the slots."""
+        entries = 4.0 * (self.plan.budget_pages + self.plan.slot_pages)
+        work = StreamKernel("resolve_pages", Amount(stage.heads, entries))
+        return Op(stage.op_name("resolve_pages"), layer, Part.SELECTION, work)
+
+    def lru_update(self, stage: Stage, layer: int) -> Op:
+        """The same on CPU threads."""
+        work = Bookkeeping(
+            Amount(stage.heads),
+            Amount(stage.heads, self.plan.budget_pages),
+            self.plan.design.transfer_threads,
+        )
+        return Op(stage.op_name("lru_update"), layer, Part.SELECTION, work)
+
+    def gather_pages(self, stage: Stage, layer: int) -> Op:
+        """GPU zero-copy: thread blocks read the missing pages from pinned host memory."""
+        work = ZeroCopy(Amount(stage.pages, self.plan.page_bytes), self.plan.design.num_ctas)
+        return Op(stage.op_name("gather_pages"), layer, Part.TRANSFER, work)
+
+    def copy_pages(self, stage: Stage, layer: int) -> Op:
+        """One descriptor a page; a streamed layer is one run per sequence."""
+        if self.plan.design.attend is Attend.FULL:
+            run = self.plan.workload.context_tokens * self.plan.model.layer_token_bytes
+            work = Copy("h2d", float(self.plan.workload.batch), run)
+        else:
+            work = Copy("h2d", Amount(stage.pages), self.plan.page_bytes)
+        return Op(stage.op_name("copy_pages"), layer, Part.TRANSFER, work)
+
+    def host_gather(self, stage: Stage, layer: int) -> Op:
+        """CPU threads collect the missing pages in a pinned staging buffer."""
+        work = HostGather(Amount(stage.pages), self.plan.page_bytes, self.plan.design.transfer_threads)
+        return Op(stage.op_name("host_gather"), layer, Part.TRANSFER, work)
+
+    def copy_staged(self, stage: Stage, layer: int) -> Op:
+        """The staging buffer goes over the link in runs of about a MiB, large enough for the full rate."""
+        pages_per_run = max(1.0, 2**20 / self.plan.page_bytes)
+        work = Copy("h2d", Amount(stage.pages, 1 / pages_per_run), pages_per_run * self.plan.page_bytes)
+        return Op(stage.op_name("copy_staged"), layer, Part.TRANSFER, work)
+
+    def bar_write(self, stage: Stage, layer: int) -> Op:
+        """CPU zero-copy: threads write the missing pages straight into device memory."""
+        work = BarWrite(Amount(stage.pages), self.plan.page_bytes, self.plan.design.transfer_threads)
+        return Op(stage.op_name("bar_write"), layer, Part.TRANSFER, work)
+
+    def attention(self, layer: int) -> Op:
+        """Decode attention of the heads whose pages are fetched, over sinks, window and slots."""
+        heads = self.plan.model.num_kv_heads - self.plan.pinned_heads_per_layer
+        return self._attention("attention", layer, self.plan.attended_tokens, heads)
+
+    def pinned_attention(self, layer: int) -> Op:
+        """Full attention of the pinned heads."""
+        heads = self.plan.pinned_heads_per_layer
+        return self._attention("pinned_attention", layer, self.plan.workload.context_tokens, heads)
+
+    def dense_attention(self, layer: int) -> Op:
+        """Full attention of every head over KV that is wholly on the device."""
+        return self._attention("attention", layer, self.plan.workload.context_tokens, self.plan.model.num_kv_heads)
+
+    def out_proj(self, layer: int) -> Op:
+        """Attention output projection."""
+        model = self.plan.model
+        return self._gemm("out_proj", layer, model.hidden_size, model.num_query_heads * model.head_dim)
+
+    def gate_up_proj(self, layer: int) -> Op:
+        """Fused gate and up projection of the MLP."""
+        return self._gemm("gate_up_proj", layer, 2 * self.plan.model.intermediate_size, self.plan.model.hidden_size)
+
+    def activation(self, layer: int) -> Op:
+        """Gated activation."""
+        num_bytes = 3 * self.plan.workload.batch * self.plan.model.intermediate_size * 2.0
+        return Op("activation", layer, Part.MODEL, StreamKernel("elementwise", num_bytes))
+
+    def down_proj(self, layer: int) -> Op:
+        """Down projection of the MLP."""
+        return self._gemm("down_proj", layer, self.plan.model.hidden_size, self.plan.model.intermediate_size)
+
+    def lm_head(self) -> Op:
+        """Vocabulary projection after the last layer."""
+        return self._gemm("lm_head", self.last_layer, self.plan.model.vocab_size, self.plan.model.hidden_size)
+
+    def sample(self) -> Op:
+        """Sampling over the logits (float32 read twice)."""
+        num_bytes = self.plan.workload.batch * self.plan.model.vocab_size * 8.0
+        return Op("sample", self.last_layer, Part.MODEL, StreamKernel("elementwise", num_bytes))
+
+    def host_action(self, action: HostActionName, layer: int) -> Op:
+        """A fixed runtime cost."""
+        return Op(action, layer, Part.RUNTIME, HostAction(action))
+
+    @property
+    def last_layer(self) -> int:
+        """What follows the layers is counted with the last of them."""
+        return self.plan.model.num_layers - 1
+
+    def _gemm(self, name: str, layer: int, n: int, k: int) -> Op:
+        return Op(name, layer, Part.MODEL, Gemm(self.plan.workload.batch, n, k))
+
+    def _attention(self, name: str, layer: int, kv_tokens: int, kv_heads: int) -> Op:
+        model = self.plan.model
+        work: Work = DecodeAttention(
+            self.plan.workload.batch,
+            kv_tokens,
+            kv_heads * model.group_size,
+            kv_heads,
+            model.head_dim,
+            model.kv_bytes_per_value,
+        )
+        return Op(name, layer, Part.ATTENTION, work)
+
+

@@ -1,0 +1,127 @@
+"""What an operation does, in countable terms (shapes, bytes, pages). Knows nothing about how long it takes.
+
+A quantity is a number known from the plan, or an `Amount`: a count that the data decides step by step. Records of
+work are frozen and shared by all layers, so that a price can be computed once for each of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+AmountName = Literal["spec_heads", "spec_pages", "demand_heads", "demand_pages", "write_back_pages"]
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """`scale` times a per-step, per-layer count of the traffic."""
+
+    name: AmountName
+    scale: float = 1.0
+
+
+Quantity = float | Amount
+
+
+@dataclass(frozen=True, slots=True)
+class Gemm:
+    """Dense product `[m, k] x [k, n]` with its weights read from device memory."""
+
+    m: int
+    n: int
+    k: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeAttention:
+    """One query token per sequence over `kv_tokens` keys and values in each KV head."""
+
+    batch: int
+    kv_tokens: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    kv_bytes_per_value: float = 2.0
+
+
+KernelName = Literal["elementwise", "hit_test", "score_pages", "select_pages", "resolve_pages"]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamKernel:
+    """A kernel bound by the bytes it reads and writes in device memory, and those it stores to pinned host memory."""
+
+    kernel: KernelName
+    num_bytes: Quantity
+    host_store_bytes: Quantity = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroCopy:
+    """`num_ctas` thread blocks read pinned host memory and write it to slots."""
+
+    num_bytes: Quantity
+    num_ctas: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A copy engine moves `pieces` runs of `piece_bytes`, one descriptor each."""
+
+    direction: Literal["h2d", "d2h"]
+    pieces: Quantity
+    piece_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """The CPU fills and submits copy descriptors."""
+
+    descriptors: Quantity
+
+
+@dataclass(frozen=True, slots=True)
+class HostGather:
+    """CPU threads collect scattered pieces into a contiguous staging buffer."""
+
+    pieces: Quantity
+    piece_bytes: float
+    num_threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class BarWrite:
+    """CPU threads write scattered pieces through the PCIe BAR into device memory."""
+
+    pieces: Quantity
+    piece_bytes: float
+    num_threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bookkeeping:
+    """CPU threads look up residency and keep the least-recently-used order."""
+
+    heads: Quantity
+    pages: Quantity
+    num_threads: int
+
+
+HostActionName = Literal["kernel_launch", "graph_launch", "stream_sync", "read_back", "thread_wake", "doorbell", "ready_flag"]
+
+
+@dataclass(frozen=True, slots=True)
+class HostAction:
+    """A fixed cost of the runtime, paid `count` times."""
+
+    action: HostActionName
+    count: int = 1
+
+
+Work = Gemm | DecodeAttention | StreamKernel | ZeroCopy | Copy | Submit | HostGather | BarWrite | Bookkeeping | HostAction
+
+
+def amounts_of(work: Work) -> tuple[Amount, ...]:
+    """The data-decided counts this work depends on; empty when the plan alone fixes its cost."""
+    fields = (getattr(work, name) for name in work.__dataclass_fields__)
+    return tuple(value for value in fields if isinstance(value, Amount))

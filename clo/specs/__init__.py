@@ -1,0 +1,39 @@
+"""Frozen, validated records: a model, a machine, a design, a workload. They know nothing about time or tensors."""
+
+from clo.specs.base import Spec
+from clo.specs.design import (
+    Attend,
+    Cache,
+    Design,
+    GqaFold,
+    OnMiss,
+    PrefetchQuery,
+    ResolveOn,
+    Selector,
+    Sync,
+    Transfer,
+)
+from clo.specs.machine import GpuSpec, HostSpec, LinkSpec, MachineSpec
+from clo.specs.model import ModelSpec, model_from_hf_config
+from clo.specs.workload import Workload
+
+__all__ = [
+    "Attend",
+    "Cache",
+    "Design",
+    "GpuSpec",
+    "GqaFold",
+    "HostSpec",
+    "LinkSpec",
+    "MachineSpec",
+    "ModelSpec",
+    "OnMiss",
+    "PrefetchQuery",
+    "ResolveOn",
+    "Selector",
+    "Spec",
+    "Sync",
+    "Transfer",
+    "Workload",
+    "model_from_hf_config",
+]

@@ -1,0 +1,51 @@
+"""The base of every specification: frozen, closed to unknown fields, with one-line errors. Knows no field of its own."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from clo.errors import SpecError
+
+
+class Spec(BaseModel):
+    """A frozen record. `parse` and `with_fields` raise `SpecError` naming the field, the value and the rule."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], *, where: str = "") -> Self:
+        """Validate plain data; `where` (a file, an option) is put before the message."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise SpecError(_prefix(where) + explain(cls, error)) from None
+
+    def with_fields(self, **changes: Any) -> Self:
+        """A validated copy with some fields replaced (`model_copy` would skip validation)."""
+        return type(self).parse(self.model_dump() | changes)
+
+
+def _prefix(where: str) -> str:
+    return f"{where}: " if where else ""
+
+
+def explain(cls: type[BaseModel], error: ValidationError) -> str:
+    """The first problem of a pydantic error as one line: `design.tau = 3.0: must be at most 1`."""
+    first = error.errors()[0]
+    label = cls.__name__.removesuffix("Spec").lower()
+    path = ".".join([label, *(str(part) for part in first["loc"])])
+    if first["type"] == "extra_forbidden":
+        return f"{path}: unknown field{_suggest(str(first['loc'][-1]), list(cls.model_fields))}"
+    if first["type"] == "missing":
+        return f"{path}: a value is required"
+    message = first["msg"].removeprefix("Value error, ")
+    shown = first["input"] if not isinstance(first["input"], dict) else None
+    return f"{path} = {shown!r}: {message}" if shown is not None else f"{path}: {message}"
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else f" (known: {', '.join(known)})"

@@ -1,0 +1,190 @@
+"""Streams, copy engines and transfer threads of one GPU as fluid servers: the inside of the simulator.
+
+Each lane serves its segments in order; the rates of those in service follow from who else is in service. Nothing is
+scheduled ahead: the device is advanced, exactly, to the moment its launching thread waits for. Knows nothing about
+SimPy, prices or designs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from clo.errors import CloError
+
+NEVER = float("inf")
+
+Rates = Callable[[tuple[int, ...]], tuple[float, ...]]
+"""Contention class in service by lane (0: idle) -> relative rate by lane."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaneProgram:
+    """What one lane does in a step, by segment: all tuples have one entry a segment.
+
+    `waits`: (lane, completed segments, cause) triples; `host_waits`: (submissions, cause), 0 submissions for none;
+    `wakes`: lanes that may be waiting for this segment; `columns`: where its duration stands in a step's row.
+    """
+
+    classes: tuple[int, ...]
+    waits: tuple[tuple[tuple[int, int, int], ...], ...]
+    host_waits: tuple[tuple[int, int], ...]
+    wakes: tuple[tuple[int, ...], ...]
+    columns: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One segment as it ran; `cause` is what it waited for during the last `waited` seconds before it."""
+
+    lane: int
+    position: int
+    start: float
+    end: float
+    cause: int
+    waited: float
+
+
+class Device:
+    """Lanes in fluid service. One step at a time; between steps every lane is idle.
+
+    `watched` is the lane whose gaps are accounted by cause (the main stream). With `record`, `spans` keeps what ran.
+    """
+
+    def __init__(
+        self, programs: Sequence[LaneProgram], rates: Rates, *, watched: int, num_causes: int, record: bool = False
+    ) -> None:
+        self.programs = tuple(programs)
+        self.gaps = [0.0] * num_causes
+        self.busy = [0.0] * len(programs)
+        self.last_end = 0.0
+        self.spans: list[Span] | None = [] if record else None
+        self._rates_of = rates
+        self._watched = watched
+        self._num_classes = 1 + max((max(program.classes, default=0) for program in programs), default=0)
+        self._rate_table: dict[int, tuple[float, ...]] = {}
+        self._work: Sequence[float] = ()
+        self._host_times: list[float] = []
+        self._reset(0.0)
+
+    def begin_step(self, now: float, work: Sequence[float]) -> None:
+        """Start over at time `now` with these durations (seconds alone, by column)."""
+        self._work = work
+        self._host_times = []
+        self.gaps = [0.0] * len(self.gaps)
+        self.busy = [0.0] * len(self.busy)
+        self._reset(now)
+
+    def submit(self, time: float) -> None:
+        """The launching thread's next submission is there at `time` (not before the last one)."""
+        self._host_times.append(time)
+
+    def _reset(self, now: float) -> None:
+        lanes = len(self.programs)
+        self.now = self.last_end = now
+        self._done = [0] * lanes
+        self._finish = [NEVER] * lanes
+        self._timed = [False] * lanes
+        self._start = [now] * lanes
+        self._current = [1.0] * lanes
+        self._key = 0
+        self._span_cause = [(0, 0.0)] * lanes
+
+    def run_until(self, lane: int, count: int) -> float:
+        """Advance until `lane` has completed `count` segments of this step; the time at which that happens.
+
+        This loop is the simulator's inner loop (about five turns a layer), hence the local names.
+        """
+        finish, done, timed, started_at = self._finish, self._done, self._timed, self._start
+        current, busy, programs = self._current, self.busy, self.programs
+        now, key, base = self.now, self._key, self._num_classes
+        candidates: Sequence[int] = range(len(programs))
+        who = -1
+        while True:
+            begun = None
+            for other in candidates:
+                if finish[other] == NEVER and self._may_start(other, who, now):
+                    key += programs[other].classes[done[other]] * base**other
+                    if begun is None:
+                        begun = [other]
+                    else:
+                        begun.append(other)
+            if key != self._key:
+                self._change_rates(key, now)
+            if begun is not None:
+                for other in begun:
+                    finish[other] = now + self._work[programs[other].columns[done[other]]] / current[other]
+            if done[lane] >= count:
+                break
+            now = min(finish)
+            if now == NEVER:
+                raise CloError(f"simulated deadlock: lane {lane} waits for segment {count}, nothing is in service")
+            who = finish.index(now)
+            finish[who] = NEVER
+            if timed[who]:
+                candidates = (who,)
+                continue
+            position = done[who]
+            program = programs[who]
+            key -= program.classes[position] * base**who
+            done[who] = position + 1
+            busy[who] += now - started_at[who]
+            if who == self._watched:
+                self.last_end = now
+            if self.spans is not None:
+                cause, waited = self._span_cause[who]
+                self.spans.append(Span(who, position, started_at[who], now, cause, waited))
+            candidates = (who, *program.wakes[position])
+        self.now = now
+        return now
+
+    def _may_start(self, lane: int, who: int, now: float) -> bool:
+        """Whether the lane's next segment can be in service from now on; arms a timer if only its submission is due."""
+        program, position = self.programs[lane], self._done[lane]
+        if position >= len(program.classes):
+            return False
+        done = self._done
+        cause = 0
+        for other, count, named in program.waits[position]:
+            if done[other] < count:
+                return False
+            if other == who:
+                cause = named
+        submissions, named = program.host_waits[position]
+        if submissions:
+            if submissions > len(self._host_times):
+                return False
+            due = self._host_times[submissions - 1]
+            if due > now:
+                self._timed[lane] = True
+                self._finish[lane] = due
+                return False
+            if self._timed[lane]:
+                self._timed[lane] = False
+                cause = named
+        self._start[lane] = now
+        if lane == self._watched:
+            self.gaps[cause] += now - self.last_end
+        if self.spans is not None:
+            self._span_cause[lane] = (cause, 0.0)
+        return True
+
+    def _change_rates(self, key: int, now: float) -> None:
+        """Those in service go on at their new rates; what they have left takes longer or shorter."""
+        rates = self._rate_table.get(key)
+        if rates is None:
+            rates = self._rate_table[key] = self._rates_of(self._classes_of(key))
+        current, finish = self._current, self._finish
+        for lane, rate in enumerate(rates):
+            if current[lane] != rate:
+                if finish[lane] != NEVER and not self._timed[lane]:
+                    finish[lane] = now + (finish[lane] - now) * current[lane] / rate
+                current[lane] = rate
+        self._key = key
+
+    def _classes_of(self, key: int) -> tuple[int, ...]:
+        classes = []
+        for _ in self.programs:
+            key, lane_class = divmod(key, self._num_classes)
+            classes.append(lane_class)
+        return tuple(classes)

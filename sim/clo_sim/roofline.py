@@ -1,0 +1,59 @@
+"""The least that must move in a step, and how long the links take for that. Knows nothing about order or caches' rules.
+
+Device memory: every weight once, and the attended keys and values once. Host link: what no cache of the plan's size can
+avoid fetching for the exact selection (Belady, with the whole trace known in advance). Compute: dense products and
+attention at the datasheet rate. A design that attends a reused set may move fewer bytes than the exact bound.
+"""
+
+from __future__ import annotations
+
+from clo.plan import DecodePlan
+from clo.results import Roofline
+from clo.specs import Attend
+from clo_sim.stand_in import TrafficSource
+
+
+def roofline(plan: DecodePlan, source: TrafficSource) -> Roofline:
+    """Lower bounds for one decode step of `plan`."""
+    hbm_bytes = plan.model.weight_bytes + attended_bytes(plan)
+    h2d_bytes = fewest_link_bytes(plan, source)
+    gpu = plan.machine.gpu
+    hbm_s = hbm_bytes / gpu.hbm_bytes_per_s
+    h2d_s = h2d_bytes / plan.machine.link.h2d_bytes_per_s
+    compute_s = _flops(plan) / gpu.peak_flops_per_s
+    return Roofline(
+        hbm_bytes=hbm_bytes,
+        hbm_s=hbm_s,
+        h2d_bytes=h2d_bytes,
+        h2d_s=h2d_s,
+        compute_s=compute_s,
+        seconds=max(hbm_s, h2d_s, compute_s),
+    )
+
+
+def attended_bytes(plan: DecodePlan) -> float:
+    """Keys and values that attention reads in a step, bytes."""
+    return sum(_attended_tokens(plan)) * plan.model.head_token_bytes * plan.workload.batch
+
+
+def fewest_link_bytes(plan: DecodePlan, source: TrafficSource) -> float:
+    """Bytes host to device that no cache of this size avoids."""
+    if not plan.design.offloads:
+        return 0.0
+    if plan.design.attend is Attend.FULL:
+        return plan.host_bytes
+    return source.fewest_fetched_pages(plan) * plan.page_bytes
+
+
+def _attended_tokens(plan: DecodePlan) -> list[float]:
+    """Tokens attended in each layer, summed over its KV heads, one sequence."""
+    heads, pinned = plan.model.num_kv_heads, plan.pinned_heads_per_layer
+    dense = float(heads * plan.workload.context_tokens)
+    sparse = float((heads - pinned) * plan.attended_tokens + pinned * plan.workload.context_tokens)
+    return [dense if layer < plan.dense_layers else sparse for layer in range(plan.model.num_layers)]
+
+
+def _flops(plan: DecodePlan) -> float:
+    weights = plan.model.weight_bytes / plan.model.weight_bytes_per_value
+    attention = 4 * sum(_attended_tokens(plan)) * plan.model.group_size * plan.model.head_dim
+    return plan.workload.batch * (2 * weights + attention)

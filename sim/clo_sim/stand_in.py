@@ -1,0 +1,227 @@
+"""Lets recorded heads stand for the heads of a model, a batch and a context. Knows nothing about time.
+
+A trace of the very model replays head by head. For another model, each KV head of each sequence draws a recorded head
+from the same relative depth, and page counts are scaled so that budgets match (see docs/stand-in.md).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clo.errors import SpecError, TraceError
+from clo.plan import DecodePlan
+from clo.specs import Attend, ModelSpec
+from clo.trace import AttentionTrace, TraceHeader
+from clo.traffic import Counts, Traffic
+from clo_sim.replay import HeadHistory, Policy, fewest_pages, policy_of, replay
+
+DEPTH_RADIUS = 1
+"""A head may stand for heads one recorded layer up or down: nine candidates with SmolLM2's three KV heads."""
+
+
+class TrafficSource:
+    """A trace with the replays made of it so far (the oldest of more than `max_replays` are forgotten).
+
+    `resample_heads` lets recorded heads stand for the heads of another model; without it the head counts must agree.
+    """
+
+    def __init__(self, trace: AttentionTrace, *, resample_heads: bool = True, max_replays: int = 512) -> None:
+        self.trace = trace
+        self.resample_heads = resample_heads
+        self._max_replays = max_replays
+        self._replays: OrderedDict[Policy, HeadHistory] = OrderedDict()
+
+    def traffic(self, plan: DecodePlan) -> Traffic:
+        """Counts of `plan`, `[steps, layers]`. Raises `SpecError`/`TraceError` when the trace cannot serve it."""
+        if not plan.design.offloads:
+            return _nothing_moves(plan)
+        if plan.design.attend is Attend.FULL:
+            return _everything_moves(plan)
+        self.check(plan)
+        policy = policy_of(plan, self.trace)
+        return _stand_in(plan, self.trace, policy, self._replayed(policy))
+
+    def fewest_fetched_pages(self, plan: DecodePlan) -> float:
+        """Mean pages a step that no exact design with this plan's slots can avoid (Belady), whole batch."""
+        self.check(plan)
+        policy = policy_of(plan, self.trace)
+        fetched = fewest_pages(self.trace, policy)[plan.workload.warmup_steps :].mean(axis=0)
+        drawn = _draw_heads(plan, self.trace.header)
+        return float(fetched[drawn].sum()) * plan.budget_pages / policy.budget_pages
+
+    def check(self, plan: DecodePlan) -> None:
+        """Whether the trace has the steps and may stand for the model."""
+        header, workload = self.trace.header, plan.workload
+        if workload.warmup_steps + workload.steps > header.num_steps:
+            raise SpecError(
+                f"workload.steps = {workload.steps}: with workload.warmup_steps = {workload.warmup_steps} it exceeds "
+                f"the {header.num_steps} recorded steps of the trace: lower it, or use a synthetic trace (--synthetic)"
+            )
+        if not self.resample_heads and not _same_heads(plan.model, header):
+            raise TraceError(
+                f"trace of {header.model}: {header.num_layers} layers x {header.num_kv_heads} KV heads, but "
+                f"{plan.model.name} has {plan.model.num_layers} x {plan.model.num_kv_heads}: record a trace of this "
+                "model, or let recorded heads stand for others with --resample-heads"
+            )
+
+    def _replayed(self, policy: Policy) -> HeadHistory:
+        if policy not in self._replays:
+            self._replays[policy] = replay(self.trace, policy)
+            while len(self._replays) > self._max_replays:
+                self._replays.popitem(last=False)
+        self._replays.move_to_end(policy)
+        return self._replays[policy]
+
+
+def _same_heads(model: ModelSpec, header: TraceHeader) -> bool:
+    ours = (model.num_layers, model.num_kv_heads, model.num_query_heads)
+    return ours == (header.num_layers, header.num_kv_heads, header.num_query_heads)
+
+
+def _draw_heads(plan: DecodePlan, header: TraceHeader) -> NDArray[np.intp]:
+    """The recorded head behind each offloaded layer, KV head and sequence: `[sparse_layers, kv_heads, batch]`."""
+    model, batch = plan.model, plan.workload.batch
+    layers = np.arange(plan.dense_layers, model.num_layers)
+    heads = np.arange(model.num_kv_heads)
+    if _same_heads(model, header):
+        own = layers[:, None] * header.num_kv_heads + heads
+        return np.broadcast_to(own[..., None], (len(layers), len(heads), batch)).astype(np.intp)
+    rng = np.random.default_rng(plan.workload.seed)
+    depth = np.rint(layers * (header.num_layers - 1) / max(1, model.num_layers - 1)).astype(np.intp)
+    lowest = min(plan.dense_layers, header.num_layers - 1)
+    low = np.maximum(depth - DEPTH_RADIUS, lowest)
+    high = np.minimum(depth + DEPTH_RADIUS, header.num_layers - 1)
+    shape = (len(layers), len(heads), batch)
+    layer = rng.integers(low[:, None, None], high[:, None, None] + 1, size=shape)
+    return np.asarray(layer * header.num_kv_heads + rng.integers(0, header.num_kv_heads, size=shape), dtype=np.intp)
+
+
+def _offloaded(plan: DecodePlan, drawn: NDArray[np.intp], history: HeadHistory) -> NDArray[np.bool_]:
+    """Which KV heads of each layer are fetched, `[sparse_layers, kv_heads]`: all but those that would move the most."""
+    moved = (history.spec_pages + history.demand_pages)[plan.workload.warmup_steps :].mean(axis=0)
+    order = np.argsort(-moved[drawn].sum(axis=2), axis=1, kind="stable")
+    kept = np.ones(drawn.shape[:2], dtype=np.bool_)
+    np.put_along_axis(kept, order[:, : plan.pinned_heads_per_layer], False, axis=1)
+    return kept
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Sums recorded heads into layers of the batch. Sequences after the first see the recorded steps rotated."""
+
+    plan: DecodePlan
+    draws: tuple[NDArray[np.float64], ...]
+    offsets: tuple[int, ...]
+
+    def total(self, values: NDArray[np.generic]) -> Counts:
+        """`[recorded_steps, recorded_heads]` -> `[steps, layers]`, zero in dense layers."""
+        measured = np.asarray(values[self.plan.workload.warmup_steps :], dtype=np.float64)
+        steps = np.arange(self.plan.workload.steps)
+        result = np.zeros((len(steps), self.plan.model.num_layers))
+        for draw, offset in zip(self.draws, self.offsets, strict=True):
+            result[:, self.plan.dense_layers :] += measured[(steps + offset) % len(measured)] @ draw
+        return result
+
+
+def _batch(plan: DecodePlan, header: TraceHeader, history: HeadHistory) -> _Batch:
+    drawn = _draw_heads(plan, header)
+    kept = _offloaded(plan, drawn, history)
+    recorded = header.num_layers * header.num_kv_heads
+    draws = []
+    for sequence in range(plan.workload.batch):
+        draw = np.zeros((recorded, drawn.shape[0]))
+        np.add.at(draw, (drawn[:, :, sequence], np.arange(drawn.shape[0])[:, None]), kept.astype(np.float64))
+        draws.append(draw)
+    rng = np.random.default_rng([plan.workload.seed, 1])
+    span = header.num_steps - plan.workload.warmup_steps
+    offsets = (0, *(int(offset) for offset in rng.integers(0, span, size=plan.workload.batch - 1)))
+    return _Batch(plan, tuple(draws), offsets)
+
+
+def _stand_in(plan: DecodePlan, trace: AttentionTrace, policy: Policy, history: HeadHistory) -> Traffic:
+    batch = _batch(plan, trace.header, history)
+    scale = plan.budget_pages / policy.budget_pages
+    heads = float(plan.offloaded_heads * (plan.model.num_layers - plan.dense_layers))
+    overlap = float(batch.total(history.overlap).sum()) / (heads * plan.workload.steps) if heads else 1.0
+    return Traffic(
+        spec_heads=batch.total(history.spec_missed),
+        spec_pages=scale * batch.total(history.spec_pages),
+        demand_heads=batch.total(history.demand_missed),
+        demand_pages=scale * batch.total(history.demand_pages),
+        write_back_pages=_write_back(plan),
+        requested_pages=_requested(plan, plan.budget_pages),
+        reused_heads=batch.total(~history.demand_missed),
+        heads=heads,
+        overlap=overlap,
+        assumptions=assumptions(plan, trace.header),
+    )
+
+
+def _requested(plan: DecodePlan, pages: float) -> Counts:
+    requested = np.zeros((plan.workload.steps, plan.model.num_layers))
+    requested[:, plan.dense_layers :] = plan.offloaded_heads * pages
+    return requested
+
+
+def _write_back(plan: DecodePlan) -> Counts:
+    """A page per offloaded head leaves a sequence's window every `page_size` steps; sequences take turns."""
+    page_size, batch = plan.design.page_size, plan.workload.batch
+    turn = (np.arange(plan.workload.steps)[:, None] + np.arange(batch)[None, :]) % page_size == 0
+    return _requested(plan, 1.0) / batch * turn.sum(axis=1)[:, None]
+
+
+def _nothing_moves(plan: DecodePlan) -> Traffic:
+    none = np.zeros((plan.workload.steps, plan.model.num_layers))
+    return Traffic(
+        spec_heads=none,
+        spec_pages=none,
+        demand_heads=none,
+        demand_pages=none,
+        write_back_pages=none,
+        requested_pages=none,
+        reused_heads=none,
+        heads=0.0,
+        overlap=1.0,
+    )
+
+
+def _everything_moves(plan: DecodePlan) -> Traffic:
+    none = np.zeros((plan.workload.steps, plan.model.num_layers))
+    all_pages = _requested(plan, plan.num_pages)
+    prefetched = np.zeros_like(all_pages)
+    if plan.design.prefetches:
+        prefetched = all_pages
+    return Traffic(
+        spec_heads=none,
+        spec_pages=prefetched,
+        demand_heads=none,
+        demand_pages=all_pages - prefetched,
+        write_back_pages=_write_back(plan),
+        requested_pages=all_pages,
+        reused_heads=none,
+        heads=float(plan.offloaded_heads * plan.model.num_layers),
+        overlap=1.0,
+    )
+
+
+def assumptions(plan: DecodePlan, header: TraceHeader) -> tuple[str, ...]:
+    """What a report must say about the trace behind its numbers."""
+    notes = []
+    if not _same_heads(plan.model, header):
+        notes.append(f"recorded KV heads of {header.model} stand for those of {plan.model.name}, at equal relative depth")
+    if plan.workload.context_tokens != header.context_tokens:
+        notes.append(
+            f"page choices recorded at {header.context_tokens} tokens are scaled to {plan.workload.context_tokens}: "
+            "equal shares of the context are assumed to overlap equally"
+        )
+    if plan.workload.batch > 1:
+        notes.append("sequences of the batch are draws from one recorded text, at different steps")
+    if plan.design.selector.value not in header.selectors:
+        notes.append(f"page choices of the selector {header.selectors[0]} stand for those of {plan.design.selector}")
+    if plan.design.page_size != header.page_size:
+        notes.append(f"choices among pages of {header.page_size} tokens stand for pages of {plan.design.page_size}")
+    return tuple(notes)
