@@ -11,7 +11,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -221,7 +221,7 @@ class AttentionRecorder:
                 "num_kv_heads": self._num_kv_heads,
                 "head_dim": self._head_dim,
                 "group_fold": GROUP_FOLD,
-                **{name: getattr(keep, name) for name in RecordSettings.__slots__},
+                **asdict(keep),
             }
         )
         return AttentionTrace.from_arrays(
@@ -361,7 +361,7 @@ def project_query(layer: Any, hidden: Any, position_embeddings: tuple[Any, Any])
         query = attention.q_norm(query)
     query = query.transpose(1, 2)
     # the model's own function, for models that rotate only a part or in another order
-    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     return rotate(query, query, *position_embeddings)[0]
 
 

@@ -117,7 +117,7 @@ def _demand(m: Machine, ops: StepOps, flight: _Flight, layer: int) -> Step:
         # the anchors and page tables that the prefetch moved must be settled before the real query is tested
         m.wait(Lane.MAIN, predicted, Cause.PREFETCH)
     chosen = _select(m, ops, Stage.DEMAND, layer, Lane.MAIN)
-    done = yield from fetch(m, ops, Stage.DEMAND, layer, chosen, Lane.MAIN)
+    done = yield from fetch(m, ops, Stage.DEMAND, layer, chosen, Lane.MAIN, flight.arrived.get(layer))
     m.wait(Lane.MAIN, done, Cause.DEMAND)
 
 

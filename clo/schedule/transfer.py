@@ -25,12 +25,18 @@ def _cpu_involved(ops: StepOps) -> bool:
     return ops.plan.design.cpu_moves or ops.plan.design.resolve_on is ResolveOn.CPU
 
 
-def fetch(m: Machine, ops: StepOps, stage: Stage, layer: int, chosen: Token, stream: Lane) -> Fetch:
-    """Move what selection `chosen` found missing; later work on `stream` that waits for the token sees the data."""
+def fetch(
+    m: Machine, ops: StepOps, stage: Stage, layer: int, chosen: Token, stream: Lane, ahead: Token | None = None
+) -> Fetch:
+    """Move what selection `chosen` found missing; later work on `stream` that waits for the token sees the data.
+
+    `ahead` is the arrival of what was prefetched for the same layer: transfer threads serve it first, so that a wait
+    for their flag begins with a wait for it.
+    """
     if needs_host(ops):
         return (yield from _by_host(m, ops, stage, layer, chosen, stream))
     if _cpu_involved(ops):
-        return _by_flags(m, ops, stage, layer, chosen, stream)
+        return _by_flags(m, ops, stage, layer, chosen, stream, ahead)
     return m.launch(stream, ops.gather_pages(stage, layer))
 
 
@@ -55,10 +61,14 @@ def _by_host(m: Machine, ops: StepOps, stage: Stage, layer: int, chosen: Token, 
     return done
 
 
-def _by_flags(m: Machine, ops: StepOps, stage: Stage, layer: int, chosen: Token, stream: Lane) -> Token:
+def _by_flags(
+    m: Machine, ops: StepOps, stage: Stage, layer: int, chosen: Token, stream: Lane, ahead: Token | None
+) -> Token:
     """Transfer threads see a doorbell, resolve and move, and publish a ready flag that a kernel on `stream` polls."""
     design = ops.plan.design
     done = m.ring(chosen, layer)
+    if ahead is not None:
+        m.wait(stream, ahead, Cause.PREFETCH)
     if design.resolve_on is ResolveOn.CPU:
         done = m.flagged_work(done, ops.lru_update(stage, layer))
     if design.transfer is Transfer.GPU_ZERO_COPY:

@@ -1,0 +1,17 @@
+"""Decode steps in simulated time: a clock for sweeps, a SimPy simulator for answers. Knows nothing about tensors."""
+
+from clo_sim.explore import Exploration, explore, sweep, worth_of_choices
+from clo_sim.run import simulate
+from clo_sim.scene import Scene, make_scene
+from clo_sim.stand_in import TrafficSource
+
+__all__ = [
+    "Exploration",
+    "Scene",
+    "TrafficSource",
+    "explore",
+    "make_scene",
+    "simulate",
+    "sweep",
+    "worth_of_choices",
+]

@@ -5,71 +5,72 @@ Evaluates all steps (of many designs, if they share a graph) at once with numpy.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from clo.metrics import StepTimes, Times
-from clo.pricing import Seconds
 from clo.schedule import Cause, Lane
 from clo_sim.priced import PricedStep, Segment
 
-
 def step_seconds(priced: PricedStep) -> Times:
     """Duration of each step, `[steps]`: the sweep's fast path, without causes."""
-    lane_end: dict[Lane, Seconds] = {}
-    ends: list[Seconds] = []
-    for segment in priced.segments:
-        start = lane_end.get(segment.lane, 0.0)
+    nothing = np.zeros(priced.num_steps)
+    lane_end = dict.fromkeys(priced.graph.lanes(), nothing)
+    ends: list[Times] = []
+    for segment, seconds in zip(priced.segments, priced.durations, strict=True):
+        start = lane_end[segment.lane]
         for wait in segment.after:
-            start = _later(start, ends[wait.segment])
-        end = start + priced.segment_seconds(segment)
+            start = np.maximum(start, ends[wait.segment])
+        lane_end[segment.lane] = start + seconds
+        ends.append(lane_end[segment.lane])
+    return lane_end[Lane.LAUNCH]
+
+
+def segment_times(priced: PricedStep) -> Iterator[tuple[Times, Times, list[tuple[Cause, Times]]]]:
+    """Start and end of every segment and its waits by cause, each `[steps]`.
+
+    Inputs are waited for in the order in which the schedule names them: the time until the first has come is its
+    cause's, what the second takes beyond that is the second's, and so on.
+    """
+    nothing = np.zeros(priced.num_steps)
+    lane_end = dict.fromkeys(priced.graph.lanes(), nothing)
+    ends: list[Times] = []
+    for segment, seconds in zip(priced.segments, priced.durations, strict=True):
+        start, waits = _start(segment, lane_end[segment.lane], ends)
+        end = start + seconds
         lane_end[segment.lane] = end
         ends.append(end)
-    return _as_steps(lane_end[Lane.LAUNCH], priced.num_steps)
+        yield start, end, waits
+
+
+def _start(segment: Segment, free: Times, ends: list[Times]) -> tuple[Times, list[tuple[Cause, Times]]]:
+    start, waits = free, []
+    for wait in segment.after:
+        later = np.maximum(start, ends[wait.segment])
+        waits.append((wait.cause, later - start))
+        start = later
+    return start, waits
 
 
 def run_clock(priced: PricedStep) -> StepTimes:
     """Step times with the main stream's gaps by cause and every lane's busy time."""
     steps = priced.num_steps
-    lane_end = {lane: np.zeros(steps) for lane in priced.graph.lanes()}
-    busy = {lane: np.zeros(steps) for lane in lane_end}
+    busy = {lane: np.zeros(steps) for lane in priced.graph.lanes()}
+    last = dict.fromkeys(busy, np.zeros(steps))
     gaps = {cause: np.zeros(steps) for cause in Cause}
-    ends: list[Times] = []
-    for number, segment in enumerate(priced.segments):
-        start = _start(segment, lane_end[segment.lane], ends, gaps if segment.lane is Lane.MAIN else None)
-        end = start + priced.durations[:, number]
-        busy[segment.lane] += priced.durations[:, number]
-        lane_end[segment.lane] = end
-        ends.append(end)
-    seconds = lane_end[Lane.LAUNCH]
-    gaps[Cause.SYNC] += seconds - lane_end[Lane.MAIN]
+    for segment, seconds, times in zip(priced.segments, priced.durations, segment_times(priced), strict=True):
+        _, end, waits = times
+        busy[segment.lane] += seconds
+        last[segment.lane] = end
+        if segment.lane is Lane.MAIN:
+            for cause, waited in waits:
+                gaps[cause] += waited
+    gaps[Cause.SYNC] += last[Lane.LAUNCH] - last[Lane.MAIN]
     return StepTimes(
-        seconds=seconds,
+        seconds=last[Lane.LAUNCH],
         gaps=gaps,
         main_busy=busy[Lane.MAIN],
         main_alone=busy[Lane.MAIN],
         lane_busy=busy,
     )
-
-
-def _start(segment: Segment, free: Times, ends: list[Times], gaps: dict[Cause, Times] | None) -> Times:
-    """When a segment starts; its gap goes to the input that came last (the first of equals)."""
-    start = free
-    for wait in segment.after:
-        start = np.maximum(start, ends[wait.segment])
-    if gaps is not None and segment.after:
-        open_gap = start - free
-        for wait in segment.after:
-            binds = (ends[wait.segment] == start) & (open_gap > 0)
-            gaps[wait.cause] += np.where(binds, open_gap, 0.0)
-            open_gap = np.where(binds, 0.0, open_gap)
-    return start
-
-
-def _later(first: Seconds, second: Seconds) -> Seconds:
-    if isinstance(first, float | int) and isinstance(second, float | int):
-        return max(first, second)
-    return np.maximum(first, second)
-
-
-def _as_steps(value: Seconds, steps: int) -> Times:
-    return np.broadcast_to(np.asarray(value, dtype=np.float64), (steps,))

@@ -81,30 +81,29 @@ class Device:
 
     def _reset(self, now: float) -> None:
         lanes = len(self.programs)
-        self.now = self.last_end = now
-        self._done = [0] * lanes
+        self.now = self.last_end = self._begin = now
+        self._ends: list[list[float]] = [[] for _ in range(lanes)]
         self._finish = [NEVER] * lanes
         self._timed = [False] * lanes
         self._start = [now] * lanes
         self._current = [1.0] * lanes
         self._key = 0
-        self._span_cause = [(0, 0.0)] * lanes
+        self._waited = [(0, 0.0)] * lanes
 
     def run_until(self, lane: int, count: int) -> float:
         """Advance until `lane` has completed `count` segments of this step; the time at which that happens.
 
         This loop is the simulator's inner loop (about five turns a layer), hence the local names.
         """
-        finish, done, timed, started_at = self._finish, self._done, self._timed, self._start
+        finish, ends, timed, started_at = self._finish, self._ends, self._timed, self._start
         current, busy, programs = self._current, self.busy, self.programs
         now, key, base = self.now, self._key, self._num_classes
         candidates: Sequence[int] = range(len(programs))
-        who = -1
         while True:
             begun = None
             for other in candidates:
-                if finish[other] == NEVER and self._may_start(other, who, now):
-                    key += programs[other].classes[done[other]] * base**other
+                if finish[other] == NEVER and self._may_start(other, now):
+                    key += programs[other].classes[len(ends[other])] * base**other
                     if begun is None:
                         begun = [other]
                     else:
@@ -113,8 +112,8 @@ class Device:
                 self._change_rates(key, now)
             if begun is not None:
                 for other in begun:
-                    finish[other] = now + self._work[programs[other].columns[done[other]]] / current[other]
-            if done[lane] >= count:
+                    finish[other] = now + self._work[programs[other].columns[len(ends[other])]] / current[other]
+            if len(ends[lane]) >= count:
                 break
             now = min(finish)
             if now == NEVER:
@@ -124,33 +123,29 @@ class Device:
             if timed[who]:
                 candidates = (who,)
                 continue
-            position = done[who]
+            position = len(ends[who])
             program = programs[who]
             key -= program.classes[position] * base**who
-            done[who] = position + 1
+            ends[who].append(now)
             busy[who] += now - started_at[who]
             if who == self._watched:
                 self.last_end = now
             if self.spans is not None:
-                cause, waited = self._span_cause[who]
-                self.spans.append(Span(who, position, started_at[who], now, cause, waited))
+                self.spans.append(Span(who, position, started_at[who], now, *self._waited[who]))
             candidates = (who, *program.wakes[position])
         self.now = now
         return now
 
-    def _may_start(self, lane: int, who: int, now: float) -> bool:
+    def _may_start(self, lane: int, now: float) -> bool:
         """Whether the lane's next segment can be in service from now on; arms a timer if only its submission is due."""
-        program, position = self.programs[lane], self._done[lane]
+        program, position = self.programs[lane], len(self._ends[lane])
         if position >= len(program.classes):
             return False
-        done = self._done
-        cause = 0
-        for other, count, named in program.waits[position]:
-            if done[other] < count:
+        ends = self._ends
+        for other, count, _ in program.waits[position]:
+            if len(ends[other]) < count:
                 return False
-            if other == who:
-                cause = named
-        submissions, named = program.host_waits[position]
+        submissions, _ = program.host_waits[position]
         if submissions:
             if submissions > len(self._host_times):
                 return False
@@ -159,15 +154,27 @@ class Device:
                 self._timed[lane] = True
                 self._finish[lane] = due
                 return False
-            if self._timed[lane]:
-                self._timed[lane] = False
-                cause = named
+            self._timed[lane] = False
         self._start[lane] = now
-        if lane == self._watched:
-            self.gaps[cause] += now - self.last_end
-        if self.spans is not None:
-            self._span_cause[lane] = (cause, 0.0)
+        if lane == self._watched or self.spans is not None:
+            self._account(lane, program, position)
         return True
+
+    def _account(self, lane: int, program: LaneProgram, position: int) -> None:
+        """Inputs are waited for in their order: each gets what it took beyond the ones before it."""
+        ends = self._ends
+        free = covered = ends[lane][-1] if ends[lane] else self._begin
+        inputs = [(ends[other][count - 1], cause) for other, count, cause in program.waits[position]]
+        submissions, host_cause = program.host_waits[position]
+        if submissions:
+            inputs.append((self._host_times[submissions - 1], host_cause))
+        last_cause = 0
+        for end, cause in inputs:
+            if end > covered:
+                if lane == self._watched:
+                    self.gaps[cause] += end - covered
+                covered, last_cause = end, cause
+        self._waited[lane] = (last_cause, covered - free)
 
     def _change_rates(self, key: int, now: float) -> None:
         """Those in service go on at their new rates; what they have left takes longer or shorter."""

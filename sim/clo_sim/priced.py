@@ -7,13 +7,14 @@ other lane waits for a part of it. Clock and simulator both work on segments; ti
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from clo.plan import DecodePlan
 from clo.pricing import Demand, Pricer, Seconds
-from clo.schedule import Cause, Lane, Op, StepGraph
+from clo.schedule import Cause, Lane, Op, StepGraph, record_step
 from clo.schedule.work import Work
 from clo.traffic import Traffic
 
@@ -80,15 +81,70 @@ def _linked(graph: StepGraph, runs: list[list[int]]) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-@dataclass(frozen=True)
-class PricedStep:
-    """A graph, its segments and prices for the measured steps of one traffic."""
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """A graph cut into segments, with the places where each distinct work occurs. Made once for many pricings."""
 
     graph: StepGraph
     segments: tuple[Segment, ...]
+    places: dict[Work, Places]
+
+    @classmethod
+    def of_plan(cls, plan: DecodePlan) -> StepShape:
+        """Record the schedule of `plan`; the last shapes are remembered."""
+        return _shape_of_plan(plan)
+
+    @classmethod
+    def of(cls, graph: StepGraph) -> StepShape:
+        """Cut and index `graph`."""
+        segments = segments_of(graph)
+        found: dict[Work, list[tuple[int, int]]] = {}
+        for number, segment in enumerate(segments):
+            for node in segment.nodes:
+                op = graph.nodes[node].op
+                found.setdefault(op.work, []).append((number, op.layer))
+        return cls(graph, segments, {work: Places.of(pairs) for work, pairs in found.items()})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Places:
+    """The (segment, layer) pairs at which one work occurs."""
+
+    segments: NDArray[np.intp]
+    layers: NDArray[np.intp]
+
+    @classmethod
+    def of(cls, pairs: list[tuple[int, int]]) -> Places:
+        """From a list of pairs."""
+        columns = np.array(pairs, dtype=np.intp)
+        return cls(columns[:, 0], columns[:, 1])
+
+    def add(self, totals: NDArray[np.float64], value: Seconds) -> None:
+        """Add `value` (a float or `[steps, layers]`) to the rows of `totals`, `[segments, steps]`."""
+        if isinstance(value, float | int):
+            np.add.at(totals, self.segments, value)
+        else:
+            np.add.at(totals, self.segments, value.T[self.layers])
+
+
+@dataclass(frozen=True)
+class PricedStep:
+    """A step's shape with prices for the measured steps of one traffic."""
+
+    shape: StepShape
     pricer: Pricer
     traffic: Traffic
     prices: dict[Work, Seconds]
+
+    @property
+    def graph(self) -> StepGraph:
+        """The recorded schedule."""
+        return self.shape.graph
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The schedule cut into segments."""
+        return self.shape.segments
 
     @property
     def num_steps(self) -> int:
@@ -100,38 +156,35 @@ class PricedStep:
         price = self.prices[op.work]
         return price if isinstance(price, float | int) else price[:, op.layer]
 
-    def segment_seconds(self, segment: Segment) -> Seconds:
-        """Time of a segment alone: a float, or `[steps]`."""
-        fixed, varying = 0.0, None
-        for node in segment.nodes:
-            seconds = self.seconds(self.graph.nodes[node].op)
-            if isinstance(seconds, float | int):
-                fixed += seconds
-            else:
-                varying = seconds if varying is None else varying + seconds
-        return fixed if varying is None else varying + fixed
-
     @cached_property
     def durations(self) -> NDArray[np.float64]:
-        """`[steps, segments]`, seconds alone."""
-        result = np.empty((self.num_steps, len(self.segments)))
-        for number, segment in enumerate(self.segments):
-            result[:, number] = self.segment_seconds(segment)
-        return result
+        """`[segments, steps]`, seconds alone."""
+        fixed = np.zeros((len(self.segments), 1))
+        varying = np.zeros((len(self.segments), self.num_steps))
+        for work, places in self.shape.places.items():
+            price = self.prices[work]
+            places.add(fixed if isinstance(price, float | int) else varying, price)
+        return varying + fixed
 
-    def segment_demand(self, segment: Segment) -> Demand:
-        """What a segment takes from shared resources: device-memory traffic averaged over its operations."""
-        works = [self.graph.nodes[node].op for node in segment.nodes]
-        seconds = sum(float(np.mean(self.seconds(op))) for op in works)
-        num_bytes = sum(self._mean(self.pricer.hbm_bytes(op.work, self.traffic), op.layer) for op in works)
-        return self.pricer.demand(works[0].work, seconds, num_bytes)
+    @cached_property
+    def demands(self) -> list[Demand]:
+        """What each segment takes from shared resources: device-memory traffic averaged over its operations."""
+        moved = np.zeros((len(self.segments), self.num_steps))
+        for work, places in self.shape.places.items():
+            places.add(moved, self.pricer.hbm_bytes(work, self.traffic))
+        seconds, num_bytes = self.durations.mean(axis=1), moved.mean(axis=1)
+        first = [self.graph.nodes[segment.nodes[0]].op.work for segment in self.segments]
+        return [
+            self.pricer.demand(work, float(mean_s), float(mean_bytes))
+            for work, mean_s, mean_bytes in zip(first, seconds, num_bytes, strict=True)
+        ]
 
-    @staticmethod
-    def _mean(value: Seconds, layer: int) -> float:
-        return float(value) if isinstance(value, float | int) else float(value[:, layer].mean())
+
+@lru_cache(maxsize=64)
+def _shape_of_plan(plan: DecodePlan) -> StepShape:
+    return StepShape.of(record_step(plan))
 
 
-def price_step(graph: StepGraph, segments: tuple[Segment, ...], pricer: Pricer, traffic: Traffic) -> PricedStep:
+def price_step(shape: StepShape, pricer: Pricer, traffic: Traffic) -> PricedStep:
     """Price every distinct work once, for all steps and layers together."""
-    works = {node.op.work for node in graph.nodes}
-    return PricedStep(graph, segments, pricer, traffic, {work: pricer.seconds(work, traffic) for work in works})
+    return PricedStep(shape, pricer, traffic, {work: pricer.seconds(work, traffic) for work in shape.places})

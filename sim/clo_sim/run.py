@@ -5,62 +5,35 @@ Knows nothing about sweeps, files or commands.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 
 from clo.metrics import StepTimes
-from clo.plan import DecodePlan, make_plan
-from clo.pricing import Pricer, Seconds
-from clo.profile import Profile
+from clo.plan import DecodePlan
+from clo.presets import load_design
+from clo.pricing import Seconds
 from clo.results import OpTotal, Result
-from clo.schedule import Cause, Lane, Node, Part, StepGraph, record_step
-from clo.specs import Design, MachineSpec, ModelSpec, Workload
+from clo.schedule import Cause, Lane, Node, Part
+from clo.specs import Design
 from clo_sim.clock import run_clock
 from clo_sim.contention import Contention
-from clo_sim.priced import PricedStep, Segment, price_step, segments_of
+from clo_sim.priced import PricedStep
 from clo_sim.roofline import roofline
+from clo_sim.scene import Scene
 from clo_sim.simulator import run_simpy
-from clo_sim.stand_in import TrafficSource
 
 Executor = Literal["clock", "simpy"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scene:
-    """Everything about a question but the design."""
-
-    model: ModelSpec
-    machine: MachineSpec
-    profile: Profile
-    workload: Workload
-    source: TrafficSource
-    kv_memory_bytes: float | None = None
-
-    def plan(self, design: Design) -> DecodePlan:
-        """The design's numbers here. Raises `SpecError` where it does not fit."""
-        return make_plan(self.model, self.machine, design, self.workload, kv_memory_bytes=self.kv_memory_bytes)
-
-    def priced(self, plan: DecodePlan) -> PricedStep:
-        """The design's recorded step with its prices."""
-        graph, segments = recorded(plan)
-        return price_step(graph, segments, Pricer(self.profile, self.machine), self.source.traffic(plan))
-
-
-@lru_cache(maxsize=64)
-def recorded(plan: DecodePlan) -> tuple[StepGraph, tuple[Segment, ...]]:
-    """The schedule of a plan as a graph, with its segments."""
-    graph = record_step(plan)
-    return graph, segments_of(graph)
-
-
 def simulate(
-    scene: Scene, design: Design, *, executor: Executor = "simpy", contention: Contention | None = None
+    scene: Scene, design: str | Design, *, executor: Executor = "simpy", contention: Contention | None = None
 ) -> Result:
-    """Run all measured steps of `design` and sum them up."""
-    plan = scene.plan(design)
+    """Run all measured steps of `design` (a record, a preset name or a TOML file) and sum them up.
+
+    Raises `SpecError` or `TraceError` where the design does not fit the scene, before anything runs.
+    """
+    plan = scene.plan(load_design(design) if isinstance(design, str) else design)
     priced = scene.priced(plan)
     times = run_clock(priced) if executor == "clock" else run_simpy(priced, contention=contention)
     return summarise(scene, plan, priced, times, executor)

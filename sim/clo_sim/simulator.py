@@ -7,7 +7,7 @@ is advanced analytically between its waits (`clo_sim.device`). Knows nothing abo
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import simpy
@@ -16,10 +16,12 @@ from clo.metrics import StepTimes
 from clo.pricing import Demand
 from clo.schedule import Cause, Lane
 from clo_sim.contention import Contention
-from clo_sim.device import Device, LaneProgram, Span
+from clo_sim.device import Device, LaneProgram, Rates
+from clo_sim.pair import LanePair
 from clo_sim.priced import PricedStep, Segment
 
 CAUSES = tuple(Cause)
+SYNC = CAUSES.index(Cause.SYNC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +32,20 @@ class HostInstruction:
     column: int
 
 
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """One simulated step: its duration, the main stream's gaps by cause, and the lanes' busy time."""
+
+    seconds: float
+    gaps: Sequence[float]
+    busy: Sequence[float]
+
+
 class SimulatedGpu:
     """One GPU with its launching thread in a SimPy environment.
 
-    `yield from gpu.decode_step(step)` takes the simulated time of that step; `gpu.device` tells what happened in it.
+    `outcome = yield from gpu.decode_step(step)` takes the simulated time of that step. Times within a step count from
+    its start, so that a step takes the same time, bit for bit, whenever it runs.
     """
 
     def __init__(
@@ -42,29 +54,50 @@ class SimulatedGpu:
         self.env = env
         self.priced = priced
         self.lanes = tuple(lane for lane in priced.graph.lanes() if lane is not Lane.LAUNCH)
+        self.host_spans: list[tuple[int, float, float]] = []
         program = _Program(priced, self.lanes)
         rules = contention or Contention(priced.pricer.profile.interference)
-        self.device = Device(
-            program.lane_programs(),
-            lambda classes: rules.rates(tuple(program.demands[number] for number in classes)),
-            watched=self.lanes.index(Lane.MAIN),
-            num_causes=len(CAUSES),
-            record=record,
-        )
-        self.host = program.host_program()
-        self.host_spans: list[tuple[int, float, float]] = []
+        self._rates: Rates = lambda classes: rules.rates(tuple(program.demands[number] for number in classes))
+        self._programs = program.lane_programs()
+        self._main = self.lanes.index(Lane.MAIN)
+        self._host = program.host_program()
         self._record = record
-        self._rows = priced.durations
+        self._rows = priced.durations.T
+        self.device = Device(
+            self._programs, self._rates, watched=self._main, num_causes=len(CAUSES), record=record
+        )
+        self._pair = None if record else self._make_pair()
 
-    def decode_step(self, step: int) -> Generator[simpy.Event, None, float]:
-        """Simulate measured step `step` from now on; returns its duration, seconds.
+    def decode_step(self, step: int) -> Generator[simpy.Event, None, StepOutcome]:
+        """Simulate measured step `step` from now on."""
+        row = self._rows[step].tolist()
+        if self._pair is not None:
+            return (yield from self._graph_step(self._pair, row))
+        return (yield from self._launched_step(row))
 
-        The device counts from the start of the step, so that a step takes the same time, bit for bit, whenever it runs.
-        """
-        env, device, row = self.env, self.device, self._rows[step].tolist()
+    def _make_pair(self) -> LanePair | None:
+        """The fast service of a graph: one submission, then nothing but the device until the launching thread wakes."""
+        one_submission = len(self._host) == 2 and not self._host[0].waits
+        if not one_submission or len(self._programs) > 2:
+            return None
+        idle = LaneProgram((), (), (), (), ())
+        others = [program for lane, program in enumerate(self._programs) if lane != self._main]
+        return LanePair(self._programs[self._main], others[0] if others else idle, self._rates, len(CAUSES))
+
+    def _graph_step(self, pair: LanePair, row: list[float]) -> Generator[simpy.Event, None, StepOutcome]:
+        submit, finish = self._host
+        done = pair.run(row[submit.column], row)
+        seconds = done.end + row[finish.column]
+        yield self.env.timeout(seconds)
+        main, other = done.busy
+        busy = (main, other) if self._main == 0 else (other, main)
+        return StepOutcome(seconds, _closed(done.gaps, seconds - done.end), busy[: len(self.lanes)])
+
+    def _launched_step(self, row: list[float]) -> Generator[simpy.Event, None, StepOutcome]:
+        env, device = self.env, self.device
         local = slept = 0.0
         device.begin_step(local, row)
-        for instruction in self.host:
+        for instruction in self._host:
             for lane, count in instruction.waits:
                 local = max(local, device.run_until(lane, count))
             if instruction.waits:
@@ -75,7 +108,14 @@ class SimulatedGpu:
             if self._record:
                 self.host_spans.append((instruction.column, start, local))
         yield env.timeout(local - slept)
-        return local
+        return StepOutcome(local, _closed(device.gaps, local - device.last_end), tuple(device.busy))
+
+
+def _closed(gaps: Sequence[float], rest: float) -> list[float]:
+    """The main stream's last gap, to the end of the step, is the launching thread's synchronisation."""
+    closed = list(gaps)
+    closed[SYNC] += rest
+    return closed
 
 
 class _Program:
@@ -84,48 +124,51 @@ class _Program:
     def __init__(self, priced: PricedStep, lanes: Sequence[Lane]) -> None:
         self.lanes = lanes
         self.number = {lane: index for index, lane in enumerate(lanes)}
-        self.segments: dict[Lane, list[Segment]] = {lane: [] for lane in (*lanes, Lane.LAUNCH)}
-        self.columns = {id(segment): column for column, segment in enumerate(priced.segments)}
-        for segment in priced.segments:
-            self.segments[segment.lane].append(segment)
+        self.columns: dict[Lane, list[int]] = {lane: [] for lane in (*lanes, Lane.LAUNCH)}
+        self.segments = priced.segments
         self.demands: list[Demand] = [Demand()]
-        self.classes = {id(segment): self._class(priced.segment_demand(segment)) for segment in priced.segments}
+        self.classes = [self._class(demand) for demand in priced.demands]
+        self.wakes: list[set[int]] = [set() for _ in self.segments]
+        for column, segment in enumerate(self.segments):
+            self.columns[segment.lane].append(column)
+            for wait in segment.after:
+                if segment.lane is not Lane.LAUNCH:
+                    self.wakes[wait.segment].add(self.number[segment.lane])
 
     def _class(self, demand: Demand) -> int:
-        """Demands that agree to a percent share a class, so that few combinations of rates occur."""
-        rounded = Demand(
+        """Demands that agree to a percent share a class, so that few combinations of rates occur.
+
+        Class 0 is an idle lane; work that asks for nothing shared contends like one.
+        """
+        rounded = replace(
+            demand,
             h2d=round(demand.h2d, 2),
             d2h=round(demand.d2h, 2),
             hbm=round(demand.hbm, 2),
             host_memory=round(demand.host_memory, 2),
-            sms_taken=demand.sms_taken,
-            is_dma=demand.is_dma,
-            is_kernel=demand.is_kernel,
         )
-        # class 0 is an idle lane; work that asks for nothing shared contends like one
         if rounded not in self.demands:
             self.demands.append(rounded)
         return self.demands.index(rounded)
 
     def lane_programs(self) -> list[LaneProgram]:
-        return [self._lane_program(lane) for lane in self.lanes]
+        return [self._lane_program(self.columns[lane]) for lane in self.lanes]
 
     def host_program(self) -> list[HostInstruction]:
         return [
             HostInstruction(
-                tuple((self.number[wait.lane], wait.count) for wait in segment.after), self.columns[id(segment)]
+                tuple((self.number[wait.lane], wait.count) for wait in self.segments[column].after), column
             )
-            for segment in self.segments[Lane.LAUNCH]
+            for column in self.columns[Lane.LAUNCH]
         ]
 
-    def _lane_program(self, lane: Lane) -> LaneProgram:
-        segments = self.segments[lane]
+    def _lane_program(self, columns: list[int]) -> LaneProgram:
         return LaneProgram(
-            classes=tuple(self.classes[id(segment)] for segment in segments),
-            waits=tuple(self._device_waits(segment) for segment in segments),
-            host_waits=tuple(self._host_wait(segment) for segment in segments),
-            wakes=tuple(self._wakes(segment) for segment in segments),
-            columns=tuple(self.columns[id(segment)] for segment in segments),
+            classes=tuple(self.classes[column] for column in columns),
+            waits=tuple(self._device_waits(self.segments[column]) for column in columns),
+            host_waits=tuple(self._host_wait(self.segments[column]) for column in columns),
+            wakes=tuple(tuple(sorted(self.wakes[column])) for column in columns),
+            columns=tuple(columns),
         )
 
     def _device_waits(self, segment: Segment) -> tuple[tuple[int, int, int], ...]:
@@ -138,18 +181,6 @@ class _Program:
     def _host_wait(self, segment: Segment) -> tuple[int, int]:
         waits = [wait for wait in segment.after if wait.lane is Lane.LAUNCH]
         return (waits[-1].count, CAUSES.index(waits[-1].cause)) if waits else (0, 0)
-
-    def _wakes(self, segment: Segment) -> tuple[int, ...]:
-        return tuple(
-            self.number[lane]
-            for lane in self.lanes
-            if lane is not segment.lane
-            and any(
-                wait.lane is segment.lane and wait.count == segment.index + 1
-                for other in self.segments[lane]
-                for wait in other.after
-            )
-        )
 
 
 def run_simpy(priced: PricedStep, *, contention: Contention | None = None) -> StepTimes:
@@ -173,21 +204,18 @@ class _Collected:
         self.busy = np.zeros((steps, len(gpu.lanes)))
 
     def run(self) -> Generator[simpy.Event, None, None]:
-        gpu, device = self.gpu, self.gpu.device
-        sync = CAUSES.index(Cause.SYNC)
-        for step in range(gpu.priced.num_steps):
-            self.seconds[step] = yield from gpu.decode_step(step)
-            self.gaps[step] = device.gaps
-            self.gaps[step, sync] += self.seconds[step] - device.last_end
-            self.busy[step] = device.busy
+        for step in range(len(self.seconds)):
+            outcome = yield from self.gpu.decode_step(step)
+            self.seconds[step] = outcome.seconds
+            self.gaps[step] = outcome.gaps
+            self.busy[step] = outcome.busy
 
     def times(self) -> StepTimes:
         gpu = self.gpu
         lane_busy = {lane: self.busy[:, index] for index, lane in enumerate(gpu.lanes)}
-        columns: dict[Lane, list[int]] = {lane: [] for lane in gpu.priced.graph.lanes()}
-        for column, segment in enumerate(gpu.priced.segments):
-            columns[segment.lane].append(column)
-        alone = {lane: gpu.priced.durations[:, chosen].sum(axis=1) for lane, chosen in columns.items()}
+        alone = {lane: np.zeros(len(self.seconds)) for lane in gpu.priced.graph.lanes()}
+        for segment, seconds in zip(gpu.priced.segments, gpu.priced.durations, strict=True):
+            alone[segment.lane] += seconds
         return StepTimes(
             seconds=self.seconds,
             gaps={cause: self.gaps[:, index] for index, cause in enumerate(CAUSES)},
@@ -196,7 +224,3 @@ class _Collected:
             lane_busy=lane_busy | {Lane.LAUNCH: alone[Lane.LAUNCH]},
         )
 
-
-def spans_of(gpu: SimulatedGpu) -> list[Span]:
-    """What a recording GPU ran, in order of completion."""
-    return list(gpu.device.spans or ())

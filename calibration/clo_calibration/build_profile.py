@@ -1,0 +1,74 @@
+"""Puts a profile together: GPU kernels fitted from measured tables, everything else from `costs/` with its source.
+
+`python -m clo_calibration.build_profile` writes the shipped profiles anew. Knows nothing about schedules.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from datetime import date
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import click
+
+from clo.errors import CloError
+from clo.files import write_text
+from clo.profile import Profile
+from clo_calibration.kernel_fit import fit_tables
+
+GPUS = ("h200", "h100", "a100", "l40s")
+
+NOTE = (
+    "GEMM and decode attention: fitted from measurements of vLLM kernels published in aiconfigurator-core. "
+    "Transfers, launches, synchronisation and selection kernels: literature or assumed, never measured by this project."
+)
+
+
+def build_profile(gpu: str, data_root: Path | None = None) -> Profile:
+    """A profile of `gpu` from fitted tables and the cost files."""
+    tables = fit_tables(gpu, data_root)
+    return Profile(
+        name=gpu,
+        machine=gpu,
+        date=date.today().isoformat(),
+        note=NOTE,
+        gemm=tables.gemm,
+        decode_attention=tables.decode_attention,
+        **_costs(gpu),
+    )
+
+
+def _costs(gpu: str) -> dict[str, Any]:
+    """Common costs, overridden field by field by the GPU's own file where there is one."""
+    costs = _read("common")
+    for name, changes in _read(gpu).items():
+        costs[name] = costs[name] | changes
+    return costs
+
+
+def _read(name: str) -> dict[str, Any]:
+    path = Path(str(files("clo_calibration"))) / "costs" / f"{name}.toml"
+    return tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("calibration/profiles"), show_default=True)
+@click.option("--data", type=click.Path(path_type=Path), help="Folder of aiconfigurator_core, if not installed.")
+@click.argument("gpus", nargs=-1)
+def main(out: Path, data: Path | None, gpus: tuple[str, ...]) -> None:
+    """Fit and write profiles (all four GPUs by default)."""
+    for gpu in gpus or GPUS:
+        profile = build_profile(gpu, data)
+        path = out / f"{gpu}.json"
+        write_text(path, json.dumps(profile.model_dump(mode="json"), indent=1))
+        click.echo(f"{path}: {path.stat().st_size / 1e3:.0f} kB")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except CloError as error:
+        raise SystemExit(f"error: {error}") from None

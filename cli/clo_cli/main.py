@@ -1,0 +1,62 @@
+"""The `clo` command: finds its subcommands without importing them, and turns errors into one line and exit code 2.
+
+Knows nothing about what a subcommand does beyond the line that `clo --help` shows.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+COMMANDS = {
+    "explore": "Compare designs, sweep their choices, and show what each choice is worth.",
+    "simulate": "Run one design in simulation: metrics, and a timeline if asked.",
+    "show": "List models, machines, designs, profiles and traces, each with its source.",
+    "record": "Record an attention trace from a real model.",
+    "trace": "Show what is in an attention trace.",
+    "plot": "Draw figures from a result, a sweep or a timeline.",
+}
+
+
+class LazyGroup(click.Group):
+    """Imports a subcommand's file only when it is run, so that `clo --help` needs nothing but click."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"clo_cli.{cmd_name}"), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="clo-offload", prog_name="clo")
+def clo() -> None:
+    """Explore KV-cache offloading designs for long-context LLM inference: in simulation, and on real machines.
+
+    Start with `clo explore`: which cache size, prefetch depth, transfer engine and synchronisation is fastest for
+    sixteen sequences of 128K tokens of Llama-3-8B on an H200, and why.
+    """
+
+
+def main() -> None:
+    """Entry point: bad input ends with one line on stderr and exit code 2."""
+    from clo.errors import CloError
+
+    try:
+        clo()
+    except CloError as error:
+        click.echo(f"clo: error: {error}", err=True)
+        sys.exit(2)
+    except BrokenPipeError:
+        # the reader of a pipe (`| head`) has gone; nothing is wrong with this side
+        sys.stderr.close()
+        sys.exit(0)

@@ -1,0 +1,109 @@
+"""Options that several commands share, and the scene they describe. Knows nothing about results."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from clo.specs import Design
+    from clo.specs.overrides import Overrides
+    from clo_sim.scene import Scene
+
+ROOTS = ("model", "machine", "profile", "design", "workload")
+
+_SCENE_OPTIONS = (
+    click.option("--model", default="llama-3-8b", show_default=True, help="Preset, TOML, config.json or model folder."),
+    click.option("--machine", default="h200", show_default=True, help="Preset or TOML file."),
+    click.option("--profile", help="Preset or JSON file with the costs [default: the machine's]."),
+    click.option("--context", "context_tokens", type=int, help="Tokens per sequence [default: 131072]."),
+    click.option("--batch", type=int, help="Sequences decoded together [default: 16]."),
+    click.option("--steps", type=int, help="Decode steps to measure [default: 96]."),
+    click.option("--seed", type=int, help="Draws which recorded heads stand for which heads [default: 0]."),
+    click.option("--trace", "trace_path", help="Attention trace, preset or .npz [default: the committed one]."),
+    click.option("--resample-heads", is_flag=True, help="Let a given --trace of another model stand in."),
+    click.option("--synthetic", is_flag=True, help="Replace the trace by a synthetic one fitted to it, of any length."),
+    click.option("--kv-memory-gb", type=float, help="Device memory for KV, GB [default: all that is left]."),
+    click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="FIELD=VALUE",
+        help="Any field: design.tau=0.9, machine.link.h2d_bytes_per_s=50e9, profile.read_back.seconds=1e-5 ...",
+    ),
+)
+
+
+def scene_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that describe a scene; the command receives them as keyword arguments for `scene_from`."""
+    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(_SCENE_OPTIONS), command)
+
+
+def overrides_from(settings: tuple[str, ...]) -> Overrides:
+    """Parsed `--set` options by root."""
+    from clo.specs.overrides import parse_overrides
+
+    return parse_overrides(settings, ROOTS)
+
+
+def scene_from(options: dict[str, Any], overrides: Overrides) -> Scene:
+    """Build and check everything but the design. Raises `CloError` on bad input."""
+    from clo import presets
+    from clo.errors import SpecError
+    from clo.specs.overrides import apply
+    from clo_sim.scene import Scene
+
+    workload = apply(_workload(options), overrides["workload"], "workload")
+    machine = apply(presets.load_machine(options["machine"]), overrides["machine"], "machine")
+    model = apply(presets.load_model(options["model"]), overrides["model"], "model")
+    profile = presets.load_named_profile(options["profile"] or machine.profile)
+    limit = options["kv_memory_gb"]
+    if limit is not None and limit <= 0:
+        raise SpecError(f"--kv-memory-gb = {limit:g}: must be positive")
+    return Scene(
+        model=model,
+        machine=machine,
+        profile=_with_costs(profile, overrides["profile"]),
+        workload=workload,
+        source=_source(options, workload),
+        kv_memory_bytes=None if limit is None else limit * 1e9,
+    )
+
+
+def design_from(name: str, overrides: Overrides) -> Design:
+    """A named design or TOML file with the `design.*` settings applied."""
+    from clo import presets
+    from clo.specs.overrides import apply
+
+    return apply(presets.load_design(name), overrides["design"], "design")
+
+
+def _workload(options: dict[str, Any]) -> Any:
+    from clo.specs import Workload
+
+    names = ("context_tokens", "batch", "steps", "seed")
+    return Workload.parse({name: options[name] for name in names if options[name] is not None})
+
+
+def _with_costs(profile: Any, changes: Any) -> Any:
+    """A cost that was set by hand is nobody's measurement any more."""
+    from clo.specs.overrides import apply
+
+    by_hand = {(path[0], "source"): "assumed" for path in changes if len(path) == 2}
+    return apply(profile, {**by_hand, **changes}, "profile")
+
+
+def _source(options: dict[str, Any], workload: Any) -> Any:
+    from clo import presets
+    from clo_sim.stand_in import TrafficSource
+
+    trace = presets.load_trace(options["trace_path"] or presets.DEFAULT_TRACE)
+    if options["synthetic"]:
+        from clo_sim.synthetic import fit_synthetic
+
+        steps = workload.warmup_steps + workload.steps
+        return TrafficSource(fit_synthetic(trace).generate(num_steps=steps, seed=workload.seed))
+    return TrafficSource(trace, resample_heads=options["trace_path"] is None or options["resample_heads"])

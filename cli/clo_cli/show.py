@@ -1,0 +1,73 @@
+"""`clo show`: what is at hand, and how each number is known. Knows nothing about running anything."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+KINDS = ("models", "machines", "designs", "profiles", "traces")
+
+
+@click.command()
+@click.argument("kind", type=click.Choice(KINDS), required=False)
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def show(kind: str | None, name: str | None, as_json: bool) -> None:
+    """List what is at hand, or all fields of one thing, each with its source.
+
+    \b
+    clo show                     everything, a line each
+    clo show designs clo         every field of one design
+    clo show profiles h200       every cost with its source
+    """
+    kinds = (kind,) if kind else KINDS
+    data = {one: _records(one, name) for one in kinds}
+    if as_json:
+        click.echo(json.dumps(data, indent=1))
+    elif name:
+        from clo_cli.tables import print_fields
+
+        print_fields(f"{kind} {name}", data[kinds[0]][name])
+    else:
+        from clo_cli.tables import print_listing
+
+        for one in kinds:
+            print_listing(one, data[one])
+
+
+def _records(kind: str, name: str | None) -> dict[str, dict[str, Any]]:
+    from clo import presets
+
+    chosen = [name] if name else presets.names(kind)  # type: ignore[arg-type]
+    return {one: _record(kind, one) for one in chosen}
+
+
+def _record(kind: str, name: str) -> dict[str, Any]:
+    from clo import presets
+
+    if kind == "traces":
+        return _trace_record(name)
+    if kind == "profiles":
+        return _profile_record(name)
+    load = {"models": presets.load_model, "machines": presets.load_machine, "designs": presets.load_design}[kind]
+    record: dict[str, Any] = load(name).model_dump(mode="json")
+    return record
+
+
+def _trace_record(name: str) -> dict[str, Any]:
+    from clo import presets
+
+    header: dict[str, Any] = presets.load_trace(name).header.model_dump(mode="json")
+    return header
+
+
+def _profile_record(name: str) -> dict[str, Any]:
+    """Costs without the packed tables, and how many of them are measured."""
+    from clo import presets
+
+    profile = presets.load_named_profile(name)
+    data: dict[str, Any] = profile.model_dump(mode="json", exclude={"gemm": {"log_latency"}, "decode_attention": {"log_latency"}})
+    sources = [source.value for source in profile.sources().values()]
+    return data | {"sources": {source: sources.count(source) for source in sorted(set(sources))}}

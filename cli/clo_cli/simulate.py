@@ -1,0 +1,76 @@
+"""`clo simulate`: one design. Knows nothing about sweeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from clo_cli.options import design_from, overrides_from, scene_from, scene_options
+
+
+@click.command()
+@scene_options
+@click.option("--design", "design_name", default="clo", show_default=True, help="Preset or TOML file.")
+@click.option(
+    "--executor",
+    type=click.Choice(["simpy", "clock"]),
+    default="simpy",
+    show_default=True,
+    help="simpy: with contention; clock: without.",
+)
+@click.option("--timeline", type=click.Path(path_type=Path), help="Write one step as Chrome trace JSON (Perfetto).")
+@click.option("--timeline-step", type=int, default=0, show_default=True, help="Which measured step.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the result as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def simulate(
+    design_name: str,
+    executor: str,
+    timeline: Path | None,
+    timeline_step: int,
+    out: Path | None,
+    as_json: bool,
+    settings: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Run one design in simulation and print where a decode step's time goes.
+
+    \b
+    clo simulate --design clo --context 131072 --batch 16
+    clo simulate --design resolve --set design.slot_budgets=2 --timeline step.json
+    """
+    from clo_sim.run import simulate as run
+
+    overrides = overrides_from(settings)
+    scene, design = scene_from(options, overrides), design_from(design_name, overrides)
+    _check_step(timeline_step, scene.workload.steps)
+    result = run(scene, design, executor="clock" if executor == "clock" else "simpy")
+    if timeline is not None:
+        _write_timeline(timeline, scene, design, executor, timeline_step)
+    if out is not None:
+        result.save(out)
+    if as_json:
+        click.echo(result.model_dump_json(indent=1))
+    else:
+        from clo_cli.tables import print_result
+
+        print_result(result, scene)
+        if timeline is not None:
+            click.echo(f"timeline of step {timeline_step}: {timeline} (open in https://ui.perfetto.dev)")
+
+
+def _check_step(step: int, steps: int) -> None:
+    from clo.errors import SpecError
+
+    if not 0 <= step < steps:
+        raise SpecError(f"--timeline-step = {step}: must be from 0 to {steps - 1} (workload.steps = {steps})")
+
+
+def _write_timeline(path: Path, scene: Any, design: Any, executor: str, step: int) -> None:
+    from clo.timeline import save_chrome_trace
+    from clo_sim.unfold import clock_timeline, simulated_timeline
+
+    priced = scene.priced(scene.plan(design))
+    unfold = clock_timeline if executor == "clock" else simulated_timeline
+    save_chrome_trace(path, [unfold(priced, step, f"{design.name} ({executor}, step {step})")])

@@ -1,0 +1,212 @@
+"""Readable tables of results. Units are converted here and nowhere before. Knows nothing about how results came about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from clo.units import GB, MS_PER_S, format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from clo.choices import Choices
+    from clo.results import Result
+    from clo_sim.scene import Scene
+
+WIDE = 150
+"""Columns when the output is not a terminal: wide enough that no table is folded."""
+
+
+def console() -> Console:
+    """Standard output; a pipe or file gets wide, plain lines."""
+    plain = Console()
+    return plain if plain.is_terminal else Console(width=WIDE, highlight=False)
+
+
+def design_table(results: Sequence[Result], not_run: Mapping[str, str], title: str) -> Table:
+    """A row per design, fastest first; then those that do not fit, with the reason."""
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("design", no_wrap=True)
+    for name in ("TPOT", "tokens/s", "GPU mem\nGB", "of it KV\nGB", "hit\nrate", "h2d/step\nGB", "PCIe\nbusy", "CPU threads\nbusy", "stall", "roofline\nshare"):
+        table.add_column(name, justify="right")
+    table.add_column("stalls on", overflow="fold", min_width=24)
+    for result in sorted(results, key=lambda one: one.tpot_s):
+        table.add_row(*_design_row(result))
+    for name, reason in not_run.items():
+        table.add_row(name, "-", *[""] * 9, f"does not run: {_short(reason)}")
+    return table
+
+
+def _design_row(result: Result) -> list[str]:
+    return [
+        result.design.name,
+        format_seconds(result.tpot_s),
+        f"{result.tokens_per_s:.0f}" if result.tokens_per_s >= 10 else f"{result.tokens_per_s:.2g}",
+        f"{result.device_bytes / GB:.0f}",
+        f"{result.kv_device_bytes / GB:.0f}",
+        f"{result.hit_rate:.1%}",
+        f"{result.h2d_bytes_per_step / GB:.2f}",
+        f"{result.h2d_utilisation:.0%}",
+        f"{result.cpu_threads_s / result.tpot_s:.0%}",
+        f"{result.total_stall_s / result.tpot_s:.0%}",
+        f"{result.roofline.seconds / result.tpot_s:.0%}",
+        stall_text(result),
+    ]
+
+
+def stall_text(result: Result) -> str:
+    """Stalls above a percent of the step, largest first."""
+    shares = {cause: seconds / result.tpot_s for cause, seconds in result.stall_s.items()}
+    shares["contention"] = result.contention_s / result.tpot_s
+    shown = sorted((item for item in shares.items() if item[1] >= 0.01), key=lambda item: -item[1])
+    return ", ".join(f"{cause} {share:.0%}" for cause, share in shown) or "-"
+
+
+def _short(reason: str) -> str:
+    return reason.split(": ", 1)[-1]
+
+
+def print_designs(results: Sequence[Result], not_run: Mapping[str, str], title: str) -> None:
+    """Print the table of designs."""
+    console().print(design_table(results, not_run, title))
+
+
+def print_roofline(result: Result, what: str) -> None:
+    """The least that must move, before any measured or simulated number."""
+    roof = result.roofline
+    console().print(
+        f"Roofline of {what}: {format_bytes(roof.hbm_bytes)} of device memory take {format_seconds(roof.hbm_s)}, "
+        f"{format_bytes(roof.h2d_bytes)} over the host link take {format_seconds(roof.h2d_s)}, "
+        f"arithmetic takes {format_seconds(roof.compute_s)}: no step is shorter than {format_seconds(roof.seconds)}."
+    )
+
+
+def print_choices(choices: Choices) -> None:
+    """What each choice of the best design is worth."""
+    table = Table(title=f"One choice of {choices.best_name} changed at a time", title_justify="left")
+    for name in ("choice", "chosen", "instead"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("TPOT", justify="right")
+    table.add_column("change", justify="right")
+    table.add_column("note", overflow="fold")
+    for row in sorted(choices.alternatives, key=lambda one: (one.field, one.tpot_s is None, one.tpot_s or 0.0)):
+        if row.tpot_s is None:
+            table.add_row(row.field, row.chosen, row.value, "-", "", _short(row.note))
+        else:
+            change = row.tpot_s / choices.best_tpot_s - 1
+            table.add_row(row.field, row.chosen, row.value, format_seconds(row.tpot_s), f"{change:+.1%}", row.note)
+    console().print(table)
+
+
+def print_sources(results: Iterable[Result]) -> None:
+    """How much of the results rests on measured costs, and what was assumed."""
+    rows = list(results)
+    low, high = min(row.measured_share for row in rows), max(row.measured_share for row in rows)
+    span = f"{low:.0%}" if round(low, 2) == round(high, 2) else f"{low:.0%} (least) to {high:.0%} (most)"
+    out = console()
+    out.print(f"Measured costs account for {span} of the busy time of these designs; the rest is literature or assumed.")
+    for note in sorted({note for row in rows for note in row.assumptions}):
+        out.print(f"  assumed: {note}")
+
+
+def print_result(result: Result, scene: Scene) -> None:
+    """One design in full."""
+    out = console()
+    load = result.workload
+    out.print(
+        f"{result.design.name} on {result.machine}: {result.model}, {load.batch} x {load.context_tokens} tokens, "
+        f"{load.steps} steps on the {result.executor} executor"
+    )
+    print_roofline(result, "this design's memory")
+    out.print(_fields_table(_headline(result)))
+    out.print(_time_table(result))
+    print_sources([result])
+
+
+def _headline(result: Result) -> dict[str, str]:
+    return {
+        "TPOT": f"{format_seconds(result.tpot_s)} (median {format_seconds(result.tpot_p50_s)}, p99 {format_seconds(result.tpot_p99_s)})",
+        "tokens/s": f"{result.tokens_per_s:.1f}",
+        "GPU memory": f"{format_bytes(result.device_bytes)}, of it KV {format_bytes(result.kv_device_bytes)}",
+        "host memory": format_bytes(result.host_bytes),
+        "pages": f"{result.num_pages} per head, budget {result.budget_pages}, slots {result.slot_pages}",
+        "hit rate": f"{result.hit_rate:.1%} of attended pages; {result.reuse_rate:.1%} of heads select nothing on demand",
+        "overlap": f"{result.overlap:.1%} of the attended pages are what the selector would choose now",
+        "host to device": f"{format_bytes(result.h2d_bytes_per_step)} a step, link {result.h2d_utilisation:.0%} busy",
+        "CPU": f"launching {format_seconds(result.cpu_launch_s)}, transfer threads {format_seconds(result.cpu_threads_s)} a step",
+        "roofline share": f"{result.roofline.seconds / result.tpot_s:.0%}",
+    }
+
+
+def _time_table(result: Result) -> Table:
+    table = Table(title="Where a step's time goes (main stream)", title_justify="left")
+    table.add_column("part")
+    table.add_column("ms", justify="right")
+    table.add_column("share", justify="right")
+    parts = {**result.busy_s, "contention": result.contention_s}
+    parts |= {f"stall: {cause}": seconds for cause, seconds in result.stall_s.items()}
+    for name, seconds in parts.items():
+        if seconds > 1e-4 * result.tpot_s:
+            table.add_row(name, f"{seconds * MS_PER_S:.3f}", f"{seconds / result.tpot_s:.1%}")
+    return table
+
+
+def _fields_table(fields: Mapping[str, Any]) -> Table:
+    table = Table(show_header=False, box=None)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in fields.items():
+        table.add_row(name, str(value))
+    return table
+
+
+def print_fields(title: str, fields: Mapping[str, Any]) -> None:
+    """All fields of one record; nested ones on a line."""
+    out = console()
+    out.print(title, style="bold")
+    shown = {name: _flat(value) for name, value in fields.items()}
+    out.print(_fields_table(shown))
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_flat(inner)}" for name, inner in value.items() if inner not in ("", 0))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def print_listing(kind: str, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """One line per preset: its name, what it is, and its source."""
+    table = Table(title=kind, title_justify="left", box=None)
+    table.add_column("name", no_wrap=True)
+    table.add_column("what", overflow="fold")
+    table.add_column("source", overflow="fold")
+    for name, record in records.items():
+        table.add_row(name, _what(kind, record), _source(kind, record))
+    console().print(table)
+
+
+def _what(kind: str, record: Mapping[str, Any]) -> str:
+    if kind == "models":
+        heads = f"{record['num_query_heads']} query and {record['num_kv_heads']} KV heads of {record['head_dim']}"
+        return f"{record['num_layers']} layers, {heads}, up to {record['max_positions']} tokens"
+    if kind == "machines":
+        gpu, link = record["gpu"], record["link"]
+        return f"{format_bytes(gpu['memory_bytes'])}, HBM {format_bytes(gpu['hbm_bytes_per_s'])}/s, link {format_bytes(link['h2d_bytes_per_s'])}/s"
+    if kind == "designs":
+        return str(record["description"])
+    if kind == "profiles":
+        return ", ".join(f"{count} costs {source}" for source, count in record["sources"].items())
+    size = f"{record['num_layers']} layers x {record['num_kv_heads']} KV heads, {record['context_tokens']} tokens"
+    return f"{record['model']}: {size}, {record['num_steps']} steps"
+
+
+def _source(kind: str, record: Mapping[str, Any]) -> str:
+    if kind == "designs":
+        return "preset"
+    if kind == "profiles":
+        return f"{record['date']}, {record['gemm']['device']}"
+    if kind == "traces":
+        return f"recorded {record['recorded_at']} over {record['text_source']}"
+    return str(record["source"])

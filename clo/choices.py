@@ -1,0 +1,53 @@
+"""What each choice of a design is worth: TPOT with one field changed at a time. Knows nothing about how it was found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import PositiveFloat, ValidationError
+
+from clo.errors import CloError
+from clo.files import write_text
+from clo.specs.base import Spec, explain
+
+
+class Alternative(Spec):
+    """The best design with `field` set to `value` instead; `tpot_s` is none where that cannot run, `note` says why."""
+
+    field: str
+    chosen: str
+    value: str
+    tpot_s: PositiveFloat | None
+    note: str = ""
+
+
+class Choices(Spec):
+    """A design and its neighbours, each one change away."""
+
+    best_name: str
+    best_tpot_s: PositiveFloat
+    alternatives: tuple[Alternative, ...]
+
+    def save(self, path: Path) -> None:
+        """Write as JSON, whole or not at all."""
+        write_text(path, json.dumps(self.model_dump(mode="json"), indent=1))
+
+
+def load_choices(path: Path) -> Choices:
+    """Read what `save` wrote. Raises `CloError` naming the file and the problem."""
+    data = _read(path)
+    try:
+        return Choices.model_validate(data)
+    except ValidationError as error:
+        raise CloError(f"{path}: {explain(Choices, error)}") from None
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CloError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise CloError(f"{path}: not JSON, or truncated: {error}") from None

@@ -1,0 +1,62 @@
+"""`machine.link.h2d_bytes_per_s=50e9`: one field of a specification, set from text. Knows nothing about commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from clo.errors import SpecError
+from clo.specs.base import Spec
+
+S = TypeVar("S", bound=Spec)
+
+Overrides = Mapping[str, Mapping[tuple[str, ...], Any]]
+"""Values by root (`design`, `machine`, ...) and path below it."""
+
+
+def parse_overrides(settings: Iterable[str], roots: Iterable[str]) -> Overrides:
+    """`["design.tau=0.9"]` -> `{"design": {("tau",): 0.9}}`. Raises `SpecError` naming what is wrong."""
+    known = tuple(roots)
+    result: dict[str, dict[tuple[str, ...], Any]] = {root: {} for root in known}
+    for setting in settings:
+        path, separator, text = setting.partition("=")
+        root, *rest = path.strip().split(".")
+        if not separator or not rest or root not in known:
+            raise SpecError(f"--set {setting}: expected FIELD=VALUE with FIELD one of {', '.join(f'{r}.*' for r in known)}")
+        result[root][tuple(rest)] = parse_value(text)
+    return result
+
+
+def parse_value(text: str) -> Any:
+    """A JSON value, `none`, or the text itself."""
+    stripped = text.strip()
+    if stripped.lower() in ("none", "null"):
+        return None
+    try:
+        return json.loads(stripped)
+    except ValueError:
+        return stripped
+
+
+def apply(spec: S, changes: Mapping[tuple[str, ...], Any], root: str) -> S:
+    """A validated copy of `spec` with the changed fields. Unknown fields are named with what is known there."""
+    if not changes:
+        return spec
+    data = spec.model_dump()
+    for path, value in changes.items():
+        _set(data, path, value, root)
+    return type(spec).parse(data)
+
+
+def _set(data: dict[str, Any], path: tuple[str, ...], value: Any, root: str) -> None:
+    for depth, part in enumerate(path):
+        if part not in data:
+            where = ".".join((root, *path[: depth + 1]))
+            raise SpecError(f"{where}: unknown field (known here: {', '.join(data)})")
+        if depth == len(path) - 1:
+            data[part] = value
+        elif isinstance(data[part], dict):
+            data = data[part]
+        else:
+            raise SpecError(f"{'.'.join((root, *path))}: {part} has no fields of its own")
