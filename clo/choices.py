@@ -1,4 +1,4 @@
-"""What each choice of a design is worth: TPOT with one field changed at a time. Knows nothing about how it was found."""
+"""What each choice of a design is worth: TPOT with one field changed. Knows nothing about how it was found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measured GPU kernel times as small monotone tables: GEMM, decode attention and prefill attention.
+"""Measured GPU kernel times as small monotone tables: GEMM and decode attention.
 
 A table is a grid of latencies, read by multilinear interpolation in log space, so that it never decreases with any
 argument. Outside the grid it follows the roofline. It knows nothing about where its numbers come from beyond the labels

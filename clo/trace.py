@@ -181,12 +181,12 @@ class AttentionTrace:
     @property
     def resident_mass(self) -> NDArray[np.float16]:
         """Attention mass outside candidate pages (page 0, window, page between); [steps, layers, KV heads]."""
-        return self.members["resident_mass"]
+        return _frozen(self.members["resident_mass"])
 
     @property
     def head_importance(self) -> FloatArray:
         """Mean norm of a query head's contribution to the residual stream over the model's mean; [layers, heads]."""
-        return self.members["head_importance"]
+        return _frozen(self.members["head_importance"])
 
     @cached_property
     def _codes(self) -> LazyArrays[int]:

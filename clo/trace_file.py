@@ -92,7 +92,7 @@ def encode_codes(codes: Codes, mean: Codes, quarters: int) -> Codes:
 
 def decode_codes(differences: Codes, mean: Codes, quarters: int) -> Codes:
     """Inverse of `encode_codes`: int8 [steps, layers, heads, head_dim]."""
-    codes = np.ascontiguousarray(differences.transpose(2, 0, 1, 3))
+    codes = differences.transpose(2, 0, 1, 3).copy()
     codes[0] += mean
     for step in range(1, len(codes)):
         codes[step] += _predict(codes[step - 1], mean, quarters)

@@ -1,4 +1,4 @@
-"""What an attention trace says about itself, and which pages are candidates. Knows nothing about how arrays are coded."""
+"""What an attention trace says about itself, and which pages are candidates. Knows nothing about its arrays' codes."""
 
 from __future__ import annotations
 

@@ -82,10 +82,10 @@ def code_queries(
         if distance == 0:
             codes[0] = part = trace_file.to_codes(queries, scale)
         else:
-            nearer = codes[nearer(header, distance)]
+            closest = codes[nearer(header, distance)]
             codes[distance] = trace_file.to_codes(lookahead_queries[distance], scale)
-            codes[distance][:, :distance] = nearer[:, :distance]
-            part = codes[distance] - nearer
+            codes[distance][:, :distance] = closest[:, :distance]
+            part = codes[distance] - closest
         name, mean = query_member(distance), trace_file.mean_code(part)
         members[f"{name}_mean"] = mean
         quarters = AHEAD_QUARTERS if distance else REAL_QUARTERS

@@ -380,8 +380,8 @@ def fitted_groups(samples: Samples, min_group: int) -> Samples:
 def has_own_multi_head_kernel(samples: Samples) -> bool:
     """Whether one query head per KV head often takes much longer than two (decode attention samples).
 
-    FlashAttention 2 in vLLM splits the KV cache over thread blocks only for grouped queries, so multi-head attention
-    is up to 15 times slower there. No table that grows with the query heads can hold both.
+    FlashAttention 2 in vLLM seems to split the KV cache over thread blocks only for grouped queries, so multi-head
+    attention can be tens of times slower there. No table that grows with the query heads can hold both.
     """
     seconds = {tuple(point): value for point, value in zip(samples.points.tolist(), samples.seconds, strict=True)}
     ratios = [
@@ -480,6 +480,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the held-out split")
     parser.add_argument("--gpu", choices=list(GPUS), action="append", help="only these (default: all)")
     options = parser.parse_args(arguments)
+    try:
+        systems_folder(options.data)
+    except ProfileError as error:
+        parser.exit(1, f"{error}\n")
     options.out.mkdir(parents=True, exist_ok=True)
     print("| GPU | Table | Fitted points | Held-out points | Error, median / p90 | Unsmoothed, median / p90 | File |")
     print("|---|---|---|---|---|---|---|")

@@ -6,9 +6,13 @@ Knows nothing about what a subcommand does beyond the line that `clo --help` sho
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 import click
+
+# every product here is small: a second BLAS thread costs more than it brings, tenfold on a busy machine
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 COMMANDS = {
     "explore": "Compare designs, sweep their choices, and show what each choice is worth.",

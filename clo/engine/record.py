@@ -8,6 +8,7 @@ model's results are not changed. Knows nothing about offloading, machines or tim
 from __future__ import annotations
 
 import hashlib
+import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,8 +56,12 @@ class RecordSettings:
             raise SpecError(f"record.num_sink_tokens = {self.num_sink_tokens}: must fit the first page")
         if unknown := set(self.selectors) - set(SELECTORS):
             raise SpecError(f"record.selectors: {', '.join(sorted(unknown))}: known are {', '.join(SELECTORS)}")
+        if not self.selectors:
+            raise SpecError("record.selectors: at least one is needed")
         if any(distance < 1 for distance in self.lookaheads):
             raise SpecError(f"record.lookaheads = {self.lookaheads}: must be layers ahead, at least 1")
+        if list(self.lookaheads) != sorted(set(self.lookaheads)):
+            raise SpecError(f"record.lookaheads = {self.lookaheads}: must ascend")
         if self.candidates(0) < 1:
             raise SpecError(
                 f"record.context_tokens = {self.context_tokens}: no page of {self.page_size} tokens lies between the "
@@ -113,9 +118,15 @@ def record(
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "nll_per_token": nll,
         "recorded_at": datetime.now(UTC).date().isoformat(),
-        "versions": {name: version(name) for name in ("clo-offload", "torch", "transformers", "numpy")},
+        "versions": _versions(),
     }
     return recorder.trace(about)
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("clo-offload", "torch", "transformers", "numpy")}
+    # the default text is that of the Python
+    return {"python": platform.python_version(), **packages}
 
 
 def load_model(model: str | Path) -> tuple[Any, Any]:
@@ -133,6 +144,8 @@ def load_model(model: str | Path) -> tuple[Any, Any]:
     register_attention()
     source = str(ensure_smollm2()) if str(model) == MODEL_NAME else str(model)
     transformers.utils.logging.disable_progress_bar()
+    if isinstance(model, Path) and not model.is_dir():
+        raise NotFoundError(f"model {model}: no such model folder")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         network = transformers.AutoModelForCausalLM.from_pretrained(
@@ -166,6 +179,8 @@ class AttentionRecorder:
     def __init__(self, network: Any, settings: RecordSettings) -> None:
         self.settings = settings
         self._layers = decoder_layers(network)
+        if max(settings.lookaheads, default=0) >= len(self._layers):
+            raise SpecError(f"record.lookaheads = {settings.lookaheads}: the model has only {len(self._layers)} layers")
         attention = self._layers[0].self_attn
         self._head_dim = int(attention.head_dim)
         self._num_query_heads = attention.q_proj.weight.shape[0] // self._head_dim

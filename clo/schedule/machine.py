@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NewType, Protocol
+from typing import NamedTuple, NewType, Protocol
 
 from clo.schedule.work import Work
 
@@ -49,8 +49,7 @@ class Part(StrEnum):
     RUNTIME = "runtime"
 
 
-@dataclass(frozen=True, slots=True)
-class Op:
+class Op(NamedTuple):
     """One operation: a stable name (equal in every executor), the layer it serves, its part and its work."""
 
     name: str

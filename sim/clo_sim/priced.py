@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +16,11 @@ from numpy.typing import NDArray
 from clo.plan import DecodePlan
 from clo.pricing import Demand, Pricer, Seconds
 from clo.schedule import Cause, Lane, Op, StepGraph, record_step
-from clo.schedule.work import Work
+from clo.schedule.work import DecodeAttention, Gemm, StreamKernel, Work
 from clo.traffic import Traffic
 
 
-@dataclass(frozen=True, slots=True)
-class SegmentDependency:
+class SegmentDependency(NamedTuple):
     """Lane `lane` must have completed `count` segments."""
 
     lane: Lane
@@ -29,8 +29,7 @@ class SegmentDependency:
     cause: Cause
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """Consecutive nodes of one lane; `index` counts within the lane."""
 
     lane: Lane
@@ -44,22 +43,22 @@ def segments_of(graph: StepGraph) -> tuple[Segment, ...]:
     waited_for = {wait.node for node in graph.nodes for wait in node.after}
     runs: list[list[int]] = []
     open_run: dict[Lane, list[int]] = {}
+    kind_of: dict[Lane, type] = {}
     for index, node in enumerate(graph.nodes):
-        run = open_run.get(node.lane)
-        if run is None or node.after or run[-1] in waited_for or not _alike(graph, run[-1], index):
-            run = open_run[node.lane] = []
+        lane, kind = node.lane, _contends_as(node.op.work)
+        run = open_run.get(lane)
+        if run is None or node.after or kind is not kind_of[lane] or run[-1] in waited_for:
+            run = open_run[lane] = []
+            kind_of[lane] = kind
             runs.append(run)
         run.append(index)
     return _linked(graph, runs)
 
 
-def _alike(graph: StepGraph, first: int, second: int) -> bool:
-    return _contends_as(graph.nodes[first].op.work) == _contends_as(graph.nodes[second].op.work)
-
-
-def _contends_as(work: Work) -> str:
-    kind = type(work).__name__
-    return "Kernel" if kind in ("Gemm", "DecodeAttention", "StreamKernel") else kind
+def _contends_as(work: Work) -> type:
+    """Kernels contend alike; every other kind of work in its own way."""
+    kind = type(work)
+    return StreamKernel if kind in (Gemm, DecodeAttention) else kind
 
 
 def _linked(graph: StepGraph, runs: list[list[int]]) -> tuple[Segment, ...]:
@@ -180,7 +179,7 @@ class PricedStep:
         ]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def _shape_of_plan(plan: DecodePlan) -> StepShape:
     return StepShape.of(record_step(plan))
 

@@ -18,8 +18,11 @@ from clo.specs import Cache, Design, GqaFold, OnMiss
 from clo.trace import AttentionTrace
 from clo_sim.similarity import PREDICTED, REAL, Similarity, similarity
 
-ABSENT = -1
-"""Stamp of a page that is not on the device."""
+ABSENT = -(2**62)
+"""Stamp of a page that is not on the device: older than any other."""
+
+NO_ANCHOR = -1
+"""Anchor step of a head that has not selected yet."""
 
 NO_PAGE = 0xFFFF
 """Padding of a page list that has fewer candidates than the budget."""
@@ -94,7 +97,7 @@ def _recorded_selector(design: Design, trace: AttentionTrace) -> str:
 
 
 def replay(trace: AttentionTrace, policy: Policy) -> HeadHistory:
-    """Run `policy` over every recorded step of every head, starting with empty slots."""
+    """Run `policy` over every recorded step of every head; prefill has left the latest pages in the slots."""
     return _Replay(trace, policy).run()
 
 
@@ -116,9 +119,11 @@ class _Replay:
         # one column more than there are pages: padding lands there and is never counted
         self.padding = 1 + max(_highest(self.real), _highest(self.predicted))
         self.stamp = np.full((self.num_heads, self.padding + 1), ABSENT, dtype=np.int64)
+        if policy.cache is not Cache.NONE:
+            self.stamp[:] = _after_prefill(trace, policy.slot_pages, self.padding + 1)
         self.held = np.full((self.num_heads, policy.budget_pages), self.padding, dtype=np.int64)
         self.anchor_origin = np.zeros(self.num_heads, dtype=np.int8)
-        self.anchor_step = np.full(self.num_heads, ABSENT, dtype=np.int32)
+        self.anchor_step = np.full(self.num_heads, NO_ANCHOR, dtype=np.int32)
         self.similarity = similarity_of(trace, policy.gqa_fold, policy.lookahead) if policy.gated else None
         self.tau = _thresholds(trace, policy)
         self.clock = 0
@@ -161,7 +166,7 @@ class _Replay:
     def _drifted(self, step: int, origin: int, heads: NDArray[np.intp]) -> NDArray[np.intp]:
         assert self.similarity is not None
         cosine = self.similarity.between(origin, step, heads, self.anchor_origin, self.anchor_step)
-        return heads[(self.anchor_step[heads] == ABSENT) | (cosine < self.tau[heads])]
+        return heads[(self.anchor_step[heads] == NO_ANCHOR) | (cosine < self.tau[heads])]
 
     def _phase(
         self, step: int, origin: int, heads: NDArray[np.intp], missed: NDArray[np.bool_], pages: NDArray[np.int32]
@@ -205,6 +210,14 @@ class _Replay:
         return np.asarray(found.sum(axis=1) / np.maximum(1, real.sum(axis=1)), dtype=np.float32)
 
 
+def _after_prefill(trace: AttentionTrace, slot_pages: int, num_stamps: int) -> NDArray[np.int64]:
+    """Stamps when decoding begins, `[pages]`: the last pages computed are still in the slots, the newest used last."""
+    pages = np.arange(num_stamps)
+    newest = trace.header.num_candidate_pages(0)
+    resident = (pages > newest - slot_pages) & (pages >= 1) & (pages <= newest)
+    return np.where(resident, pages - num_stamps, ABSENT)
+
+
 def _head_pages(pages: NDArray[np.uint16], budget: int) -> NDArray[np.int64]:
     """`[steps, layers, kv_heads, max_budget]` -> `[steps, heads, budget]`."""
     steps = pages.shape[0]
@@ -215,7 +228,7 @@ def _highest(pages: NDArray[np.int64]) -> int:
     return int(np.where(pages == NO_PAGE, 0, pages).max(initial=0))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _cached_similarity(key: _TraceKey, fold: GqaFold, lookahead: int) -> Similarity:
     return similarity(key.trace, fold, lookahead)
 
@@ -271,8 +284,8 @@ def tau_for_hit_rate(cosine: NDArray[np.float32], target: float) -> NDArray[np.f
 def fewest_pages(trace: AttentionTrace, policy: Policy) -> NDArray[np.int32]:
     """Fewest pages, `[steps, heads]`, that any cache of `slot_pages` can fetch for the exact selection of every step.
 
-    Belady's rule (evict what is needed furthest in the future) with the whole trace known in advance; no design that
-    attends to the real query's selection moves less in total.
+    Belady's rule (evict what is needed furthest in the future) with the whole trace known in advance and the best
+    pages in the slots when decoding begins; no design that attends to the real query's selection moves less in total.
     """
     pages = _head_pages(trace.pages[policy.selector], policy.budget_pages)
     steps, heads, _ = pages.shape
@@ -281,7 +294,9 @@ def fewest_pages(trace: AttentionTrace, policy: Policy) -> NDArray[np.int32]:
     np.put_along_axis(wanted, np.where(pages == NO_PAGE, padding, pages), True, axis=2)
     wanted[..., padding] = False
     next_use = _next_use(wanted)
-    resident = np.zeros((heads, padding + 1), dtype=np.bool_)
+    first_use = np.where(wanted[0], 0, next_use[0])
+    nothing = np.zeros_like(wanted[0])
+    resident = _keep_soonest(np.ones_like(nothing), nothing, first_use, policy.slot_pages)
     fetched = np.zeros((steps, heads), dtype=np.int32)
     for step in range(steps):
         fetched[step] = (wanted[step] & ~resident).sum(axis=1)

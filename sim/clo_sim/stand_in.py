@@ -7,7 +7,9 @@ from the same relative depth, and page counts are scaled so that budgets match (
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,9 @@ from clo.specs import Attend, ModelSpec
 from clo.trace import AttentionTrace, TraceHeader
 from clo.traffic import Counts, Traffic
 from clo_sim.replay import HeadHistory, Policy, fewest_pages, policy_of, replay
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 DEPTH_RADIUS = 1
 """A head may stand for heads one recorded layer up or down: nine candidates with SmolLM2's three KV heads."""
@@ -34,6 +39,7 @@ class TrafficSource:
         self.resample_heads = resample_heads
         self._max_replays = max_replays
         self._replays: OrderedDict[Policy, HeadHistory] = OrderedDict()
+        self._traffics: OrderedDict[tuple[object, ...], Traffic] = OrderedDict()
 
     def traffic(self, plan: DecodePlan) -> Traffic:
         """Counts of `plan`, `[steps, layers]`. Raises `SpecError`/`TraceError` when the trace cannot serve it."""
@@ -43,7 +49,12 @@ class TrafficSource:
             return _everything_moves(plan)
         self.check(plan)
         policy = policy_of(plan, self.trace)
-        return _stand_in(plan, self.trace, policy, self._replayed(policy))
+        # designs that differ only in how pages move share their counts
+        key = (policy, plan.model, plan.workload, plan.budget_pages, plan.num_pages, plan.dense_layers,
+               plan.pinned_heads_per_layer, plan.design.page_size, plan.design.selector)
+        return _remembered(
+            self._traffics, key, 32, lambda: _stand_in(plan, self.trace, policy, self._replayed(policy))
+        )
 
     def fewest_fetched_pages(self, plan: DecodePlan) -> float:
         """Mean pages a step that no exact design with this plan's slots can avoid (Belady), whole batch."""
@@ -69,12 +80,17 @@ class TrafficSource:
             )
 
     def _replayed(self, policy: Policy) -> HeadHistory:
-        if policy not in self._replays:
-            self._replays[policy] = replay(self.trace, policy)
-            while len(self._replays) > self._max_replays:
-                self._replays.popitem(last=False)
-        self._replays.move_to_end(policy)
-        return self._replays[policy]
+        return _remembered(self._replays, policy, self._max_replays, lambda: replay(self.trace, policy))
+
+
+def _remembered(kept: OrderedDict[Key, Value], key: Key, limit: int, compute: Callable[[], Value]) -> Value:
+    """The value of `key`, computed the first time; of more than `limit` the least recently used are forgotten."""
+    if key not in kept:
+        kept[key] = compute()
+        if len(kept) > limit:
+            kept.popitem(last=False)
+    kept.move_to_end(key)
+    return kept[key]
 
 
 def _same_heads(model: ModelSpec, header: TraceHeader) -> bool:

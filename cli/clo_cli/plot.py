@@ -1,0 +1,119 @@
+"""`clo plot`: figures from files that other commands wrote. Knows nothing about how a figure is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KINDS = ("stalls", "pareto", "timeline", "choices")
+_PARQUET_MAGIC = b"PAR1"
+# the key that only this kind's JSON has
+_KEYS = {"traceEvents": "timeline", "alternatives": "choices", "results": "stalls", "stall_s": "stalls"}
+
+
+@click.command()
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write: .png, .svg or .pdf.")
+@click.option("--kind", type=click.Choice(KINDS), help="What to draw [default: what the first file holds].")
+def plot(paths: tuple[Path, ...], out: Path, kind: str | None) -> None:
+    """Draw one figure from the files at PATH....
+
+    \b
+    stalls    results (JSON): where each design's time goes
+    pareto    sweeps (Parquet): time against memory, and the best of both
+    timeline  timelines (Chrome trace JSON that clo wrote): a few layers, lane by lane
+    choices   choices (JSON): what each choice of the best design is worth
+    """
+    from clo_plots.style import check_suffix, save_figure
+
+    check_suffix(out)
+    chosen = kind or detect(paths[0])
+    save_figure(_DRAW[chosen](paths), out)
+    click.echo(f"{out}: {chosen} figure of {', '.join(str(path) for path in paths)}")
+
+
+def detect(path: Path) -> str:
+    """The kind of figure that the content of `path` is for. Raises `CloError` when there is none."""
+    from clo.errors import CloError
+
+    try:
+        with path.open("rb") as file:
+            if file.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC:
+                return "pareto"
+    except OSError as error:
+        raise CloError(f"{path}: {error.strerror or error}") from None
+    data = _read_json(path)
+    for key, kind in _KEYS.items():
+        if isinstance(data, dict) and key in data:
+            return kind
+    raise CloError(f"{path}: neither a result, a sweep, a timeline nor choices that clo wrote (see --kind)")
+
+
+def _read_json(path: Path) -> Any:
+    import json
+
+    from clo.errors import CloError
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CloError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise CloError(f"{path}: neither Parquet nor JSON, or truncated: {error}") from None
+
+
+def _stalls(paths: tuple[Path, ...]) -> Figure:
+    from clo_plots.stalls import plot_stalls
+
+    return plot_stalls([result for path in paths for result in _results(path)])
+
+
+def _results(path: Path) -> list[Any]:
+    """One result, or those of a list under `results`."""
+    from clo.errors import CloError
+    from clo.results import Result
+
+    data = _read_json(path)
+    rows = data["results"] if isinstance(data, dict) and "results" in data else [data]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise CloError(f"{path}: not a result, and no list of results either")
+    return [Result.parse(row, where=str(path)) for row in rows]
+
+
+def _pareto(paths: tuple[Path, ...]) -> Figure:
+    from clo_plots.pareto import plot_pareto
+    from clo_plots.sweep_table import load_points
+
+    points = [point for path in paths for point in load_points(path)]
+    return plot_pareto(points, title=", ".join(path.stem for path in paths))
+
+
+def _timeline(paths: tuple[Path, ...]) -> Figure:
+    from clo.timeline import load_chrome_trace
+    from clo_plots.timelines import plot_timelines
+
+    return plot_timelines([timeline for path in paths for timeline in load_chrome_trace(path)])
+
+
+def _choices(paths: tuple[Path, ...]) -> Figure:
+    from clo.choices import load_choices
+    from clo.errors import CloError
+    from clo_plots.choices import plot_choices
+
+    if len(paths) > 1:
+        raise CloError(f"{paths[1]}: a choices figure is drawn from one file")
+    return plot_choices(load_choices(paths[0]))
+
+
+_DRAW: dict[str, Callable[[tuple[Path, ...]], Figure]] = {
+    "stalls": _stalls,
+    "pareto": _pareto,
+    "timeline": _timeline,
+    "choices": _choices,
+}

@@ -1,0 +1,122 @@
+"""Time against memory: the designs of a sweep, the named ones, and the front. Knows nothing about how they were run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from clo.units import GB, MS_PER_S
+from clo_plots.labels import Points, label_markers
+from clo_plots.style import ACCENT, FAINT, FONT_PT, INK, SLOWER, SMALL_PT, new_figure
+
+_MARKERS = "osD^vP*Xp<>h"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DesignPoint:
+    """One design: what it keeps on the device and how long a step takes. A named one gets a marker and its name."""
+
+    name: str
+    kv_device_bytes: float
+    tpot_s: float
+    named: bool = False
+
+
+def pareto_front(points: Iterable[DesignPoint]) -> tuple[DesignPoint, ...]:
+    """The designs that none beats in one of memory and time without losing in the other, by rising memory.
+
+    Of designs that are equal in both, the first.
+    """
+    front: list[DesignPoint] = []
+    for point in sorted(points, key=lambda one: (one.kv_device_bytes, one.tpot_s)):
+        if not front or point.tpot_s < front[-1].tpot_s:
+            front.append(point)
+    return tuple(front)
+
+
+def plot_pareto(points: Sequence[DesignPoint], *, title: str, memory_bytes: float | None = None) -> Figure:
+    """TPOT against GPU memory for KV; `memory_bytes`, what there is, is marked by a vertical line."""
+    with new_figure(3.9, what="pareto", empty=not points) as figure:
+        axes = figure.add_subplot(title=title, xlabel="GPU memory for KV (GB)", ylabel="TPOT (ms, log scale)")
+        front, named = pareto_front(points), [point for point in points if point.named]
+        _limits(axes, points, memory_bytes)
+        line = _draw_front(axes, front)
+        _draw_swept(axes, [point for point in points if not point.named])
+        _draw_named(axes, named)
+        _draw_memory(axes, memory_bytes)
+        if axes.get_legend_handles_labels()[0]:
+            figure.legend(loc="outside lower center", ncols=3)
+        figure.draw_without_rendering()
+        avoid = np.vstack([_dense(axes, line), _positions([point for point in points if not point.named])])
+        label_markers(axes, [point.name for point in named], _positions(named), avoid, size_pt=FONT_PT)
+        return figure
+
+
+def _positions(points: Sequence[DesignPoint]) -> Points:
+    return np.array([(one.kv_device_bytes / GB, one.tpot_s * MS_PER_S) for one in points], float).reshape(-1, 2)
+
+
+def _limits(axes: Axes, points: Sequence[DesignPoint], memory_bytes: float | None) -> None:
+    at = _positions(points)
+    right = max(at[:, 0].max(), (memory_bytes or 0.0) / GB)
+    margin = max(0.06 * (right - at[:, 0].min()), 0.02 * right, 1e-3)
+    low, high = at[:, 1].min(), at[:, 1].max()
+    axes.set_yscale("log")
+    axes.set_xlim(max(0.0, at[:, 0].min() - margin), right + margin)
+    axes.set_ylim(low / max(1.1, (high / low) ** 0.06), high * max(1.1, (high / low) ** 0.06))
+    # a narrow range has no round decades to mark
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high / low > 6 else MaxNLocator(6))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.grid(True)
+
+
+def _draw_front(axes: Axes, front: Sequence[DesignPoint]) -> Points:
+    """The least TPOT with at most that much memory: corners of the steps, up to the right edge."""
+    at = _positions(front)
+    line = np.vstack([[at[0, 0], axes.get_ylim()[1]], at, [axes.get_xlim()[1], at[-1, 1]]])
+    axes.step(line[:, 0], line[:, 1], where="post", color=ACCENT, linewidth=1.3, label="best with at most this memory")
+    return line
+
+
+def _dense(axes: Axes, line: Points) -> Points:
+    """Points along the steps, a few pixels apart, for labels to keep off."""
+    corners = np.repeat(line, 2, axis=0)
+    steps = np.column_stack([corners[1:, 0], corners[:-1, 1]])
+    pixels = axes.transData.transform(steps)
+    pieces = [np.linspace(start, end, 60) for start, end in itertools.pairwise(pixels)]
+    return np.asarray(axes.transData.inverted().transform(np.vstack(pieces)), float)
+
+
+def _draw_swept(axes: Axes, swept: Sequence[DesignPoint]) -> None:
+    at = _positions(swept)
+    if len(at):
+        axes.plot(at[:, 0], at[:, 1], "o", color=FAINT, alpha=0.6, markersize=2.8, markeredgewidth=0, label="swept")
+
+
+def _draw_named(axes: Axes, named: Sequence[DesignPoint]) -> None:
+    for number, (x, y) in enumerate(_positions(named)):
+        marker = _MARKERS[number % len(_MARKERS)]
+        axes.plot(x, y, marker, color=SLOWER, markersize=6, markeredgecolor=INK, markeredgewidth=0.6, zorder=4)
+
+
+def _draw_memory(axes: Axes, memory_bytes: float | None) -> None:
+    if memory_bytes is not None:
+        axes.axvline(memory_bytes / GB, color=INK, linewidth=0.9, linestyle=(0, (4, 2)))
+        axes.annotate(
+            f"{memory_bytes / GB:.0f} GB available",
+            (memory_bytes / GB, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(-3, -3),
+            textcoords="offset points",
+            rotation=90,
+            ha="right",
+            va="top",
+            fontsize=SMALL_PT,
+        )

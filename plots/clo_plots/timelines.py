@@ -1,0 +1,149 @@
+"""A few layers of a decode step on every lane, designs under each other. Knows nothing about how spans came about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from clo.errors import CloError
+from clo.schedule.machine import Lane, Part
+from clo.timeline import Span, Timeline
+from clo.units import MS_PER_S, US_PER_S, format_seconds
+from clo_plots.style import FONT_PT, GRID, PARTS, SMALL_PT, STALLS, UNKNOWN, Fill, legend_patch, new_figure, text_width_px
+
+LAYERS_SHOWN = 3.5
+_BAR = 0.62
+_LABEL_BOX = {"boxstyle": "square,pad=0.12", "facecolor": "white", "edgecolor": "none"}
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What is shown: from `begin_s` to `end_s` around each timeline's own `zeros_s`; `label` says what zero is."""
+
+    zeros_s: tuple[float, ...]
+    begin_s: float
+    end_s: float
+    label: str
+
+    @property
+    def unit(self) -> tuple[float, str]:
+        """Units per second, and their name."""
+        return (MS_PER_S, "ms") if self.end_s - self.begin_s >= 1e-3 else (US_PER_S, "us")
+
+
+def plot_timelines(
+    timelines: Sequence[Timeline], *, start_s: float | None = None, duration_s: float | None = None
+) -> Figure:
+    """A panel per design, lanes as rows, on one time scale.
+
+    By default three to four layers in the middle of the first timeline's step are shown. The other panels show as much
+    time around the same layer, wherever it comes in their own step. With `start_s`, all show the same time of the step.
+    """
+    rows = [len(timeline.lanes) for timeline in timelines]
+    with new_figure(0.75 + sum(0.3 + 0.26 * count for count in rows), what="timeline", empty=not rows) as figure:
+        window = choose_window(timelines, start_s=start_s, duration_s=duration_s)
+        panels = figure.subplots(len(rows), 1, sharex=True, squeeze=False, height_ratios=[count + 0.3 for count in rows])
+        scale, unit = window.unit
+        for axes, timeline, zero in zip(panels[:, 0], timelines, window.zeros_s, strict=True):
+            _draw_panel(axes, timeline, window, zero)
+        panels[-1, 0].set_xlim(window.begin_s * scale, window.end_s * scale)
+        panels[-1, 0].set_xlabel(f"{window.label} ({unit})")
+        _legend(figure, timelines, window)
+        figure.draw_without_rendering()
+        for axes, timeline, zero in zip(panels[:, 0], timelines, window.zeros_s, strict=True):
+            _write_labels(axes, timeline, window, zero)
+        return figure
+
+
+def choose_window(timelines: Sequence[Timeline], *, start_s: float | None, duration_s: float | None) -> Window:
+    """The window described at `plot_timelines`."""
+    first = timelines[0]
+    layers = sorted({span.layer for span in first.spans})
+    duration = duration_s or first.seconds * LAYERS_SHOWN / max(len(layers), 1)
+    if duration <= 0:
+        raise CloError(f"timeline figure: {first.title}: a window of {duration:g} s shows nothing")
+    if start_s is not None:
+        return Window((0.0,) * len(timelines), start_s, start_s + duration, "time from the start of the step")
+    middle = layers[len(layers) // 2]
+    zeros = tuple(_attention_start(timeline, middle) for timeline in timelines)
+    own = ", each design in its own time" if len(timelines) > 1 else ""
+    return Window(zeros, -duration / 2, duration / 2, f"time from the start of attention in layer {middle}{own}")
+
+
+def _attention_start(timeline: Timeline, layer: int) -> float:
+    """Where the main stream begins to attend in `layer`; without such a span, the middle of the step."""
+    starts = (span.start_s for span in timeline.spans if _attends(span) and span.layer == layer)
+    return next(starts, timeline.seconds / 2)
+
+
+def _attends(span: Span) -> bool:
+    return span.lane == Lane.MAIN and span.part == Part.ATTENTION
+
+
+def _visible(timeline: Timeline, window: Window, zero: float) -> list[Span]:
+    begin, end = zero + window.begin_s, zero + window.end_s
+    return [span for span in timeline.spans if span.end_s > begin and span.start_s - span.waited_s < end]
+
+
+def _draw_panel(axes: Axes, timeline: Timeline, window: Window, zero: float) -> None:
+    axes.set_title(f"{timeline.title}: step of {format_seconds(timeline.seconds)}", fontsize=FONT_PT, pad=3)
+    axes.set_ylim(len(timeline.lanes) - 0.45, -0.55)
+    axes.set_yticks(range(len(timeline.lanes)), timeline.lanes)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(True, axis="x")
+    for row in range(1, len(timeline.lanes)):
+        axes.axhline(row - 0.5, color=GRID, linewidth=0.5)
+    scale, _ = window.unit
+    for span in _visible(timeline, window, zero):
+        row = timeline.lanes.index(span.lane)
+        if _stalls(span):
+            _draw_bar(axes, row, (span.start_s - span.waited_s - zero) * scale, span.waited_s * scale, _stall_fill(span))
+        width = (span.end_s - span.start_s) * scale
+        _draw_bar(axes, row, (span.start_s - zero) * scale, width, PARTS.get(span.part, UNKNOWN))
+
+
+def _stalls(span: Span) -> bool:
+    return span.lane == Lane.MAIN and span.waited_s > 0 and bool(span.cause)
+
+
+def _stall_fill(span: Span) -> Fill:
+    return STALLS.get(span.cause, UNKNOWN)
+
+
+def _draw_bar(axes: Axes, row: int, left: float, width: float, fill: Fill) -> None:
+    axes.barh(row, width, _BAR, left=left, **fill.patch)
+
+
+def _write_labels(axes: Axes, timeline: Timeline, window: Window, zero: float) -> None:
+    """Causes in stalls and layer numbers under attention, where there is room."""
+    for span in _visible(timeline, window, zero):
+        row = timeline.lanes.index(span.lane)
+        if _stalls(span):
+            left = span.start_s - span.waited_s - zero
+            _write(axes, window, span.cause, left, span.start_s - zero, row, box=_LABEL_BOX, va="center_baseline")
+        if _attends(span):
+            left, right = span.start_s - zero, span.end_s - zero
+            _write(axes, window, str(span.layer), left, right, row + _BAR / 2, va="top")
+
+
+def _write(
+    axes: Axes, window: Window, text: str, left: float, right: float, row: float, *, va: str, box: object = None
+) -> None:
+    """Centred in the visible part of the interval, if it is wide enough there."""
+    left, right = max(left, window.begin_s), min(right, window.end_s)
+    room_px = (right - left) / (window.end_s - window.begin_s) * axes.bbox.width
+    if room_px > text_width_px(axes.figure, text, SMALL_PT - 0.5) + 4:
+        middle = (left + right) / 2 * window.unit[0]
+        axes.text(middle, row, text, ha="center", va=va, fontsize=SMALL_PT - 0.5, bbox=box, clip_on=True)
+
+
+def _legend(figure: Figure, timelines: Sequence[Timeline], window: Window) -> None:
+    spans = [span for one, zero in zip(timelines, window.zeros_s, strict=True) for span in _visible(one, window, zero)]
+    parts, causes = {span.part for span in spans}, {span.cause for span in spans if _stalls(span)}
+    handles = [legend_patch(name, fill) for name, fill in PARTS.items() if name in parts]
+    handles += [legend_patch(f"stall: {name}", fill) for name, fill in STALLS.items() if name in causes]
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=5)
