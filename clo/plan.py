@@ -85,10 +85,10 @@ class DecodePlan:
 
 
 def dense_layers(model: ModelSpec, design: Design) -> int:
-    """All layers of a resident design, none of a streamed one, else `design.dense_layers`."""
-    if design.cache is Cache.RESIDENT:
-        return model.num_layers
-    return 0 if design.attend is Attend.FULL else min(design.dense_layers, model.num_layers)
+    """All layers of a design that attends in full on the device, none of a streamed one, else `design.dense_layers`."""
+    if design.attend is Attend.FULL:
+        return 0 if design.offloads else model.num_layers
+    return min(design.dense_layers, model.num_layers)
 
 
 def index_bytes_per_head(model: ModelSpec, design: Design, workload: Workload) -> float:
@@ -97,7 +97,7 @@ def index_bytes_per_head(model: ModelSpec, design: Design, workload: Workload) -
     Page min/max holds two vectors a page, page mean one; 4-bit keys half a byte a key element; sign-hash codes 128 bits
     a token; the exact selector is an oracle that keeps every key on the device.
     """
-    if not design.selects or design.cache is Cache.RESIDENT:
+    if not design.selects:
         return 0.0
     tokens, vector = workload.context_tokens, model.head_dim * model.kv_bytes_per_value
     pages = math.ceil(tokens / design.page_size)
@@ -204,8 +204,6 @@ def _fixed_memory(
 
 def _slot_row_bytes(model: ModelSpec, design: Design, workload: Workload, pinned: int) -> float:
     """Device bytes of one slot in every KV head that has slots at the same time."""
-    if not design.offloads:
-        return 0.0
     sparse = model.num_layers - dense_layers(model, design)
     # without a cache the slots are a buffer that layers share in turn: one in use, the others being filled
     layers = min(sparse, design.prefetch_depth + 1) if design.cache is Cache.NONE else sparse
@@ -215,7 +213,7 @@ def _slot_row_bytes(model: ModelSpec, design: Design, workload: Workload, pinned
 def _slot_pages(design: Design, workload: Workload, budget: int, room: float, row_bytes: float) -> int:
     pages = _num_pages(design, workload)
     if not design.offloads:
-        return 0
+        return pages
     # a buffer, or a set that is replaced as a whole, has no use for more than the budget
     if design.cache is Cache.NONE or (design.cache is Cache.HEAD_REUSE and design.on_miss == "replace"):
         return budget

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from clo.results import Result
     from clo_sim.scene import Scene
 
-WIDE = 150
+WIDE = 160
 """Columns when the output is not a terminal: wide enough that no table is folded."""
 
 
@@ -29,13 +29,13 @@ def design_table(results: Sequence[Result], not_run: Mapping[str, str], title: s
     """A row per design, fastest first; then those that do not fit, with the reason."""
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column("design", no_wrap=True)
-    for name in ("TPOT", "tokens/s", "GPU mem\nGB", "of it KV\nGB", "hit\nrate", "h2d/step\nGB", "PCIe\nbusy", "CPU threads\nbusy", "stall", "roofline\nshare"):
+    for name in ("TPOT", "tokens/s", "GPU mem\nGB", "of it KV\nGB", "overlap\nw. exact", "hit\nrate", "h2d/step\nGB", "PCIe\nbusy", "CPU threads\nbusy", "stall", "roofline\nshare"):
         table.add_column(name, justify="right")
     table.add_column("stalls on", overflow="fold", min_width=24)
     for result in sorted(results, key=lambda one: one.tpot_s):
         table.add_row(*_design_row(result))
     for name, reason in not_run.items():
-        table.add_row(name, "-", *[""] * 9, f"does not run: {_short(reason)}")
+        table.add_row(name, "-", *[""] * 10, f"does not run: {_short(reason)}")
     return table
 
 
@@ -46,6 +46,7 @@ def _design_row(result: Result) -> list[str]:
         f"{result.tokens_per_s:.0f}" if result.tokens_per_s >= 10 else f"{result.tokens_per_s:.2g}",
         f"{result.device_bytes / GB:.0f}",
         f"{result.kv_device_bytes / GB:.0f}",
+        f"{result.overlap:.0%}",
         f"{result.hit_rate:.1%}",
         f"{result.h2d_bytes_per_step / GB:.2f}",
         f"{result.h2d_utilisation:.0%}",

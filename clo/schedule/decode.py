@@ -117,6 +117,8 @@ def _demand(m: Machine, ops: StepOps, flight: _Flight, layer: int) -> Step:
         # the anchors and page tables that the prefetch moved must be settled before the real query is tested
         m.wait(Lane.MAIN, predicted, Cause.PREFETCH)
     chosen = _select(m, ops, Stage.DEMAND, layer, Lane.MAIN)
+    if not plan.design.offloads:
+        return
     done = yield from fetch(m, ops, Stage.DEMAND, layer, chosen, Lane.MAIN, flight.arrived.get(layer))
     m.wait(Lane.MAIN, done, Cause.DEMAND)
 
@@ -128,7 +130,7 @@ def _select(m: Machine, ops: StepOps, stage: Stage, layer: int, stream: Lane) ->
         m.launch(stream, ops.hit_test(stage, layer))
     m.launch(stream, ops.score_pages(stage, layer))
     chosen = m.launch(stream, ops.select_pages(stage, layer))
-    if design.resolve_on is ResolveOn.GPU and design.cache is not Cache.NONE:
+    if design.resolve_on is ResolveOn.GPU and design.cache in (Cache.LRU, Cache.HEAD_REUSE):
         chosen = m.launch(stream, ops.resolve_pages(stage, layer))
     return chosen
 

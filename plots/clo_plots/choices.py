@@ -16,7 +16,7 @@ from clo_plots.style import FASTER, FONT_PT, GRID, INK, SLOWER, SMALL_PT, new_fi
 LINEAR_PERCENT = 10.0
 """Changes up to this are drawn to scale; where some go far beyond, the scale is logarithmic from here on."""
 _FAR_PERCENT = 100.0
-_LINE_CHARS = 118
+_LINE_CHARS = 130
 
 
 def plot_choices(choices: Choices) -> Figure:
@@ -61,21 +61,24 @@ def _scale(axes: Axes, percents: Sequence[float]) -> None:
         axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=LINEAR_PERCENT))
         axes.xaxis.set_minor_locator(NullLocator())
         label = f"change of TPOT (%; to scale up to {LINEAR_PERCENT:g} %, logarithmic beyond)"
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+,.3g}" if value else "0"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
     axes.set_xlabel(label)
-    span = max(high - low, 1e-6)
-    axes.set_xlim(low * 1.2 - 0.02 * span if low < 0 else -0.02 * span, high * 1.2 + 0.02 * span)
+    room = 0.02 * min(max(high - low, 1e-6), _FAR_PERCENT)
+    axes.set_xlim(low * 1.2 - room, high * 1.2 + room)
     axes.grid(True, axis="x")
     axes.axvline(0, color=INK, linewidth=0.8)
 
 
 def _rows(axes: Axes, rows: Sequence[Alternative]) -> None:
-    """Values as tick labels, left of them their field and what the best design has chosen."""
+    """Values as tick labels; before them, their field and what the best design has chosen."""
     axes.set_ylim(max(len(rows), 1) - 0.4, -0.6)
     axes.set_yticks(range(len(rows)), [row.value for row in rows])
     axes.tick_params(axis="y", length=0, labelsize=FONT_PT - 0.5)
     widest = max((label.get_window_extent().width for label in axes.get_yticklabels()), default=0.0)
-    offset_pt = widest * 72 / axes.figure.dpi + 14
+    offset_pt = widest * 72 / axes.figure.dpi + 5
+    axes.tick_params(axis="y", pad=offset_pt)
+    for label in axes.get_yticklabels():
+        label.set_horizontalalignment("left")
     for number, row in enumerate(rows):
         if number == 0 or rows[number - 1].field != row.field:
             _head_group(axes, number, f"{row.field}: {row.chosen} \N{RIGHTWARDS ARROW}", offset_pt)
@@ -88,7 +91,7 @@ def _head_group(axes: Axes, row: int, text: str, offset_pt: float) -> None:
         text,
         (0.0, row),
         xycoords=("axes fraction", "data"),
-        xytext=(-offset_pt, 0.0),
+        xytext=(-offset_pt - 5, 0.0),
         textcoords="offset points",
         ha="right",
         va="center",
@@ -105,7 +108,13 @@ def _draw(axes: Axes, row: int, percent: float, seconds: float) -> None:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+,.0f}" if abs(value) >= 99.95 else f"{value:+.1f}" if abs(value) >= 9.995 else f"{value:+.2f}"
+    digits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
+    return f"{value:+,.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _tick(value: float) -> str:
+    text = f"{value:+,.0f}" if abs(value) >= 1000 else f"{value:+.3g}"
+    return text.replace("-", "\N{MINUS SIGN}") if value else "0"
 
 
 def _small_print(not_run: Sequence[Alternative]) -> list[str]:

@@ -43,8 +43,12 @@ def label_markers(axes: Axes, names: Sequence[str], at: Points, avoid: Points, *
     pixels = axes.transData.transform(at)
     soft = axes.transData.transform(avoid) if len(avoid) else np.empty((0, 2))
     taken = [_square(center, 4.0 * axes.figure.dpi / 72) for center in pixels]
-    for name, spot in zip(names, at, strict=True):
-        best = min(_tries(axes, name, spot, size_pt), key=lambda one: _cost(one, axes.bbox, taken, soft))
+    # from top to bottom: names of close markers then come in the order of the markers
+    for index in np.argsort(-pixels[:, 1], kind="stable") if len(names) else ():
+        others = np.delete(pixels, index, axis=0)
+        tries = _tries(axes, names[index], at[index], size_pt)
+        costs = [_cost(one, axes.bbox, taken, soft) + _doubt(one, pixels[index], others) for one in tries]
+        best = tries[int(np.argmin(costs))]
         axes.add_artist(best)
         taken.append(best.get_window_extent())
 
@@ -80,6 +84,15 @@ def _cost(text: Annotation, inside: Bbox, taken: Sequence[Bbox], soft: Points) -
     outside = box.width * box.height - _overlap(box, inside)
     dots = int(np.count_nonzero(((soft > box.min) & (soft < box.max)).all(axis=1)))
     return 10.0 * covered + 10.0 * outside + 20.0 * dots
+
+
+def _doubt(text: Annotation, own: Points, others: Points) -> float:
+    """How much a name seems to belong to another marker: it is nearer to that one's height than to its own's."""
+    box = text.get_window_extent()
+    middle, reach = (box.y0 + box.y1) / 2, box.width + box.height
+    close = others[(np.abs(others - own) < (reach, 2 * box.height)).all(axis=1)]
+    nearer = np.abs(close[:, 1] - middle) < np.abs(own[1] - middle)
+    return 5.0 * box.width * box.height * int(np.count_nonzero(nearer))
 
 
 def _overlap(one: Bbox, other: Bbox) -> float:

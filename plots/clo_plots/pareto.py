@@ -43,17 +43,20 @@ def pareto_front(points: Iterable[DesignPoint]) -> tuple[DesignPoint, ...]:
 def plot_pareto(points: Sequence[DesignPoint], *, title: str, memory_bytes: float | None = None) -> Figure:
     """TPOT against GPU memory for KV; `memory_bytes`, what there is, is marked by a vertical line."""
     with new_figure(3.9, what="pareto", empty=not points) as figure:
-        axes = figure.add_subplot(title=title, xlabel="GPU memory for KV (GB)", ylabel="TPOT (ms, log scale)")
+        axes = figure.add_subplot(xlabel="GPU memory for KV (GB)", ylabel="TPOT (ms, log scale)")
+        # above the name of the memory line
+        axes.set_title(title, pad=6 if memory_bytes is None else 14)
         front, named = pareto_front(points), [point for point in points if point.named]
         _limits(axes, points, memory_bytes)
         line = _draw_front(axes, front)
         _draw_swept(axes, [point for point in points if not point.named])
         _draw_named(axes, named)
-        _draw_memory(axes, memory_bytes)
+        limit = _draw_memory(axes, memory_bytes)
         if axes.get_legend_handles_labels()[0]:
             figure.legend(loc="outside lower center", ncols=3)
         figure.draw_without_rendering()
-        avoid = np.vstack([_dense(axes, line), _positions([point for point in points if not point.named])])
+        swept = _positions([point for point in points if not point.named])
+        avoid = np.vstack([_dense(axes, line), _dense(axes, limit), swept])
         label_markers(axes, [point.name for point in named], _positions(named), avoid, size_pt=FONT_PT)
         return figure
 
@@ -87,9 +90,10 @@ def _draw_front(axes: Axes, front: Sequence[DesignPoint]) -> Points:
 
 def _dense(axes: Axes, line: Points) -> Points:
     """Points along the steps, a few pixels apart, for labels to keep off."""
+    if not len(line):
+        return line
     corners = np.repeat(line, 2, axis=0)
-    steps = np.column_stack([corners[1:, 0], corners[:-1, 1]])
-    pixels = axes.transData.transform(steps)
+    pixels = axes.transData.transform(np.column_stack([corners[1:, 0], corners[:-1, 1]]))
     pieces = [np.linspace(start, end, 60) for start, end in itertools.pairwise(pixels)]
     return np.asarray(axes.transData.inverted().transform(np.vstack(pieces)), float)
 
@@ -106,17 +110,15 @@ def _draw_named(axes: Axes, named: Sequence[DesignPoint]) -> None:
         axes.plot(x, y, marker, color=SLOWER, markersize=6, markeredgecolor=INK, markeredgewidth=0.6, zorder=4)
 
 
-def _draw_memory(axes: Axes, memory_bytes: float | None) -> None:
-    if memory_bytes is not None:
-        axes.axvline(memory_bytes / GB, color=INK, linewidth=0.9, linestyle=(0, (4, 2)))
-        axes.annotate(
-            f"{memory_bytes / GB:.0f} GB available",
-            (memory_bytes / GB, 1.0),
-            xycoords=("data", "axes fraction"),
-            xytext=(-3, -3),
-            textcoords="offset points",
-            rotation=90,
-            ha="right",
-            va="top",
-            fontsize=SMALL_PT,
-        )
+def _draw_memory(axes: Axes, memory_bytes: float | None) -> Points:
+    """The line and its name above the axes; its ends."""
+    if memory_bytes is None:
+        return np.empty((0, 2))
+    at = memory_bytes / GB
+    axes.axvline(at, color=INK, linewidth=0.9, linestyle=(0, (4, 2)))
+    text, place = f"{at:.0f} GB available", (at, 1.0)
+    left, right = axes.get_xlim()
+    side = "right" if at > (left + right) / 2 else "left"
+    where = {"xycoords": ("data", "axes fraction"), "xytext": (0, 3), "textcoords": "offset points"}
+    axes.annotate(text, place, **where, ha=side, va="bottom", fontsize=SMALL_PT)
+    return np.column_stack([[at, at], axes.get_ylim()])

@@ -12,10 +12,23 @@ from clo.errors import CloError
 from clo.schedule.machine import Lane, Part
 from clo.timeline import Span, Timeline
 from clo.units import MS_PER_S, US_PER_S, format_seconds
-from clo_plots.style import FONT_PT, GRID, PARTS, SMALL_PT, STALLS, UNKNOWN, Fill, legend_patch, new_figure, text_width_px
+from clo_plots.style import (
+    FONT_PT,
+    GRID,
+    INK,
+    PARTS,
+    SMALL_PT,
+    STALLS,
+    UNKNOWN,
+    Fill,
+    legend_patch,
+    new_figure,
+    text_width_px,
+)
 
 LAYERS_SHOWN = 3.5
-_BAR = 0.62
+# in rows: bars sit a little above the middle, so that layer numbers fit under them
+_BAR, _RAISED = 0.54, 0.11
 _LABEL_BOX = {"boxstyle": "square,pad=0.12", "facecolor": "white", "edgecolor": "none"}
 
 
@@ -45,15 +58,16 @@ def plot_timelines(
     rows = [len(timeline.lanes) for timeline in timelines]
     with new_figure(0.75 + sum(0.3 + 0.26 * count for count in rows), what="timeline", empty=not rows) as figure:
         window = choose_window(timelines, start_s=start_s, duration_s=duration_s)
-        panels = figure.subplots(len(rows), 1, sharex=True, squeeze=False, height_ratios=[count + 0.3 for count in rows])
-        scale, unit = window.unit
-        for axes, timeline, zero in zip(panels[:, 0], timelines, window.zeros_s, strict=True):
+        panels = figure.subplots(len(rows), 1, sharex=True, squeeze=False, height_ratios=rows)[:, 0]
+        for axes, timeline, zero in zip(panels, timelines, window.zeros_s, strict=True):
             _draw_panel(axes, timeline, window, zero)
-        panels[-1, 0].set_xlim(window.begin_s * scale, window.end_s * scale)
-        panels[-1, 0].set_xlabel(f"{window.label} ({unit})")
+        scale, unit = window.unit
+        panels[-1].set_xlim(window.begin_s * scale, window.end_s * scale)
+        panels[-1].set_xlabel(f"{window.label} ({unit})")
         _legend(figure, timelines, window)
+        # only now the panels have their final width
         figure.draw_without_rendering()
-        for axes, timeline, zero in zip(panels[:, 0], timelines, window.zeros_s, strict=True):
+        for axes, timeline, zero in zip(panels, timelines, window.zeros_s, strict=True):
             _write_labels(axes, timeline, window, zero)
         return figure
 
@@ -90,31 +104,29 @@ def _visible(timeline: Timeline, window: Window, zero: float) -> list[Span]:
 
 def _draw_panel(axes: Axes, timeline: Timeline, window: Window, zero: float) -> None:
     axes.set_title(f"{timeline.title}: step of {format_seconds(timeline.seconds)}", fontsize=FONT_PT, pad=3)
-    axes.set_ylim(len(timeline.lanes) - 0.45, -0.55)
-    axes.set_yticks(range(len(timeline.lanes)), timeline.lanes)
+    axes.set_ylim(len(timeline.lanes) - 0.5, -0.5)
+    axes.set_yticks([row - _RAISED for row in range(len(timeline.lanes))], timeline.lanes)
     axes.tick_params(axis="y", length=0)
     axes.grid(True, axis="x")
     for row in range(1, len(timeline.lanes)):
         axes.axhline(row - 0.5, color=GRID, linewidth=0.5)
+    if any(window.zeros_s):
+        axes.axvline(0, color=INK, linewidth=0.7, linestyle=(0, (2, 2)), zorder=3)
     scale, _ = window.unit
     for span in _visible(timeline, window, zero):
-        row = timeline.lanes.index(span.lane)
+        row, start = timeline.lanes.index(span.lane), (span.start_s - zero) * scale
         if _stalls(span):
-            _draw_bar(axes, row, (span.start_s - span.waited_s - zero) * scale, span.waited_s * scale, _stall_fill(span))
-        width = (span.end_s - span.start_s) * scale
-        _draw_bar(axes, row, (span.start_s - zero) * scale, width, PARTS.get(span.part, UNKNOWN))
+            waited = span.waited_s * scale
+            _draw_bar(axes, row, start - waited, waited, STALLS.get(span.cause, UNKNOWN))
+        _draw_bar(axes, row, start, (span.end_s - span.start_s) * scale, PARTS.get(span.part, UNKNOWN))
 
 
 def _stalls(span: Span) -> bool:
     return span.lane == Lane.MAIN and span.waited_s > 0 and bool(span.cause)
 
 
-def _stall_fill(span: Span) -> Fill:
-    return STALLS.get(span.cause, UNKNOWN)
-
-
 def _draw_bar(axes: Axes, row: int, left: float, width: float, fill: Fill) -> None:
-    axes.barh(row, width, _BAR, left=left, **fill.patch)
+    axes.barh(row - _RAISED, width, _BAR, left=left, **fill.patch)
 
 
 def _write_labels(axes: Axes, timeline: Timeline, window: Window, zero: float) -> None:
@@ -123,10 +135,10 @@ def _write_labels(axes: Axes, timeline: Timeline, window: Window, zero: float) -
         row = timeline.lanes.index(span.lane)
         if _stalls(span):
             left = span.start_s - span.waited_s - zero
-            _write(axes, window, span.cause, left, span.start_s - zero, row, box=_LABEL_BOX, va="center_baseline")
+            _write(axes, window, span.cause, left, span.start_s - zero, row - _RAISED, box=_LABEL_BOX, va="center_baseline")
         if _attends(span):
             left, right = span.start_s - zero, span.end_s - zero
-            _write(axes, window, str(span.layer), left, right, row + _BAR / 2, va="top")
+            _write(axes, window, str(span.layer), left, right, row - _RAISED + _BAR / 2, va="top")
 
 
 def _write(

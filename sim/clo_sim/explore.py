@@ -160,16 +160,26 @@ def worth_of_choices(scene: Scene, best: Result, alternatives: Grid = ALTERNATIV
         chosen = getattr(best.design, field)
         for value in values:
             if value != chosen:
-                rows.append(_alternative(scene, best.design, field, chosen, value))
+                rows.append(_alternative(scene, best, field, chosen, value))
     return Choices(best_name=best.design.name, best_tpot_s=best.tpot_s, alternatives=tuple(rows))
 
 
-def _alternative(scene: Scene, base: Design, field: str, chosen: Any, value: Any) -> Alternative:
+def _alternative(scene: Scene, best: Result, field: str, chosen: Any, value: Any) -> Alternative:
     shown = {"field": field, "chosen": _value_name(field, chosen), "value": _value_name(field, value)}
     try:
-        return Alternative(**shown, tpot_s=simulate(scene, vary(base, {field: value})).tpot_s, note="")
+        result = simulate(scene, vary(best.design, {field: value}))
     except CloError as error:
         return Alternative(**shown, tpot_s=None, note=str(error))
+    return Alternative(**shown, tpot_s=result.tpot_s, note=_quality_note(field, best, result))
+
+
+def _quality_note(field: str, best: Result, other: Result) -> str:
+    """Whether the alternative also changes what is attended, so that time alone does not decide."""
+    if field in ("dense_layers", "pinned_head_fraction"):
+        return "changes the answers: another share of the heads attends in full"
+    if abs(other.overlap - best.overlap) > 0.005:
+        return f"changes the answers: overlap with the exact selection {other.overlap:.0%}, not {best.overlap:.0%}"
+    return ""
 
 
 def _value_name(field: str, value: Any) -> str:
@@ -194,5 +204,5 @@ def explore(
     swept = Exploration(named=results, not_run=not_run, candidates=candidates, finalists=finalists, choices=None)
     if not (finalists or results):
         return swept
-    choices = worth_of_choices(scene, swept.best) if swept.best.design.offloads else None
+    choices = worth_of_choices(scene, swept.best) if grid and swept.best.design.offloads else None
     return Exploration(named=results, not_run=not_run, candidates=candidates, finalists=finalists, choices=choices)

@@ -191,16 +191,17 @@ def _write_back(plan: DecodePlan) -> Counts:
 
 
 def _nothing_moves(plan: DecodePlan) -> Traffic:
+    """Everything is on the device; where attention is sparse, every head still selects in every step."""
     none = np.zeros((plan.workload.steps, plan.model.num_layers))
     return Traffic(
         spec_heads=none,
         spec_pages=none,
-        demand_heads=none,
+        demand_heads=_requested(plan, 1.0),
         demand_pages=none,
         write_back_pages=none,
-        requested_pages=none,
+        requested_pages=_requested(plan, plan.budget_pages),
         reused_heads=none,
-        heads=0.0,
+        heads=float(plan.offloaded_heads * (plan.model.num_layers - plan.dense_layers)),
         overlap=1.0,
     )
 
