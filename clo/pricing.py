@@ -11,7 +11,7 @@ from functools import singledispatchmethod
 import numpy as np
 from numpy.typing import NDArray
 
-from clo.profile import Cost, Profile, Source
+from clo.profile import Cost, Profile, Source, StreamCost
 from clo.schedule.work import (
     Amount,
     BarWrite,
@@ -79,15 +79,12 @@ class Pricer:
                 sms_taken=min(1.0, work.num_ctas / self.machine.gpu.num_sms),
             )
         if isinstance(work, Copy):
-            rate, share = self.copy_rate(work), "h2d" if work.direction == "h2d" else "d2h"
-            capacity = link.h2d_bytes_per_s if share == "h2d" else link.d2h_bytes_per_s
-            host = min(1.0, rate / self.machine.host.memory_bytes_per_s)
-            used = min(1.0, rate / capacity)
+            rate, inward = self.copy_rate(work), work.direction == "h2d"
             return Demand(
-                h2d=used if share == "h2d" else 0.0,
-                d2h=used if share == "d2h" else 0.0,
+                h2d=rate / link.h2d_bytes_per_s if inward else 0.0,
+                d2h=0.0 if inward else rate / link.d2h_bytes_per_s,
                 hbm=min(1.0, rate / hbm),
-                host_memory=host,
+                host_memory=min(1.0, rate / self.machine.host.memory_bytes_per_s),
                 is_dma=True,
             )
         if isinstance(work, BarWrite):
@@ -99,8 +96,8 @@ class Pricer:
         if isinstance(work, HostGather):
             return Demand(host_memory=min(1.0, 2 * self.gather_rate(work) / self.machine.host.memory_bytes_per_s))
         if isinstance(work, Gemm | DecodeAttention | StreamKernel):
-            share = min(1.0, mean_bytes / (mean_seconds * hbm)) if mean_seconds else 0.0
-            return Demand(hbm=share, is_kernel=True)
+            busy = min(1.0, mean_bytes / (mean_seconds * hbm)) if mean_seconds else 0.0
+            return Demand(hbm=busy, is_kernel=True)
         return Demand()
 
     def hbm_bytes(self, work: Work, traffic: Traffic) -> Seconds:
@@ -167,7 +164,7 @@ class Pricer:
 
     @_seconds.register
     def _(self, work: StreamKernel, traffic: Traffic) -> Seconds:
-        cost = getattr(self.profile, work.kernel)
+        cost: StreamCost = getattr(self.profile, work.kernel)
         seconds = cost.latency_s + _value(work.num_bytes, traffic) / (
             cost.efficiency * self.machine.gpu.hbm_bytes_per_s
         )

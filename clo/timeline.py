@@ -17,7 +17,10 @@ from clo.units import US_PER_S
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """One operation on one lane, seconds from the start of the step. `cause` is what it waited for, `waited_s` long."""
+    """One operation on one lane, seconds from the start of the step.
+
+    `waits` says what its lane stood still for just before it: (cause, seconds) in the order in which inputs came.
+    """
 
     lane: str
     name: str
@@ -26,8 +29,17 @@ class Span:
     start_s: float
     end_s: float
     num_bytes: float = 0.0
-    cause: str = ""
-    waited_s: float = 0.0
+    waits: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def waited_s(self) -> float:
+        """Idle time of the lane just before this operation."""
+        return sum(seconds for _, seconds in self.waits)
+
+    @property
+    def cause(self) -> str:
+        """What most of that time was spent waiting for; empty if the lane did not wait."""
+        return max(self.waits, key=lambda wait: wait[1])[0] if self.waits else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +81,8 @@ def _event(span: Span, process: int, thread: int) -> dict[str, Any]:
     args: dict[str, Any] = {"layer": span.layer, "part": span.part}
     if span.num_bytes:
         args["bytes"] = span.num_bytes
-    if span.waited_s:
-        args |= {"waited_us": span.waited_s * US_PER_S, "cause": span.cause}
+    if span.waits:
+        args["waits_us"] = {cause: seconds * US_PER_S for cause, seconds in span.waits}
     return {
         "ph": "X",
         "name": f"{span.name} [{span.layer}]",
@@ -99,8 +111,8 @@ def load_chrome_trace(path: Path) -> list[Timeline]:
         return [_timeline([event for event in events if event["pid"] == process]) for process in processes]
     except OSError as error:
         raise CloError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CloError(f"{path}: not a timeline that clo wrote ({error})") from None
+    except (ValueError, KeyError, TypeError, StopIteration):
+        raise CloError(f"{path}: not a timeline that clo wrote") from None
 
 
 def _timeline(events: list[dict[str, Any]]) -> Timeline:
@@ -120,6 +132,5 @@ def _span(event: dict[str, Any], lanes: dict[int, str]) -> Span:
         start_s=start,
         end_s=start + event["dur"] / US_PER_S,
         num_bytes=args.get("bytes", 0.0),
-        cause=args.get("cause", ""),
-        waited_s=args.get("waited_us", 0.0) / US_PER_S,
+        waits=tuple((cause, waited / US_PER_S) for cause, waited in args.get("waits_us", {}).items()),
     )

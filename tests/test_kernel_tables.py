@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from clo_calibration import kernel_fit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clo.errors import ProfileError
 from clo.kernel_tables import LOG_STEP, DecodeAttentionTable, GemmTable, KernelTable
+from clo_calibration import kernel_fit
 
 TABLES = Path(__file__).parents[1] / "calibration" / "tables"
 SIZE_CAP_BYTES = 250_000

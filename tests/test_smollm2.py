@@ -132,9 +132,9 @@ def test_folder_is_made_once(folder: Path) -> None:
 @pytest.mark.model
 def test_record(folder: Path, tmp_path: Path) -> None:
     from click.testing import CliRunner
-    from clo_cli.record import record
 
     from clo.trace import AttentionTrace
+    from clo_cli.record import record
 
     assert folder.is_dir()
     out = tmp_path / "trace.npz"

@@ -90,9 +90,11 @@ def explore(
 def _named(designs: str | None) -> list[Design]:
     from clo import presets
 
-    return [presets.load_design(name.strip()) for name in designs.split(",")] if designs else [
-        presets.load_design(name) for name in presets.names("designs")
-    ]
+    return (
+        [presets.load_design(name.strip()) for name in designs.split(",")]
+        if designs
+        else [presets.load_design(name) for name in presets.names("designs")]
+    )
 
 
 def _grid(vary: tuple[str, ...]) -> dict[str, list[Any]]:
@@ -106,7 +108,7 @@ def _grid(vary: tuple[str, ...]) -> dict[str, list[Any]]:
         path, separator, values = text.partition("=")
         field = path.strip().removeprefix("design.")
         if not separator or field not in Design.model_fields or field in ("name", "description"):
-            raise SpecError(f"--vary {text}: expected design.FIELD=V1,V2 with a field of a design (clo show designs clo)")
+            raise SpecError(f"--vary {text}: expected design.FIELD=V1,V2 (fields: clo show designs clo)")
         grid[field] = [parse_value(value) for value in values.split(",")]
     for field, tried in grid.items():
         for value in tried:
@@ -133,8 +135,10 @@ def _print(scene: Scene, found: Exploration, best: Result, no_sweep: bool) -> No
     from clo_cli.tables import console, print_choices, print_designs, print_roofline, print_sources
 
     load, machine = scene.workload, scene.machine
-    console().print(f"{scene.model.name} on {machine.name}: {load.batch} x {load.context_tokens} tokens", style="bold")
-    print_roofline(best, f"an exact design with {best.design.name}'s memory" if best.design.offloads else "this workload")
+    question = f"{scene.model.name} on {machine.name}: {load.batch} x {load.context_tokens} tokens"
+    console().print(question, style="bold")
+    offloads = best.design.offloads
+    print_roofline(best, f"an exact design with {best.design.name}'s memory" if offloads else "this workload")
     shown = {result.design.name: result for result in (*found.named, *([] if no_sweep else [best]))}
     print_designs(list(shown.values()), found.not_run, "Designs at equal device memory for KV, simulated")
     if not no_sweep:

@@ -92,7 +92,7 @@ def _with_costs(profile: Any, changes: Any) -> Any:
     """A cost that was set by hand is nobody's measurement any more."""
     from clo.specs.overrides import apply
 
-    by_hand = {(path[0], "source"): "assumed" for path in changes if len(path) == 2}
+    by_hand: dict[tuple[str, ...], str] = {(path[0], "source"): "assumed" for path in changes if len(path) == 2}
     return apply(profile, {**by_hand, **changes}, "profile")
 
 

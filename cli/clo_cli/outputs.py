@@ -82,19 +82,17 @@ def _rival(named: Sequence[Result], best: Result) -> list[Result]:
     return sorted(others, key=lambda result: result.tpot_s)[:1]
 
 
-def draw_figures(
-    out: Path, scene: Scene, found: Exploration, best: Result, timelines: Sequence[Timeline]
-) -> None:
+def draw_figures(out: Path, scene: Scene, found: Exploration, best: Result, timelines: Sequence[Timeline]) -> None:
     """Pareto front, timelines, stalls and choices as PNG."""
     from clo_plots import plot_choices, plot_pareto, plot_stalls, plot_timelines, save_figure
 
     load = scene.workload
     title = f"{scene.model.name} on {scene.machine.name}, {load.batch} x {load.context_tokens} tokens"
-    save_figure(plot_pareto(_points(found), title=title), out / "pareto.png")
+    save_figure(plot_pareto(_points(found), title=title, memory_bytes=_kv_room(scene)), out / "pareto.png")
     save_figure(plot_timelines(timelines), out / "timeline.png")
     results = {result.design.name: result for result in (*found.named, best)}
     save_figure(plot_stalls(list(results.values())), out / "stalls.png")
-    if found.choices is not None:
+    if found.choices is not None and any(row.tpot_s is not None for row in found.choices.alternatives):
         save_figure(plot_choices(found.choices), out / "choices.png")
 
 
@@ -102,8 +100,17 @@ def _points(found: Exploration) -> list[Any]:
     from clo_plots import DesignPoint
 
     points = [
-        DesignPoint(one.design.name, one.kv_device_bytes, one.tpot_s, named=False)
+        DesignPoint(name=one.design.name, kv_device_bytes=one.kv_device_bytes, tpot_s=one.tpot_s)
         for one in found.candidates
         if one.tpot_s is not None
     ]
-    return points + [DesignPoint(one.design.name, one.kv_device_bytes, one.tpot_s, named=True) for one in found.named]
+    return points + [
+        DesignPoint(name=one.design.name, kv_device_bytes=one.kv_device_bytes, tpot_s=one.tpot_s, named=True)
+        for one in found.named
+    ]
+
+
+def _kv_room(scene: Scene) -> float:
+    """Device memory that weights and reserve leave for KV, or the cap on it, bytes."""
+    free = scene.machine.gpu.memory_bytes - scene.machine.reserve_bytes - scene.model.weight_bytes
+    return free if scene.kv_memory_bytes is None else min(free, scene.kv_memory_bytes)

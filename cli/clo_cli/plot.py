@@ -11,6 +11,11 @@ import click
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from clo.choices import Choices
+    from clo.results import Result
+    from clo.timeline import Timeline
+    from clo_plots.pareto import DesignPoint
+
 KINDS = ("stalls", "pareto", "timeline", "choices")
 _PARQUET_MAGIC = b"PAR1"
 # the key that only this kind's JSON has
@@ -22,7 +27,7 @@ _KEYS = {"traceEvents": "timeline", "alternatives": "choices", "results": "stall
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write: .png, .svg or .pdf.")
 @click.option("--kind", type=click.Choice(KINDS), help="What to draw [default: what the first file holds].")
 def plot(paths: tuple[Path, ...], out: Path, kind: str | None) -> None:
-    """Draw one figure from the files at PATH....
+    """Draw one figure from the files given.
 
     \b
     stalls    results (JSON): where each design's time goes
@@ -30,11 +35,18 @@ def plot(paths: tuple[Path, ...], out: Path, kind: str | None) -> None:
     timeline  timelines (Chrome trace JSON that clo wrote): a few layers, lane by lane
     choices   choices (JSON): what each choice of the best design is worth
     """
+    from clo.errors import CloError
     from clo_plots.style import check_suffix, save_figure
 
     check_suffix(out)
     chosen = kind or detect(paths[0])
-    save_figure(_DRAW[chosen](paths), out)
+    load, draw = _KINDS[chosen]
+    data = load(paths)
+    try:
+        figure = draw(data)
+    except CloError as error:
+        raise CloError(f"{', '.join(str(path) for path in paths)}: {error}") from None
+    save_figure(figure, out)
     click.echo(f"{out}: {chosen} figure of {', '.join(str(path) for path in paths)}")
 
 
@@ -68,13 +80,11 @@ def _read_json(path: Path) -> Any:
         raise CloError(f"{path}: neither Parquet nor JSON, or truncated: {error}") from None
 
 
-def _stalls(paths: tuple[Path, ...]) -> Figure:
-    from clo_plots.stalls import plot_stalls
-
-    return plot_stalls([result for path in paths for result in _results(path)])
+def _load_results(paths: tuple[Path, ...]) -> list[Result]:
+    return [result for path in paths for result in _results(path)]
 
 
-def _results(path: Path) -> list[Any]:
+def _results(path: Path) -> list[Result]:
     """One result, or those of a list under `results`."""
     from clo.errors import CloError
     from clo.results import Result
@@ -86,34 +96,55 @@ def _results(path: Path) -> list[Any]:
     return [Result.parse(row, where=str(path)) for row in rows]
 
 
-def _pareto(paths: tuple[Path, ...]) -> Figure:
-    from clo_plots.pareto import plot_pareto
+def _draw_stalls(results: list[Result]) -> Figure:
+    from clo_plots.stalls import plot_stalls
+
+    return plot_stalls(results)
+
+
+def _load_sweep(paths: tuple[Path, ...]) -> tuple[str, list[DesignPoint]]:
     from clo_plots.sweep_table import load_points
 
-    points = [point for path in paths for point in load_points(path)]
-    return plot_pareto(points, title=", ".join(path.stem for path in paths))
+    return ", ".join(path.stem for path in paths), [point for path in paths for point in load_points(path)]
 
 
-def _timeline(paths: tuple[Path, ...]) -> Figure:
+def _draw_pareto(sweep: tuple[str, list[DesignPoint]]) -> Figure:
+    from clo_plots.pareto import plot_pareto
+
+    title, points = sweep
+    return plot_pareto(points, title=title)
+
+
+def _load_timelines(paths: tuple[Path, ...]) -> list[Timeline]:
     from clo.timeline import load_chrome_trace
+
+    return [timeline for path in paths for timeline in load_chrome_trace(path)]
+
+
+def _draw_timelines(timelines: list[Timeline]) -> Figure:
     from clo_plots.timelines import plot_timelines
 
-    return plot_timelines([timeline for path in paths for timeline in load_chrome_trace(path)])
+    return plot_timelines(timelines)
 
 
-def _choices(paths: tuple[Path, ...]) -> Figure:
+def _load_choices(paths: tuple[Path, ...]) -> Choices:
     from clo.choices import load_choices
     from clo.errors import CloError
-    from clo_plots.choices import plot_choices
 
     if len(paths) > 1:
         raise CloError(f"{paths[1]}: a choices figure is drawn from one file")
-    return plot_choices(load_choices(paths[0]))
+    return load_choices(paths[0])
 
 
-_DRAW: dict[str, Callable[[tuple[Path, ...]], Figure]] = {
-    "stalls": _stalls,
-    "pareto": _pareto,
-    "timeline": _timeline,
-    "choices": _choices,
+def _draw_choices(choices: Choices) -> Figure:
+    from clo_plots.choices import plot_choices
+
+    return plot_choices(choices)
+
+
+_KINDS: dict[str, tuple[Callable[[tuple[Path, ...]], Any], Callable[[Any], Figure]]] = {
+    "stalls": (_load_results, _draw_stalls),
+    "pareto": (_load_sweep, _draw_pareto),
+    "timeline": (_load_timelines, _draw_timelines),
+    "choices": (_load_choices, _draw_choices),
 }

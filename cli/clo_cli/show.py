@@ -68,6 +68,7 @@ def _profile_record(name: str) -> dict[str, Any]:
     from clo import presets
 
     profile = presets.load_named_profile(name)
-    data: dict[str, Any] = profile.model_dump(mode="json", exclude={"gemm": {"log_latency"}, "decode_attention": {"log_latency"}})
+    packed = {"gemm": {"log_latency"}, "decode_attention": {"log_latency"}}
+    data: dict[str, Any] = profile.model_dump(mode="json", exclude=packed)
     sources = [source.value for source in profile.sources().values()]
     return data | {"sources": {source: sources.count(source) for source in sorted(set(sources))}}

@@ -55,7 +55,7 @@ def simulate(
     else:
         from clo_cli.tables import print_result
 
-        print_result(result, scene)
+        print_result(result)
         if timeline is not None:
             click.echo(f"timeline of step {timeline_step}: {timeline} (open in https://ui.perfetto.dev)")
 

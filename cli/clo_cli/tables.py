@@ -1,4 +1,4 @@
-"""Readable tables of results. Units are converted here and nowhere before. Knows nothing about how results came about."""
+"""Readable tables of results. Units are converted here, not before. Knows nothing about how results came about."""
 
 from __future__ import annotations
 
@@ -13,10 +13,24 @@ from clo.units import GB, MS_PER_S, format_bytes, format_seconds
 if TYPE_CHECKING:
     from clo.choices import Choices
     from clo.results import Result
-    from clo_sim.scene import Scene
 
 WIDE = 160
 """Columns when the output is not a terminal: wide enough that no table is folded."""
+
+
+NUMBER_COLUMNS = (
+    "TPOT",
+    "tokens/s",
+    "GPU mem\nGB",
+    "of it KV\nGB",
+    "overlap\nw. exact",
+    "hit\nrate",
+    "h2d/step\nGB",
+    "PCIe\nused",
+    "CPU threads\nbusy",
+    "stall",
+    "roofline\nshare",
+)
 
 
 def console() -> Console:
@@ -29,13 +43,13 @@ def design_table(results: Sequence[Result], not_run: Mapping[str, str], title: s
     """A row per design, fastest first; then those that do not fit, with the reason."""
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column("design", no_wrap=True)
-    for name in ("TPOT", "tokens/s", "GPU mem\nGB", "of it KV\nGB", "overlap\nw. exact", "hit\nrate", "h2d/step\nGB", "PCIe\nbusy", "CPU threads\nbusy", "stall", "roofline\nshare"):
+    for name in NUMBER_COLUMNS:
         table.add_column(name, justify="right")
     table.add_column("stalls on", overflow="fold", min_width=24)
     for result in sorted(results, key=lambda one: one.tpot_s):
         table.add_row(*_design_row(result))
     for name, reason in not_run.items():
-        table.add_row(name, "-", *[""] * 10, f"does not run: {_short(reason)}")
+        table.add_row(name, "-", *[""] * (len(NUMBER_COLUMNS) - 1), f"does not run: {_short(reason)}")
     return table
 
 
@@ -107,12 +121,12 @@ def print_sources(results: Iterable[Result]) -> None:
     low, high = min(row.measured_share for row in rows), max(row.measured_share for row in rows)
     span = f"{low:.0%}" if round(low, 2) == round(high, 2) else f"{low:.0%} (least) to {high:.0%} (most)"
     out = console()
-    out.print(f"Measured costs account for {span} of the busy time of these designs; the rest is literature or assumed.")
+    out.print(f"Measured costs account for {span} of these designs' busy time; the rest is literature or assumed.")
     for note in sorted({note for row in rows for note in row.assumptions}):
         out.print(f"  assumed: {note}")
 
 
-def print_result(result: Result, scene: Scene) -> None:
+def print_result(result: Result) -> None:
     """One design in full."""
     out = console()
     load = result.workload
@@ -127,16 +141,18 @@ def print_result(result: Result, scene: Scene) -> None:
 
 
 def _headline(result: Result) -> dict[str, str]:
+    spread = f"median {format_seconds(result.tpot_p50_s)}, p99 {format_seconds(result.tpot_p99_s)}"
+    threads = format_seconds(result.cpu_threads_s)
     return {
-        "TPOT": f"{format_seconds(result.tpot_s)} (median {format_seconds(result.tpot_p50_s)}, p99 {format_seconds(result.tpot_p99_s)})",
+        "TPOT": f"{format_seconds(result.tpot_s)} ({spread})",
         "tokens/s": f"{result.tokens_per_s:.1f}",
         "GPU memory": f"{format_bytes(result.device_bytes)}, of it KV {format_bytes(result.kv_device_bytes)}",
         "host memory": format_bytes(result.host_bytes),
         "pages": f"{result.num_pages} per head, budget {result.budget_pages}, slots {result.slot_pages}",
-        "hit rate": f"{result.hit_rate:.1%} of attended pages; {result.reuse_rate:.1%} of heads select nothing on demand",
+        "hit rate": f"{result.hit_rate:.1%} of attended pages; {result.reuse_rate:.1%} of heads need no new selection",
         "overlap": f"{result.overlap:.1%} of the attended pages are what the selector would choose now",
         "host to device": f"{format_bytes(result.h2d_bytes_per_step)} a step, link {result.h2d_utilisation:.0%} busy",
-        "CPU": f"launching {format_seconds(result.cpu_launch_s)}, transfer threads {format_seconds(result.cpu_threads_s)} a step",
+        "CPU": f"launching {format_seconds(result.cpu_launch_s)}, transfer threads {threads} a step",
         "roofline share": f"{result.roofline.seconds / result.tpot_s:.0%}",
     }
 
@@ -194,7 +210,8 @@ def _what(kind: str, record: Mapping[str, Any]) -> str:
         return f"{record['num_layers']} layers, {heads}, up to {record['max_positions']} tokens"
     if kind == "machines":
         gpu, link = record["gpu"], record["link"]
-        return f"{format_bytes(gpu['memory_bytes'])}, HBM {format_bytes(gpu['hbm_bytes_per_s'])}/s, link {format_bytes(link['h2d_bytes_per_s'])}/s"
+        rates = f"HBM {format_bytes(gpu['hbm_bytes_per_s'])}/s, link {format_bytes(link['h2d_bytes_per_s'])}/s"
+        return f"{format_bytes(gpu['memory_bytes'])}, {rates}"
     if kind == "designs":
         return str(record["description"])
     if kind == "profiles":

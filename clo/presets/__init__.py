@@ -1,4 +1,4 @@
-"""What ships with the package, found by name: models, machines, designs, profiles, traces. Knows nothing of their use."""
+"""What ships with the package, found by name: models, machines, designs, profiles, traces. Knows not their use."""
 
 from __future__ import annotations
 

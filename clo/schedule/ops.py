@@ -211,5 +211,3 @@ class StepOps:
             model.kv_bytes_per_value,
         )
         return Op(name, layer, Part.ATTENTION, work)
-
-

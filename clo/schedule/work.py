@@ -107,7 +107,9 @@ class Bookkeeping:
     num_threads: int
 
 
-HostActionName = Literal["kernel_launch", "graph_launch", "stream_sync", "read_back", "thread_wake", "doorbell", "ready_flag"]
+HostActionName = Literal[
+    "kernel_launch", "graph_launch", "stream_sync", "read_back", "thread_wake", "doorbell", "ready_flag"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,9 @@ class HostAction:
     count: int = 1
 
 
-Work = Gemm | DecodeAttention | StreamKernel | ZeroCopy | Copy | Submit | HostGather | BarWrite | Bookkeeping | HostAction
+KernelWork = Gemm | DecodeAttention | StreamKernel
+
+Work = KernelWork | ZeroCopy | Copy | Submit | HostGather | BarWrite | Bookkeeping | HostAction
 
 
 def amounts_of(work: Work) -> tuple[Amount, ...]:

@@ -1,4 +1,4 @@
-"""The base of every specification: frozen, closed to unknown fields, with one-line errors. Knows no field of its own."""
+"""The base of every specification: frozen, closed to unknown fields, one-line errors. Knows no field of its own."""
 
 from __future__ import annotations
 

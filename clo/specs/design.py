@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from clo.specs.base import Spec
 
@@ -115,7 +115,7 @@ class Design(Spec):
     pinned_head_fraction: float = Field(
         default=0.0, ge=0, le=1, description="share of KV heads, those that would move most, kept whole on the device"
     )
-    dense_layers: NonNegativeInt = Field(default=2, description="first layers kept whole on the device, attended in full")
+    dense_layers: NonNegativeInt = Field(default=2, description="first layers kept on the device, attended in full")
 
     prefetch_depth: int = Field(default=1, ge=0, le=2, description="layers ahead that transfers start")
     prefetch_query: PrefetchQuery = Field(default=PrefetchQuery.LAYER_AHEAD, description="what predicts the selection")
@@ -142,7 +142,7 @@ class Design(Spec):
         )
         _require(
             self.prefetch_query is PrefetchQuery.LAYER_AHEAD or self.cache is Cache.LRU,
-            f"prefetch_query = previous_step attends pages kept from the last step: cache must be lru, not {self.cache}",
+            f"prefetch_query = previous_step attends pages of the last step: cache must be lru, not {self.cache}",
         )
         _require(
             self.num_sink_tokens <= self.page_size,

@@ -40,4 +40,4 @@ class MachineSpec(Spec):
     gpu: GpuSpec
     link: LinkSpec
     host: HostSpec
-    reserve_bytes: float = Field(default=4e9, ge=0, description="device memory kept for context, activations, workspace")
+    reserve_bytes: float = Field(default=4e9, ge=0, description="device memory for context, activations, workspace")

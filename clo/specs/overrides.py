@@ -23,7 +23,8 @@ def parse_overrides(settings: Iterable[str], roots: Iterable[str]) -> Overrides:
         path, separator, text = setting.partition("=")
         root, *rest = path.strip().split(".")
         if not separator or not rest or root not in known:
-            raise SpecError(f"--set {setting}: expected FIELD=VALUE with FIELD one of {', '.join(f'{r}.*' for r in known)}")
+            fields = ", ".join(f"{name}.*" for name in known)
+            raise SpecError(f"--set {setting}: expected FIELD=VALUE with FIELD one of {fields}")
         result[root][tuple(rest)] = parse_value(text)
     return result
 

@@ -13,5 +13,5 @@ class Workload(Spec):
     context_tokens: PositiveInt = Field(default=131072, description="tokens in each sequence's KV cache")
     batch: PositiveInt = Field(default=16, description="sequences decoded together")
     steps: PositiveInt = Field(default=96, description="decode steps to measure, after the warm-up")
-    warmup_steps: NonNegativeInt = Field(default=32, description="steps replayed first to fill the caches, not measured")
+    warmup_steps: NonNegativeInt = Field(default=32, description="steps replayed first, not measured")
     seed: NonNegativeInt = Field(default=0, description="draws which recorded heads stand for which heads")

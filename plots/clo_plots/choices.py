@@ -24,7 +24,7 @@ def plot_choices(choices: Choices) -> Figure:
     rows, not_run = ranked(choices), [one for one in choices.alternatives if one.tpot_s is None]
     small_print = _small_print(not_run)
     height = 0.95 + 0.2 * len(rows) + 0.13 * len(small_print)
-    with new_figure(height, what="choices", empty=not choices.alternatives) as figure:
+    with new_figure(height, what="choices", empty=not rows) as figure:
         title = f"{choices.best_name} ({format_seconds(choices.best_tpot_s)}) with one choice changed"
         axes = figure.add_subplot(title=title)
         percents = [change_percent(choices, row) for row in rows]
@@ -54,7 +54,7 @@ def ranked(choices: Choices) -> list[Alternative]:
 
 
 def _scale(axes: Axes, percents: Sequence[float]) -> None:
-    low, high = min([0.0, *percents]), max([0.0, *percents])
+    low, high = min([0.0, *percents]), max([0.5, *percents])
     label = "change of TPOT (%)"
     if max(high, -low) > _FAR_PERCENT:
         axes.set_xscale("symlog", linthresh=LINEAR_PERCENT, linscale=1.0)
@@ -63,7 +63,7 @@ def _scale(axes: Axes, percents: Sequence[float]) -> None:
         label = f"change of TPOT (%; to scale up to {LINEAR_PERCENT:g} %, logarithmic beyond)"
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
     axes.set_xlabel(label)
-    room = 0.02 * min(max(high - low, 1e-6), _FAR_PERCENT)
+    room = 0.02 * min(high - low, _FAR_PERCENT)
     axes.set_xlim(low * 1.2 - room, high * 1.2 + room)
     axes.grid(True, axis="x")
     axes.axvline(0, color=INK, linewidth=0.8)
@@ -71,10 +71,10 @@ def _scale(axes: Axes, percents: Sequence[float]) -> None:
 
 def _rows(axes: Axes, rows: Sequence[Alternative]) -> None:
     """Values as tick labels; before them, their field and what the best design has chosen."""
-    axes.set_ylim(max(len(rows), 1) - 0.4, -0.6)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_yticks(range(len(rows)), [row.value for row in rows])
     axes.tick_params(axis="y", length=0, labelsize=FONT_PT - 0.5)
-    widest = max((label.get_window_extent().width for label in axes.get_yticklabels()), default=0.0)
+    widest = max(label.get_window_extent().width for label in axes.get_yticklabels())
     offset_pt = widest * 72 / axes.figure.dpi + 5
     axes.tick_params(axis="y", pad=offset_pt)
     for label in axes.get_yticklabels():
@@ -94,7 +94,7 @@ def _head_group(axes: Axes, row: int, text: str, offset_pt: float) -> None:
         xytext=(-offset_pt - 5, 0.0),
         textcoords="offset points",
         ha="right",
-        va="center",
+        va="center_baseline",
         fontsize=FONT_PT - 0.5,
     )
 
@@ -104,7 +104,7 @@ def _draw(axes: Axes, row: int, percent: float, seconds: float) -> None:
     axes.plot([0, percent], [row, row], color=colour, linewidth=1.4, solid_capstyle="butt")
     axes.plot([percent], [row], marker, color=colour, markersize=4.5, markeredgecolor=INK, markeredgewidth=0.4)
     text = f"{_signed(percent)} %  ({_signed(seconds * MS_PER_S)} ms)"
-    axes.text(1.02, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=FONT_PT - 0.5)
+    axes.text(1.02, row, text, transform=axes.get_yaxis_transform(), va="center_baseline", fontsize=FONT_PT - 0.5)
 
 
 def _signed(value: float) -> str:

@@ -101,7 +101,7 @@ def _dense(axes: Axes, line: Points) -> Points:
 def _draw_swept(axes: Axes, swept: Sequence[DesignPoint]) -> None:
     at = _positions(swept)
     if len(at):
-        axes.plot(at[:, 0], at[:, 1], "o", color=FAINT, alpha=0.6, markersize=2.8, markeredgewidth=0, label="swept")
+        axes.plot(at[:, 0], at[:, 1], "o", color=FAINT, alpha=0.6, markersize=2.8, markeredgewidth=0, label="swept (on the clock: no contention)")
 
 
 def _draw_named(axes: Axes, named: Sequence[DesignPoint]) -> None:
@@ -116,9 +116,8 @@ def _draw_memory(axes: Axes, memory_bytes: float | None) -> Points:
         return np.empty((0, 2))
     at = memory_bytes / GB
     axes.axvline(at, color=INK, linewidth=0.9, linestyle=(0, (4, 2)))
-    text, place = f"{at:.0f} GB available", (at, 1.0)
     left, right = axes.get_xlim()
     side = "right" if at > (left + right) / 2 else "left"
-    where = {"xycoords": ("data", "axes fraction"), "xytext": (0, 3), "textcoords": "offset points"}
-    axes.annotate(text, place, **where, ha=side, va="bottom", fontsize=SMALL_PT)
+    text, above = f"{at:.0f} GB available", axes.get_xaxis_transform()
+    axes.text(at, 1.015, text, transform=above, ha=side, va="bottom", fontsize=SMALL_PT)
     return np.column_stack([[at, at], axes.get_ylim()])

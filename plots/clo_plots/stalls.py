@@ -68,11 +68,13 @@ def _write_total(axes: Axes, row: int, result: Result, *, cut: bool) -> None:
     """TPOT in the right margin; a bar that goes on beyond the edge is broken, and says what it mostly is."""
     edge = axes.get_yaxis_transform()
     weight = "bold" if cut else "normal"
-    axes.text(1.02, row, f"{_ms(result.tpot_s)} ms", transform=edge, va="center", fontsize=FONT_PT, fontweight=weight)
+    total = f"{_ms(result.tpot_s)} ms"
+    axes.text(1.02, row, total, transform=edge, va="center_baseline", fontsize=FONT_PT, fontweight=weight)
     if cut:
         _break(axes, row)
         name, seconds, _ = max(segments(result), key=lambda segment: segment[1])
-        note = f"{seconds / result.tpot_s:.0%} {name}"
+        share = seconds / result.tpot_s
+        note = f"{f'{share:.0%}' if share < 0.995 else '> 99%'} {name}"
         box = {"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "none"}
         axes.text(0.93, row, note, transform=edge, va="center", ha="right", fontsize=SMALL_PT, bbox=box)
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from clo.errors import CloError
-from clo.schedule.machine import Lane, Part
+from clo.schedule.machine import Lane
 from clo.timeline import Span, Timeline
-from clo.units import MS_PER_S, US_PER_S, format_seconds
+from clo.units import format_seconds
 from clo_plots.style import (
     FONT_PT,
     GRID,
@@ -25,26 +23,10 @@ from clo_plots.style import (
     new_figure,
     text_width_px,
 )
+from clo_plots.window import Window, attends, choose_window, visible
 
-LAYERS_SHOWN = 3.5
 # in rows: bars sit a little above the middle, so that layer numbers fit under them
 _BAR, _RAISED = 0.54, 0.11
-_LABEL_BOX = {"boxstyle": "square,pad=0.12", "facecolor": "white", "edgecolor": "none"}
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """What is shown: from `begin_s` to `end_s` around each timeline's own `zeros_s`; `label` says what zero is."""
-
-    zeros_s: tuple[float, ...]
-    begin_s: float
-    end_s: float
-    label: str
-
-    @property
-    def unit(self) -> tuple[float, str]:
-        """Units per second, and their name."""
-        return (MS_PER_S, "ms") if self.end_s - self.begin_s >= 1e-3 else (US_PER_S, "us")
 
 
 def plot_timelines(
@@ -72,36 +54,6 @@ def plot_timelines(
         return figure
 
 
-def choose_window(timelines: Sequence[Timeline], *, start_s: float | None, duration_s: float | None) -> Window:
-    """The window described at `plot_timelines`."""
-    first = timelines[0]
-    layers = sorted({span.layer for span in first.spans})
-    duration = duration_s or first.seconds * LAYERS_SHOWN / max(len(layers), 1)
-    if duration <= 0:
-        raise CloError(f"timeline figure: {first.title}: a window of {duration:g} s shows nothing")
-    if start_s is not None:
-        return Window((0.0,) * len(timelines), start_s, start_s + duration, "time from the start of the step")
-    middle = layers[len(layers) // 2]
-    zeros = tuple(_attention_start(timeline, middle) for timeline in timelines)
-    own = ", each design in its own time" if len(timelines) > 1 else ""
-    return Window(zeros, -duration / 2, duration / 2, f"time from the start of attention in layer {middle}{own}")
-
-
-def _attention_start(timeline: Timeline, layer: int) -> float:
-    """Where the main stream begins to attend in `layer`; without such a span, the middle of the step."""
-    starts = (span.start_s for span in timeline.spans if _attends(span) and span.layer == layer)
-    return next(starts, timeline.seconds / 2)
-
-
-def _attends(span: Span) -> bool:
-    return span.lane == Lane.MAIN and span.part == Part.ATTENTION
-
-
-def _visible(timeline: Timeline, window: Window, zero: float) -> list[Span]:
-    begin, end = zero + window.begin_s, zero + window.end_s
-    return [span for span in timeline.spans if span.end_s > begin and span.start_s - span.waited_s < end]
-
-
 def _draw_panel(axes: Axes, timeline: Timeline, window: Window, zero: float) -> None:
     axes.set_title(f"{timeline.title}: step of {format_seconds(timeline.seconds)}", fontsize=FONT_PT, pad=3)
     axes.set_ylim(len(timeline.lanes) - 0.5, -0.5)
@@ -113,7 +65,7 @@ def _draw_panel(axes: Axes, timeline: Timeline, window: Window, zero: float) -> 
     if any(window.zeros_s):
         axes.axvline(0, color=INK, linewidth=0.7, linestyle=(0, (2, 2)), zorder=3)
     scale, _ = window.unit
-    for span in _visible(timeline, window, zero):
+    for span in visible(timeline, window, zero):
         row, start = timeline.lanes.index(span.lane), (span.start_s - zero) * scale
         if _stalls(span):
             waited = span.waited_s * scale
@@ -131,12 +83,14 @@ def _draw_bar(axes: Axes, row: int, left: float, width: float, fill: Fill) -> No
 
 def _write_labels(axes: Axes, timeline: Timeline, window: Window, zero: float) -> None:
     """Causes in stalls and layer numbers under attention, where there is room."""
-    for span in _visible(timeline, window, zero):
+    for span in visible(timeline, window, zero):
         row = timeline.lanes.index(span.lane)
         if _stalls(span):
-            left = span.start_s - span.waited_s - zero
-            _write(axes, window, span.cause, left, span.start_s - zero, row - _RAISED, box=_LABEL_BOX, va="center_baseline")
-        if _attends(span):
+            left, fill = span.start_s - span.waited_s - zero, STALLS.get(span.cause, UNKNOWN)
+            # in the stall's own colour: a white box would look like a gap
+            box = {"boxstyle": "square,pad=0.2", "facecolor": fill.face, "edgecolor": "none"}
+            _write(axes, window, span.cause, left, span.start_s - zero, row - _RAISED, box=box, va="center")
+        if attends(span):
             left, right = span.start_s - zero, span.end_s - zero
             _write(axes, window, str(span.layer), left, right, row - _RAISED + _BAR / 2, va="top")
 
@@ -153,7 +107,7 @@ def _write(
 
 
 def _legend(figure: Figure, timelines: Sequence[Timeline], window: Window) -> None:
-    spans = [span for one, zero in zip(timelines, window.zeros_s, strict=True) for span in _visible(one, window, zero)]
+    spans = [span for one, zero in zip(timelines, window.zeros_s, strict=True) for span in visible(one, window, zero)]
     parts, causes = {span.part for span in spans}, {span.cause for span in spans if _stalls(span)}
     handles = [legend_patch(name, fill) for name, fill in PARTS.items() if name in parts]
     handles += [legend_patch(f"stall: {name}", fill) for name, fill in STALLS.items() if name in causes]

@@ -13,6 +13,7 @@ from clo.metrics import StepTimes, Times
 from clo.schedule import Cause, Lane
 from clo_sim.priced import PricedStep, Segment
 
+
 def step_seconds(priced: PricedStep) -> Times:
     """Duration of each step, `[steps]`: the sweep's fast path, without causes."""
     nothing = np.zeros(priced.num_steps)

@@ -66,6 +66,7 @@ def fill(demands: tuple[Demand, ...], caps: list[float]) -> tuple[float, ...]:
 
 def _level(resource: str, demands: tuple[Demand, ...], rates: list[float], rising: set[int]) -> float:
     """The common rate at which `resource` becomes full."""
-    fixed = sum(getattr(demands[index], resource) * rates[index] for index in range(len(demands)) if index not in rising)
+    stopped = set(range(len(demands))) - rising
+    fixed = sum(getattr(demands[index], resource) * rates[index] for index in stopped)
     growing = sum(getattr(demands[index], resource) for index in rising)
     return max(0.0, 1.0 - fixed) / growing if growing > 0 else float("inf")

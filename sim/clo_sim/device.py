@@ -35,14 +35,13 @@ class LaneProgram:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One segment as it ran; `cause` is what it waited for during the last `waited` seconds before it."""
+    """One segment as it ran; `waits` are (cause, seconds) of the lane's idle time just before it."""
 
     lane: int
     position: int
     start: float
     end: float
-    cause: int
-    waited: float
+    waits: tuple[tuple[int, float], ...]
 
 
 class Device:
@@ -88,7 +87,7 @@ class Device:
         self._start = [now] * lanes
         self._current = [1.0] * lanes
         self._key = 0
-        self._waited = [(0, 0.0)] * lanes
+        self._waits: list[tuple[tuple[int, float], ...]] = [()] * lanes
 
     def run_until(self, lane: int, count: int) -> float:
         """Advance until `lane` has completed `count` segments of this step; the time at which that happens.
@@ -131,7 +130,7 @@ class Device:
             if who == self._watched:
                 self.last_end = now
             if self.spans is not None:
-                self.spans.append(Span(who, position, started_at[who], now, *self._waited[who]))
+                self.spans.append(Span(who, position, started_at[who], now, self._waits[who]))
             candidates = (who, *program.wakes[position])
         self.now = now
         return now
@@ -163,18 +162,19 @@ class Device:
     def _account(self, lane: int, program: LaneProgram, position: int) -> None:
         """Inputs are waited for in their order: each gets what it took beyond the ones before it."""
         ends = self._ends
-        free = covered = ends[lane][-1] if ends[lane] else self._begin
+        covered = ends[lane][-1] if ends[lane] else self._begin
         inputs = [(ends[other][count - 1], cause) for other, count, cause in program.waits[position]]
         submissions, host_cause = program.host_waits[position]
         if submissions:
             inputs.append((self._host_times[submissions - 1], host_cause))
-        last_cause = 0
+        waits: list[tuple[int, float]] = []
         for end, cause in inputs:
             if end > covered:
                 if lane == self._watched:
                     self.gaps[cause] += end - covered
-                covered, last_cause = end, cause
-        self._waited[lane] = (last_cause, covered - free)
+                waits.append((cause, end - covered))
+                covered = end
+        self._waits[lane] = tuple(waits)
 
     def _change_rates(self, key: int, now: float) -> None:
         """Those in service go on at their new rates; what they have left takes longer or shorter."""

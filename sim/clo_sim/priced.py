@@ -21,19 +21,19 @@ from clo.traffic import Traffic
 
 
 class SegmentDependency(NamedTuple):
-    """Lane `lane` must have completed `count` segments."""
+    """Lane `lane` must have completed so many segments."""
 
     lane: Lane
-    count: int
+    completed: int
     segment: int
     cause: Cause
 
 
 class Segment(NamedTuple):
-    """Consecutive nodes of one lane; `index` counts within the lane."""
+    """Consecutive nodes of one lane; `position` counts within the lane."""
 
     lane: Lane
-    index: int
+    position: int
     nodes: tuple[int, ...]
     after: tuple[SegmentDependency, ...]
 

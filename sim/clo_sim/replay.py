@@ -1,4 +1,4 @@
-"""Replays a cache policy over an attention trace: who hits, who misses, which pages must move. Knows nothing about time.
+"""Replays a cache policy over an attention trace: who hits, who misses, which pages move. Knows nothing about time.
 
 All recorded KV heads are replayed at once, in units of the recorded pages; `clo_sim.stand_in` turns the result into the
 traffic of a model, a batch and a context.
@@ -7,7 +7,6 @@ traffic of a model, a batch and a context.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +15,13 @@ from clo.errors import TraceError
 from clo.plan import DecodePlan
 from clo.specs import Cache, Design, GqaFold, OnMiss
 from clo.trace import AttentionTrace
-from clo_sim.similarity import PREDICTED, REAL, Similarity, similarity
+from clo_sim.similarity import Fold, Vectors, stepwise, tau_for_hit_rate
 
 ABSENT = -(2**62)
 """Stamp of a page that is not on the device: older than any other."""
 
-NO_ANCHOR = -1
-"""Anchor step of a head that has not selected yet."""
+REAL, PREDICTED = 0, 1
+"""Where a query comes from: the layer's own input, or the input of an earlier layer."""
 
 NO_PAGE = 0xFFFF
 """Padding of a page list that has fewer candidates than the budget."""
@@ -30,7 +29,7 @@ NO_PAGE = 0xFFFF
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """What of a design decides residency, in recorded pages. Hashable: replays are shared by designs that agree on it."""
+    """What of a design decides residency, in recorded pages. Hashable: designs that agree on it share a replay."""
 
     selector: str
     cache: Cache
@@ -75,7 +74,8 @@ def policy_of(plan: DecodePlan, trace: AttentionTrace) -> Policy:
         )
     lookahead = design.prefetch_depth if design.prefetches and not design.speculates_last_step else 0
     if lookahead and lookahead not in header.lookaheads:
-        raise TraceError(f"design.prefetch_depth = {lookahead}: the trace recorded lookaheads {list(header.lookaheads)}")
+        known = list(header.lookaheads)
+        raise TraceError(f"design.prefetch_depth = {lookahead}: the trace recorded lookaheads {known}")
     return Policy(
         selector=_recorded_selector(design, trace),
         cache=design.cache,
@@ -122,10 +122,7 @@ class _Replay:
         if policy.cache is not Cache.NONE:
             self.stamp[:] = _after_prefill(trace, policy.slot_pages, self.padding + 1)
         self.held = np.full((self.num_heads, policy.budget_pages), self.padding, dtype=np.int64)
-        self.anchor_origin = np.zeros(self.num_heads, dtype=np.int8)
-        self.anchor_step = np.full(self.num_heads, NO_ANCHOR, dtype=np.int32)
-        self.similarity = similarity_of(trace, policy.gqa_fold, policy.lookahead) if policy.gated else None
-        self.tau = _thresholds(trace, policy)
+        self.gate = _Gate(trace, policy) if policy.gated else None
         self.clock = 0
 
     def run(self) -> HeadHistory:
@@ -141,7 +138,6 @@ class _Replay:
             if self.policy.speculates_last_step:
                 rest = np.flatnonzero(~missed[1][step])
                 self._phase(step, REAL, rest, missed[0][step], pages[0][step])
-                self.anchor_origin[:], self.anchor_step[:] = REAL, step
         return HeadHistory(
             spec_missed=missed[0],
             spec_pages=pages[0],
@@ -152,21 +148,16 @@ class _Replay:
 
     def _predicting_heads(self, step: int) -> NDArray[np.intp]:
         heads = np.arange(self.first_predicted, self.num_heads)
-        return self._drifted(step, PREDICTED, heads) if self.policy.cache is Cache.HEAD_REUSE else heads
+        return self.gate.drifted(step, PREDICTED, heads) if self.gate is not None else heads
 
     def _deciding_heads(self, step: int) -> NDArray[np.intp]:
         """Heads whose real query selects: all, those that drifted, or those that nothing was predicted for."""
         heads = np.arange(self.num_heads)
-        if self.policy.gated:
-            return self._drifted(step, REAL, heads)
+        if self.gate is not None:
+            return self.gate.drifted(step, REAL, heads)
         if self.policy.cache is Cache.NONE and self.policy.lookahead:
             return heads[: self.first_predicted]
         return heads
-
-    def _drifted(self, step: int, origin: int, heads: NDArray[np.intp]) -> NDArray[np.intp]:
-        assert self.similarity is not None
-        cosine = self.similarity.between(origin, step, heads, self.anchor_origin, self.anchor_step)
-        return heads[(self.anchor_step[heads] == NO_ANCHOR) | (cosine < self.tau[heads])]
 
     def _phase(
         self, step: int, origin: int, heads: NDArray[np.intp], missed: NDArray[np.bool_], pages: NDArray[np.int32]
@@ -180,7 +171,8 @@ class _Replay:
         pages[heads] += self._count_fetched(heads, chosen)
         self._keep(heads, chosen)
         self.held[heads] = chosen
-        self.anchor_origin[heads], self.anchor_step[heads] = origin, step
+        if self.gate is not None:
+            self.gate.move(step, origin, heads)
 
     def _count_fetched(self, heads: NDArray[np.intp], chosen: NDArray[np.int64]) -> NDArray[np.int32]:
         wanted = chosen != self.padding
@@ -228,57 +220,35 @@ def _highest(pages: NDArray[np.int64]) -> int:
     return int(np.where(pages == NO_PAGE, 0, pages).max(initial=0))
 
 
-@lru_cache(maxsize=8)
-def _cached_similarity(key: _TraceKey, fold: GqaFold, lookahead: int) -> Similarity:
-    return similarity(key.trace, fold, lookahead)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _TraceKey:
-    trace: AttentionTrace
-
-    def __hash__(self) -> int:
-        return id(self.trace)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _TraceKey) and other.trace is self.trace
-
-
-def similarity_of(trace: AttentionTrace, fold: GqaFold, lookahead: int) -> Similarity:
-    """`similarity`, remembered for the traces in use: it costs more than a replay."""
-    return _cached_similarity(_TraceKey(trace), fold, lookahead)
-
-
-def _thresholds(trace: AttentionTrace, policy: Policy) -> NDArray[np.float32]:
+def _thresholds(trace: AttentionTrace, policy: Policy, queries: Vectors, fold: Fold) -> NDArray[np.float32]:
     """Tau per recorded KV head: the fixed one, or the one that reaches the target hit rate."""
-    heads = trace.header.num_layers * trace.header.num_kv_heads
-    if policy.target_hit_rate is None or not policy.gated:
-        return np.full(heads, policy.tau, dtype=np.float32)
-    cosine = similarity_of(trace, policy.gqa_fold, policy.lookahead).cosine[REAL][REAL]
-    return tau_for_hit_rate(cosine, policy.target_hit_rate)
+    if policy.target_hit_rate is not None:
+        return tau_for_hit_rate(queries, fold, policy.target_hit_rate)
+    return np.full(trace.header.num_layers * trace.header.num_kv_heads, policy.tau, dtype=np.float32)
 
 
-def anchored_hit_rate(cosine: NDArray[np.float32], tau: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Hit rate per head, `[heads]`, when the anchor moves only on a miss. `cosine` is `[heads, steps, steps]`."""
-    heads = np.arange(cosine.shape[0])
-    anchor = np.zeros(cosine.shape[0], dtype=np.intp)
-    hits = np.zeros(cosine.shape[0])
-    for step in range(1, cosine.shape[1]):
-        hit = cosine[heads, step, anchor] >= tau
-        hits += hit
-        anchor = np.where(hit, anchor, step)
-    return hits / (cosine.shape[1] - 1)
+class _Gate:
+    """Anchors of all heads, and who has drifted from its own."""
 
+    def __init__(self, trace: AttentionTrace, policy: Policy) -> None:
+        num_kv_heads = trace.header.num_kv_heads
+        self._fold = Fold(trace, policy.gqa_fold)
+        self._queries = [stepwise(trace.queries, num_kv_heads)]
+        if policy.lookahead:
+            self._queries.append(stepwise(trace.lookahead_queries[policy.lookahead], num_kv_heads))
+        self._tau = _thresholds(trace, policy, self._queries[REAL], self._fold)
+        self._anchors = np.zeros_like(self._queries[REAL][0])
+        self._anchored = np.zeros(len(self._anchors), dtype=np.bool_)
 
-def tau_for_hit_rate(cosine: NDArray[np.float32], target: float) -> NDArray[np.float32]:
-    """The largest tau per head (to 1/4096) whose anchored hit rate reaches `target`, by bisection."""
-    low = np.full(cosine.shape[0], -1.0, dtype=np.float32)
-    high = np.full(cosine.shape[0], 1.0, dtype=np.float32)
-    for _ in range(13):
-        middle = (low + high) / 2
-        reached = anchored_hit_rate(cosine, middle) >= target
-        low, high = np.where(reached, middle, low), np.where(reached, high, middle)
-    return low
+    def drifted(self, step: int, origin: int, heads: NDArray[np.intp]) -> NDArray[np.intp]:
+        """Those of `heads` whose query is not within tau of its anchor, or that have none yet."""
+        cosine = self._fold.cosine(self._queries[origin][step, heads], self._anchors[heads], heads)
+        return heads[~self._anchored[heads] | (cosine < self._tau[heads])]
+
+    def move(self, step: int, origin: int, heads: NDArray[np.intp]) -> None:
+        """The query of `step` becomes the anchor."""
+        self._anchors[heads] = self._queries[origin][step, heads]
+        self._anchored[heads] = True
 
 
 def fewest_pages(trace: AttentionTrace, policy: Policy) -> NDArray[np.int32]:

@@ -50,13 +50,13 @@ def make_scene(
     """A scene from preset names, paths or records; the committed trace stands in unless `source` is given."""
     machine_spec = presets.load_machine(machine) if isinstance(machine, str) else machine
     chosen = machine_spec.profile if profile is None else profile
-    changes = {"context_tokens": context_tokens, "batch": batch}
-    settings = (workload or Workload()).with_fields(**{name: value for name, value in changes.items() if value is not None})
+    sizes = {"context_tokens": context_tokens, "batch": batch}
+    changes = {name: value for name, value in sizes.items() if value is not None}
     return Scene(
         model=presets.load_model(model) if isinstance(model, str) else model,
         machine=machine_spec,
         profile=presets.load_named_profile(chosen) if isinstance(chosen, str) else chosen,
-        workload=settings,
+        workload=(workload or Workload()).with_fields(**changes),
         source=source or TrafficSource(presets.load_trace()),
         kv_memory_bytes=kv_memory_bytes,
     )

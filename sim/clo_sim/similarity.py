@@ -1,8 +1,6 @@
-"""Cosines between the queries of a trace, folded per KV head, as the gate sees them. Knows nothing about pages."""
+"""Cosines between queries and anchors, folded per KV head, as the gate sees them. Knows nothing about pages."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,56 +8,63 @@ from numpy.typing import NDArray
 from clo.specs import GqaFold
 from clo.trace import AttentionTrace
 
-REAL, PREDICTED = 0, 1
-"""Where a query comes from: the layer's own input, or the input of an earlier layer."""
-
+Vectors = NDArray[np.float32]
 Cosines = NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
-class Similarity:
-    """`cosine[a][b][head, s, t]` between query `s` of origin `a` and query `t` of origin `b`, per KV head.
-
-    Heads are all recorded KV heads, layer by layer: `head = layer * num_kv_heads + kv_head`.
-    """
-
-    cosine: tuple[tuple[Cosines, ...], ...]
-
-    def between(self, origin: int, step: int, heads: NDArray[np.intp], anchor_origin: NDArray[np.int8],
-                anchor_step: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Cosine of each head's query at `step` with its anchor, `[len(heads)]`."""
-        rows = self.cosine[origin]
-        real = rows[REAL][heads, step, anchor_step[heads]]
-        if len(rows) == 1:
-            return real
-        predicted = rows[PREDICTED][heads, step, anchor_step[heads]]
-        return np.where(anchor_origin[heads] == REAL, real, predicted)
-
-
-def similarity(trace: AttentionTrace, fold: GqaFold, lookahead: int) -> Similarity:
-    """Fold the cosines of a trace; with `lookahead` > 0 those of the predicted queries too."""
-    origins = [_unit(trace.queries)]
-    if lookahead:
-        origins.append(_unit(trace.lookahead_queries[lookahead]))
-    weights = trace.head_importance.reshape(-1, trace.header.num_query_heads // trace.header.num_kv_heads)
-    folded = tuple(tuple(_fold(a @ b.swapaxes(-1, -2), fold, weights) for b in origins) for a in origins)
-    return Similarity(folded)
-
-
-def _unit(queries: NDArray[np.floating]) -> NDArray[np.float32]:
+def unit_queries(queries: NDArray[np.floating]) -> Vectors:
     """`[steps, layers, query_heads, head_dim]` -> unit vectors `[layers * query_heads, steps, head_dim]`."""
     vectors = np.asarray(queries, dtype=np.float32).transpose(1, 2, 0, 3)
     vectors = vectors.reshape(-1, *vectors.shape[2:])
-    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return vectors / np.maximum(norms, np.finfo(np.float32).tiny)
+    norms = np.sqrt(np.einsum("hsd,hsd->hs", vectors, vectors))[..., None]
+    return np.asarray(vectors / np.maximum(norms, np.finfo(np.float32).tiny))
 
 
-def _fold(cosines: Cosines, fold: GqaFold, weights: NDArray[np.floating]) -> Cosines:
-    """`[layers * query_heads, s, t]` -> `[layers * kv_heads, s, t]`."""
-    grouped = cosines.reshape(*weights.shape, *cosines.shape[1:])
-    if fold is GqaFold.MIN:
-        return np.asarray(grouped.min(axis=1), dtype=np.float32)
-    if fold is GqaFold.MEAN:
-        return np.asarray(grouped.mean(axis=1), dtype=np.float32)
-    shares = weights / weights.sum(axis=1, keepdims=True)
-    return np.asarray(np.einsum("hg,hgst->hst", shares, grouped), dtype=np.float32)
+def stepwise(queries: NDArray[np.floating], num_kv_heads: int) -> Vectors:
+    """Unit queries step by step and grouped: `[steps, layers * kv_heads, group_size, head_dim]`."""
+    unit = unit_queries(queries).swapaxes(0, 1)
+    steps, layers, query_heads, head_dim = queries.shape
+    grouped = unit.reshape(steps, layers * num_kv_heads, query_heads // num_kv_heads, head_dim)
+    return np.ascontiguousarray(grouped)
+
+
+class Fold:
+    """Cosines of a group's query heads -> one number per KV head."""
+
+    def __init__(self, trace: AttentionTrace, fold: GqaFold) -> None:
+        header = trace.header
+        weights = np.asarray(trace.head_importance).reshape(-1, header.num_query_heads // header.num_kv_heads)
+        self._kind = fold
+        self._shares = weights / weights.sum(axis=1, keepdims=True)
+
+    def cosine(self, queries: Vectors, anchors: Vectors, heads: NDArray[np.intp] | slice = slice(None)) -> Cosines:
+        """Cosine of unit vectors `[heads, group_size, head_dim]` with unit anchors, folded to `[heads]`."""
+        per_query_head = np.einsum("hgd,hgd->hg", queries, anchors)
+        if self._kind is GqaFold.MIN:
+            return np.asarray(per_query_head.min(axis=1))
+        if self._kind is GqaFold.MEAN:
+            return np.asarray(per_query_head.mean(axis=1))
+        return np.asarray((per_query_head * self._shares[heads]).sum(axis=1), dtype=np.float32)
+
+
+def anchored_hit_rate(queries: Vectors, fold: Fold, tau: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Hit rate per KV head when the anchor moves only on a miss. `queries` as from `stepwise`; `tau` is `[heads]`."""
+    anchors = queries[0].copy()
+    hits = np.zeros(queries.shape[1])
+    for query in queries[1:]:
+        hit = fold.cosine(query, anchors) >= tau
+        hits += hit
+        anchors[~hit] = query[~hit]
+    return hits / (len(queries) - 1)
+
+
+def tau_for_hit_rate(queries: Vectors, fold: Fold, target: float) -> NDArray[np.float32]:
+    """The largest tau per KV head (to 1/4096) whose anchored hit rate reaches `target`, by bisection."""
+    low = np.full(queries.shape[1], -1.0, dtype=np.float32)
+    high = np.full(queries.shape[1], 1.0, dtype=np.float32)
+    for _ in range(13):
+        middle = (low + high) / 2
+        reached = anchored_hit_rate(queries, fold, middle) >= target
+        low = np.where(reached, middle, low).astype(np.float32)
+        high = np.where(reached, high, middle).astype(np.float32)
+    return low

@@ -63,9 +63,7 @@ class SimulatedGpu:
         self._host = program.host_program()
         self._record = record
         self._rows = priced.durations.T
-        self.device = Device(
-            self._programs, self._rates, watched=self._main, num_causes=len(CAUSES), record=record
-        )
+        self.device = Device(self._programs, self._rates, watched=self._main, num_causes=len(CAUSES), record=record)
         self._pair = None if record else self._make_pair()
 
     def decode_step(self, step: int) -> Generator[simpy.Event, None, StepOutcome]:
@@ -157,7 +155,7 @@ class _Program:
     def host_program(self) -> list[HostInstruction]:
         return [
             HostInstruction(
-                tuple((self.number[wait.lane], wait.count) for wait in self.segments[column].after), column
+                tuple((self.number[wait.lane], wait.completed) for wait in self.segments[column].after), column
             )
             for column in self.columns[Lane.LAUNCH]
         ]
@@ -173,14 +171,14 @@ class _Program:
 
     def _device_waits(self, segment: Segment) -> tuple[tuple[int, int, int], ...]:
         return tuple(
-            (self.number[wait.lane], wait.count, CAUSES.index(wait.cause))
+            (self.number[wait.lane], wait.completed, CAUSES.index(wait.cause))
             for wait in segment.after
             if wait.lane is not Lane.LAUNCH
         )
 
     def _host_wait(self, segment: Segment) -> tuple[int, int]:
         waits = [wait for wait in segment.after if wait.lane is Lane.LAUNCH]
-        return (waits[-1].count, CAUSES.index(waits[-1].cause)) if waits else (0, 0)
+        return (waits[-1].completed, CAUSES.index(waits[-1].cause)) if waits else (0, 0)
 
 
 def run_simpy(priced: PricedStep, *, contention: Contention | None = None) -> StepTimes:
@@ -223,4 +221,3 @@ class _Collected:
             main_alone=alone[Lane.MAIN],
             lane_busy=lane_busy | {Lane.LAUNCH: alone[Lane.LAUNCH]},
         )
-

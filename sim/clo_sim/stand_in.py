@@ -50,11 +50,18 @@ class TrafficSource:
         self.check(plan)
         policy = policy_of(plan, self.trace)
         # designs that differ only in how pages move share their counts
-        key = (policy, plan.model, plan.workload, plan.budget_pages, plan.num_pages, plan.dense_layers,
-               plan.pinned_heads_per_layer, plan.design.page_size, plan.design.selector)
-        return _remembered(
-            self._traffics, key, 32, lambda: _stand_in(plan, self.trace, policy, self._replayed(policy))
+        key = (
+            policy,
+            plan.model,
+            plan.workload,
+            plan.budget_pages,
+            plan.num_pages,
+            plan.dense_layers,
+            plan.pinned_heads_per_layer,
+            plan.design.page_size,
+            plan.design.selector,
         )
+        return _remembered(self._traffics, key, 32, lambda: _stand_in(plan, self.trace, policy, self._replayed(policy)))
 
     def fewest_fetched_pages(self, plan: DecodePlan) -> float:
         """Mean pages a step that no exact design with this plan's slots can avoid (Belady), whole batch."""
@@ -187,7 +194,7 @@ def _write_back(plan: DecodePlan) -> Counts:
     """A page per offloaded head leaves a sequence's window every `page_size` steps; sequences take turns."""
     page_size, batch = plan.design.page_size, plan.workload.batch
     turn = (np.arange(plan.workload.steps)[:, None] + np.arange(batch)[None, :]) % page_size == 0
-    return _requested(plan, 1.0) / batch * turn.sum(axis=1)[:, None]
+    return np.asarray(_requested(plan, 1.0) / batch * turn.sum(axis=1)[:, None])
 
 
 def _nothing_moves(plan: DecodePlan) -> Traffic:
@@ -229,7 +236,8 @@ def assumptions(plan: DecodePlan, header: TraceHeader) -> tuple[str, ...]:
     """What a report must say about the trace behind its numbers."""
     notes = []
     if not _same_heads(plan.model, header):
-        notes.append(f"recorded KV heads of {header.model} stand for those of {plan.model.name}, at equal relative depth")
+        stand_in = f"recorded KV heads of {header.model} stand for those of {plan.model.name}"
+        notes.append(f"{stand_in}, at equal relative depth")
     if plan.workload.context_tokens != header.context_tokens:
         notes.append(
             f"page choices recorded at {header.context_tokens} tokens are scaled to {plan.workload.context_tokens}: "

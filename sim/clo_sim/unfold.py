@@ -11,13 +11,18 @@ import numpy as np
 import simpy
 
 from clo.pricing import Seconds
-from clo.schedule import Cause, Lane
+from clo.schedule import Lane
 from clo.schedule.work import Work
 from clo.timeline import Span, Timeline
 from clo_sim.clock import segment_times
 from clo_sim.contention import Contention
 from clo_sim.priced import PricedStep
 from clo_sim.simulator import CAUSES, SimulatedGpu
+
+Waits = tuple[tuple[str, float], ...]
+
+Ran = tuple[int, float, float, Waits]
+"""A segment's column, start, end, and what its lane waited for before it."""
 
 
 def simulated_timeline(priced: PricedStep, step: int, title: str, contention: Contention | None = None) -> Timeline:
@@ -33,39 +38,39 @@ def simulated_timeline(priced: PricedStep, step: int, title: str, contention: Co
     columns: dict[Lane, list[int]] = {lane: [] for lane in priced.graph.lanes()}
     for column, segment in enumerate(priced.segments):
         columns[segment.lane].append(column)
-    ran = [
-        (columns[gpu.lanes[span.lane]][span.position], span.start, span.end, CAUSES[span.cause], span.waited)
+    ran: list[Ran] = [
+        (columns[gpu.lanes[span.lane]][span.position], span.start, span.end, _named(span.waits))
         for span in gpu.device.spans or ()
     ]
-    ran += [(column, start, end, Cause.ORDER, 0.0) for column, start, end in gpu.host_spans]
+    ran += [(column, start, end, ()) for column, start, end in gpu.host_spans]
     return _timeline(priced, step, title, ran)
 
 
 def clock_timeline(priced: PricedStep, step: int, title: str) -> Timeline:
     """One measured step on the clock."""
-    ran = []
+    ran: list[Ran] = []
     for column, (start, end, waits) in enumerate(segment_times(priced)):
-        waited = [(cause, float(time[step])) for cause, time in waits if time[step] > 0]
-        last = waited[-1][0] if waited else Cause.ORDER
-        ran.append((column, float(start[step]), float(end[step]), last, sum(time for _, time in waited)))
+        waited = tuple((cause.value, float(time[step])) for cause, time in waits if time[step] > 0)
+        ran.append((column, float(start[step]), float(end[step]), waited))
     return _timeline(priced, step, title, ran)
 
 
-def _timeline(
-    priced: PricedStep, step: int, title: str, ran: list[tuple[int, float, float, Cause, float]]
-) -> Timeline:
+def _timeline(priced: PricedStep, step: int, title: str, ran: list[Ran]) -> Timeline:
     spans: list[Span] = []
-    for column, start, end, cause, waited in ran:
-        spans += _unfold(priced, step, column, start, end, cause, waited)
+    for segment in ran:
+        spans += _unfold(priced, step, segment)
     spans = [span for span in spans if span.end_s > span.start_s]
     order = {lane.value: number for number, lane in enumerate(Lane)}
     spans.sort(key=lambda span: (span.start_s, order[span.lane]))
     return Timeline(title=title, spans=tuple(spans), lanes=tuple(lane.value for lane in priced.graph.lanes()))
 
 
-def _unfold(
-    priced: PricedStep, step: int, column: int, start: float, end: float, cause: Cause, waited: float
-) -> list[Span]:
+def _named(waits: tuple[tuple[int, float], ...]) -> Waits:
+    return tuple((CAUSES[cause].value, seconds) for cause, seconds in waits)
+
+
+def _unfold(priced: PricedStep, step: int, ran: Ran) -> list[Span]:
+    column, start, end, waits = ran
     segment = priced.segments[column]
     nodes = [priced.graph.nodes[node] for node in segment.nodes]
     alone = [_at(priced.seconds(node.op), step) for node in nodes]
@@ -73,7 +78,6 @@ def _unfold(
     edges = start + (end - start) * np.cumsum([0.0, *alone]) / total if total else [start] * (len(nodes) + 1)
     spans = []
     for number, node in enumerate(nodes):
-        first = number == 0
         spans.append(
             Span(
                 lane=segment.lane.value,
@@ -83,8 +87,7 @@ def _unfold(
                 start_s=float(edges[number]),
                 end_s=float(edges[number + 1]),
                 num_bytes=_bytes(priced, step, node.op.work, node.op.layer),
-                cause=cause.value if first and waited > 0 else "",
-                waited_s=waited if first else 0.0,
+                waits=() if number else waits,
             )
         )
     return spans

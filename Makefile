@@ -1,0 +1,54 @@
+# `make run` and `make test` set up .venv themselves. PYTHON picks the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The CPU build of torch: the tests need no GPU. Where the package index offers no CPU build, this fetches the CUDA one.
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+
+.PHONY: run test test-long bench lint profiles clean
+
+run: $(VENV)/.base
+	$(BIN)/clo explore --out out
+	@echo
+	@echo "One sequence instead of sixteen:"
+	$(BIN)/clo explore --batch 1 --no-sweep --no-figures
+
+test: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not long"
+
+test-long: $(VENV)/.dev
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
+
+bench: $(VENV)/.base
+	$(BIN)/python benchmarks/steps.py
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/mypy
+
+profiles: $(VENV)/.dev
+	$(BIN)/python -m pip install -q -e ".[tables]"
+	$(BIN)/python -m clo_calibration.build_profile
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else \
+		"Python 3.11 or newer is needed, %s is %d.%d: make PYTHON=python3.12 ..." % (sys.executable, *v))'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.base: $(VENV)/.created pyproject.toml
+	$(BIN)/python -m pip install -q -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.created pyproject.toml
+	$(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q -e ".[dev]"
+	@touch $@ $(VENV)/.base
+
+clean:
+	rm -rf $(VENV) out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
