@@ -23,7 +23,7 @@ NUMBER_COLUMNS = (
     "tokens/s",
     "GPU mem\nGB",
     "of it KV\nGB",
-    "overlap\nw. exact",
+    "overlap",
     "hit\nrate",
     "h2d/step\nGB",
     "PCIe\nused",
@@ -39,17 +39,21 @@ def console() -> Console:
     return plain if plain.is_terminal else Console(width=WIDE, highlight=False)
 
 
-def design_table(results: Sequence[Result], not_run: Mapping[str, str], title: str) -> Table:
-    """A row per design, fastest first; then those that do not fit, with the reason."""
-    table = Table(title=title, title_justify="left", caption_justify="left")
+LEGEND = (
+    "overlap: attended pages that the selector would choose for the real query; hit rate: attended pages that needed "
+    "no transfer; PCIe used: bytes over the link's peak; stall: time the main stream did not compute."
+)
+
+
+def design_table(results: Sequence[Result], title: str) -> Table:
+    """A row per design, fastest first."""
+    table = Table(title=title, title_justify="left", caption=LEGEND, caption_justify="left")
     table.add_column("design", no_wrap=True)
     for name in NUMBER_COLUMNS:
         table.add_column(name, justify="right")
     table.add_column("stalls on", overflow="fold", min_width=24)
     for result in sorted(results, key=lambda one: one.tpot_s):
         table.add_row(*_design_row(result))
-    for name, reason in not_run.items():
-        table.add_row(name, "-", *[""] * (len(NUMBER_COLUMNS) - 1), f"does not run: {_short(reason)}")
     return table
 
 
@@ -84,8 +88,11 @@ def _short(reason: str) -> str:
 
 
 def print_designs(results: Sequence[Result], not_run: Mapping[str, str], title: str) -> None:
-    """Print the table of designs."""
-    console().print(design_table(results, not_run, title))
+    """Print the table of designs, and those that cannot run with the reason."""
+    out = console()
+    out.print(design_table(results, title))
+    for name, reason in not_run.items():
+        out.print(f"  {name} does not run: {_short(reason)}")
 
 
 def print_roofline(result: Result, what: str) -> None:

@@ -101,7 +101,16 @@ def _dense(axes: Axes, line: Points) -> Points:
 def _draw_swept(axes: Axes, swept: Sequence[DesignPoint]) -> None:
     at = _positions(swept)
     if len(at):
-        axes.plot(at[:, 0], at[:, 1], "o", color=FAINT, alpha=0.6, markersize=2.8, markeredgewidth=0, label="swept (on the clock: no contention)")
+        axes.plot(
+            at[:, 0],
+            at[:, 1],
+            "o",
+            color=FAINT,
+            alpha=0.6,
+            markersize=2.8,
+            markeredgewidth=0,
+            label="swept (on the clock: no contention)",
+        )
 
 
 def _draw_named(axes: Axes, named: Sequence[DesignPoint]) -> None:
