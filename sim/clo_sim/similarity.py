@@ -63,7 +63,7 @@ def tau_for_hit_rate(queries: Vectors, fold: Fold, target: float) -> NDArray[np.
     low = np.full(queries.shape[1], -1.0, dtype=np.float32)
     high = np.full(queries.shape[1], 1.0, dtype=np.float32)
     for _ in range(13):
-        middle = (low + high) / 2
+        middle = np.asarray((low + high) / 2, dtype=np.float32)
         reached = anchored_hit_rate(queries, fold, middle) >= target
         low = np.where(reached, middle, low).astype(np.float32)
         high = np.where(reached, high, middle).astype(np.float32)
