@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from pydantic import PositiveFloat, ValidationError
 
 from clo.errors import CloError
-from clo.files import write_text
+from clo.files import read_json, write_text
 from clo.specs.base import Spec, explain
 
 
@@ -37,17 +36,8 @@ class Choices(Spec):
 
 def load_choices(path: Path) -> Choices:
     """Read what `save` wrote. Raises `CloError` naming the file and the problem."""
-    data = _read(path)
+    data = read_json(path)
     try:
         return Choices.model_validate(data)
     except ValidationError as error:
         raise CloError(f"{path}: {explain(Choices, error)}") from None
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CloError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise CloError(f"{path}: not JSON, or truncated: {error}") from None

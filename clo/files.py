@@ -1,12 +1,13 @@
-"""Files are written whole or not at all. Knows nothing about their contents."""
+"""Files are written whole or not at all, and read with errors that name them. Knows nothing about their contents."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from clo.errors import CloError
 
@@ -29,6 +30,16 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def read_json(path: Path, error: type[CloError] = CloError) -> Any:
+    """Parse a JSON file. Raises `error`, one line naming the file, when it is missing, truncated or no text."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise error(f"{path}: {problem.strerror or problem}") from None
+    except ValueError as problem:
+        raise error(f"{path}: not JSON, or truncated: {problem}") from None
 
 
 def write_text(path: Path, text: str) -> None:

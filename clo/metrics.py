@@ -29,8 +29,3 @@ class StepTimes:
     main_busy: Times
     main_alone: Times
     lane_busy: dict[Lane, Times] = field(default_factory=dict)
-
-
-def percentile(values: Times, share: float) -> float:
-    """Linear-interpolated percentile of step times, seconds."""
-    return float(np.percentile(values, share))

@@ -6,7 +6,6 @@ on measurements.
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, ValidationError, field_validator
 
 from clo.errors import ProfileError
+from clo.files import read_json
 from clo.kernel_tables import DecodeAttentionTable, GemmTable
 from clo.specs.base import Spec, explain
 
@@ -170,12 +170,7 @@ class Profile(Spec):
 
 def load_profile(path: Path) -> Profile:
     """Read a profile file. Raises `ProfileError` naming the file, the field and the rule."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ProfileError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise ProfileError(f"{path}: not JSON, or truncated: {error}") from None
+    data = read_json(path, ProfileError)
     if not isinstance(data, dict):
         raise ProfileError(f"{path}: a JSON object is expected")
     version = data.get("schema_version", SCHEMA_VERSION)

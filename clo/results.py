@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import ValidationError
 
 from clo.errors import CloError
-from clo.files import write_text
+from clo.files import read_json, write_text
 from clo.specs import Design, Workload
 from clo.specs.base import Spec, explain
 
@@ -93,17 +93,8 @@ class Result(Spec):
 
 def load_result(path: Path) -> Result:
     """Read a result. Raises `CloError` naming the file and the problem."""
-    data = _read(path)
+    data = read_json(path)
     try:
         return Result.model_validate(data)
     except ValidationError as error:
         raise CloError(f"{path}: {explain(Result, error)}") from None
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CloError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise CloError(f"{path}: not JSON, or truncated: {error}") from None

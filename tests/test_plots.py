@@ -502,7 +502,7 @@ def test_errors_name_the_file_in_one_line(tmp_path: Path) -> None:
     out = tmp_path / "figure.png"
     bad = tmp_path / "bad"
     for content, problem in (
-        (b"\xff\xfe\x00", "neither Parquet nor JSON"),
+        (b"\xff\xfe\x00", "not JSON"),
         (b"PAR1 but no more", "not Parquet, or truncated"),
         (b'{"a": 1}', "neither a result"),
         (b"[1]", "neither a result"),

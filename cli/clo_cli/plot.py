@@ -68,16 +68,9 @@ def detect(path: Path) -> str:
 
 
 def _read_json(path: Path) -> Any:
-    import json
+    from clo.files import read_json
 
-    from clo.errors import CloError
-
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CloError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise CloError(f"{path}: neither Parquet nor JSON, or truncated: {error}") from None
+    return read_json(path)
 
 
 def _load_results(paths: tuple[Path, ...]) -> list[Result]:

@@ -214,7 +214,11 @@ def print_listing(kind: str, records: Mapping[str, Mapping[str, Any]]) -> None:
 def _what(kind: str, record: Mapping[str, Any]) -> str:
     if kind == "models":
         heads = f"{record['num_query_heads']} query and {record['num_kv_heads']} KV heads of {record['head_dim']}"
-        return f"{record['num_layers']} layers, {heads}, up to {record['max_positions']} tokens"
+        token_bytes = (
+            2 * record["num_layers"] * record["num_kv_heads"] * record["head_dim"] * record["kv_bytes_per_value"]
+        )
+        per_token = f"{format_bytes(token_bytes)} of KV per token"
+        return f"{record['num_layers']} layers, {heads}, {per_token}, up to {record['max_positions']} tokens"
     if kind == "machines":
         gpu, link = record["gpu"], record["link"]
         rates = f"HBM {format_bytes(gpu['hbm_bytes_per_s'])}/s, link {format_bytes(link['h2d_bytes_per_s'])}/s"

@@ -123,9 +123,3 @@ class HostAction:
 KernelWork = Gemm | DecodeAttention | StreamKernel
 
 Work = KernelWork | ZeroCopy | Copy | Submit | HostGather | BarWrite | Bookkeeping | HostAction
-
-
-def amounts_of(work: Work) -> tuple[Amount, ...]:
-    """The data-decided counts this work depends on; empty when the plan alone fixes its cost."""
-    fields = (getattr(work, name) for name in work.__dataclass_fields__)
-    return tuple(value for value in fields if isinstance(value, Amount))

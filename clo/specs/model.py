@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, PositiveInt, model_validator
 
 from clo.errors import SpecError
+from clo.files import read_json
 from clo.specs.base import Spec
 
 
@@ -109,12 +109,7 @@ def _hf_values(config: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SpecError(f"{file}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise SpecError(f"{file}: not JSON: {error}") from None
+    data = read_json(file, SpecError)
     if not isinstance(data, dict):
         raise SpecError(f"{file}: a JSON object is expected, this is a {type(data).__name__}")
     return data

@@ -13,6 +13,7 @@ from clo.metrics import StepTimes
 from clo.plan import DecodePlan
 from clo.presets import load_design
 from clo.pricing import Seconds
+from clo.profile import Source
 from clo.results import OpTotal, Result
 from clo.schedule import Cause, Lane, Node, Part
 from clo.specs import Design
@@ -78,7 +79,7 @@ def summarise(scene: Scene, plan: DecodePlan, priced: PricedStep, times: StepTim
         lane_busy_s={lane.value: seconds for lane, seconds in lanes.items()},
         ops=ops,
         roofline=roofline(plan, scene.source),
-        measured_share=sum(share for name, share in shares.items() if name in ("measured", "aiconfigurator")),
+        measured_share=sum(share for name, share in shares.items() if Source(name).is_measured),
         source_shares=shares,
         assumptions=traffic.assumptions,
     )
