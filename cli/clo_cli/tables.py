@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from clo.specs import ModelSpec
 from clo.units import GB, MS_PER_S, format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -214,10 +215,7 @@ def print_listing(kind: str, records: Mapping[str, Mapping[str, Any]]) -> None:
 def _what(kind: str, record: Mapping[str, Any]) -> str:
     if kind == "models":
         heads = f"{record['num_query_heads']} query and {record['num_kv_heads']} KV heads of {record['head_dim']}"
-        token_bytes = (
-            2 * record["num_layers"] * record["num_kv_heads"] * record["head_dim"] * record["kv_bytes_per_value"]
-        )
-        per_token = f"{format_bytes(token_bytes)} of KV per token"
+        per_token = f"{format_bytes(ModelSpec.parse(dict(record)).kv_bytes_per_token)} of KV per token"
         return f"{record['num_layers']} layers, {heads}, {per_token}, up to {record['max_positions']} tokens"
     if kind == "machines":
         gpu, link = record["gpu"], record["link"]
