@@ -22,6 +22,7 @@ _SCENE_OPTIONS = (
     click.option("--context", "context_tokens", type=int, help="Tokens per sequence [default: 131072]."),
     click.option("--batch", type=int, help="Sequences decoded together [default: 16]."),
     click.option("--steps", type=int, help="Decode steps to measure [default: 96]."),
+    click.option("--warmup", "warmup_steps", type=int, help="Steps replayed first to fill caches [default: 32]."),
     click.option("--seed", type=int, help="Draws which recorded heads stand for which heads [default: 0]."),
     click.option("--trace", "trace_path", help="Attention trace, preset or .npz [default: the committed one]."),
     click.option("--resample-heads", is_flag=True, help="Let a given --trace of another model stand in."),
@@ -84,7 +85,7 @@ def design_from(name: str, overrides: Overrides) -> Design:
 def _workload(options: dict[str, Any]) -> Any:
     from clo.specs import Workload
 
-    names = ("context_tokens", "batch", "steps", "seed")
+    names = ("context_tokens", "batch", "steps", "warmup_steps", "seed")
     return Workload.parse({name: options[name] for name in names if options[name] is not None})
 
 
