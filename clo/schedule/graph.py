@@ -99,10 +99,9 @@ class _Recorder:
     def _add(self, lane: Lane, op: Op, after: tuple[Dependency, ...]) -> Token:
         nodes = self.nodes
         pending = self._pending.pop(lane, None)
-        if pending:
-            # waits for the lane's own operations are met by its order
-            after = (*(wait for wait in pending if nodes[wait.node].lane is not lane), *after)
-        nodes.append(Node(lane, op, after))
+        waits = (*pending, *after) if pending else after
+        # what runs on the same lane is waited for by its order
+        nodes.append(Node(lane, op, tuple([wait for wait in waits if nodes[wait.node].lane is not lane])))
         return Token(len(nodes) - 1)
 
 
