@@ -19,7 +19,7 @@ ROOMS = {
     "vocabulary": ("clo", {"numpy", "pydantic"}),
     "engine": (
         "clo/engine",
-        {"clo", "clo_kernels", "numpy", "torch", "transformers", "safetensors", "gguf", "tokenizers"},
+        {"clo", "clo_kernels", "numpy", "torch", "transformers", "gguf", "tokenizers", "safetensors"},
     ),
     "kernels": ("kernels/clo_kernels", {"torch", "triton"}),
     "sim": ("sim/clo_sim", {"clo", "simpy", "numpy"}),
@@ -28,7 +28,10 @@ ROOMS = {
         {"clo", "clo_sim", "clo_kernels", "numpy", "pyarrow", "click", "torch", "simpy", "pydantic", "matplotlib"},
     ),
     "plots": ("plots/clo_plots", {"clo", "numpy", "pyarrow", "matplotlib"}),
-    "cli": ("cli/clo_cli", {"clo", "clo_sim", "clo_plots", "clo_calibration", "click", "rich", "pyarrow"}),
+    "cli": (
+        "cli/clo_cli",
+        {"clo", "clo_sim", "clo_plots", "clo_calibration", "click", "rich", "pyarrow", "matplotlib"},
+    ),
 }
 
 

@@ -1,0 +1,206 @@
+"""The command as a user meets it: what it prints, what it writes, and how it says no."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from clo import presets
+from clo.schedule import Lane
+from clo.timeline import load_chrome_trace
+from clo_cli.main import COMMANDS, clo
+
+SMALL = ["--context", "32768", "--batch", "4", "--steps", "8"]
+
+
+def run(*arguments: str) -> str:
+    """Standard output of a command that succeeds."""
+    done = CliRunner().invoke(clo, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def simulate(*arguments: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(run("simulate", *SMALL, "--json", *arguments))
+    return result
+
+
+def refuse(*arguments: str) -> str:
+    """The one line on stderr of a command that is refused with exit code 2."""
+    code = "import sys; from clo_cli.main import main; sys.argv[0] = 'clo'; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    assert "Usage:" in run(command, "--help")
+
+
+def test_help_lists_every_command() -> None:
+    text = run("--help")
+    assert all(command in text for command in COMMANDS)
+
+
+class TestSimulate:
+    def test_json_has_what_scripts_need(self) -> None:
+        result = simulate()
+        for key in ("tpot_s", "tokens_per_s", "hit_rate", "h2d_bytes_per_step", "device_bytes", "measured_share"):
+            assert result[key] >= 0, key
+        assert set(result["stall_s"]) >= {"launch", "sync", "late prefetch", "on-demand transfer"}
+        assert result["tokens_per_s"] == pytest.approx(4 / result["tpot_s"])
+        assert 0 < result["measured_share"] < 1
+
+    @pytest.mark.parametrize(
+        ("setting", "slower"),
+        [
+            ("machine.link.h2d_bytes_per_s=1e9", True),
+            ("machine.link.h2d_bytes_per_s=500e9", False),
+            ("design.slot_budgets=1", True),
+            ("design.dense_layers=16", True),
+            ("profile.read_back.seconds=0.01", True),
+            ("model.num_layers=8", False),
+        ],
+    )
+    def test_a_setting_moves_time_the_way_it_must(self, setting: str, slower: bool) -> None:
+        slow_link = ["--set", "machine.link.h2d_bytes_per_s=5e9"] if "link" not in setting else []
+        before, after = simulate(*slow_link), simulate(*slow_link, "--set", setting)
+        assert (after["tpot_s"] > before["tpot_s"]) == slower
+
+    def test_a_cost_set_by_hand_is_no_measurement(self) -> None:
+        before, after = simulate(), simulate("--set", "profile.read_back.seconds=0.5")
+        assert after["source_shares"]["assumed"] > before["source_shares"]["assumed"]
+
+    def test_the_clock_sees_no_contention(self) -> None:
+        result = simulate("--executor", "clock")
+        assert result["executor"] == "clock"
+        assert result["contention_s"] == 0
+
+    @pytest.mark.parametrize("executor", ["clock", "simpy"])
+    def test_a_timeline_that_perfetto_opens(self, tmp_path: Path, executor: str) -> None:
+        path = tmp_path / "step.json"
+        out = tmp_path / "result.json"
+        arguments = [*SMALL, "--executor", executor, "--timeline", path, "--timeline-step", "3", "--out", out]
+        assert str(path) in run("simulate", *arguments)
+        for event in json.loads(path.read_text())["traceEvents"]:
+            assert {"ph", "name", "pid", "tid"} <= set(event)
+            assert event["ph"] == "M" or (event["ts"] >= 0 and event["dur"] > 0)
+        [timeline] = load_chrome_trace(path)
+        assert Lane.MAIN in timeline.lanes
+        assert timeline.seconds == pytest.approx(json.loads(out.read_text())["tpot_s"], rel=0.5)
+
+    def test_a_synthetic_trace_has_as_many_steps_as_asked_for(self) -> None:
+        assert simulate("--synthetic", "--steps", "200", "--warmup", "8")["workload"]["steps"] == 200
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("explore")
+    vary = ["--vary", "design.slot_budgets=1,2,none", "--vary", "design.sync=events,graph"]
+    text = run("explore", *SMALL, "--designs", "clo,resident,staged", *vary, "--out", out, "--json")
+    return out, json.loads(text)
+
+
+class TestExplore:
+    def test_the_best_is_the_fastest_of_all(self, swept: tuple[Path, dict[str, Any]]) -> None:
+        found = swept[1]
+        times = [result["tpot_s"] for result in (*found["named"], *found["finalists"])]
+        assert found["best"]["tpot_s"] == min(times)
+        assert found["num_candidates"] == 6
+
+    def test_files_agree_with_what_was_printed(self, swept: tuple[Path, dict[str, Any]]) -> None:
+        out, found = swept
+        rows = pq.read_table(out / "sweep.parquet").to_pylist()
+        assert len(rows) == 6 + len(found["named"]) + len(found["finalists"])
+        assert json.loads((out / "best.json").read_text())["tpot_s"] == found["best"]["tpot_s"]
+        assert {path.name for path in out.iterdir()} >= {"pareto.png", "stalls.png", "timeline.png", "timeline.json"}
+        assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+    def test_what_does_not_fit_is_named(self) -> None:
+        text = run("explore", "--designs", "clo,resident", "--no-sweep", "--steps", "4")
+        assert "resident does not run" in text
+        assert "275 GB" in text
+        assert text.index("Roofline") < text.index("Designs at equal device memory")
+
+    def test_one_sequence_stays_on_the_gpu(self) -> None:
+        found = json.loads(run("explore", "--batch", "1", "--no-sweep", "--steps", "8", "--json"))
+        assert found["best"]["design"]["cache"] == "resident"
+
+    def test_sixteen_sequences_are_offloaded(self) -> None:
+        found = json.loads(run("explore", "--no-sweep", "--steps", "8", "--json"))
+        assert found["best"]["design"]["cache"] != "resident"
+        assert set(found["not_run"]) == {"resident", "resident-sparse"}
+
+
+class TestShow:
+    @pytest.mark.parametrize("kind", ["models", "machines", "designs", "profiles", "traces"])
+    def test_lists_every_preset(self, kind: Any) -> None:
+        assert set(json.loads(run("show", kind, "--json"))[kind]) == set(presets.names(kind))
+        assert all(name in run("show", kind) for name in presets.names(kind))
+
+    def test_a_profile_says_where_each_cost_is_from(self) -> None:
+        costs = json.loads(run("show", "profiles", "h200", "--json"))["profiles"]["h200"]
+        assert costs["gemm"]["source"] == "aiconfigurator"
+        assert costs["zero_copy"]["source"] == "literature"
+        assert sum(costs["sources"].values()) == 22
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["simulate", "--design", "cloe"], ["design 'cloe'", "did you mean clo"]),
+        (["simulate", "--set", "design.tua=1"], ["design.tua", "unknown field"]),
+        (
+            ["simulate", "--set", "machine.link.h2d_bytes_per_s=-1"],
+            ["machine.link.h2d_bytes_per_s = -1", "greater than 0"],
+        ),
+        (["simulate", "--context", "0"], ["workload.context_tokens = 0", "greater than 0"]),
+        (["simulate", "--set", "design.budget_pages=100000"], ["design.budget_pages = 100000", "8192 pages"]),
+        (["simulate", "--design", "resident"], ["275 GB", "offload"]),
+        (["simulate", "--model", "llama-3-70b"], ["machine.gpu.memory_bytes"]),
+        (["simulate", "--trace", "smollm2-135m-4k"], ["30 layers x 3 KV heads", "--resample-heads"]),
+        (["simulate", "--trace", "missing.npz"], ["missing.npz"]),
+        (["simulate", "--profile", "missing.json"], ["missing.json"]),
+        (["simulate", "--timeline-step", "96"], ["--timeline-step = 96", "0 to 95"]),
+        (["simulate", "--kv-memory-gb", "-1"], ["--kv-memory-gb = -1"]),
+        (["explore", "--vary", "design.tau=9"], ["design.tau = 9"]),
+        (["explore", "--vary", "tua=0.9"], ["--vary tua=0.9"]),
+        (["explore", "--designs", "clo,nothing"], ["design 'nothing'"]),
+        (["plot", "missing.json", "--out", "x.png"], ["missing.json"]),
+        (["simulate", "--timeline", "/proc/none/step.json"], ["/proc/none/step.json", "cannot be written"]),
+    ],
+    ids=lambda value: " ".join(value[:4]) if isinstance(value, list) and value[0] in COMMANDS else "",
+)
+def test_bad_input_is_one_line_and_exit_code_two(arguments: list[str], parts: list[str]) -> None:
+    line = refuse(*arguments)
+    assert line.startswith("clo: error: ")
+    assert all(part in line for part in parts), line
+
+
+def test_nothing_is_left_of_a_file_that_could_not_be_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from clo.files import write_whole
+
+    path = tmp_path / "result.json"
+    path.write_text("before")
+
+    def fail(file: Any) -> None:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, fail)
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,269 @@
+"""Bad input is an error that names the field, the value and the rule; memory adds up; presets fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import make_trace, random_trace, tiny_design, tiny_machine, tiny_model, tiny_profile, tiny_scene
+
+import clo_sim
+from clo import presets
+from clo.errors import CloError, NotFoundError, ProfileError, SpecError, TraceError
+from clo.plan import make_plan
+from clo.profile import load_profile
+from clo.specs import Design, MachineSpec, ModelSpec, Workload, model_from_hf_config
+from clo.specs.overrides import apply, parse_overrides
+from clo_sim.stand_in import TrafficSource
+
+LLAMA = {
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+}
+
+
+class TestFields:
+    @pytest.mark.parametrize(
+        ("data", "parts"),
+        [
+            ({"taus": 0.9}, ["design.taus", "unknown field", "did you mean tau?"]),
+            ({"tau": 3.0}, ["design.tau", "3.0", "less than or equal to 2"]),
+            ({"page_size": 0}, ["design.page_size", "0", "greater than 0"]),
+            ({"budget_fraction": 0}, ["design.budget_fraction", "greater than 0"]),
+            ({"transfer": "pigeon"}, ["design.transfer", "pigeon", "gpu_zero_copy"]),
+            ({"slot_pages": 4, "slot_budgets": 2}, ["slot_pages and slot_budgets", "set one"]),
+            ({"attend": "full", "cache": "lru"}, ["attend = full", "cache must be resident or none"]),
+            ({"prefetch_query": "previous_step"}, ["prefetch_query = previous_step", "cache must be lru"]),
+            ({"num_sink_tokens": 20}, ["num_sink_tokens = 20", "16 tokens"]),
+            ({"target_hit_rate": 1.0}, ["design.target_hit_rate", "less than 1"]),
+        ],
+        ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+    )
+    def test_a_design_says_what_is_wrong(self, data: dict[str, Any], parts: list[str]) -> None:
+        with pytest.raises(SpecError) as failure:
+            Design.parse(data)
+        message = str(failure.value)
+        assert "\n" not in message
+        assert all(part in message for part in parts), message
+
+    def test_negative_bandwidth(self) -> None:
+        data = tiny_machine().model_dump()
+        data["link"]["h2d_bytes_per_s"] = -1.0
+        with pytest.raises(SpecError, match=r"machine\.link\.h2d_bytes_per_s = -1\.0: .*greater than 0"):
+            MachineSpec.parse(data)
+
+    def test_heads_must_group_evenly(self) -> None:
+        with pytest.raises(SpecError, match="num_query_heads = 3 must be a multiple of num_kv_heads = 2"):
+            ModelSpec.parse(tiny_model().model_dump() | {"num_query_heads": 3})
+
+    @given(st.floats(-1, 2), st.integers(1, 64), st.sampled_from(["diff", "replace"]))
+    @settings(max_examples=40, deadline=None)
+    def test_with_fields_keeps_the_rest(self, tau: float, page_size: int, on_miss: str) -> None:
+        design = Design(name="x", num_sink_tokens=0, tau=tau, page_size=page_size, on_miss=on_miss)
+        assert design.with_fields(tau=design.tau) == design
+        assert design.with_fields(name="y").with_fields(name="x") == design
+        with pytest.raises(SpecError):
+            design.with_fields(tau=3.0)
+
+
+class TestPlan:
+    """Rules that need more than one record."""
+
+    def test_a_budget_larger_than_the_context(self) -> None:
+        scene = tiny_scene(random_trace(0))
+        with pytest.raises(SpecError, match=r"design\.budget_pages = 99: the context holds only 16 pages"):
+            scene.plan(tiny_design(99, slot_pages=None))
+
+    def test_slots_below_the_budget(self) -> None:
+        scene = tiny_scene(random_trace(0))
+        with pytest.raises(SpecError, match=r"design\.slot_pages = 3: must hold at least the budget of 4 pages"):
+            scene.plan(tiny_design(4, slot_pages=3))
+
+    def test_a_context_beyond_the_models_positions(self) -> None:
+        scene = clo_sim.make_scene("smollm2-135m", context_tokens=10_000)
+        with pytest.raises(SpecError, match=r"workload\.context_tokens = 10000: smollm2-135m accepts at most 8192"):
+            scene.plan(presets.load_design("clo"))
+
+    def test_a_model_that_fits_no_memory(self) -> None:
+        scene = clo_sim.make_scene("llama-3-70b", context_tokens=4096, batch=1)
+        with pytest.raises(SpecError, match=r"weights take 141 GB .*machine\.gpu\.memory_bytes"):
+            scene.plan(presets.load_design("clo"))
+
+    def test_kv_that_does_not_fit_says_how_much_is_missing_and_what_to_change(self) -> None:
+        scene = clo_sim.make_scene(context_tokens=131072, batch=16)
+        with pytest.raises(SpecError, match=r"needs 275 GB of device memory, h200 has 121 GB left for KV: offload"):
+            scene.plan(presets.load_design("resident"))
+        with pytest.raises(SpecError, match=r"lower design\.budget_fraction"):
+            scene.plan(presets.load_design("clo").with_fields(dense_layers=16))
+
+    def test_host_memory_runs_out_too(self) -> None:
+        scene = clo_sim.make_scene(context_tokens=600_000, batch=16)
+        with pytest.raises(SpecError, match=r"machine\.host\.memory_bytes"):
+            scene.plan(presets.load_design("streamed"))
+
+    def test_memory_of_the_main_job_by_hand(self) -> None:
+        plan = clo_sim.make_scene(context_tokens=131072, batch=16).plan(presets.load_design("clo"))
+        sequence = 131072 * 32 * 8 * 2 * 128 * 2
+        assert plan.model.kv_bytes_per_token == 131072
+        assert plan.memory.dense_layers == 16 * sequence * 2 / 32
+        # page min/max: two vectors of 128 bf16 values for 16 tokens of 512 bytes: a sixteenth of the KV
+        assert plan.memory.index == 16 * sequence * 30 / 32 / 16
+        assert plan.budget_pages == 819
+        assert plan.page_bytes == 16 * 512
+        assert plan.memory.weights == pytest.approx(16.06e9, rel=0.001)
+        assert plan.host_bytes == 16 * sequence * 30 / 32
+        # attention reads budget, sinks and window
+        assert plan.attended_tokens == 819 * 16 + 4 + 64
+
+    @pytest.mark.parametrize("name", [name for name in presets.names("designs") if "resident" not in name])
+    def test_designs_compete_for_equal_memory(self, name: str) -> None:
+        scene = clo_sim.make_scene(context_tokens=131072, batch=16)
+        plan = scene.plan(presets.load_design(name))
+        free = scene.machine.gpu.memory_bytes - scene.machine.reserve_bytes - scene.model.weight_bytes
+        assert plan.memory.kv <= free
+        if plan.design.cache in ("lru", "head_reuse") and plan.design.on_miss == "diff":
+            one_more_row = 30 * 8 * 16 * plan.page_bytes
+            assert plan.memory.kv + one_more_row > free
+
+    def test_a_cap_on_kv_memory(self) -> None:
+        full, capped = (clo_sim.make_scene(kv_memory_bytes=cap) for cap in (None, 80e9))
+        design = presets.load_design("clo")
+        assert capped.plan(design).memory.kv <= 80e9
+        assert capped.plan(design).slot_pages < full.plan(design).slot_pages
+
+    @pytest.mark.parametrize("machine", presets.names("machines"))
+    @pytest.mark.parametrize("model", ["llama-3-8b", "qwen2.5-14b"])
+    def test_every_preset_loads_and_runs(self, machine: str, model: str) -> None:
+        workload = Workload(context_tokens=16384, batch=1, steps=2)
+        result = clo_sim.simulate(clo_sim.make_scene(model, machine, workload=workload), "clo")
+        assert 0 < result.tpot_s < 1
+
+
+class TestTraceFits:
+    def test_another_head_count_is_refused_unless_allowed(self) -> None:
+        trace = random_trace(0)
+        scene = tiny_scene(trace)
+        other = scene.model.with_fields(num_query_heads=4, num_kv_heads=4)
+        plan = make_plan(other, scene.machine, tiny_design(4), scene.workload)
+        with pytest.raises(TraceError, match=r"3 layers x 2 KV heads, but tiny has 3 x 4.*--resample-heads"):
+            TrafficSource(trace, resample_heads=False).traffic(plan)
+        assert TrafficSource(trace).traffic(plan).num_steps == 6
+
+    def test_more_steps_than_recorded(self) -> None:
+        scene = tiny_scene(random_trace(0), steps=7)
+        with pytest.raises(SpecError, match=r"workload\.steps = 7: .* the 6 recorded steps"):
+            scene.source.traffic(scene.plan(tiny_design(4)))
+
+    def test_a_budget_that_was_not_recorded(self) -> None:
+        scene = tiny_scene(random_trace(0))
+        with pytest.raises(TraceError, match="records only the best 4 of 16 pages"):
+            scene.source.traffic(scene.plan(tiny_design(8)))
+
+    def test_a_lookahead_that_was_not_recorded(self) -> None:
+        scene = tiny_scene(make_trace([[[[1, 2]], [[1, 2]], [[1, 2]]]]))
+        with pytest.raises(TraceError, match=r"design\.prefetch_depth = 2: the trace recorded lookaheads \[1\]"):
+            scene.source.traffic(scene.plan(tiny_design(2, prefetch_depth=2)))
+
+
+class TestFiles:
+    def profile_file(self, tmp_path: Path, **changes: Any) -> Path:
+        path = tmp_path / "profile.json"
+        path.write_text(json.dumps(tiny_profile().model_dump(mode="json") | changes))
+        return path
+
+    def test_a_profile_survives_the_file(self, tmp_path: Path) -> None:
+        assert load_profile(self.profile_file(tmp_path)) == tiny_profile()
+
+    @pytest.mark.parametrize(
+        ("changes", "problem"),
+        [
+            ({"schema_version": 2}, "schema_version = 2"),
+            ({"zero_copy": {"source": "assumed"}}, "profile.zero_copy.latency_s: a value is required"),
+            ({"kernel_launch": {"source": "guessed", "seconds": 1}}, "profile.kernel_launch.source = 'guessed'"),
+            ({"stream_sync": {"source": "assumed", "seconds": -1}}, "profile.stream_sync.seconds = -1"),
+            ({"warp_drive": 1}, "profile.warp_drive: unknown field"),
+        ],
+        ids=["newer", "missing", "source", "negative", "unknown"],
+    )
+    def test_a_bad_profile_names_file_and_field(self, tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
+        path = self.profile_file(tmp_path, **changes)
+        with pytest.raises(ProfileError) as failure:
+            load_profile(path)
+        assert str(path) in str(failure.value)
+        assert problem in str(failure.value)
+        assert "\n" not in str(failure.value)
+
+    @pytest.mark.parametrize(
+        "content", ["", '{"name": "x"', "[]", "\x00"], ids=["empty", "truncated", "list", "binary"]
+    )
+    def test_no_profile_at_all(self, tmp_path: Path, content: str) -> None:
+        path = tmp_path / "profile.json"
+        path.write_text(content)
+        with pytest.raises(ProfileError, match=r"profile\.json"):
+            load_profile(path)
+
+    def test_a_hugging_face_config(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+        for where in (tmp_path, tmp_path / "config.json"):
+            model = model_from_hf_config(where)
+            assert model.name == tmp_path.name
+            assert (model.head_dim, model.num_kv_heads, model.kv_bytes_per_token) == (128, 8, 131072)
+
+    def test_variants_of_a_config(self, tmp_path: Path) -> None:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({"text_config": LLAMA | {"head_dim": 64, "num_key_value_heads": None}}))
+        model = model_from_hf_config(path)
+        assert (model.head_dim, model.num_kv_heads) == (64, 32)
+
+    @pytest.mark.parametrize("missing", list(LLAMA)[:4])
+    def test_a_config_without_a_field(self, tmp_path: Path, missing: str) -> None:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({name: value for name, value in LLAMA.items() if name != missing}))
+        with pytest.raises(SpecError, match=f"config.json: no field '{missing}'"):
+            model_from_hf_config(path)
+
+    def test_names_and_paths(self, tmp_path: Path) -> None:
+        with pytest.raises(NotFoundError, match=r"design 'cloe' is unknown \(did you mean clo"):
+            presets.load_design("cloe")
+        with pytest.raises(NotFoundError, match="no such file"):
+            presets.load_design(str(tmp_path / "none.toml"))
+        path = tmp_path / "mine.toml"
+        path.write_text('name = "mine"\ntau = 0.7\n')
+        assert presets.load_design(str(path)).tau == 0.7
+        path.write_text("tau = ")
+        with pytest.raises(SpecError, match="not TOML"):
+            presets.load_design(str(path))
+
+
+class TestOverrides:
+    def test_any_depth(self) -> None:
+        changes = parse_overrides(["machine.link.h2d_bytes_per_s=50e9", "machine.name=fast"], ["machine"])
+        machine = apply(tiny_machine(), changes["machine"], "machine")
+        assert (machine.link.h2d_bytes_per_s, machine.link.d2h_bytes_per_s, machine.name) == (50e9, 64.0, "fast")
+
+    @pytest.mark.parametrize(
+        ("setting", "problem"),
+        [
+            ("design.tau", "expected FIELD=VALUE"),
+            ("tau=1", "expected FIELD=VALUE"),
+            ("engine.tau=1", "expected FIELD=VALUE"),
+            ("design.tao=1", "design.tao: unknown field"),
+            ("design.tau.x=1", "tau has no fields"),
+            ("design.tau=much", "design.tau"),
+            ("design.tau=nan", "design.tau"),
+        ],
+    )
+    def test_bad_settings(self, setting: str, problem: str) -> None:
+        with pytest.raises(CloError) as failure:
+            apply(Design(), parse_overrides([setting], ["design"])["design"], "design")
+        assert problem in str(failure.value)
+        assert "\n" not in str(failure.value)
