@@ -17,7 +17,7 @@ from clo.errors import ProfileError
 from clo.kernel_tables import LOG_STEP, DecodeAttentionTable, GemmTable, KernelTable
 from clo_calibration import kernel_fit
 
-TABLES = Path(__file__).parents[1] / "calibration" / "tables"
+TABLES = Path(__file__).parents[1] / "calibration" / "profiles"
 SIZE_CAP_BYTES = 250_000
 HARDWARE = {"hbm_bytes_per_s": 1e12, "flops_per_s": 1e14}
 KINDS: dict[str, type[KernelTable]] = {"gemm": GemmTable, "decode_attention": DecodeAttentionTable}
@@ -232,9 +232,6 @@ def test_shipped_file_is_small_and_labelled(gpu: str) -> None:
         assert gpu[1:].upper() in table.device.upper()
         assert table.num_held_out > 500
         assert 0.0 < table.median_abs_relative_error < table.p90_abs_relative_error
-
-
-# --- fitting ----------------------------------------------------------------------------------------------------------
 
 
 def synthetic_decode(noise: float) -> dict[str, np.ndarray[Any, Any]]:
