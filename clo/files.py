@@ -12,6 +12,15 @@ from typing import Any, BinaryIO
 from clo.errors import CloError
 
 
+def check_target(path: Path, *, folder: bool = False) -> None:
+    """Whether `path` could be written, before the work that fills it. Raises `CloError` naming the path."""
+    if path.exists() and path.is_dir() != folder:
+        raise CloError(f"{path}: cannot be written: it is {'no' if folder else 'a'} folder")
+    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not os.access(nearest, os.W_OK) or (nearest != path and not nearest.is_dir()):
+        raise CloError(f"{path}: cannot be written: {nearest} is no folder that may be written to")
+
+
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place. Raises `CloError` naming the path."""
     try:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 )
 @click.option("--no-sweep", is_flag=True, help="Compare the named designs only.")
 @click.option("--finalists", type=click.IntRange(1), default=5, show_default=True, help="Swept designs to simulate.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for results and figures.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for results and figures.")
 @click.option("--figures/--no-figures", default=True, show_default=True, help="Draw figures into --out.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def explore(
@@ -61,9 +61,12 @@ def explore(
     clo explore --batch 1 --context 32768 --machine l40s
     clo explore --vary design.slot_budgets=1,2,4,none --vary design.tau=0.7,0.8,0.9
     """
+    from clo.files import check_target
     from clo_sim.explore import DEFAULT_GRID
     from clo_sim.explore import explore as run
 
+    if out is not None:
+        check_target(out, folder=True)
     overrides = overrides_from(settings)
     scene, named = scene_from(options, overrides), _named(designs)
     grid = {} if no_sweep else _grid(vary) or DEFAULT_GRID

@@ -62,7 +62,7 @@ def scene_from(options: dict[str, Any], overrides: Overrides) -> Scene:
     model = apply(presets.load_model(options["model"]), overrides["model"], "model")
     profile = presets.load_named_profile(options["profile"] or machine.profile)
     limit = options["kv_memory_gb"]
-    if limit is not None and limit <= 0:
+    if limit is not None and not limit > 0:
         raise SpecError(f"--kv-memory-gb = {limit:g}: must be positive")
     return Scene(
         model=model,

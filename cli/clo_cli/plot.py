@@ -36,9 +36,11 @@ def plot(paths: tuple[Path, ...], out: Path, kind: str | None) -> None:
     choices   choices (JSON): what each choice of the best design is worth
     """
     from clo.errors import CloError
+    from clo.files import check_target
     from clo_plots.style import check_suffix, save_figure
 
     check_suffix(out)
+    check_target(out)
     chosen = kind or detect(paths[0])
     load, draw = _KINDS[chosen]
     data = load(paths)

@@ -37,8 +37,9 @@ def record(
     all.
     """
     from clo.engine.record import record as record_trace
+    from clo.files import check_target
 
-    _check_folder(out)
+    check_target(out)
     words, source = _read_text(text)
     with _progress_bar() as progress:
         trace = record_trace(
@@ -57,14 +58,6 @@ def record(
         click.echo(json.dumps(summary, indent=2))
     else:
         click.echo(f"{out}: {steps} steps from {context} tokens, {out.stat().st_size / 1e6:.2f} MB")
-
-
-def _check_folder(out: Path) -> None:
-    from clo.errors import TraceError
-
-    # before minutes of work, not after
-    if not out.parent.is_dir() or out.is_dir():
-        raise TraceError(f"--out {out}: must be a file in a folder that exists")
 
 
 def _read_text(path: Path | None) -> tuple[str, str]:

@@ -40,8 +40,12 @@ def simulate(
     clo simulate --design clo --context 131072 --batch 16
     clo simulate --design resolve --set design.slot_budgets=2 --timeline step.json
     """
+    from clo.files import check_target
     from clo_sim.run import simulate as run
 
+    for path in (timeline, out):
+        if path is not None:
+            check_target(path)
     overrides = overrides_from(settings)
     scene, design = scene_from(options, overrides), design_from(design_name, overrides)
     _check_step(timeline_step, scene.workload.steps)

@@ -13,7 +13,7 @@ from clo.errors import SpecError
 class Spec(BaseModel):
     """A frozen record. `parse` and `with_fields` raise `SpecError` naming the field, the value and the rule."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
     def parse(cls, data: dict[str, Any], *, where: str = "") -> Self:

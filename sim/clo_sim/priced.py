@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from clo.errors import SpecError
 from clo.plan import DecodePlan
 from clo.pricing import Demand, Pricer, Seconds
 from clo.schedule import Cause, Lane, Op, StepGraph, record_step
@@ -78,6 +79,10 @@ def _linked(graph: StepGraph, runs: list[list[int]]) -> tuple[Segment, ...]:
         )
         segments.append(Segment(first.lane, place[number], tuple(run), after))
     return tuple(segments)
+
+
+LONGEST_S = 1e30
+"""No operation takes longer: sums of such times stay far from overflow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,5 +190,12 @@ def _shape_of_plan(plan: DecodePlan) -> StepShape:
 
 
 def price_step(shape: StepShape, pricer: Pricer, traffic: Traffic) -> PricedStep:
-    """Price every distinct work once, for all steps and layers together."""
-    return PricedStep(shape, pricer, traffic, {work: pricer.seconds(work, traffic) for work in shape.places})
+    """Price every distinct work once, for all steps and layers together. Raises `SpecError` for a time without end."""
+    with np.errstate(over="ignore"):
+        prices = {work: pricer.seconds(work, traffic) for work in shape.places}
+    for work, price in prices.items():
+        if not np.isfinite(price).all() or np.max(price) > LONGEST_S:
+            raise SpecError(
+                f"{type(work).__name__} takes {np.max(price):g} s: check machine.* rates and profile.* costs"
+            )
+    return PricedStep(shape, pricer, traffic, prices)
