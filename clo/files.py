@@ -13,12 +13,16 @@ from clo.errors import CloError
 
 
 def check_target(path: Path, *, folder: bool = False) -> None:
-    """Whether `path` could be written, before the work that fills it. Raises `CloError` naming the path."""
+    """Whether `path` can be written, before the work that fills it; makes the folder. Raises `CloError` naming it."""
     if path.exists() and path.is_dir() != folder:
         raise CloError(f"{path}: cannot be written: it is {'no' if folder else 'a'} folder")
-    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not os.access(nearest, os.W_OK) or (nearest != path and not nearest.is_dir()):
-        raise CloError(f"{path}: cannot be written: {nearest} is no folder that may be written to")
+    home = path if folder else path.parent
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        # permission bits do not tell the whole story (root, read-only mounts): try it
+        tempfile.TemporaryFile(dir=home).close()
+    except OSError as error:
+        raise CloError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -65,11 +65,11 @@ def explore(
     from clo_sim.explore import DEFAULT_GRID
     from clo_sim.explore import explore as run
 
-    if out is not None:
-        check_target(out, folder=True)
     overrides = overrides_from(settings)
     scene, named = scene_from(options, overrides), _named(designs)
     grid = {} if no_sweep else _grid(vary) or DEFAULT_GRID
+    if out is not None:
+        check_target(out, folder=True)
     with _progress(as_json) as progress:
         found = run(
             scene,

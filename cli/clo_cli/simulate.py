@@ -43,12 +43,12 @@ def simulate(
     from clo.files import check_target
     from clo_sim.run import simulate as run
 
-    for path in (timeline, out):
-        if path is not None:
-            check_target(path)
     overrides = overrides_from(settings)
     scene, design = scene_from(options, overrides), design_from(design_name, overrides)
     _check_step(timeline_step, scene.workload.steps)
+    for path in (timeline, out):
+        if path is not None:
+            check_target(path)
     result = run(scene, design, executor="clock" if executor == "clock" else "simpy")
     if timeline is not None:
         _write_timeline(timeline, scene, design, executor, timeline_step)
