@@ -1,0 +1,82 @@
+"""What every operation computes, in plain torch: the specification of the kernels, and what runs without a GPU.
+
+Same names, arguments and results as the wrappers, which check the arguments. Clear rather than fast.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from clo_kernels.layout import NO_PAGE, NO_SLOT, PageTable, Resolved
+
+
+def hit_test(
+    query: torch.Tensor,
+    anchor: torch.Tensor,
+    tau: torch.Tensor,
+    *,
+    fold: str = "mean",
+    importance: torch.Tensor | None = None,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """See `clo_kernels.hit_test`."""
+    missed = ~(folded_cosine(query, anchor, tau.shape[0], fold, importance) >= tau)
+    moved = missed.repeat_interleave(query.shape[1] // tau.shape[0], dim=1)
+    anchor[moved] = query[moved]
+    return out.copy_(missed)
+
+
+def folded_cosine(
+    query: torch.Tensor, anchor: torch.Tensor, num_kv_heads: int, fold: str, importance: torch.Tensor | None
+) -> torch.Tensor:
+    """Cosine of query and anchor [batch, num_query_heads, head_dim], folded to [batch, num_kv_heads]."""
+    now, then = query.float(), anchor.float()
+    norms = now.norm(dim=-1) * then.norm(dim=-1)
+    cosine = torch.where(norms == 0, 0.0, (now * then).sum(-1) / norms).unflatten(1, (num_kv_heads, -1))
+    if fold == "min":
+        folded = cosine.amin(-1)
+    elif importance is not None:
+        shares = importance.unflatten(0, (num_kv_heads, -1))
+        folded = (cosine * shares).sum(-1) / shares.sum(-1)
+    else:
+        folded = cosine.mean(-1)
+    anchored = (then != 0).any(-1).unflatten(1, (num_kv_heads, -1)).any(-1)
+    return torch.where(anchored, folded, -torch.inf)
+
+
+def resolve_pages(selection: torch.Tensor, missed: torch.Tensor, table: PageTable, *, out: Resolved) -> Resolved:
+    """See `clo_kernels.resolve_pages`."""
+    out.fetch_pages.fill_(NO_PAGE)
+    out.fetch_slots.fill_(NO_SLOT)
+    out.num_fetched.zero_()
+    batch, heads, budget = selection.shape
+    for row in ((b, h) for b in range(batch) for h in range(heads)):
+        slot_of_page, page_of_slot, last_use = table.slot_of_page[row], table.page_of_slot[row], table.last_use[row]
+        wanted = {p: rank for rank, p in enumerate(selection[row].tolist()) if 0 <= p < len(slot_of_page)}
+        if missed[row]:
+            absent = [p for p in wanted if slot_of_page[p] == NO_SLOT]
+            in_use = {int(slot_of_page[p]) for p in wanted}
+            free = [slot for slot in last_use.argsort().tolist() if slot not in in_use]
+            newest = int(last_use.max())
+            for order, (page, slot) in enumerate(zip(absent, sorted(free[: len(absent)]), strict=True)):
+                if page_of_slot[slot] != NO_PAGE:
+                    slot_of_page[page_of_slot[slot]] = NO_SLOT
+                page_of_slot[slot], slot_of_page[page] = page, slot
+                out.fetch_pages[row][order], out.fetch_slots[row][order] = page, slot
+            out.num_fetched[row] = len(absent)
+            for page, rank in wanted.items():
+                last_use[slot_of_page[page]] = newest + budget - rank
+        for rank, page in enumerate(selection[row].tolist()):
+            out.slots[row][rank] = slot_of_page[page] if page in wanted else NO_SLOT
+    return out
+
+
+def gather_pages(
+    host_pages: torch.Tensor, slots: torch.Tensor, fetch: Resolved, *, num_programs: int = 16
+) -> torch.Tensor:
+    """See `clo_kernels.gather_pages`."""
+    for b, h in fetch.num_fetched.nonzero().tolist():
+        count = int(fetch.num_fetched[b, h])
+        pages, to = fetch.fetch_pages[b, h, :count].long(), fetch.fetch_slots[b, h, :count].long()
+        slots[b, h, to] = host_pages[b, pages.to(host_pages.device), h].to(slots.device)
+    return slots

@@ -1,0 +1,15 @@
+"""Kernels run on the GPU where there is one, else in Triton's interpreter, which must be chosen before they load."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_one_seed():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
