@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from clo_kernels.layout import NO_PAGE, NO_SLOT, PageTable, Resolved
+from clo_kernels.layout import NO_PAGE, NO_SLOT, DeviceKV, PageTable, Resolved, window_start
 
 
 def hit_test(
@@ -80,3 +80,36 @@ def gather_pages(
         pages, to = fetch.fetch_pages[b, h, :count].long(), fetch.fetch_slots[b, h, :count].long()
         slots[b, h, to] = host_pages[b, pages.to(host_pages.device), h].to(slots.device)
     return slots
+
+
+def sparse_decode_attention(
+    query: torch.Tensor,
+    kv: DeviceKV,
+    selected: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scale: float,
+    num_splits: int | None = None,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """See `clo_kernels.sparse_decode_attention`."""
+    batch, heads = selected.shape[:2]
+    for b in range(batch):
+        for h in range(heads):
+            keys, values = attended(kv, b, h, selected[b, h], int(lengths[b])).float()
+            group = slice(h * (query.shape[1] // heads), (h + 1) * (query.shape[1] // heads))
+            weights = (query[b, group].float() @ keys.T * scale).softmax(-1)
+            out[b, group] = (weights @ values).to(out.dtype)
+    return out
+
+
+def attended(kv: DeviceKV, sequence: int, head: int, selected: torch.Tensor, length: int) -> torch.Tensor:
+    """Keys and values [2, tokens, head_dim] that a KV head attends to."""
+    pin = int(kv.pinned_row[head])
+    if pin >= 0:
+        return kv.pinned[sequence, pin, :, :length]
+    start = window_start(length, kv.recent_tokens, kv.page_size)
+    sinks = kv.sinks[sequence, head, :, :start]
+    pages = kv.slots[sequence, head, selected[selected != NO_SLOT].long()]
+    ring = torch.arange(start, length, device=kv.window.device) % kv.ring_tokens
+    return torch.cat([sinks, pages.transpose(0, 1).flatten(1, 2), kv.window[sequence, head][:, ring]], 1)

@@ -11,12 +11,14 @@ import tempfile
 from pathlib import Path
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from clo_kernels.gather_pages import gather_pages_kernel
 from clo_kernels.hit_test import hit_test_kernel
 from clo_kernels.resolve_pages import resolve_pages_kernel
+from clo_kernels.sparse_decode_attention import attend_split_kernel, merge_splits_kernel
 
 # kernel, dtypes of pointers ("/16": aligned, as torch allocates) and numbers, constants, warps
 KERNELS = {
@@ -44,20 +46,29 @@ KERNELS = {
         {"PAGE_WORDS": 8192, "CHUNK": 4096, "ROWS_PAD": 128},
         8,
     ),
+    "attend_split": (
+        attend_split_kernel,
+        "*bf16/16 *bf16/16 *bf16/16 *bf16/16 *bf16/16 *i32/16 *i32/16 *i32/16 *fp32/16 *fp32/16 fp32" + 8 * " i32",
+        {"GROUP": 8, "GROUP_PAD": 16, "DIM": 128, "PAGE": 16, "BLOCK": 64, "DOT": tl.bfloat16},
+        4,
+    ),
+    "merge_splits": (merge_splits_kernel, "*fp32/16 *fp32/16 *bf16/16 i32", {"DIM": 128, "SPLITS_PAD": 32}, 2),
 }
 
 
-def compiled(kernel, types, constants, num_warps, arch):
+def compiled(kernel, types, constants, num_warps, arch, *, ones=False):
+    """With `ones`, every number is 1: Triton then makes it a constant, which is no tensor."""
     names = [name for name in kernel.arg_names if name not in constants]
     types = dict(zip(names, types.split(), strict=True))
-    signature = {name: types.get(name, "constexpr").removesuffix("/16") for name in kernel.arg_names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if types.get(name, "").endswith("/16")
+    if ones:
+        constants = {**constants, **{name: 1 for name, kind in types.items() if kind == "i32"}}
+    signature = {
+        name: "constexpr" if name in constants else types[name].removesuffix("/16") for name in kernel.arg_names
     }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps})
+    aligned = [i for i, name in enumerate(kernel.arg_names) if types.get(name, "").endswith("/16")]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps, "num_stages": 2})
 
 
 def spilled_bytes(ptx):
@@ -77,6 +88,7 @@ def spilled_bytes(ptx):
 if __name__ == "__main__":
     result = {}
     for name, (kernel, types, constants, num_warps) in KERNELS.items():
+        compiled(kernel, types, constants, num_warps, 90, ones=True)
         for arch in (80, 90):
             ptx = compiled(kernel, types, constants, num_warps, arch).asm["ptx"]
             result[f"{name}:{arch}"] = {"ptx": ptx, "spills": spilled_bytes(ptx)}
