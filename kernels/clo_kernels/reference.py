@@ -113,3 +113,39 @@ def attended(kv: DeviceKV, sequence: int, head: int, selected: torch.Tensor, len
     pages = kv.slots[sequence, head, selected[selected != NO_SLOT].long()]
     ring = torch.arange(start, length, device=kv.window.device) % kv.ring_tokens
     return torch.cat([sinks, pages.transpose(0, 1).flatten(1, 2), kv.window[sequence, head][:, ring]], 1)
+
+
+def select_pages(
+    scores: torch.Tensor, num_candidates: torch.Tensor, missed: torch.Tensor, selection: torch.Tensor
+) -> torch.Tensor:
+    """See `clo_kernels.select_pages`."""
+    budget = selection.shape[2]
+    for b, h in missed.nonzero().tolist():
+        ranked = scores[b, h, 1 : int(num_candidates[b]) + 1].nan_to_num(
+            nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf
+        )
+        best = ranked.argsort(descending=True, stable=True)[:budget] + 1
+        selection[b, h] = NO_PAGE
+        selection[b, h, : len(best)] = best.sort().values.to(selection.dtype)
+    return selection
+
+
+def score_pages(
+    query: torch.Tensor,
+    index: torch.Tensor,
+    num_candidates: torch.Tensor,
+    missed: torch.Tensor,
+    *,
+    scale: float,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """See `clo_kernels.score_pages`."""
+    grouped = query.float().unflatten(1, (index.shape[1], -1))
+    for b, h in missed.nonzero().tolist():
+        pages = slice(1, int(num_candidates[b]) + 1)
+        # one product for each of the page's vectors; with minimum and maximum, the larger one bounds every key's
+        products = grouped[b, h, :, None, None] * index[b, h, pages].float()
+        logits = products.amax(2).sum(-1) * scale
+        out[b, h] = -torch.inf
+        out[b, h, pages] = logits.softmax(-1).mean(0)
+    return out

@@ -227,4 +227,4 @@ def default_splits(query: torch.Tensor, kv: DeviceKV, selected: torch.Tensor) ->
     if kv.pinned.shape[1]:
         tokens = max(tokens, kv.pinned.shape[3])
     processors: int = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 1
-    return max(1, min(-(-2 * processors // max(1, rows)), -(-tokens // block_tokens(query)), MAX_SPLITS))
+    return int(max(1, min(-(-2 * processors // max(1, rows)), -(-tokens // block_tokens(query)), MAX_SPLITS)))
