@@ -149,3 +149,48 @@ def score_pages(
         out[b, h] = -torch.inf
         out[b, h, pages] = logits.softmax(-1).mean(0)
     return out
+
+
+def append_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: torch.Tensor,
+    kv: DeviceKV,
+    host_pages: torch.Tensor,
+    index: torch.Tensor,
+) -> None:
+    """See `clo_kernels.append_kv`."""
+    new, size = torch.stack([key, value], 2), kv.page_size
+    pins = kv.pinned_row.tolist()
+    for b, length in enumerate(lengths.tolist()):
+        token = length - 1
+        leaving = window_start(token, kv.recent_tokens, size)
+        moves = window_start(length, kv.recent_tokens, size) > leaving and leaving // size < host_pages.shape[1]
+        for h, pin in enumerate(pins if length else []):
+            if pin >= 0:
+                kv.pinned[b, pin, :, token : token + 1] = new[b, h, :, None, :][:, : max(0, kv.pinned.shape[3] - token)]
+                continue
+            if moves:
+                page = kv.window[b, h].roll(-(leaving % kv.ring_tokens), 1)[:, :size]
+                host_pages[b, leaving // size, h] = page.to(host_pages.device)
+                keys = page[0].float()
+                entry = torch.stack([keys.amin(0), keys.amax(0)] if index.shape[3] == 2 else [keys.mean(0)])
+                index[b, h, leaving // size] = entry.to(index.dtype)
+            kv.window[b, h, :, token % kv.ring_tokens] = new[b, h]
+            if token < kv.sinks.shape[3]:
+                kv.sinks[b, h, :, token] = new[b, h]
+
+
+def ring_doorbell(sequence: torch.Tensor, message: torch.Tensor, mailbox: torch.Tensor, doorbell: torch.Tensor) -> None:
+    """See `clo_kernels.ring_doorbell`."""
+    mailbox.copy_(message)
+    sequence += 1
+    doorbell.copy_(sequence)
+
+
+def wait_ready(sequence: torch.Tensor, ready: torch.Tensor, report: torch.Tensor, *, max_spins: int) -> None:
+    """See `clo_kernels.wait_ready`."""
+    spins, number, seen = 0, int(sequence), int(ready)
+    while seen != number and spins < max_spins:
+        seen, spins = int(ready), spins + 1
+    report.copy_(torch.tensor([number, seen, spins]))
