@@ -15,10 +15,15 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from clo_kernels.append_kv import append_kv_kernel
 from clo_kernels.gather_pages import gather_pages_kernel
 from clo_kernels.hit_test import hit_test_kernel
 from clo_kernels.resolve_pages import resolve_pages_kernel
+from clo_kernels.ring_doorbell import ring_doorbell_kernel
+from clo_kernels.score_pages import fold_scores_kernel, page_logits_kernel
+from clo_kernels.select_pages import select_pages_kernel
 from clo_kernels.sparse_decode_attention import attend_split_kernel, merge_splits_kernel
+from clo_kernels.wait_ready import wait_ready_kernel
 
 # kernel, dtypes of pointers ("/16": aligned, as torch allocates) and numbers, constants, warps
 KERNELS = {
@@ -53,6 +58,27 @@ KERNELS = {
         4,
     ),
     "merge_splits": (merge_splits_kernel, "*fp32/16 *fp32/16 *bf16/16 i32", {"DIM": 128, "SPLITS_PAD": 32}, 2),
+    "select_pages": (select_pages_kernel, "*fp32/16 *i32/16 *u8/16 *i32/16 i32 i32 i32", {"BLOCK": 4096}, 8),
+    "page_logits": (
+        page_logits_kernel,
+        "*bf16/16 *bf16/16 *i32/16 *u8/16 *fp32/16 *fp32/16 *fp32/16 fp32 i32 i32 i32",
+        {"GROUP": 8, "DIM": 128, "VECTORS": 2, "BLOCK": 32},
+        4,
+    ),
+    "fold_scores": (
+        fold_scores_kernel,
+        "*u8/16 *fp32/16 *fp32/16 *fp32/16 *fp32/16 i32 i32",
+        {"GROUP": 8, "BLOCKS_PAD": 256, "BLOCK": 1024},
+        4,
+    ),
+    "append_kv": (
+        append_kv_kernel,
+        "*bf16/16 *bf16/16 *i32/16 *bf16/16 *bf16/16 *bf16/16 *i32/16 *bf16/16 *bf16/16" + 7 * " i32",
+        {"DIM": 128, "PAGE": 16, "VECTORS": 2, "BLOCK": 16},
+        4,
+    ),
+    "ring_doorbell": (ring_doorbell_kernel, "*i64/16 *i32/16 *i32/16 *i64/16 i32", {"BLOCK": 1024}, 4),
+    "wait_ready": (wait_ready_kernel, "*i64/16 *i64/16 *i64/16 i32", {}, 1),
 }
 
 

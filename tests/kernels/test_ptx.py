@@ -42,6 +42,34 @@ def test_pages_are_read_and_written_16_bytes_at_a_time(compiled, kernel, loads, 
     assert len(re.findall(r"st\.global[.\w:]*\.v(?:4\.b32|2\.b64)", ptx)) == loads
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_doorbell_is_released_to_the_system_after_a_barrier(compiled, arch):
+    ptx = compiled[f"ring_doorbell:{arch}"]["ptx"]
+    order = re.findall(r"bar\.sync|st\.global|atom[.\w:]*", ptx)
+    *before, last = order
+    assert re.search(r"\.release\.sys|\.sys\.release", last)
+    assert ".exch." in last
+    # message, barrier, then nothing but the sequence number
+    message = before[: before.index("bar.sync")]
+    assert "st.global" in message
+    assert before[before.index("bar.sync") :].count("st.global") == 1
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_ready_flag_is_acquired_from_the_system_in_a_loop(compiled, arch):
+    ptx = compiled[f"wait_ready:{arch}"]["ptx"]
+    # newer compilers turn the atomic that adds nothing into the load that it stands for
+    looks = re.findall(r"(?:atom|ld)\.global\.(?:acquire\.sys|sys\.acquire)(?:\.add)?\.[bsu]64", ptx)
+    assert len(looks) == 2
+    assert "bra" in ptx
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_pages_that_leave_are_stored_16_bytes_at_a_time(compiled, arch):
+    """Keys and values of a page of 16 tokens are 8 KiB: two stores of 16 bytes in each of 128 threads, twice."""
+    assert len(re.findall(r"st\.global[.\w:]*\.v(?:4\.b32|2\.b64)", compiled[f"append_kv:{arch}"]["ptx"])) >= 4
+
+
 def test_no_kernel_spills(compiled):
     if all(kernel["spills"] is None for kernel in compiled.values()):
         pytest.skip("needs ptxas")
