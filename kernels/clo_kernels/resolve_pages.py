@@ -16,7 +16,7 @@ from clo_kernels.dispatch import on_device, runs_kernel
 from clo_kernels.layout import INT32, PageTable, Resolved
 
 MAX_BUDGET = 16384
-SLOT_BLOCK = 4096
+SLOT_BLOCK = 2048
 
 
 @triton.jit

@@ -36,7 +36,7 @@ KERNELS = {
     "resolve_pages": (
         resolve_pages_kernel,
         "*i32/16 *u8/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 i32 i32 i32",
-        {"BUDGET_PAD": 1024, "BLOCK": 4096},
+        {"BUDGET_PAD": 1024, "BLOCK": 2048},
         8,
     ),
     "gather_pages": (
