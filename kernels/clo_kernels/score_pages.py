@@ -89,6 +89,7 @@ def fold_scores_kernel(
             highest = tl.max(peak, 0)
             highest = tl.where(highest == float("-inf"), 0.0, highest)
             total = tl.sum(total * tl.exp(peak - highest), 0)
+            total = tl.where(total > 0, total, 1.0)  # no candidates
             logit = tl.load(logits + head * num_pages + page, mask=page < num_pages, other=float("-inf"))
             share += tl.where(logit == float("-inf"), float("-inf"), tl.exp(logit - highest) / total)
         tl.store(scores + row * num_pages + page, share / GROUP, mask=page < num_pages)

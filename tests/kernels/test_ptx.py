@@ -70,6 +70,13 @@ def test_pages_that_leave_are_stored_16_bytes_at_a_time(compiled, arch):
     assert len(re.findall(r"st\.global[.\w:]*\.v(?:4\.b32|2\.b64)", compiled[f"append_kv:{arch}"]["ptx"])) >= 4
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_attention_uses_tensor_cores_and_loads_ahead_16_bytes_at_a_time(compiled, arch):
+    ptx = compiled[f"attend_split:{arch}"]["ptx"]
+    assert "mma.sync" in ptx
+    assert re.search(r"cp\.async\.cg\.shared\.global[^;]*0x10\b", ptx)
+
+
 def test_no_kernel_spills(compiled):
     if all(kernel["spills"] is None for kernel in compiled.values()):
         pytest.skip("needs ptxas")
