@@ -1,0 +1,149 @@
+"""Appends each sequence's new token: into the window ring, the sinks, or all tokens of a pinned head.
+
+When that moves the window by a page, the page that leaves is stored to the host and its index entry is written. The CPU
+sees it once the launch has finished. Does not know where keys come from; they are rotated. Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from clo_kernels import reference
+from clo_kernels.checks import FLOATS, check_host_tensor, check_tensor, require
+from clo_kernels.dispatch import on_device, runs_kernel
+from clo_kernels.layout import INT32, DeviceKV
+
+TOKEN_BLOCK = 32
+
+
+@triton.jit
+def append_kv_kernel(
+    key,
+    value,
+    lengths,
+    sinks,
+    window,
+    pinned,
+    pinned_row,
+    host_pages,
+    index,
+    num_kv_heads,
+    num_sinks,
+    ring_tokens,
+    num_pinned,
+    max_tokens,
+    recent_tokens,
+    num_pages,
+    DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    VECTORS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)  # sequence * num_kv_heads + KV head
+    sequence = row // num_kv_heads
+    head = row % num_kv_heads
+    length = tl.load(lengths + sequence)
+    token = length - 1
+    dim = tl.arange(0, DIM)
+    new_key = tl.load(key + row * DIM + dim)
+    new_value = tl.load(value + row * DIM + dim)
+    pin = tl.load(pinned_row + head)
+    if pin >= 0:
+        base = (sequence * num_pinned + pin) * 2 * max_tokens
+        if (token >= 0) & (token < max_tokens):
+            tl.store(pinned + (base + token) * DIM + dim, new_key)
+            tl.store(pinned + (base + max_tokens + token) * DIM + dim, new_value)
+    elif token >= 0:
+        base = row * 2 * ring_tokens
+        before = tl.maximum(token - recent_tokens, 0) // PAGE
+        after = tl.maximum(length - recent_tokens, 0) // PAGE
+        if (after > before) & (before < num_pages):
+            page = (sequence * num_pages + before) * num_kv_heads + head
+            low = tl.full([DIM], float("inf"), tl.float32)
+            high = tl.full([DIM], float("-inf"), tl.float32)
+            total = tl.zeros([DIM], tl.float32)
+            first = before * PAGE % ring_tokens
+            for start in range(0, PAGE, BLOCK):
+                lane = start + tl.arange(0, BLOCK)
+                inside = (lane < PAGE)[:, None] & (dim < DIM)[None, :]
+                at = (base + first + lane)[:, None] * DIM + dim[None, :]
+                to = (page * 2 * PAGE + lane)[:, None] * DIM + dim[None, :]
+                keys = tl.load(window + at, mask=inside, other=0.0)
+                tl.store(host_pages + to, keys, mask=inside)
+                values = tl.load(window + at + tl.cast(ring_tokens, tl.int64) * DIM, mask=inside, other=0.0)
+                tl.store(host_pages + to + PAGE * DIM, values, mask=inside)
+                exact = keys.to(tl.float32)
+                low = tl.minimum(low, tl.min(tl.where(inside, exact, float("inf")), 0))
+                high = tl.maximum(high, tl.max(tl.where(inside, exact, float("-inf")), 0))
+                total += tl.sum(exact, 0)
+            entry = index + (row * num_pages + before) * VECTORS * DIM + dim
+            kind = index.dtype.element_ty
+            if VECTORS == 2:
+                tl.store(entry, low.to(kind))
+                tl.store(entry + DIM, high.to(kind))
+            else:
+                tl.store(entry, (total / PAGE).to(kind))
+        # the ring is a page larger than the window: this row is none of those that leave
+        to = base + token % ring_tokens
+        tl.store(window + to * DIM + dim, new_key)
+        tl.store(window + (to + ring_tokens) * DIM + dim, new_value)
+        if token < num_sinks:
+            to = row * 2 * num_sinks + token
+            tl.store(sinks + to * DIM + dim, new_key)
+            tl.store(sinks + (to + num_sinks) * DIM + dim, new_value)
+
+
+def append_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: torch.Tensor,
+    kv: DeviceKV,
+    host_pages: torch.Tensor,
+    index: torch.Tensor,
+) -> None:
+    """Store `key` and `value` [batch, num_kv_heads, head_dim] as token `lengths - 1` of each sequence.
+
+    `lengths` is int32 [batch], the new token included; nothing happens where it is 0. `host_pages` [batch, num_pages,
+    num_kv_heads, 2, page_size, head_dim] is pinned (or on the device); `index` [batch, num_kv_heads, num_pages, 2 or 1,
+    head_dim] holds minimum and maximum, or the mean, of a page's keys. A pinned head's tokens go nowhere else. A page
+    or token beyond the room for it is dropped: the caller makes sure that sequences fit.
+    """
+    kv.check(key.device, key.dtype)
+    batch, heads, _, _, page_size, head_dim = kv.slots.shape
+    check_tensor("key", key, (batch, heads, head_dim), FLOATS)
+    check_tensor("value", value, (batch, heads, head_dim), key.dtype, key.device)
+    check_tensor("lengths", lengths, (batch,), INT32, key.device)
+    check_tensor("host_pages", host_pages, (batch, -1, heads, 2, page_size, head_dim), key.dtype)
+    check_host_tensor("host_pages", host_pages, key.device)
+    num_pages = host_pages.shape[1]
+    check_tensor("index", index, (batch, heads, num_pages, -1, head_dim), key.dtype, key.device)
+    require(index.shape[3] in (1, 2), f"index: {index.shape[3]} vectors a page, expected 2 (minimum, maximum) or 1")
+    if not runs_kernel(key):
+        reference.append_kv(key, value, lengths, kv, host_pages, index)
+    elif batch:
+        with on_device(key):
+            append_kv_kernel[(batch * heads,)](
+                key,
+                value,
+                lengths,
+                kv.sinks,
+                kv.window,
+                kv.pinned,
+                kv.pinned_row,
+                host_pages,
+                index,
+                heads,
+                kv.sinks.shape[3],
+                kv.ring_tokens,
+                kv.pinned.shape[1],
+                kv.pinned.shape[3],
+                kv.recent_tokens,
+                num_pages,
+                DIM=head_dim,
+                PAGE=page_size,
+                VECTORS=index.shape[3],
+                BLOCK=min(TOKEN_BLOCK, triton.next_power_of_2(page_size)),
+                num_warps=4,
+            )

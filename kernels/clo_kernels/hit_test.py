@@ -1,0 +1,112 @@
+"""Cosine of every query with its head's anchor, folded per KV head: who keeps its pages, who selects anew.
+
+One launch for all sequences and heads of a layer. Moves the anchors of heads that missed. Does not know where the query
+comes from (this layer, or predicted for it) and what a miss leads to. Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from clo_kernels import reference
+from clo_kernels.checks import FLOATS, check_tensor, group_size, require
+from clo_kernels.dispatch import on_device, runs_kernel
+
+FOLDS = ("mean", "min", "importance")
+
+
+@triton.jit
+def hit_test_kernel(
+    query,
+    anchor,
+    tau,
+    importance,
+    missed,
+    num_kv_heads,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    row = tl.program_id(0)  # sequence * num_kv_heads + KV head
+    head = row % num_kv_heads
+    member = tl.arange(0, GROUP_PAD)
+    dim = tl.arange(0, DIM_PAD)
+    in_group = member < GROUP
+    inside = in_group[:, None] & (dim < DIM)[None, :]
+    at = (row.to(tl.int64) * GROUP + member)[:, None] * DIM + dim[None, :]
+    raw = tl.load(query + at, mask=inside, other=0.0)
+    now = raw.to(tl.float32)
+    then = tl.load(anchor + at, mask=inside, other=0.0).to(tl.float32)
+
+    norms = tl.sqrt(tl.sum(now * now, 1)) * tl.sqrt(tl.sum(then * then, 1))
+    cosine = tl.where(norms == 0, 0.0, tl.sum(now * then, 1) / tl.where(norms == 0, 1.0, norms))
+    if FOLD == "min":
+        # a NaN must not lose against a number
+        broken = tl.sum((in_group & (cosine != cosine)).to(tl.int32), 0) > 0
+        folded = tl.where(broken, float("nan"), tl.min(tl.where(in_group, cosine, float("inf")), 0))
+    elif FOLD == "importance":
+        weight = tl.load(importance + head * GROUP + member, mask=in_group, other=0.0)
+        folded = tl.sum(weight * cosine, 0) / tl.sum(weight, 0)
+    else:
+        folded = tl.sum(tl.where(in_group, cosine, 0.0), 0) / GROUP
+    anchored = tl.sum(tl.sum((then != 0).to(tl.int32), 1), 0) > 0
+    folded = tl.where(anchored, folded, float("-inf"))
+
+    hit = folded >= tl.load(tau + head)
+    tl.store(missed + row, tl.where(hit, 0, 1).to(tl.uint8))
+    if hit == 0:
+        tl.store(anchor + at, raw, mask=inside)
+
+
+def hit_test(
+    query: torch.Tensor,
+    anchor: torch.Tensor,
+    tau: torch.Tensor,
+    *,
+    fold: str = "mean",
+    importance: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Miss mask [batch, num_kv_heads]; `query` becomes the anchor of heads that missed.
+
+    `query` and `anchor` are [batch, num_query_heads, head_dim], `tau` float32 [num_kv_heads], `importance` float32
+    [num_query_heads]. A head hits while its folded cosine is at least tau; not a number is a miss. A zero vector has
+    cosine 0; a head whose anchors are all zero has none yet and misses unless tau is -inf, which marks heads that never
+    select.
+    """
+    check_tensor("query", query, (-1, -1, -1), FLOATS)
+    batch, num_query_heads, head_dim = query.shape
+    check_tensor("anchor", anchor, (batch, num_query_heads, head_dim), query.dtype, query.device)
+    check_tensor("tau", tau, (-1,), torch.float32, query.device)
+    num_kv_heads = tau.shape[0]
+    group = group_size(num_query_heads, num_kv_heads)
+    require(fold in FOLDS, f"fold = {fold!r}, expected one of {FOLDS}")
+    require((fold == "importance") == (importance is not None), f"importance goes with fold = importance, not {fold}")
+    if importance is not None:
+        check_tensor("importance", importance, (num_query_heads,), torch.float32, query.device)
+    if out is None:
+        out = torch.empty(batch, num_kv_heads, dtype=torch.bool, device=query.device)
+    check_tensor("out", out, (batch, num_kv_heads), torch.bool, query.device)
+    if not runs_kernel(query):
+        return reference.hit_test(query, anchor, tau, fold=fold, importance=importance, out=out)
+    if batch:
+        with on_device(query):
+            hit_test_kernel[(batch * num_kv_heads,)](
+                query,
+                anchor,
+                tau,
+                tau if importance is None else importance,
+                out.view(torch.uint8),
+                num_kv_heads,
+                GROUP=group,
+                GROUP_PAD=triton.next_power_of_2(group),
+                DIM=head_dim,
+                DIM_PAD=triton.next_power_of_2(head_dim),
+                FOLD=str(fold),
+                num_warps=1,
+            )
+    return out

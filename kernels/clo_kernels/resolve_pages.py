@@ -1,0 +1,144 @@
+"""Which selected pages are resident, which slots are freed for the others, and what to fetch where.
+
+Keeps the page table. A page that is resident stays in its slot; the least recently used slots are freed, never one that
+the selection uses. Does not know how pages were selected or who fetches them. Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from clo_kernels import reference
+from clo_kernels.checks import check_tensor, require
+from clo_kernels.dispatch import on_device, runs_kernel
+from clo_kernels.layout import INT32, PageTable, Resolved
+
+MAX_BUDGET = 16384
+SLOT_BLOCK = 2048
+
+
+@triton.jit
+def resolve_pages_kernel(
+    selection,
+    missed,
+    page_of_slot,
+    last_use,
+    slot_of_page,
+    out_slots,
+    fetch_pages,
+    fetch_slots,
+    num_fetched,
+    budget,
+    num_slots,
+    num_pages,
+    BUDGET_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    page_of_slot += row * num_slots
+    last_use += row * num_slots
+    slot_of_page += row * num_pages
+    fetch_slots += row * budget
+    rank = tl.arange(0, BUDGET_PAD)
+    mine = row * budget + rank
+    inside = rank < budget
+    page = tl.load(selection + mine, mask=inside, other=-1)
+    wanted = inside & (page >= 0) & (page < num_pages)
+    slot = tl.load(slot_of_page + page, mask=wanted, other=-1)
+    absent = wanted & (slot < 0)
+    place = tl.cumsum(absent.to(tl.int32), 0) - 1
+    num_absent = tl.sum(absent.to(tl.int32), 0) * tl.load(missed + row).to(tl.int32)
+    tl.store(num_fetched + row, num_absent)
+    tl.store(fetch_pages + mine, tl.full([BUDGET_PAD], -1, tl.int32), mask=inside & (rank >= num_absent))
+    tl.store(fetch_slots + rank, tl.full([BUDGET_PAD], -1, tl.int32), mask=inside & (rank >= num_absent))
+
+    if tl.load(missed + row) != 0:
+        newest = tl.full([], -2147483647, tl.int32)
+        oldest = tl.full([], 2147483647, tl.int32)
+        for start in range(0, num_slots, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            newest = tl.maximum(newest, tl.max(tl.load(last_use + at, mask=at < num_slots, other=-2147483647), 0))
+            oldest = tl.minimum(oldest, tl.min(tl.load(last_use + at, mask=at < num_slots, other=2147483647), 0))
+        stamp = newest + (budget - rank)  # the first of the selection leaves last
+        tl.debug_barrier()  # all stamps are read
+        tl.store(last_use + slot, stamp, mask=wanted & (slot >= 0))
+        tl.debug_barrier()  # what is in use is stamped
+
+        if num_absent > 0:
+            # smallest stamp such that enough slots are as old: all stamps are different
+            low = oldest.to(tl.int64)
+            high = newest.to(tl.int64)
+            while low < high:
+                middle = low + (high - low) // 2
+                count = tl.full([], 0, tl.int32)
+                for start in range(0, num_slots, BLOCK):
+                    at = start + tl.arange(0, BLOCK)
+                    age = tl.load(last_use + at, mask=at < num_slots, other=2147483647)
+                    count += tl.sum((age <= middle).to(tl.int32), 0)
+                low = tl.where(count >= num_absent, low, middle + 1)
+                high = tl.where(count >= num_absent, middle, high)
+
+            freed_before = tl.full([], 0, tl.int32)
+            for start in range(0, num_slots, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                freed = tl.load(last_use + at, mask=at < num_slots, other=2147483647) <= low
+                index = freed_before + tl.cumsum(freed.to(tl.int32), 0) - 1
+                tl.store(fetch_slots + index, at, mask=freed)
+                leaving = tl.load(page_of_slot + at, mask=freed, other=-1)
+                tl.store(slot_of_page + leaving, tl.full([BLOCK], -1, tl.int32), mask=freed & (leaving >= 0))
+                freed_before += tl.sum(freed.to(tl.int32), 0)
+            tl.debug_barrier()  # the freed slots are listed
+            arriving = tl.load(fetch_slots + place, mask=absent, other=-1)
+            slot = tl.where(absent, arriving, slot)
+            tl.store(fetch_pages + row * budget + place, page, mask=absent)
+            tl.store(page_of_slot + slot, page, mask=absent)
+            tl.store(slot_of_page + page, slot, mask=absent)
+            tl.store(last_use + slot, stamp, mask=absent)
+    tl.store(out_slots + mine, tl.where(wanted, slot, -1), mask=inside)
+
+
+def resolve_pages(
+    selection: torch.Tensor, missed: torch.Tensor, table: PageTable, *, out: Resolved | None = None
+) -> Resolved:
+    """Look `selection` up in `table`; for heads that missed, make room for what is not resident.
+
+    `selection` is int32 [batch, num_kv_heads, budget], NO_PAGE anywhere, no page twice; pages outside the table count
+    as NO_PAGE. `missed` is bool [batch, num_kv_heads]: other heads fetch nothing and their stamps stay. Of two pages
+    used in the same step, the one later in the selection leaves first. The n-th page to fetch gets the n-th freed slot,
+    in the order of slots. Every element of the result is written.
+    """
+    check_tensor("selection", selection, (-1, -1, -1), INT32)
+    batch, heads, budget = selection.shape
+    check_tensor("missed", missed, (batch, heads), torch.bool, selection.device)
+    table.check(batch, heads, selection.device)
+    num_slots = table.page_of_slot.shape[2]
+    require(0 < budget <= num_slots, f"budget = {budget} pages, expected 1 to the number of slots, {num_slots}")
+    require(budget <= MAX_BUDGET, f"budget = {budget} pages, expected at most {MAX_BUDGET}")
+    if out is None:
+        out = Resolved.like(selection)
+    out.check((batch, heads), selection.device)
+    require(out.slots.shape == selection.shape, f"out: budget {out.slots.shape[2]}, expected {budget}")
+    if not runs_kernel(selection):
+        return reference.resolve_pages(selection, missed, table, out=out)
+    if batch * heads:
+        with on_device(selection):
+            resolve_pages_kernel[(batch * heads,)](
+                selection,
+                missed.view(torch.uint8),
+                table.page_of_slot,
+                table.last_use,
+                table.slot_of_page,
+                out.slots,
+                out.fetch_pages,
+                out.fetch_slots,
+                out.num_fetched,
+                budget,
+                num_slots,
+                table.slot_of_page.shape[2],
+                BUDGET_PAD=triton.next_power_of_2(budget),
+                BLOCK=min(SLOT_BLOCK, triton.next_power_of_2(num_slots)),
+                num_warps=8,
+            )
+    return out

@@ -1,0 +1,121 @@
+"""Compiles every kernel for a GPU that need not be there; run as a script, without the interpreter.
+
+Prints {"kernel:arch": {"ptx": ..., "spills": bytes or null}} as JSON.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from clo_kernels.append_kv import append_kv_kernel
+from clo_kernels.gather_pages import gather_pages_kernel
+from clo_kernels.hit_test import hit_test_kernel
+from clo_kernels.resolve_pages import resolve_pages_kernel
+from clo_kernels.ring_doorbell import ring_doorbell_kernel
+from clo_kernels.score_pages import fold_scores_kernel, page_logits_kernel
+from clo_kernels.select_pages import select_pages_kernel
+from clo_kernels.sparse_decode_attention import attend_split_kernel, merge_splits_kernel
+from clo_kernels.wait_ready import wait_ready_kernel
+
+# kernel, dtypes of pointers ("/16": aligned, as torch allocates) and numbers, constants, warps
+KERNELS = {
+    "hit_test": (
+        hit_test_kernel,
+        "*bf16/16 *bf16/16 *fp32/16 *fp32/16 *u8/16 i32",
+        {"GROUP": 7, "GROUP_PAD": 8, "DIM": 128, "DIM_PAD": 128, "FOLD": "importance"},
+        1,
+    ),
+    "resolve_pages": (
+        resolve_pages_kernel,
+        "*i32/16 *u8/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 i32 i32 i32",
+        {"BUDGET_PAD": 1024, "BLOCK": 2048},
+        8,
+    ),
+    "gather_pages": (
+        gather_pages_kernel,
+        "*i32/16 *i32/16 *i32/16 *i32/16 *i32/16 i32 i32 i32 i32 i32",
+        {"PAGE_WORDS": 2048, "CHUNK": 2048, "ROWS_PAD": 128},
+        8,
+    ),
+    "gather_pages_chunked": (
+        gather_pages_kernel,
+        "*i32/16 *i32/16 *i32/16 *i32/16 *i32/16 i32 i32 i32 i32 i32",
+        {"PAGE_WORDS": 8192, "CHUNK": 4096, "ROWS_PAD": 128},
+        8,
+    ),
+    "attend_split": (
+        attend_split_kernel,
+        "*bf16/16 *bf16/16 *bf16/16 *bf16/16 *bf16/16 *i32/16 *i32/16 *i32/16 *fp32/16 *fp32/16 fp32" + 8 * " i32",
+        {"GROUP": 8, "GROUP_PAD": 16, "DIM": 128, "PAGE": 16, "BLOCK": 64, "DOT": tl.bfloat16},
+        4,
+    ),
+    "merge_splits": (merge_splits_kernel, "*fp32/16 *fp32/16 *bf16/16 i32", {"DIM": 128, "SPLITS_PAD": 32}, 2),
+    "select_pages": (select_pages_kernel, "*fp32/16 *i32/16 *u8/16 *i32/16 i32 i32 i32", {"BLOCK": 4096}, 8),
+    "page_logits": (
+        page_logits_kernel,
+        "*bf16/16 *bf16/16 *i32/16 *u8/16 *fp32/16 *fp32/16 *fp32/16 fp32 i32 i32 i32",
+        {"GROUP": 8, "DIM": 128, "VECTORS": 2, "BLOCK": 32},
+        4,
+    ),
+    "fold_scores": (
+        fold_scores_kernel,
+        "*u8/16 *fp32/16 *fp32/16 *fp32/16 *fp32/16 i32 i32",
+        {"GROUP": 8, "BLOCKS_PAD": 256, "BLOCK": 1024},
+        4,
+    ),
+    "append_kv": (
+        append_kv_kernel,
+        "*bf16/16 *bf16/16 *i32/16 *bf16/16 *bf16/16 *bf16/16 *i32/16 *bf16/16 *bf16/16" + 7 * " i32",
+        {"DIM": 128, "PAGE": 16, "VECTORS": 2, "BLOCK": 16},
+        4,
+    ),
+    "ring_doorbell": (ring_doorbell_kernel, "*i64/16 *i32/16 *i32/16 *i64/16 i32", {"BLOCK": 1024}, 4),
+    "wait_ready": (wait_ready_kernel, "*i64/16 *i64/16 *i64/16 i32", {}, 1),
+}
+
+
+def compiled(kernel, types, constants, num_warps, arch, *, ones=False):
+    """With `ones`, every number is 1: Triton then makes it a constant, which is no tensor."""
+    names = [name for name in kernel.arg_names if name not in constants]
+    types = dict(zip(names, types.split(), strict=True))
+    if ones:
+        constants = {**constants, **{name: 1 for name, kind in types.items() if kind == "i32"}}
+    signature = {
+        name: "constexpr" if name in constants else types[name].removesuffix("/16") for name in kernel.arg_names
+    }
+    aligned = [i for i, name in enumerate(kernel.arg_names) if types.get(name, "").endswith("/16")]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps, "num_stages": 2})
+
+
+def spilled_bytes(ptx):
+    """As ptxas reports it; None where Triton's copies of it are not found or too old for its PTX."""
+    target = re.search(r"\.target (\w+)", ptx).group(1)
+    for ptxas in sorted((Path(triton.__file__).parent / "backends" / "nvidia" / "bin").glob("ptxas*")):
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "kernel.ptx"
+            source.write_text(ptx)
+            command = [ptxas, "-v", f"--gpu-name={target}", source, "-o", source.with_suffix(".cubin")]
+            run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode == 0:
+            return sum(int(n) for n in re.findall(r"(\d+) bytes spill", run.stdout + run.stderr))
+    return None
+
+
+if __name__ == "__main__":
+    result = {}
+    for name, (kernel, types, constants, num_warps) in KERNELS.items():
+        compiled(kernel, types, constants, num_warps, 90, ones=True)
+        for arch in (80, 90):
+            ptx = compiled(kernel, types, constants, num_warps, arch).asm["ptx"]
+            result[f"{name}:{arch}"] = {"ptx": ptx, "spills": spilled_bytes(ptx)}
+    json.dump(result, sys.stdout)

@@ -1,0 +1,22 @@
+"""Kernels run on the GPU where there is one, else in Triton's interpreter, which must be chosen before they load.
+
+With TRITON_INTERPRET=0 and no GPU the same tests run the reference through the wrappers.
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+# Triton has no wheels beyond Linux
+collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"]
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_one_seed():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)

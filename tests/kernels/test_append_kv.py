@@ -1,0 +1,127 @@
+"""`append_kv`: sequences grown token by token are laid out as if they had been there at once."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from clo_kernels import reference
+from clo_kernels.append_kv import append_kv
+from clo_kernels.layout import window_start
+from tests.kernels.helpers import DEVICE, TOLERANCE, cases
+from tests.kernels.sequences import empty_kv, lay_out
+
+CASES = cases(
+    "page_size recent sinks dim vectors",
+    (4, 5, 3, 64, 2),
+    (16, 20, 4, 64, 1),
+    (1, 2, 1, 128, 2),
+    (64, 10, 0, 16, 2),
+    (3, 7, 3, 32, 1),
+)
+
+
+def grow(append, full, tokens, kv, host, index, idle=()):
+    """Append `tokens` of every sequence; sequences in `idle` have length 0."""
+    for token in tokens:
+        lengths = torch.full((full.shape[0],), token + 1, dtype=torch.int32, device=DEVICE)
+        lengths[list(idle)] = 0
+        append(full[:, :, 0, token].contiguous(), full[:, :, 1, token].contiguous(), lengths, kv, host, index)
+
+
+def same(first, second):
+    return torch.equal(first.nan_to_num(nan=-7.0), second.nan_to_num(nan=-7.0))
+
+
+def setup(page_size, recent, sinks, dim, vectors, *, batch=2, heads=3, tokens=90, dtype=torch.float16):
+    full = torch.randn(batch, heads, 2, tokens, dim).to(DEVICE, dtype)
+    kv = empty_kv(
+        batch, heads, 1, page_size, dim, sinks=sinks, recent=recent, max_tokens=tokens, pinned_heads=(1,), dtype=dtype
+    )
+    pages = tokens // page_size + 1
+    host = torch.full((batch, pages, heads, 2, page_size, dim), float("nan"), dtype=dtype)
+    index = torch.full((batch, heads, pages, vectors, dim), float("nan"), dtype=dtype, device=DEVICE)
+    return full, kv, host.pin_memory() if DEVICE == "cuda" else host, index
+
+
+@CASES
+@pytest.mark.parametrize("append", [append_kv, reference.append_kv], ids=["kernel", "reference"])
+def test_growing_equals_laying_out_at_once(page_size, recent, sinks, dim, vectors, append):
+    full, kv, host, index = setup(page_size, recent, sinks, dim, vectors)
+    num_tokens = full.shape[3]
+    grow(append, full, range(num_tokens), kv, host, index, idle=[1])
+    lengths = [num_tokens, 0]
+    expected = empty_kv(
+        2, 3, 1, page_size, dim, sinks=sinks, recent=recent, max_tokens=num_tokens, pinned_heads=(1,), dtype=full.dtype
+    )
+    lay_out(expected, full, lengths)
+    assert same(kv.sinks[:, ::2], expected.sinks[:, ::2])
+    assert same(kv.pinned, expected.pinned)
+    start = window_start(num_tokens, recent, page_size)
+    live = [token % kv.ring_tokens for token in range(start, num_tokens)]
+    assert torch.equal(kv.window[0, ::2][:, :, live], expected.window[0, ::2][:, :, live])
+    gone = start // page_size
+    assert gone > 0
+    pages = full[0, :, :, :start].unflatten(2, (gone, page_size))  # [heads, 2, pages, page_size, dim]
+    assert torch.equal(host[0, :gone, ::2].to(DEVICE), pages[::2].permute(2, 0, 1, 3, 4))
+    assert host[0, gone:].isnan().all()
+    keys = pages[::2, 0]
+    if vectors == 2:
+        assert torch.equal(index[0, ::2, :gone], torch.stack([keys.amin(2), keys.amax(2)], 2))
+    else:
+        mean = keys.double().mean(2, keepdim=True).to(index.dtype)
+        torch.testing.assert_close(index[0, ::2, :gone], mean, **TOLERANCE[index.dtype])
+    assert index[0, :, gone:].isnan().all()
+    # a pinned head has only its own place, a sequence of length 0 none
+    assert host[0, :, 1].isnan().all()
+    assert kv.window[0, 1].isnan().all()
+    assert all(rest[1].isnan().all() for rest in (kv.window, kv.sinks, kv.pinned, host, index))
+
+
+def test_only_the_new_token_is_written_while_no_page_leaves():
+    full, kv, host, index = setup(16, 20, 4, 64, 2)
+    grow(append_kv, full, range(50), kv, host, index)
+    before = {field.name: getattr(kv, field.name) for field in fields(kv) if field.name != "recent_tokens"}
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    host_before, index_before = host.clone(), index.clone()
+    grow(append_kv, full, [50], kv, host, index)
+    before["window"][:, ::2, :, 50 % kv.ring_tokens] = full[:, ::2, :, 50]
+    before["pinned"][:, 0, :, 50] = full[:, 1, :, 50]
+    assert all(same(getattr(kv, name), tensor) for name, tensor in before.items())
+    assert same(host, host_before)
+    assert same(index, index_before)
+
+
+def test_what_does_not_fit_is_dropped():
+    full, kv, host, index = setup(4, 5, 3, 64, 2, tokens=30)
+    short_host, short_index = host[:, :2].contiguous(), index[:, :, :2].contiguous()
+    guard = short_host.clone(), short_index.clone()
+    grow(append_kv, full, range(17), kv, short_host, short_index)
+    assert torch.equal(short_host[:, :, 0, 0], full[:, 0, 0, :8].unflatten(1, (2, 4)).to(short_host.device))
+    assert guard[0].shape == short_host.shape
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"value": torch.zeros(1, 2, 32)}, r"value: shape \[1, 2, 32\], expected \[1, 2, 64\]"),
+        ({"host_pages": torch.zeros(1, 5, 2, 2, 8, 64)}, "host_pages: shape"),
+        ({"index": torch.zeros(1, 2, 4, 2, 64)}, r"index: shape \[1, 2, 4, 2, 64\], expected \[1, 2, 5, 'any', 64\]"),
+        ({"index": torch.zeros(1, 2, 5, 3, 64)}, "index: 3 vectors a page"),
+        ({"lengths": torch.zeros(1)}, "lengths: dtype torch.float32, expected torch.int32"),
+    ],
+    ids=["value", "page-size", "index-pages", "vectors", "lengths"],
+)
+def test_refuses(change, message):
+    arguments = {
+        "key": torch.zeros(1, 2, 64),
+        "value": torch.zeros(1, 2, 64),
+        "lengths": torch.zeros(1).int(),
+        "host_pages": torch.zeros(1, 5, 2, 2, 16, 64),
+        "index": torch.zeros(1, 2, 5, 2, 64),
+        **change,
+    }
+    arguments = {name: tensor.to(DEVICE) for name, tensor in arguments.items()}
+    kv = empty_kv(1, 2, 3, 16, 64, sinks=4, recent=16, max_tokens=1, dtype=torch.float32)
+    with pytest.raises(ValueError, match=message):
+        append_kv(kv=kv, **arguments)

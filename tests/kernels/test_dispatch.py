@@ -1,0 +1,36 @@
+"""Who runs: the kernel on a GPU or in the interpreter, else the reference."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from clo_kernels import dispatch, hit_test, reference
+from tests.kernels.helpers import DEVICE
+
+
+def test_the_kernel_runs_here_and_not_the_reference(monkeypatch):
+    if not dispatch.runs_kernel(torch.zeros(1, device=DEVICE)):
+        pytest.skip("TRITON_INTERPRET=0: these tests run the reference")
+    monkeypatch.setattr(reference, "hit_test", None)
+    query = torch.randn(1, 2, 16, device=DEVICE)
+    assert hit_test.hit_test(query, query.clone(), torch.zeros(1, device=DEVICE)).tolist() == [[False]]
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "0", reason="is what runs already")
+def test_wrappers_run_the_reference_on_the_cpu_without_the_interpreter():
+    """All tests of operations again, where a launch would fail: there is no GPU for it."""
+    folder = Path(__file__).parent
+    files = [str(path) for path in folder.glob("test_*.py") if path.name not in ("test_ptx.py", Path(__file__).name)]
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *files]
+    run = subprocess.run(command, env=environment, cwd=folder.parents[1], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:]

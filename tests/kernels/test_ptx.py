@@ -1,0 +1,83 @@
+"""The machine code of the kernels for A100 and H100: wide loads, memory order, no spills. Needs no GPU."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent / "compile_ptx.py"
+ARCHS = [80, 90]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    run = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout)
+
+
+def wide_loads(ptx):
+    return re.findall(r"ld\.global[.\w:]*\.v(?:4\.b32|2\.b64)", ptx)
+
+
+def narrow_loads_of_pages(ptx):
+    """Narrower loads inside the copy loop would be vectors of two words."""
+    return re.findall(r"ld\.global[.\w:]*\.v2\.b32", ptx)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("kernel", "loads"), [("gather_pages", 2), ("gather_pages_chunked", 4)])
+def test_pages_are_read_and_written_16_bytes_at_a_time(compiled, kernel, loads, arch):
+    """A chunk of n bytes over 256 threads is n / 4096 loads of 16 bytes in each."""
+    ptx = compiled[f"{kernel}:{arch}"]["ptx"]
+    assert len(wide_loads(ptx)) == loads
+    assert not narrow_loads_of_pages(ptx)
+    assert len(re.findall(r"st\.global[.\w:]*\.v(?:4\.b32|2\.b64)", ptx)) == loads
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_doorbell_is_released_to_the_system_after_a_barrier(compiled, arch):
+    ptx = compiled[f"ring_doorbell:{arch}"]["ptx"]
+    order = re.findall(r"bar\.sync|st\.global|atom[.\w:]*", ptx)
+    *before, last = order
+    assert re.search(r"\.release\.sys|\.sys\.release", last)
+    assert ".exch." in last
+    # message, barrier, then nothing but the sequence number
+    message = before[: before.index("bar.sync")]
+    assert "st.global" in message
+    assert before[before.index("bar.sync") :].count("st.global") == 1
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_ready_flag_is_acquired_from_the_system_in_a_loop(compiled, arch):
+    ptx = compiled[f"wait_ready:{arch}"]["ptx"]
+    # newer compilers turn the atomic that adds nothing into the load that it stands for
+    looks = re.findall(r"(?:atom|ld)\.global\.(?:acquire\.sys|sys\.acquire)(?:\.add)?\.[bsu]64", ptx)
+    assert len(looks) == 2
+    assert "bra" in ptx
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_pages_that_leave_are_stored_16_bytes_at_a_time(compiled, arch):
+    """Keys and values of a page of 16 tokens are 8 KiB: two stores of 16 bytes in each of 128 threads, twice."""
+    assert len(re.findall(r"st\.global[.\w:]*\.v(?:4\.b32|2\.b64)", compiled[f"append_kv:{arch}"]["ptx"])) >= 4
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_attention_uses_tensor_cores_and_loads_ahead_16_bytes_at_a_time(compiled, arch):
+    ptx = compiled[f"attend_split:{arch}"]["ptx"]
+    assert "mma.sync" in ptx
+    assert re.search(r"cp\.async\.cg\.shared\.global[^;]*0x10\b", ptx)
+
+
+def test_no_kernel_spills(compiled):
+    if all(kernel["spills"] is None for kernel in compiled.values()):
+        pytest.skip("needs ptxas")
+    assert {name: kernel["spills"] for name, kernel in compiled.items() if kernel["spills"]} == {}

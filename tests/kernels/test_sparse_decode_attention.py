@@ -1,0 +1,133 @@
+"""`sparse_decode_attention` against full attention in float64, restricted to the attended tokens."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from clo_kernels import reference
+from clo_kernels import sparse_decode_attention as module
+from clo_kernels.sparse_decode_attention import sparse_decode_attention
+from tests.kernels.helpers import DEVICE, TOLERANCE, by_dtype, cases
+from tests.kernels.sequences import choose, empty_kv, lay_out
+
+
+def exact(query, full, tokens, scale):
+    """Attention of every query head over `tokens[sequence, KV head]` of `full`."""
+    out = torch.zeros(query.shape, dtype=torch.float64, device=query.device)
+    group = query.shape[1] // full.shape[1]
+    for (b, h), attended in tokens.items():
+        for member in range(h * group, (h + 1) * group):
+            keys, values = full[b, h, 0, attended].double(), full[b, h, 1, attended].double()
+            out[b, member] = torch.softmax(keys @ query[b, member].double() * scale, 0) @ values
+    return out
+
+
+def problem(
+    lengths, heads, group, dim, page_size, *, budget, sinks=4, recent=20, pinned=(), dtype=torch.float32, share=1.0
+):
+    shape = (len(lengths), heads, 2, max(lengths), dim)
+    full = torch.randn(shape, dtype=torch.float32).to(DEVICE, dtype)
+    query = (2 * torch.randn(len(lengths), heads * group, dim)).to(DEVICE, dtype)
+    kv = empty_kv(
+        len(lengths), heads, budget + 2, page_size, dim,
+        sinks=min(sinks, page_size), recent=recent, max_tokens=max(lengths), pinned_heads=pinned, dtype=dtype,
+    )  # fmt: skip
+    lay_out(kv, full, lengths)
+    selected, tokens = choose(kv, full, lengths, budget, share)
+    return query, kv, selected, torch.tensor(lengths, dtype=torch.int32, device=DEVICE), full, tokens
+
+
+def check(query, kv, selected, lengths, full, tokens, num_splits=None, scale=None):
+    expected = exact(query, full, tokens, query.shape[-1] ** -0.5 if scale is None else scale)
+    poisoned = torch.full_like(query, float("nan"))
+    out = sparse_decode_attention(query, kv, selected, lengths, scale=scale, num_splits=num_splits, out=poisoned)
+    assert out is poisoned
+    torch.testing.assert_close(out.double(), expected, **TOLERANCE[query.dtype])
+
+
+@by_dtype
+@cases(
+    "lengths heads group dim page_size budget splits",
+    ((131,), 1, 1, 64, 16, 3, 1),
+    ((97, 5, 300), 2, 3, 64, 16, 5, 3),
+    ((150, 41, 77), 1, 7, 128, 1, 11, 2),
+    ((401,), 2, 8, 128, 64, 3, 4),
+    ((20, 21, 36), 1, 2, 64, 16, 2, 5),
+    ((133, 90, 1), 2, 1, 64, 3, 7, 2),
+)
+def test_agrees_with_full_attention_over_the_attended_tokens(
+    lengths, heads, group, dim, page_size, budget, splits, dtype
+):
+    check(*problem(lengths, heads, group, dim, page_size, budget=budget, dtype=dtype), num_splits=splits)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4], ids=["empty-selection", "padded-selection"])
+def test_selections_that_are_not_full(share):
+    check(*problem((200, 64), 2, 2, 64, 16, budget=5, share=share), num_splits=2)
+
+
+@pytest.mark.parametrize("sinks", [0, 4, 16])
+def test_sinks(sinks):
+    """None, some, a whole page; sequences that end before, in and after the first page's leaving."""
+    check(*problem((15, 35, 36, 70), 1, 2, 64, 16, budget=2, sinks=sinks), num_splits=2)
+
+
+def test_pinned_heads_attend_to_everything():
+    problems = problem((130, 7), 3, 2, 64, 16, budget=3, pinned=(2, 0))
+    assert problems[-1][0, 2] == list(range(130))
+    check(*problems, num_splits=3)
+
+
+def test_every_length_around_page_and_window_edges():
+    check(*problem(tuple(range(28, 44)), 1, 1, 16, 8, budget=2, recent=13, sinks=3), num_splits=1)
+
+
+def test_large_scores_and_another_scale():
+    query, *rest = problem((90, 33), 1, 3, 64, 16, budget=3)
+    check(query * 30, *rest, num_splits=2, scale=0.5)
+
+
+def test_default_number_of_splits():
+    check(*problem((300,), 1, 2, 64, 16, budget=4))
+
+
+def test_no_tokens_give_zeros():
+    query, kv, selected, lengths, _, _ = problem((40, 33), 1, 2, 64, 16, budget=2, share=0.0)
+    lengths[1] = 0
+    out = sparse_decode_attention(query, kv, selected, lengths, out=torch.full_like(query, float("nan")))
+    assert out[0].isfinite().all()
+    assert not out[1].any()
+
+
+def test_reference_agrees_with_float64():
+    query, kv, selected, lengths, full, tokens = problem((150, 7), 3, 2, 64, 16, budget=3, pinned=(1,))
+    out = reference.sparse_decode_attention(query, kv, selected, lengths, scale=0.125, out=torch.empty_like(query))
+    torch.testing.assert_close(out.double(), exact(query, full, tokens, 0.125), **TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.zeros(1, 5, 64)}, "num_query_heads = 5 must be a multiple of num_kv_heads = 2"),
+        ({"query": torch.zeros(1, 4, 32)}, r"query: shape \[1, 4, 32\], expected \[1, 'any', 64\]"),
+        ({"selected": torch.zeros(1, 2, 3)}, "selected: dtype torch.float32, expected torch.int32"),
+        ({"lengths": torch.zeros(2).int()}, r"lengths: shape \[2\], expected \[1\]"),
+        ({"num_splits": 0}, f"num_splits = 0, expected 1 to {module.MAX_SPLITS}"),
+        ({"recent_tokens": 17}, "window: 32 rows, expected a multiple of page_size = 16 that is at least .* = 33"),
+        ({"sinks": torch.zeros(1, 2, 2, 17, 64)}, "num_sinks = 17 must fit the first page of 16 tokens"),
+        ({"slots": torch.zeros(1, 2, 3, 2, 16, 48)}, "slots: head_dim = 48, expected a power of two"),
+    ],
+    ids=["group", "head-dim", "dtype", "lengths", "splits", "ring", "sinks", "power-of-two"],
+)
+def test_refuses(change, message):
+    kv = empty_kv(1, 2, 3, 16, 64, sinks=4, recent=16, max_tokens=1, dtype=torch.float32)
+    kv = replace(kv, **{k: v for k, v in change.items() if hasattr(kv, k)})
+    arguments = {
+        "query": torch.zeros(1, 4, 64, device=DEVICE),
+        "selected": torch.zeros(1, 2, 3, dtype=torch.int32, device=DEVICE),
+        "lengths": torch.zeros(1, dtype=torch.int32, device=DEVICE),
+        **{k: v for k, v in change.items() if not hasattr(kv, k)},
+    }
+    with pytest.raises(ValueError, match=message):
+        sparse_decode_attention(kv=kv, **arguments)
