@@ -13,7 +13,7 @@ from typing import Any
 from clo.choices import Alternative, Choices
 from clo.errors import CloError, SpecError, TraceError
 from clo.results import Result
-from clo.specs import Design
+from clo.specs import Design, ResolveOn, Sync
 from clo_sim.clock import step_seconds
 from clo_sim.run import simulate
 from clo_sim.scene import Scene
@@ -85,17 +85,27 @@ class Exploration:
 
 
 def expand(base: Design, grid: Grid) -> list[Design]:
-    """Every combination of the grid's values on `base`; those that contradict themselves are left out."""
-    designs = []
+    """Every combination of the grid's values on `base`, without contradictions and without twins.
+
+    Where no CPU takes part in a transfer, `host`, `events` and `flags` order the same step: the first stands for all.
+    """
+    designs: dict[Design, Design] = {}
     for values in itertools.product(*grid.values()):
         changes = dict(zip(grid, values, strict=True))
         try:
-            designs.append(vary(base, changes))
+            design = vary(base, changes)
         except SpecError:
             continue
+        designs.setdefault(_ordered_as(design), design)
     if not designs:
         raise SpecError(f"explore: no combination of {', '.join(grid)} makes a valid design")
-    return designs
+    return list(designs.values())
+
+
+def _ordered_as(design: Design) -> Design:
+    """The same for all designs whose steps are the same."""
+    alike = design.sync is not Sync.GRAPH and not design.cpu_moves and design.resolve_on is ResolveOn.GPU
+    return design.with_fields(name="", sync=Sync.EVENTS if alike else design.sync)
 
 
 def vary(base: Design, changes: Mapping[str, Any]) -> Design:
