@@ -161,6 +161,9 @@ class TestShow:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
+        (["simulate", "--batch", "many"], ["--batch", "'many' is not a valid integer"]),
+        (["simulate", "--colour", "red"], ["No such option", "--colour"]),
+        (["fly"], ["No such command 'fly'"]),
         (["simulate", "--design", "cloe"], ["design 'cloe'", "did you mean clo"]),
         (["simulate", "--set", "design.tua=1"], ["design.tua", "unknown field"]),
         (

@@ -56,11 +56,23 @@ def main() -> None:
     from clo.errors import CloError
 
     try:
-        clo()
+        sys.exit(clo(standalone_mode=False) or 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(0)
+    except click.ClickException as error:
+        _fail(" ".join(error.format_message().split()))
     except CloError as error:
-        click.echo(f"clo: error: {error}", err=True)
-        sys.exit(2)
+        _fail(str(error))
+    except click.Abort:
+        click.echo("clo: interrupted", err=True)
+        sys.exit(130)
     except BrokenPipeError:
         # the reader of a pipe (`| head`) has gone; nothing is wrong with this side
         sys.stderr.close()
         sys.exit(0)
+
+
+def _fail(message: str) -> None:
+    click.echo(f"clo: error: {message}", err=True)
+    sys.exit(2)

@@ -231,7 +231,7 @@ def _what(kind: str, record: Mapping[str, Any]) -> str:
 
 def _source(kind: str, record: Mapping[str, Any]) -> str:
     if kind == "designs":
-        return "preset"
+        return f"clo/presets/designs/{record['name']}.toml"
     if kind == "profiles":
         return f"{record['date']}, {record['gemm']['device']}"
     if kind == "traces":
