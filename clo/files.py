@@ -16,6 +16,8 @@ def check_target(path: Path, *, folder: bool = False) -> None:
     """Whether `path` can be written, before the work that fills it; makes the folder. Raises `CloError` naming it."""
     if path.exists() and path.is_dir() != folder:
         raise CloError(f"{path}: cannot be written: it is {'no' if folder else 'a'} folder")
+    if not folder:
+        _refuse_special(path)
     home = path if folder else path.parent
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -25,8 +27,18 @@ def check_target(path: Path, *, folder: bool = False) -> None:
         raise CloError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
+def _refuse_special(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise CloError(f"{path}: cannot be written: it is no regular file")
+
+
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place. Raises `CloError` naming the path."""
+    """Let `write` fill a temporary file beside `path`, then put it in place. Raises `CloError` naming the path.
+
+    A device or pipe is refused, since it would be replaced; of a symbolic link the target is.
+    """
+    _refuse_special(path)
+    path = path.resolve()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -51,7 +63,7 @@ def read_json(path: Path, error: type[CloError] = CloError) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as problem:
         raise error(f"{path}: {problem.strerror or problem}") from None
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise error(f"{path}: not JSON, or truncated: {problem}") from None
 
 

@@ -123,22 +123,28 @@ class Pricer:
             return _value(work.host_store_bytes, traffic)
         return 0.0
 
+    @property
+    def _into_device(self) -> float:
+        """What the link and the host memory behind it can deliver, bytes/s."""
+        return min(self.machine.link.h2d_bytes_per_s, self.machine.host.memory_bytes_per_s)
+
     def zero_copy_rate(self, num_ctas: int) -> float:
         """Bytes/s of a zero-copy kernel: the link, or what its thread blocks keep in flight."""
-        return min(self.machine.link.h2d_bytes_per_s, self.profile.zero_copy.rate(num_ctas))
+        return min(self._into_device, self.profile.zero_copy.rate(num_ctas))
 
     def copy_rate(self, work: Copy) -> float:
         """Bytes/s of a copy engine for pieces of this size."""
         if work.direction == "h2d":
-            return min(self.machine.link.h2d_bytes_per_s, self.profile.copy_h2d.rate(work.piece_bytes))
-        return min(self.machine.link.d2h_bytes_per_s, self.profile.copy_d2h.rate(work.piece_bytes))
+            return min(self._into_device, self.profile.copy_h2d.rate(work.piece_bytes))
+        out_of_device = min(self.machine.link.d2h_bytes_per_s, self.machine.host.memory_bytes_per_s)
+        return min(out_of_device, self.profile.copy_d2h.rate(work.piece_bytes))
 
     def bar_write_rate(self, work: BarWrite) -> float:
         """Bytes/s of CPU threads writing through the BAR."""
         cost = self.profile.bar_write
         per_thread = work.piece_bytes / (cost.per_piece_s + work.piece_bytes / cost.bytes_per_s_per_thread)
         threads = min(work.num_threads, self.machine.host.num_threads)
-        return min(threads * per_thread, cost.link_share * self.machine.link.h2d_bytes_per_s)
+        return min(threads * per_thread, cost.link_share * self._into_device)
 
     def gather_rate(self, work: HostGather) -> float:
         """Bytes/s of CPU threads gathering into a staging buffer (each byte is read and written once)."""

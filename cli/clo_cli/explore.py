@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from clo.results import Result
     from clo.specs import Design
+    from clo.specs.overrides import Overrides
     from clo_sim.explore import Exploration, Progress
     from clo_sim.scene import Scene
 
@@ -66,7 +67,7 @@ def explore(
     from clo_sim.explore import explore as run
 
     overrides = overrides_from(settings)
-    scene, named = scene_from(options, overrides), _named(designs)
+    scene, named = scene_from(options, overrides), _named(designs, overrides)
     grid = {} if no_sweep else _grid(vary) or DEFAULT_GRID
     if out is not None:
         check_target(out, folder=True)
@@ -90,14 +91,20 @@ def explore(
             click.echo(f"results{' and figures' if figures else ''} are in {out}/")
 
 
-def _named(designs: str | None) -> list[Design]:
+def _named(designs: str | None, overrides: Overrides) -> list[Design]:
+    """The designs to compare, with `--set design.*` applied; presets that it contradicts are left out."""
     from clo import presets
+    from clo.errors import SpecError
 
-    return (
-        [presets.load_design(name.strip()) for name in designs.split(",")]
-        if designs
-        else [presets.load_design(name) for name in presets.names("designs")]
-    )
+    if designs:
+        return [design_from(name.strip(), overrides) for name in dict.fromkeys(designs.split(","))]
+    found = []
+    for name in presets.names("designs"):
+        try:
+            found.append(design_from(name, overrides))
+        except SpecError:
+            continue
+    return found
 
 
 def _grid(vary: tuple[str, ...]) -> dict[str, list[Any]]:
@@ -146,7 +153,8 @@ def _print(scene: Scene, found: Exploration, best: Result, no_sweep: bool) -> No
     print_designs(list(shown.values()), found.not_run, "Designs at equal device memory for KV, simulated")
     if not no_sweep:
         tried = [candidate for candidate in found.candidates if candidate.tpot_s is not None]
-        console().print(f"Best of {len(found.candidates)} swept designs ({len(tried)} run here): {_choices_of(best)}")
+        swept = f"{len(found.candidates)} swept ({len(tried)} can run, the best simulated) and {len(found.named)} named"
+        console().print(f"Best of {swept}: {best.design.name}: {_choices_of(best)}")
     if found.choices is not None:
         print_choices(found.choices)
     print_sources(shown.values())

@@ -44,7 +44,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="clo-offload", prog_name="clo")
 def clo() -> None:
-    """Explore KV-cache offloading designs for long-context LLM inference: in simulation, and on real machines.
+    """Explore KV-cache offloading designs for long-context LLM inference: in simulation.
 
     Start with `clo explore`: which cache size, prefetch depth, transfer engine and synchronisation is fastest for
     sixteen sequences of 128K tokens of Llama-3-8B on an H200, and why.

@@ -36,8 +36,8 @@ NUMBER_COLUMNS = (
 
 def console() -> Console:
     """Standard output; a pipe or file gets wide, plain lines."""
-    plain = Console()
-    return plain if plain.is_terminal else Console(width=WIDE, highlight=False)
+    plain = Console(markup=False)
+    return plain if plain.is_terminal else Console(width=WIDE, highlight=False, markup=False)
 
 
 LEGEND = (

@@ -97,10 +97,11 @@ def _attend(m: Machine, ops: StepOps, flight: _Flight, layer: int) -> Token:
     arrived = flight.arrived.pop(layer, None)
     if arrived is not None:
         m.wait(Lane.MAIN, arrived, Cause.PREFETCH)
+    pinned = ops.plan.pinned_heads_per_layer
+    if pinned == ops.plan.model.num_kv_heads:
+        return m.launch(Lane.MAIN, ops.pinned_attention(layer))
     attended = m.launch(Lane.MAIN, ops.attention(layer))
-    if ops.plan.pinned_heads_per_layer:
-        attended = m.launch(Lane.MAIN, ops.pinned_attention(layer))
-    return attended
+    return m.launch(Lane.MAIN, ops.pinned_attention(layer)) if pinned else attended
 
 
 def _demand(m: Machine, ops: StepOps, flight: _Flight, layer: int) -> Step:

@@ -89,11 +89,15 @@ def model_from_hf_config(path: Path) -> ModelSpec:
     """Read a Hugging Face `config.json` (or a folder that holds one). Raises `SpecError` naming what is missing."""
     file = path / "config.json" if path.is_dir() else path
     config = _read_json(file)
-    text_config = config.get("text_config", config)
+    text_config = config.get("text_config") or config
     missing = [theirs for theirs in _HF_FIELDS.values() if theirs not in text_config]
     if missing:
         raise SpecError(f"{file}: no field {missing[0]!r}: not the config of a decoder-only transformer")
-    return ModelSpec.parse(_hf_values(text_config, file), where=str(file))
+    try:
+        values = _hf_values(text_config, file)
+    except (TypeError, ZeroDivisionError) as error:
+        raise SpecError(f"{file}: head counts and sizes must be positive whole numbers ({error})") from None
+    return ModelSpec.parse(values, where=str(file))
 
 
 def _hf_values(config: dict[str, Any], file: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def parse_value(text: str) -> Any:
         return None
     try:
         return json.loads(stripped)
-    except ValueError:
+    except (ValueError, RecursionError):
         return stripped
 
 

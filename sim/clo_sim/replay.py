@@ -117,7 +117,8 @@ class _Replay:
             else self.real
         )
         # one column more than there are pages: padding lands there and is never counted
-        self.padding = 1 + max(_highest(self.real), _highest(self.predicted))
+        newest = header.num_candidate_pages(0)
+        self.padding = 1 + max(_highest(self.real), _highest(self.predicted), newest)
         self.stamp = np.full((self.num_heads, self.padding + 1), ABSENT, dtype=np.int64)
         if policy.cache is not Cache.NONE:
             self.stamp[:] = _after_prefill(trace, policy.slot_pages, self.padding + 1)

@@ -2,7 +2,7 @@
 
 Device memory: every weight once, and the attended keys and values once. Host link: what no cache of the plan's size can
 avoid fetching for the exact selection (Belady, with the whole trace known in advance). Compute: dense products and
-attention at the datasheet rate. A design that attends a reused set may move fewer bytes than the exact bound.
+attention at the datasheet rate.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from clo.specs import Attend
 from clo_sim.stand_in import TrafficSource
 
 
-def roofline(plan: DecodePlan, source: TrafficSource) -> Roofline:
-    """Lower bounds for one decode step of `plan`."""
+def roofline(plan: DecodePlan, source: TrafficSource, moved_bytes: float) -> Roofline:
+    """Lower bounds for one decode step of `plan`, which moves `moved_bytes` to the device.
+
+    Where reused sets move less than any exact design could, what they move is the bound.
+    """
     hbm_bytes = plan.model.weight_bytes + attended_bytes(plan)
-    h2d_bytes = fewest_link_bytes(plan, source)
+    h2d_bytes = min(moved_bytes, fewest_link_bytes(plan, source))
     gpu = plan.machine.gpu
     hbm_s = hbm_bytes / gpu.hbm_bytes_per_s
     h2d_s = h2d_bytes / plan.machine.link.h2d_bytes_per_s

@@ -78,11 +78,20 @@ def summarise(scene: Scene, plan: DecodePlan, priced: PricedStep, times: StepTim
         contention_s=float((times.main_busy - times.main_alone).mean()),
         lane_busy_s={lane.value: seconds for lane, seconds in lanes.items()},
         ops=ops,
-        roofline=roofline(plan, scene.source),
+        roofline=roofline(plan, scene.source, h2d_bytes),
         measured_share=sum(share for name, share in shares.items() if Source(name).is_measured),
         source_shares=shares,
-        assumptions=traffic.assumptions,
+        assumptions=(*traffic.assumptions, *_table_notes(scene)),
     )
+
+
+def _table_notes(scene: Scene) -> tuple[str, ...]:
+    """Fitted kernel times belong to the GPU they were measured on, whatever the machine's record says."""
+    gpu, table = scene.machine.gpu, scene.profile.gemm
+    ours, measured = (gpu.hbm_bytes_per_s, gpu.peak_flops_per_s), (table.hbm_bytes_per_s, table.flops_per_s)
+    if all(abs(mine / theirs - 1) < 0.05 for mine, theirs in zip(ours, measured, strict=True)):
+        return ()
+    return (f"GEMM and attention times are those of the profile's GPU ({table.device}), not scaled to machine.gpu",)
 
 
 def _mean(value: Seconds) -> float:

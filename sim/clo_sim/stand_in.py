@@ -69,6 +69,7 @@ class TrafficSource:
         policy = policy_of(plan, self.trace)
         fetched = fewest_pages(self.trace, policy)[plan.workload.warmup_steps :].mean(axis=0)
         drawn = _draw_heads(plan, self.trace.header)
+        drawn = drawn[_offloaded(plan, drawn, self._replayed(policy))]
         return float(fetched[drawn].sum()) * plan.budget_pages / policy.budget_pages
 
     def check(self, plan: DecodePlan) -> None:
