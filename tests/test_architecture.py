@@ -80,7 +80,10 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_simulation_needs_no_torch_and_no_figures() -> None:
-    assert not loaded_by("import clo, clo_sim") & {"torch", "transformers", "triton", "matplotlib", "pyarrow"}
+    heavy = {"torch", "transformers", "triton", "matplotlib", "pyarrow", "scipy", "pandas"}
+    assert not loaded_by("import clo, clo_sim") & heavy
+    run = "import clo_sim\nclo_sim.simulate(clo_sim.make_scene('smollm2-135m', context_tokens=4096, batch=1), 'clo')"
+    assert not loaded_by(run) & heavy
 
 
 def test_help_needs_nothing_but_click() -> None:

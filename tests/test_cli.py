@@ -14,8 +14,9 @@ from click.testing import CliRunner
 
 from clo import presets
 from clo.schedule import Lane
+from clo.specs import Design
 from clo.timeline import load_chrome_trace
-from clo_cli.main import COMMANDS, clo
+from clo_cli.main import COMMANDS, clo, main
 
 SMALL = ["--context", "32768", "--batch", "4", "--steps", "8"]
 
@@ -102,6 +103,19 @@ class TestSimulate:
         assert Lane.MAIN in timeline.lanes
         assert timeline.seconds == pytest.approx(json.loads(out.read_text())["tpot_s"], rel=0.5)
 
+    @pytest.mark.parametrize("design", ["clo", "staged", "recall"])
+    @pytest.mark.parametrize("executor", ["clock", "simpy"])
+    def test_the_timeline_of_the_only_step_is_the_result(self, tmp_path: Path, executor: str, design: str) -> None:
+        path = tmp_path / "step.json"
+        chosen = ["--design", design, "--executor", executor, "--steps", "1", "--timeline", path]
+        result = simulate(*chosen)
+        [timeline] = load_chrome_trace(path)
+        assert timeline.seconds == pytest.approx(result["tpot_s"], rel=1e-6)
+        for lane, busy in result["lane_busy_s"].items():
+            assert timeline.busy_s(lane) == pytest.approx(busy, rel=1e-6, abs=1e-12), lane
+        moved = sum(timeline.num_bytes(op) for op in ("gather_pages", "copy_pages", "copy_staged", "bar_write"))
+        assert moved == pytest.approx(result["h2d_bytes_per_step"])
+
     def test_a_synthetic_trace_has_as_many_steps_as_asked_for(self) -> None:
         assert simulate("--synthetic", "--steps", "200", "--warmup", "8")["workload"]["steps"] == 200
 
@@ -129,6 +143,14 @@ class TestExplore:
         assert {path.name for path in out.iterdir()} >= {"pareto.png", "stalls.png", "timeline.png", "timeline.json"}
         assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
+    def test_without_a_sweep_there_is_only_what_was_named(self) -> None:
+        found = json.loads(run("explore", *SMALL, "--json", "--designs", "clo,resolve", "--no-sweep"))
+        assert [result["design"]["name"] for result in found["named"]] == ["clo", "resolve"]
+        assert (found["num_candidates"], found["finalists"], found["choices"], found["not_run"]) == (0, [], None, {})
+        assert found["best"] in found["named"]
+        # the same question as `clo simulate` asks, the same answer
+        assert found["named"][1] == simulate("--design", "resolve")
+
     def test_what_does_not_fit_is_named(self) -> None:
         text = run("explore", "--designs", "clo,resident", "--no-sweep", "--steps", "4")
         assert "resident does not run" in text
@@ -150,6 +172,15 @@ class TestShow:
     def test_lists_every_preset(self, kind: Any) -> None:
         assert set(json.loads(run("show", kind, "--json"))[kind]) == set(presets.names(kind))
         assert all(name in run("show", kind) for name in presets.names(kind))
+
+    def test_everything_at_once(self) -> None:
+        listed = json.loads(run("show", "--json"))
+        assert {kind: sorted(records) for kind, records in listed.items()} == {
+            kind: presets.names(kind) for kind in ("models", "machines", "designs", "profiles", "traces")
+        }
+        # what is shown can be read back as what it is
+        for name, fields in listed["designs"].items():
+            assert Design.parse(fields) == presets.load_design(name)
 
     def test_a_profile_says_where_each_cost_is_from(self) -> None:
         costs = json.loads(run("show", "profiles", "h200", "--json"))["profiles"]["h200"]
@@ -194,6 +225,23 @@ def test_bad_input_is_one_line_and_exit_code_two(arguments: list[str], parts: li
     line = refuse(*arguments)
     assert line.startswith("clo: error: ")
     assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize("option", ["--out", "--timeline"])
+def test_nothing_is_left_when_writing_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    path = tmp_path / "result.json"
+    monkeypatch.setattr("sys.argv", ["clo", "simulate", *SMALL, option, str(path)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"clo: error: {path}: cannot be written: No space left on device\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_left_of_a_file_that_could_not_be_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,8 @@
-"""Clock and simulator against mathematics: bounds, sums, limits, monotonicity, and timelines worked out by hand."""
+"""Clock and simulator against mathematics: bounds, sums, limits, monotonicity, and timelines worked out by hand.
+
+The clock is held to the longest path through the recorded operations, the simulator to a slow fluid service of the same
+step that knows no device, no fast path and no SimPy.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +19,14 @@ from tiny import make_trace, random_trace, tiny_design, tiny_machine, tiny_profi
 
 import clo_sim
 from clo import presets
-from clo.errors import SpecError
-from clo.profile import FixedCost, InterferenceCost
+from clo.pricing import Demand
+from clo.profile import FixedCost, InterferenceCost, SubmitCost
 from clo.schedule import Lane
 from clo.specs import Design, LinkSpec
 from clo.timeline import Timeline
 from clo_sim.clock import run_clock, step_seconds
 from clo_sim.contention import Contention
+from clo_sim.device import Device, LaneProgram
 from clo_sim.priced import PricedStep
 from clo_sim.run import simulate
 from clo_sim.scene import Scene
@@ -49,19 +54,20 @@ def designs() -> st.SearchStrategy[Design]:
     """Valid combinations of every choice that decides the order of a step."""
 
     def build(choices: dict[str, Any]) -> Design | None:
+        if choices["attend"] == "full":
+            choices = choices | {"pinned_head_fraction": 0.0}
         try:
             return tiny_design(4, **choices)
-        except SpecError:
-            return None
         except ValueError:
             return None
 
     fields = st.fixed_dictionaries(
         {
-            "cache": st.sampled_from(["none", "lru", "head_reuse"]),
+            "attend": st.sampled_from(["sparse"] * 5 + ["full"]),
+            "cache": st.sampled_from(["none", "none", "lru", "lru", "head_reuse", "resident"]),
             "on_miss": st.sampled_from(["diff", "replace"]),
-            "prefetch_depth": st.sampled_from([0, 1]),
-            "prefetch_query": st.sampled_from(["layer_ahead", "previous_step"]),
+            "prefetch_depth": st.sampled_from([0, 1, 2]),
+            "prefetch_query": st.sampled_from(["layer_ahead", "layer_ahead", "previous_step"]),
             "transfer": st.sampled_from(TRANSFERS),
             "sync": st.sampled_from(SYNCS),
             "resolve_on": st.sampled_from(["gpu", "cpu"]),
@@ -73,7 +79,7 @@ def designs() -> st.SearchStrategy[Design]:
     return fields.map(build).filter(lambda design: design is not None)
 
 
-def costly_profile(draw: Any = None) -> Any:
+def costly_profile() -> Any:
     """Costs that make every kind of wait matter in the tiny world."""
     cost = {"source": "assumed"}
     return tiny_profile(
@@ -96,8 +102,96 @@ def lane_sums(priced: PricedStep) -> dict[Lane, Any]:
     return sums
 
 
+def longest_path(priced: PricedStep, step: int) -> float:
+    """When the launching thread is done: the longest path through single operations, without segments."""
+    ends: list[float] = []
+    lane_end: dict[Lane, float] = defaultdict(float)
+    for node in priced.graph.nodes:
+        seconds = priced.seconds(node.op)
+        alone = float(seconds) if np.ndim(seconds) == 0 else float(seconds[step])
+        ready = [ends[wait.node] for wait in node.after]
+        lane_end[node.lane] = max([lane_end[node.lane], *ready]) + alone
+        ends.append(lane_end[node.lane])
+    return lane_end[Lane.LAUNCH]
+
+
+def slow_fluid_ends(priced: PricedStep, step: int, rules: Contention) -> list[float]:
+    """End of every segment when all lanes, the launching thread among them, are served side by side.
+
+    Written apart from the simulator: work left is counted down from one event to the next, nothing is looked up.
+    """
+    segments, shares = priced.segments, ("h2d", "d2h", "hbm", "host_memory")
+    # demands that agree to a percent contend alike
+    demands = [
+        replace(demand, **{name: round(getattr(demand, name), 2) for name in shares}) for demand in priced.demands
+    ]
+    queues = {lane: [n for n, segment in enumerate(segments) if segment.lane is lane] for lane in priced.graph.lanes()}
+    left: dict[int, float] = {}
+    ends: dict[int, float] = {}
+    now = 0.0
+    while len(ends) < len(segments):
+        for queue in queues.values():
+            if queue and queue[0] not in left and all(wait.segment in ends for wait in segments[queue[0]].after):
+                left[queue[0]] = float(priced.durations[queue[0], step])
+        rates = dict(zip(left, rules.rates(tuple(demands[number] for number in left)), strict=True))
+        soonest = min(left, key=lambda number: left[number] / rates[number])
+        passed = left[soonest] / rates[soonest]
+        now += passed
+        left = {number: work - passed * rates[number] for number, work in left.items() if number != soonest}
+        ends[soonest] = now
+        queues[segments[soonest].lane].pop(0)
+    return [ends[number] for number in range(len(segments))]
+
+
 class TestOneStep:
     """What holds for any design, any order, any cost."""
+
+    @given(designs(), st.integers(0, 20))
+    @settings(max_examples=100, deadline=None)
+    def test_the_clock_is_the_longest_path(self, design: Design, seed: int) -> None:
+        priced = tiny_priced(design, seed)
+        expected = [longest_path(priced, step) for step in range(priced.num_steps)]
+        np.testing.assert_allclose(run_clock(priced).seconds, expected, rtol=1e-12)
+
+    @given(designs(), st.integers(0, 20), st.integers(0, 5))
+    @settings(max_examples=100, deadline=None)
+    def test_the_simulator_is_the_slow_fluid_service(self, design: Design, seed: int, step: int) -> None:
+        priced = tiny_priced(design, seed)
+        ends = slow_fluid_ends(priced, step, Contention(priced.pricer.profile.interference))
+        of_lane = {segment.lane: end for segment, end in zip(priced.segments, ends, strict=True)}
+        times = run_simpy(priced)
+        assert times.seconds[step] == pytest.approx(of_lane[Lane.LAUNCH], rel=1e-9)
+        timeline = timeline_of(priced, step, "simpy")
+        for lane, end in of_lane.items():
+            ran = [span.end_s for span in timeline.spans if span.lane == lane]
+            # a lane whose last operation takes no time has no span there
+            assert max(ran, default=0.0) <= end * (1 + 1e-9)
+        assert timeline.seconds == pytest.approx(of_lane[Lane.LAUNCH], rel=1e-9)
+
+    @given(designs(), st.integers(0, 20), st.sampled_from(["clock", "simpy"]))
+    @settings(max_examples=100, deadline=None)
+    def test_time_is_split_without_rest(self, design: Design, seed: int, executor: Any) -> None:
+        tiny = tiny_scene(random_trace(seed), profile=costly_profile())
+        result = simulate(tiny, design, executor=executor)
+        assert sum(result.busy_s.values()) + result.contention_s + result.total_stall_s == pytest.approx(result.tpot_s)
+        assert min(result.stall_s.values()) >= -1e-12
+        assert result.contention_s >= -1e-12
+
+    @given(designs(), st.integers(0, 20), st.integers(0, 5), st.sampled_from(["clock", "simpy"]))
+    @settings(max_examples=100, deadline=None)
+    def test_every_byte_of_the_trace_moves_within_the_step(
+        self, design: Design, seed: int, step: int, executor: str
+    ) -> None:
+        priced = tiny_priced(design, seed)
+        timeline, traffic = timeline_of(priced, step, executor), priced.traffic
+        assert inward_bytes(timeline) == pytest.approx(traffic.fetched_pages[step].sum() * 64)
+        returned = timeline.num_bytes("write_back") + timeline.num_bytes("append_kv")
+        assert returned == pytest.approx(traffic.write_back_pages[step].sum() * 64)
+        # a step ends with every lane idle: the launching thread is the last to be done
+        ended = max(span.end_s for span in timeline.spans if span.lane == Lane.LAUNCH)
+        assert timeline.seconds == ended
+        times = run_clock(priced) if executor == "clock" else run_simpy(priced)
+        assert ended == pytest.approx(times.seconds[step], rel=1e-12)
 
     @given(designs(), st.integers(0, 20))
     @settings(max_examples=120, deadline=None)
@@ -136,11 +230,36 @@ class TestOneStep:
     ) -> None:
         priced = tiny_priced(design, seed)
         before = step_seconds(priced)
-        number = data.draw(st.integers(0, len(priced.segments) - 1))
-        shorter = priced.durations.copy()
-        shorter[number] *= data.draw(st.floats(0, 1))
+        shares = data.draw(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+        shorter = priced.durations * np.resize(shares, len(priced.segments))[:, None]
         priced.__dict__["durations"] = shorter
         assert np.all(step_seconds(priced) <= before * (1 + 1e-12))
+
+    def test_a_shorter_operation_may_slow_a_step_where_links_are_shared(self) -> None:
+        """Why the clock is monotone in every duration and the simulator is not: an overlap that was not there before.
+
+        A page gather that ends before the other stream's transfer begins runs alone; begun earlier, because a kernel
+        before it got faster, the other transfer halves it, and what waits for the gather comes later.
+        """
+        demands = [Demand(), Demand(h2d=1.0, sms_taken=0.1)]
+        rules = Contention(InterferenceCost(per_sm_share=0.0, dma=0.0, source="assumed"))
+
+        def step(kernel: float) -> float:
+            # main: gather 4 s, then attention 10 s; prefetch: kernel, then gather 8 s
+            programs = [
+                LaneProgram((1, 0), ((), ()), ((1, 0), (0, 0)), ((), ()), (0, 1)),
+                LaneProgram((0, 1), ((), ()), ((1, 0), (0, 0)), ((), ()), (2, 3)),
+            ]
+            rates = lambda classes: rules.rates(tuple(demands[number] for number in classes))  # noqa: E731
+            device = Device(programs, rates, watched=0, num_causes=1)
+            device.begin_step(0.0, [4.0, 10.0, kernel, 8.0])
+            device.submit(0.0)
+            return max(device.run_until(1, 2), device.run_until(0, 2))
+
+        # kernel 4: gather 0-4 alone, attention 4-14, prefetch 4-12
+        assert step(4.0) == 14.0
+        # kernel 2: gather alone for 2 s, then halved: 2-6; attention 6-16
+        assert step(2.0) == 16.0
 
 
 @pytest.mark.parametrize("name", DESIGNS)
@@ -165,8 +284,9 @@ class TestNamedDesigns:
         plan = scene.plan(presets.load_design(name))
         priced, step = scene.priced(plan), 5
         timeline = timeline_of(priced, step, executor)
-        fetched = sum(timeline.num_bytes(op) for op in ("gather_pages", "copy_pages", "copy_staged", "bar_write"))
-        assert fetched == pytest.approx(priced.traffic.fetched_pages[step].sum() * plan.page_bytes, rel=1e-12)
+        assert inward_bytes(timeline) == pytest.approx(
+            priced.traffic.fetched_pages[step].sum() * plan.page_bytes, rel=1e-12
+        )
         returned = timeline.num_bytes("write_back") + timeline.num_bytes("append_kv")
         assert returned == pytest.approx(priced.traffic.write_back_pages[step].sum() * plan.page_bytes, rel=1e-12)
 
@@ -219,6 +339,33 @@ class TestNamedDesigns:
 
         better = step_seconds(price_step(priced.shape, priced.pricer, fewer))
         assert np.all(better <= step_seconds(priced) * (1 + 1e-12))
+
+    def test_utilisation_and_lane_times_are_those_of_the_timelines(self, scene: Scene, name: str) -> None:
+        plan, result = scene.plan(presets.load_design(name)), simulate(scene, name)
+        priced = scene.priced(plan)
+        timelines = [timeline_of(priced, step, "simpy") for step in range(priced.num_steps)]
+        seconds = sum(timeline.seconds for timeline in timelines)
+        assert result.tpot_s == pytest.approx(seconds / 12, rel=1e-9)
+        for lane, busy in result.lane_busy_s.items():
+            assert busy == pytest.approx(sum(one.busy_s(lane) for one in timelines) / 12, rel=1e-9, abs=1e-15), lane
+        moved = sum(inward_bytes(timeline) for timeline in timelines)
+        assert result.h2d_bytes_per_step == pytest.approx(moved / 12, rel=1e-12)
+        assert result.h2d_utilisation == pytest.approx(moved / (seconds * 55e9), rel=1e-9)
+        assert result.h2d_utilisation <= 1
+
+    def test_operations_are_summed_over_layers_and_averaged_over_steps(self, scene: Scene, name: str) -> None:
+        result, priced = simulate(scene, name), scene.priced(scene.plan(presets.load_design(name)))
+        # the lanes' time alone is that of all operations
+        assert sum(op.seconds for op in result.ops.values()) == pytest.approx(
+            sum(float(seconds.mean()) for seconds in lane_sums(priced).values())
+        )
+        assert sum(op.calls for op in result.ops.values()) == len(priced.graph.nodes)
+        assert sum(result.source_shares.values()) == pytest.approx(1.0)
+
+
+def inward_bytes(timeline: Timeline) -> float:
+    """Bytes host to device, by whichever engine."""
+    return sum(timeline.num_bytes(op) for op in ("gather_pages", "copy_pages", "copy_staged", "bar_write"))
 
 
 def timeline_of(priced: PricedStep, step: int, executor: str) -> Timeline:
@@ -351,3 +498,183 @@ class TestByHand:
         ]
         waits = [span.waits for span in timeline.spans if span.lane == Lane.MAIN and span.waits]
         assert waits == []
+
+    MLP = (("out_proj", 1.0), ("post_norm", 0.25), ("gate_up_proj", 1.0), ("activation", 0.25), ("down_proj", 1.0))
+
+    def scene_of_clo(self, demanded: list[int]) -> tuple[PricedStep, Design]:
+        """Head reuse in a graph whose launch takes 0.5 s; a page takes 4 s. Layer 1 predicts what it then asks for."""
+        pages = [[[demanded, [9, 10]], [[1, 2], [3, 4]]]]
+        link = LinkSpec(h2d_bytes_per_s=16.0, d2h_bytes_per_s=64.0)
+        profile = tiny_profile(graph_launch=FixedCost(seconds=0.5, source="assumed"))
+        tiny = tiny_scene(make_trace(pages), machine=tiny_machine(link=link), profile=profile)
+        design = tiny_design(2, cache="head_reuse", prefetch_depth=1, sync="graph", transfer="gpu_zero_copy")
+        return tiny.priced(tiny.plan(design)), design
+
+    def test_clo_with_a_late_prefetch(self) -> None:
+        priced, _ = self.scene_of_clo(demanded=[9, 10])
+        timeline = clock_timeline(priced, 0, "test")
+        # layer 0's projection ends at 1.75; test, score, select, resolve of layer 1 take 1 s, its four pages 16 s
+        assert spans(timeline, Lane.PREFETCH) == [
+            ("prefetch.hit_test", 1, 1.75, 2.0),
+            ("prefetch.score_pages", 1, 2.0, 2.25),
+            ("prefetch.select_pages", 1, 2.25, 2.5),
+            ("prefetch.resolve_pages", 1, 2.5, 2.75),
+            ("prefetch.gather_pages", 1, 2.75, 18.75),
+        ]
+        # both heads of layer 0 find 9 and 10; append_kv stores two pages to the host (2 s); layer 1 asks for nothing
+        # beyond its prediction and attends when that has come
+        layer = (
+            ("input_norm", 0.25),
+            ("qkv_proj", 1.0),
+            ("append_kv", 2.25),
+            ("hit_test", 0.25),
+            ("score_pages", 0.25),
+            ("select_pages", 0.25),
+            ("resolve_pages", 0.25),
+            ("gather_pages", 0.25),
+            ("attention", 2.0),
+            *self.MLP,
+        )
+        expected, now = [], 0.5
+        for number in (0, 1):
+            for name, seconds in layer:
+                if (name, number) == ("attention", 1):
+                    assert now == 15.5
+                    now = 18.75
+                expected.append((name, number, now, now + seconds))
+                now += seconds
+        for name, seconds in (("final_norm", 0.25), ("lm_head", 1.0), ("sample", 0.25)):
+            expected.append((name, 1, now, now + seconds))
+            now += seconds
+        assert now == 25.75
+        assert spans(timeline, Lane.MAIN) == expected
+        waits = [(span.name, span.cause, span.waited_s) for span in timeline.spans if span.waited_s > 1e-6]
+        assert [wait for wait in waits if not wait[0].startswith("prefetch")] == [
+            ("input_norm", "launch", 0.5),
+            ("attention", "late prefetch", pytest.approx(3.25)),
+        ]
+        assert run_clock(priced).seconds[0] == pytest.approx(25.75)
+
+    def test_clo_while_a_demand_and_a_prefetch_share_the_link(self) -> None:
+        priced, _ = self.scene_of_clo(demanded=[1, 2])
+        alone, shared = clock_timeline(priced, 0, "test"), simulated_timeline(priced, 0, "test")
+        # head A of layer 0 fetches two pages on demand (8 s) from 5 on, while layer 1's four pages move since 2.75
+        assert ("gather_pages", 0, 5.0, 13.0) in spans(alone, Lane.MAIN)
+        assert ("prefetch.gather_pages", 1, 2.75, 18.75) in spans(alone, Lane.PREFETCH)
+        # together at half speed: 8 s of work take 16; of the prefetch's 16 s, 2.25 are done alone, 8 beside the demand
+        # gather, 5.75 alone again
+        assert ("gather_pages", 0, 5.0, 21.0) in spans(shared, Lane.MAIN)
+        assert ("prefetch.gather_pages", 1, 2.75, 26.75) in spans(shared, Lane.PREFETCH)
+        # attention 21-23, the MLP until 26.5, layer 1's norm 26.75, projection 27.75, append 30, selection 31, an empty
+        # list 31.25: the prefetch is there
+        assert ("attention", 1, 31.25, 33.25) in spans(shared, Lane.MAIN)
+        # the MLP until 36.75, then norm, head, sample
+        assert run_simpy(priced).seconds[0] == pytest.approx(38.25)
+
+    def test_staged_with_prefetch_and_a_thread_that_pays_for_launches(self) -> None:
+        cost = {"source": "assumed"}
+        profile = tiny_profile(
+            kernel_launch=FixedCost(seconds=0.125, **cost),
+            submit=SubmitCost(per_call_s=0.5, per_descriptor_s=0.0, **cost),
+            read_back=FixedCost(seconds=1.0, **cost),
+            stream_sync=FixedCost(seconds=1.0, **cost),
+            thread_wake=FixedCost(seconds=0.25, **cost),
+        )
+        tiny = tiny_scene(make_trace([[[[1, 2], [3, 4]], [[1, 2], [3, 4]]]]), profile=profile)
+        design = tiny_design(
+            2, cache="none", slot_pages=None, prefetch_depth=1, transfer="staged", transfer_threads=1, sync="host"
+        )
+        priced = tiny.priced(tiny.plan(design))
+        for unfold in (clock_timeline, simulated_timeline):
+            timeline = unfold(priced, 0, "test")
+            # launches: norm 0.125, projection 0.25, append 0.375, write-back 0.875, two for layer 1 until 1.125, two
+            # for layer 0 until 1.375. Layer 0's selection ends at 2.125; the thread reads it back until 3.125 and wakes
+            # the gatherer until 3.375 (4 pages, 4 s), joins it until 7.625, submits until 8.125; the copy takes 4 s;
+            # synchronising ends at 13.125, the launch of attention at 13.25. After six launches, at 13.875, layer 1's
+            # selection is read back until 14.875: gather from 15.125, joined 19.375, copy from 19.875, synchronised
+            # 24.875. Layer 1's norm is launched by 25.0.
+            assert spans(timeline, Lane.MAIN) == [
+                ("input_norm", 0, 0.125, 0.375),
+                ("qkv_proj", 0, 0.375, 1.375),
+                ("append_kv", 0, 1.375, 1.625),
+                ("score_pages", 0, 1.625, 1.875),
+                ("select_pages", 0, 1.875, 2.125),
+                ("attention", 0, 13.25, 15.25),
+                ("out_proj", 0, 15.25, 16.25),
+                ("post_norm", 0, 16.25, 16.5),
+                ("gate_up_proj", 0, 16.5, 17.5),
+                ("activation", 0, 17.5, 17.75),
+                ("down_proj", 0, 17.75, 18.75),
+                ("input_norm", 1, 25.0, 25.25),
+                ("qkv_proj", 1, 25.25, 26.25),
+                ("append_kv", 1, 26.25, 26.5),
+                ("attention", 1, 26.5, 28.5),
+                ("out_proj", 1, 28.5, 29.5),
+                ("post_norm", 1, 29.5, 29.75),
+                ("gate_up_proj", 1, 29.75, 30.75),
+                ("activation", 1, 30.75, 31.0),
+                ("down_proj", 1, 31.0, 32.0),
+                ("final_norm", 1, 32.0, 32.25),
+                ("lm_head", 1, 32.25, 33.25),
+                ("sample", 1, 33.25, 33.5),
+            ]
+            assert spans(timeline, Lane.PREFETCH) == [
+                ("prefetch.score_pages", 1, 1.375, 1.625),
+                ("prefetch.select_pages", 1, 1.625, 1.875),
+            ]
+            assert spans(timeline, Lane.POOL) == [
+                ("host_gather", 0, 3.375, 7.375),
+                ("prefetch.host_gather", 1, 15.125, 19.125),
+            ]
+            assert spans(timeline, Lane.H2D) == [
+                ("copy_staged", 0, 8.125, 12.125),
+                ("prefetch.copy_staged", 1, 19.875, 23.875),
+            ]
+            assert spans(timeline, Lane.D2H) == [("write_back", 0, 1.625, 3.625), ("write_back", 1, 26.5, 28.5)]
+        # of 34.5 s: busy 16; the first launch 0.125; on demand 2.125 to 13.25; blocked on the prefetch 18.75 to 25; the
+        # tokens' read-back 1
+        for result in (simulate(tiny, design), simulate(tiny, design, executor="clock")):
+            assert result.tpot_s == pytest.approx(34.5)
+            stalls = {cause: seconds for cause, seconds in result.stall_s.items() if seconds > 1e-6}
+            expected = {"launch": 0.125, "on-demand transfer": 11.125, "late prefetch": 6.25, "sync": 1.0}
+            assert stalls == pytest.approx(expected)
+            # two layers of norm, projection, append and MLP (5 s), then norm, head, sample (1.5 s)
+            assert result.busy_s == pytest.approx({"model": 11.5, "attention": 4.0, "selection": 0.5})
+
+    def test_flags_need_no_launching_thread(self) -> None:
+        cost = {"source": "assumed"}
+        profile = tiny_profile(
+            doorbell=FixedCost(seconds=0.5, **cost),
+            ready_flag=FixedCost(seconds=0.5, **cost),
+            read_back=FixedCost(seconds=1.0, **cost),
+            kernel_launch=FixedCost(seconds=0.125, **cost),
+        )
+        tiny = tiny_scene(make_trace([[[[1, 2], [3, 4]], [[1, 2], [3, 4]]]]), profile=profile)
+        design = tiny_design(
+            2, cache="none", slot_pages=None, transfer="cpu_zero_copy", transfer_threads=1, sync="flags"
+        )
+        priced = tiny.priced(tiny.plan(design))
+        for unfold in (clock_timeline, simulated_timeline):
+            timeline = unfold(priced, 0, "test")
+            # norm launched by 0.125; norm, projection, append, score, select end at 2.125: the doorbell is seen at
+            # 2.625, four pages are written until 6.625, the flag is seen at 7.125; attention and MLP take 5.5, and all
+            # of it repeats 12.5 later (the first norm waited 0.125 for its launch)
+            assert spans(timeline, Lane.POOL) == [
+                ("doorbell", 0, 2.125, 2.625),
+                ("bar_write", 0, 2.625, 6.625),
+                ("doorbell", 1, 14.625, 15.125),
+                ("bar_write", 1, 15.125, 19.125),
+            ]
+            flags = [span for span in spans(timeline, Lane.MAIN) if span[0] in ("ready_flag", "attention")]
+            assert flags == [
+                ("ready_flag", 0, 6.625, 7.125),
+                ("attention", 0, 7.125, 9.125),
+                ("ready_flag", 1, 19.125, 19.625),
+                ("attention", 1, 19.625, 21.625),
+            ]
+            # MLP until 25.125; norm, head, sample until 26.625; read-back
+            assert timeline.seconds == pytest.approx(27.625)
+        # the launching thread never blocks before the end: twelve launches a layer and three are done by 3.375 s
+        launches = [span for span in spans(timeline, Lane.LAUNCH) if span[0].startswith("launch ")]
+        assert len(launches) == 27
+        assert max(end for _, _, _, end in launches) == 3.375

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -120,11 +119,14 @@ def make_trace(
     predicted_pages: Any = None,
     predicted_angles: Any = None,
     context_tokens: int = 48,
+    lookaheads: tuple[int, ...] = (1,),
+    importance: Any = None,
 ) -> AttentionTrace:
     """A trace with these page choices `[steps, layers, kv_heads, budget]` and queries at these angles, in degrees.
 
     Head_dim is 2, so that the cosine of two queries is the cosine of the difference of their angles
-    `[steps, layers, kv_heads]`. Predicted choices and angles (one layer ahead) default to the real ones.
+    `[steps, layers, query_heads]`; `importance` is `[layers, query_heads]`. Predicted choices and angles, the same for
+    every lookahead, default to the real ones.
     """
     chosen = np.asarray(pages, dtype=np.uint16)
     steps, layers, heads, budget = chosen.shape
@@ -134,7 +136,7 @@ def make_trace(
     header = TraceHeader(
         model="tiny",
         num_layers=layers,
-        num_query_heads=heads,
+        num_query_heads=real.shape[2],
         num_kv_heads=heads,
         head_dim=2,
         page_size=PAGE_SIZE,
@@ -143,9 +145,9 @@ def make_trace(
         max_budget_pages=budget,
         num_sink_tokens=4,
         recent_window_tokens=WINDOW,
-        lookaheads=(1,),
+        lookaheads=lookaheads,
         selectors=("exact",),
-        group_fold="one query head a group",
+        group_fold="written by hand",
         text_source="written by hand",
         text_sha256="",
         nll_per_token=0.0,
@@ -155,11 +157,11 @@ def make_trace(
     return AttentionTrace.from_arrays(
         header,
         queries=_vectors(real),
-        lookahead_queries={1: _vectors(ahead)},
+        lookahead_queries=dict.fromkeys(lookaheads, _vectors(ahead)),
         pages={"exact": chosen},
-        lookahead_pages={("exact", 1): ahead_pages},
+        lookahead_pages={("exact", distance): ahead_pages for distance in lookaheads},
         resident_mass=np.zeros((steps, layers, heads)),
-        head_importance=np.ones((layers, heads)),
+        head_importance=np.ones(real.shape[1:]) if importance is None else np.asarray(importance, dtype=float),
     )
 
 
@@ -169,7 +171,7 @@ def _vectors(degrees: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def random_trace(seed: int, *, steps: int = 6, layers: int = 3, heads: int = 2, budget: int = 4) -> AttentionTrace:
-    """Drifting angles and random choices among the candidates of a 64-token context."""
+    """Drifting angles and random choices from a 64-token context's candidates, predicted one and two layers ahead."""
     rng = np.random.default_rng(seed)
     shape = (steps, layers, heads)
     angles = np.cumsum(rng.normal(0, 25, size=shape), axis=0)
@@ -184,6 +186,7 @@ def random_trace(seed: int, *, steps: int = 6, layers: int = 3, heads: int = 2, 
         predicted_pages=choices(),
         predicted_angles=angles + rng.normal(0, 10, size=shape),
         context_tokens=64,
+        lookaheads=(1, 2),
     )
 
 
@@ -218,8 +221,3 @@ def tiny_design(budget: int, **changes: Any) -> Design:
         "slot_pages": budget,
     }
     return Design(**fields | changes)
-
-
-def per_head(rows: Sequence[Sequence[int]]) -> np.ndarray[Any, Any]:
-    """Counts written as one row a step."""
-    return np.asarray(rows)
