@@ -140,6 +140,10 @@ class TestInterference:
         assert kernel == pytest.approx(11.0)
         assert copy == 100.0
 
+    def test_two_transfers_take_the_sms_of_both(self) -> None:
+        [kernel], *_ = serve([(KERNEL, 10.0)], [(ZERO_COPY, 100.0)], [(ZERO_COPY, 100.0)], rules=self.rules)
+        assert kernel == pytest.approx(12.0)
+
     def test_a_kernel_beside_dma(self) -> None:
         [kernel], _ = serve([(KERNEL, 10.0)], [(DMA, 100.0)], rules=self.rules)
         assert kernel == pytest.approx(10.5)

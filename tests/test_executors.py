@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,32 @@ from tiny import make_trace, random_trace, tiny_design, tiny_machine, tiny_profi
 
 import clo_sim
 from clo import presets
-from clo.pricing import Demand
-from clo.profile import FixedCost, InterferenceCost, SubmitCost
+from clo.pricing import Demand, Pricer
+from clo.profile import (
+    BookkeepingCost,
+    CopyCost,
+    FixedCost,
+    InterferenceCost,
+    StreamCost,
+    SubmitCost,
+    ThreadCost,
+    ZeroCopyCost,
+)
 from clo.schedule import Lane
-from clo.specs import Design, LinkSpec
-from clo.timeline import Timeline
+from clo.schedule.work import (
+    BarWrite,
+    Bookkeeping,
+    Copy,
+    DecodeAttention,
+    Gemm,
+    HostAction,
+    HostGather,
+    StreamKernel,
+    Submit,
+    ZeroCopy,
+)
+from clo.specs import Design, HostSpec, LinkSpec
+from clo.timeline import Timeline, load_chrome_trace, save_chrome_trace
 from clo_sim.clock import run_clock, step_seconds
 from clo_sim.contention import Contention
 from clo_sim.device import Device, LaneProgram
@@ -301,6 +323,18 @@ class TestNamedDesigns:
         ended = max(span.end_s for span in timeline.spans if span.lane == Lane.MAIN)
         assert waited + timeline.busy_s(Lane.MAIN) == pytest.approx(ended, rel=1e-9)
 
+    def test_a_timeline_survives_its_file(self, scene: Scene, name: str, tmp_path: Path) -> None:
+        timeline = timeline_of(scene.priced(scene.plan(presets.load_design(name))), 3, "simpy")
+        save_chrome_trace(tmp_path / "step.json", [timeline])
+        [again] = load_chrome_trace(tmp_path / "step.json")
+        assert (again.title, again.lanes, len(again.spans)) == (timeline.title, timeline.lanes, len(timeline.spans))
+        for one, other in zip(timeline.spans, again.spans, strict=True):
+            assert (one.lane, one.name, one.layer, one.part) == (other.lane, other.name, other.layer, other.part)
+            assert (one.start_s, one.end_s, one.num_bytes) == pytest.approx(
+                (other.start_s, other.end_s, other.num_bytes)
+            )
+            assert dict(one.waits) == pytest.approx(dict(other.waits))
+
     def test_lanes_are_in_order_and_do_not_overlap(self, scene: Scene, name: str) -> None:
         timeline = timeline_of(scene.priced(scene.plan(presets.load_design(name))), 3, "simpy")
         for lane in timeline.lanes:
@@ -426,6 +460,67 @@ def spans(timeline: Timeline, lane: Lane) -> list[tuple[str, int, float, float]]
     """Everything that takes a measurable time on a lane."""
     found = [span for span in timeline.spans if span.lane == lane and span.end_s - span.start_s > 1e-6]
     return [(span.name, span.layer, round(span.start_s, 6), round(span.end_s, 6)) for span in found]
+
+
+class TestPrices:
+    """One cost at a time on the tiny machine: link 64 bytes/s, device memory 1e12 bytes/s, four CPU threads."""
+
+    threads = ThreadCost(per_piece_s=1.0, bytes_per_s_per_thread=64.0, link_share=0.5, source="assumed")
+    pricer = Pricer(
+        tiny_profile(
+            elementwise=StreamCost(latency_s=0.25, efficiency=0.5, source="assumed"),
+            zero_copy=ZeroCopyCost(latency_s=2.0, in_flight_bytes_per_cta=8.0, round_trip_s=1.0, source="assumed"),
+            copy_h2d=CopyCost(latency_s=1.0, piece_bytes=[16.0, 64.0], bytes_per_s=[8.0, 32.0], source="assumed"),
+            submit=SubmitCost(per_call_s=0.5, per_descriptor_s=0.125, source="assumed"),
+            host_gather=threads,
+            bar_write=threads,
+            bookkeeping=BookkeepingCost(per_head_s=1.0, per_page_s=0.5, source="assumed"),
+            read_back=FixedCost(seconds=0.5, source="assumed"),
+        ),
+        tiny_machine(),
+    )
+
+    @pytest.mark.parametrize(
+        ("work", "seconds"),
+        [
+            # half of 1e12 bytes/s; two pages stored to the host take a second each
+            (StreamKernel("elementwise", 1e12), 2.25),
+            (StreamKernel("elementwise", 1e12, 128.0), 4.25),
+            # four blocks keep 32 bytes/s in flight, sixteen more than the link takes; an empty list is a small kernel
+            (ZeroCopy(128.0, 4), 2.0 + 4.0),
+            (ZeroCopy(128.0, 16), 2.0 + 2.0),
+            (ZeroCopy(0.0, 16), 0.25),
+            # rates of the table at its ends, beyond them, and halfway in the logarithm; nothing to copy costs nothing
+            (Copy("h2d", 4.0, 64.0), 1.0 + 8.0),
+            (Copy("h2d", 4.0, 256.0), 1.0 + 32.0),
+            (Copy("h2d", 4.0, 8.0), 1.0 + 4.0),
+            (Copy("h2d", 5.0, 32.0), 1.0 + 8.0),
+            (Copy("h2d", 0.0, 64.0), 0.0),
+            (Copy("d2h", 2.0, 64.0), 2.0),
+            (Submit(4.0), 1.0),
+            (Submit(0.0), 0.0),
+            # a thread needs 2 s for a piece of 64 bytes; there are four threads; writes reach half the link
+            (HostGather(4.0, 64.0, 2), 4.0),
+            (HostGather(4.0, 64.0, 100), 2.0),
+            (BarWrite(1.0, 64.0, 1), 2.0),
+            (BarWrite(4.0, 64.0, 4), 8.0),
+            (Bookkeeping(2.0, 4.0, 2), 2.0),
+            (Bookkeeping(2.0, 4.0, 100), 1.0),
+            (HostAction("read_back", 3), 1.5),
+            (Gemm(1, 4, 4), 1.0),
+            (DecodeAttention(1, 16, 2, 2, 2), 2.0),
+        ],
+        ids=str,
+    )
+    def test_by_hand(self, work: Any, seconds: float) -> None:
+        nothing: Any = None
+        assert self.pricer.seconds(work, nothing) == pytest.approx(seconds, rel=1e-9)
+
+    def test_gathering_reads_and_writes_each_byte(self) -> None:
+        host = HostSpec(memory_bytes=1e9, memory_bytes_per_s=100.0, num_threads=4)
+        slow = Pricer(self.pricer.profile, tiny_machine(host=host))
+        nothing: Any = None
+        assert slow.seconds(HostGather(4.0, 64.0, 4), nothing) == pytest.approx(4 * 64 / 50)
 
 
 class TestByHand:
@@ -554,6 +649,28 @@ class TestByHand:
             ("attention", "late prefetch", pytest.approx(3.25)),
         ]
         assert run_clock(priced).seconds[0] == pytest.approx(25.75)
+
+    def test_a_real_query_waits_until_the_prediction_has_settled(self) -> None:
+        # scoring takes 20 s. Layer 0 is dense: norm 0.25, projection 1.25, append 1.5, attention 3.5, MLP 7; layer 1's
+        # norm 7.25, projection 8.25, append 10.5. Its prediction starts at 1.25: test 1.5, score 21.5, select 21.75,
+        # resolve 22; the real query is tested from then on
+        profile = tiny_profile(score_pages=StreamCost(latency_s=20.0, efficiency=1.0, source="assumed"))
+        tiny = tiny_scene(make_trace([[[[1, 2], [3, 4]], [[1, 2], [3, 4]]]]), profile=profile)
+        design = tiny_design(2, cache="head_reuse", prefetch_depth=1, dense_layers=1)
+        timeline = clock_timeline(tiny.priced(tiny.plan(design)), 0, "test")
+        assert ("prefetch.resolve_pages", 1, 21.75, 22.0) in spans(timeline, Lane.PREFETCH)
+        assert ("hit_test", 1, 22.0, 22.25) in spans(timeline, Lane.MAIN)
+        [tested] = [span for span in timeline.spans if span.name == "hit_test"]
+        assert (tested.cause, tested.waited_s) == ("late prefetch", pytest.approx(11.5))
+        # score 42.25, select 42.5, resolve 42.75, an empty list 43; the pages came 22 to 26
+        assert ("attention", 1, 43.0, 45.0) in spans(timeline, Lane.MAIN)
+
+    def test_a_gather_on_the_main_stream_is_a_stall_on_demand(self) -> None:
+        tiny = tiny_scene(make_trace([[[[1, 2], [9, 10]], [[9, 10], [9, 10]]]]))
+        result = simulate(tiny, tiny_design(2, cache="lru"), executor="clock")
+        # two pages in layer 0, an empty list in layer 1
+        stalls = {cause: seconds for cause, seconds in result.stall_s.items() if seconds > 1e-6}
+        assert stalls == pytest.approx({"on-demand transfer": 2.25})
 
     def test_clo_while_a_demand_and_a_prefetch_share_the_link(self) -> None:
         priced, _ = self.scene_of_clo(demanded=[1, 2])

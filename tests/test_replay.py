@@ -356,6 +356,19 @@ class TestTraffic:
         np.testing.assert_array_equal(traffic.demand_pages, direct)
         assert traffic.hit_rate == pytest.approx(1 - direct.sum() / (6 * 3 * 2 * 4))
 
+    def test_a_context_twice_as_long_moves_twice_the_pages(self) -> None:
+        # equal shares of the context are kept and attended: 8 of 32 pages where 4 of 16 were recorded
+        trace = random_trace(2)
+        small = tiny_scene(trace)
+        workload = small.workload.with_fields(context_tokens=128)
+        design = tiny_design(8, cache="lru", slot_pages=12, prefetch_depth=1)
+        long = small.source.traffic(make_plan(small.model, small.machine, design, workload))
+        recorded = history(trace, 4, cache="lru", slot_pages=6, prefetch_depth=1)
+        np.testing.assert_array_equal(long.demand_pages.sum(axis=1), 2 * recorded.demand_pages.sum(axis=1))
+        np.testing.assert_array_equal(long.spec_pages.sum(axis=1), 2 * recorded.spec_pages.sum(axis=1))
+        # heads are heads, however long their context
+        np.testing.assert_array_equal(long.demand_heads.sum(axis=1), recorded.demand_missed.sum(axis=1))
+
     def test_batch_scales_the_mean(self) -> None:
         trace = random_trace(3, steps=16)
         scene = tiny_scene(trace, batch=8)
