@@ -6,6 +6,7 @@ step that knows no device, no fast path and no SimPy.
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import defaultdict
 from dataclasses import replace
 from itertools import pairwise
@@ -53,6 +54,7 @@ from clo_sim.priced import PricedStep
 from clo_sim.run import simulate
 from clo_sim.scene import Scene
 from clo_sim.simulator import run_simpy
+from clo_sim.stand_in import DISTINCT_STEPS, TrafficSource
 from clo_sim.unfold import clock_timeline, simulated_timeline
 
 DESIGNS = presets.names("designs")
@@ -405,6 +407,39 @@ def inward_bytes(timeline: Timeline) -> float:
 def timeline_of(priced: PricedStep, step: int, executor: str) -> Timeline:
     unfold = clock_timeline if executor == "clock" else simulated_timeline
     return unfold(priced, step, "test")
+
+
+class TestLongRuns:
+    """Memory does not grow with steps: those beyond the distinct ones repeat them."""
+
+    def peak_bytes(self, design: Design, steps: int, executor: str) -> int:
+        trace = random_trace(3, steps=DISTINCT_STEPS)
+        source = TrafficSource(trace, repeat_steps=True)
+        long = tiny_scene(trace, steps=steps, source=source)
+        tracemalloc.start()
+        clo_sim.simulate(long, design, executor="clock" if executor == "clock" else "simpy")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    @pytest.mark.parametrize("executor", ["clock", "simpy"])
+    @pytest.mark.parametrize(
+        "design", [tiny_design(4, cache="lru"), tiny_design(4, attend="full", cache="none", slot_pages=None)]
+    )
+    def test_memory_does_not_grow_with_steps(self, design: Design, executor: str) -> None:
+        self.peak_bytes(design, DISTINCT_STEPS, executor)  # what is loaded or remembered once is not counted
+        few, many = (self.peak_bytes(design, DISTINCT_STEPS * times, executor) for times in (1, 100))
+        assert many < 1.1 * few
+
+    def test_steps_beyond_the_trace_repeat_it_and_the_report_says_so(self) -> None:
+        trace = random_trace(4)
+        once = clo_sim.simulate(tiny_scene(trace), tiny_design(4, cache="lru"))
+        source = TrafficSource(trace, repeat_steps=True)
+        often = clo_sim.simulate(tiny_scene(trace, steps=600, source=source), tiny_design(4, cache="lru"))
+        assert often.tpot_s == once.tpot_s
+        assert often.h2d_bytes_per_step == once.h2d_bytes_per_step
+        assert "6 steps are told apart, the others repeat them" in often.assumptions
+        assert not any("repeat" in note for note in once.assumptions)
 
 
 class TestLimits:

@@ -256,7 +256,6 @@ class TestPlan:
         assert roof.h2d_bytes == 0
         assert roof.seconds == roof.hbm_s == roof.hbm_bytes / scene.machine.gpu.hbm_bytes_per_s
 
-    @pytest.mark.xfail(strict=True, reason="the input embedding, of which a step reads a row per sequence, is counted")
     def test_the_roofline_reads_what_a_step_must_read(self) -> None:
         scene = scene_of(workload=Workload(context_tokens=4096, batch=1, steps=1))
         needed = 32 * scene.model.layer_weight_bytes + 128256 * 4096 * 2 + 4096 * 131072
@@ -313,14 +312,12 @@ class TestPlan:
         design = presets.load_design("clo").with_fields(pinned_head_fraction=1.0)
         assert clo_sim.simulate(scene, design).h2d_bytes_per_step == 0
 
-    @pytest.mark.xfail(strict=True, reason="a streamed layer is copied with its pinned heads")
     def test_pinned_heads_are_not_streamed(self) -> None:
         scene = scene_of(workload=Workload(context_tokens=16384, batch=1, steps=1))
         result = clo_sim.simulate(scene, presets.load_design("streamed").with_fields(pinned_head_fraction=0.5))
         moved = result.ops["prefetch.copy_pages"].num_bytes
         assert moved == result.h2d_bytes_per_step == 32 * 4 * 16384 * 512
 
-    @pytest.mark.xfail(strict=True, reason="the traffic counts whole pages, the copy moves the tokens there are")
     def test_a_streamed_context_need_not_fill_its_last_page(self) -> None:
         scene = scene_of(workload=Workload(context_tokens=1000, batch=1, steps=1))
         result = clo_sim.simulate(scene, "streamed")

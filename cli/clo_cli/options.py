@@ -99,12 +99,13 @@ def _with_costs(profile: Any, changes: Any) -> Any:
 
 def _source(options: dict[str, Any], workload: Any) -> Any:
     from clo import presets
-    from clo_sim.stand_in import TrafficSource
+    from clo_sim.stand_in import DISTINCT_STEPS, TrafficSource
 
     trace = presets.load_trace(options["trace_path"] or presets.DEFAULT_TRACE)
     if options["synthetic"]:
         from clo_sim.synthetic import fit_synthetic
 
-        steps = workload.warmup_steps + workload.steps
-        return TrafficSource(fit_synthetic(trace).generate(num_steps=steps, seed=workload.seed))
+        steps = workload.warmup_steps + min(workload.steps, DISTINCT_STEPS)
+        generated = fit_synthetic(trace).generate(num_steps=steps, seed=workload.seed)
+        return TrafficSource(generated, repeat_steps=True)
     return TrafficSource(trace, resample_heads=options["trace_path"] is None or options["resample_heads"])

@@ -125,7 +125,8 @@ class StepOps:
     def copy_pages(self, stage: Stage, layer: int) -> Op:
         """One descriptor a page; a streamed layer is one run per sequence."""
         if self.plan.design.attend is Attend.FULL:
-            run = self.plan.workload.context_tokens * self.plan.model.layer_token_bytes
+            heads = self.plan.model.num_kv_heads - self.plan.pinned_heads_per_layer
+            run = self.plan.workload.context_tokens * heads * self.plan.model.head_token_bytes
             work = Copy("h2d", float(self.plan.workload.batch), run)
         else:
             work = Copy("h2d", Amount(stage.pages), self.plan.page_bytes)

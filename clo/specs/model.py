@@ -74,6 +74,12 @@ class ModelSpec(Spec):
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return self.num_layers * self.layer_weight_bytes + embeddings * self.weight_bytes_per_value
 
+    @property
+    def step_weight_bytes(self) -> float:
+        """Weights that a decode step reads, bytes: all but the input embedding, of which it reads a row a sequence."""
+        head = self.vocab_size * self.hidden_size * self.weight_bytes_per_value
+        return self.num_layers * self.layer_weight_bytes + head
+
 
 _HF_FIELDS = {
     "num_layers": "num_hidden_layers",

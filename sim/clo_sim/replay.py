@@ -252,13 +252,13 @@ class _Gate:
         self._anchored[heads] = True
 
 
-def fewest_pages(trace: AttentionTrace, policy: Policy) -> NDArray[np.int32]:
-    """Fewest pages, `[steps, heads]`, that any cache of `slot_pages` can fetch for the exact selection of every step.
+def fewest_pages(trace: AttentionTrace, policy: Policy, measured: slice = slice(None)) -> NDArray[np.int32]:
+    """Fewest pages, `[steps, heads]`, that any cache of `slot_pages` can fetch for the exact selections of `measured`.
 
-    Belady's rule (evict what is needed furthest in the future) with the whole trace known in advance and the best
-    pages in the slots when decoding begins; no design that attends to the real query's selection moves less in total.
+    Belady's rule (evict what is needed furthest in the future) with all those steps known in advance and the best
+    pages in the slots before them; no design that attends to the real query's selection moves less in total.
     """
-    pages = _head_pages(trace.pages[policy.selector], policy.budget_pages)
+    pages = _head_pages(trace.pages[policy.selector][measured], policy.budget_pages)
     steps, heads, _ = pages.shape
     padding = 1 + _highest(pages)
     wanted = np.zeros((steps, heads, padding + 1), dtype=np.bool_)

@@ -24,6 +24,9 @@ from clo_sim.replay import HeadHistory, Policy, fewest_pages, policy_of, replay
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
+DISTINCT_STEPS = 1024
+"""Measured steps that are told apart: what a longer run needs beyond them is taken to repeat them."""
+
 DEPTH_RADIUS = 1
 """A head may stand for heads one recorded layer up or down: nine candidates with SmolLM2's three KV heads."""
 
@@ -32,17 +35,30 @@ class TrafficSource:
     """A trace with the replays made of it so far (the oldest of more than `max_replays` are forgotten).
 
     `resample_heads` lets recorded heads stand for the heads of another model; without it the head counts must agree.
+    `repeat_steps` lets a run be longer than the trace: its steps then stand for all that follow.
     """
 
-    def __init__(self, trace: AttentionTrace, *, resample_heads: bool = True, max_replays: int = 512) -> None:
+    def __init__(
+        self,
+        trace: AttentionTrace,
+        *,
+        resample_heads: bool = True,
+        repeat_steps: bool = False,
+        max_replays: int = 512,
+    ) -> None:
         self.trace = trace
         self.resample_heads = resample_heads
+        self.repeat_steps = repeat_steps
         self._max_replays = max_replays
         self._replays: OrderedDict[Policy, HeadHistory] = OrderedDict()
         self._traffics: OrderedDict[tuple[object, ...], Traffic] = OrderedDict()
+        self._fewest: OrderedDict[tuple[object, ...], NDArray[np.int32]] = OrderedDict()
 
     def traffic(self, plan: DecodePlan) -> Traffic:
-        """Counts of `plan`, `[steps, layers]`. Raises `SpecError`/`TraceError` when the trace cannot serve it."""
+        """Counts of `plan`, `[steps, layers]`, of at most `DISTINCT_STEPS` steps: memory does not grow beyond them.
+
+        Raises `SpecError`/`TraceError` when the trace cannot serve the plan.
+        """
         if not plan.design.offloads:
             return _nothing_moves(plan)
         if plan.design.attend is Attend.FULL:
@@ -66,16 +82,19 @@ class TrafficSource:
     def fewest_fetched_pages(self, plan: DecodePlan) -> float:
         """Mean pages a step that no exact design with this plan's slots can avoid (Belady), whole batch."""
         self.check(plan)
-        policy = policy_of(plan, self.trace)
-        fetched = fewest_pages(self.trace, policy)[plan.workload.warmup_steps :].mean(axis=0)
+        policy, measured = policy_of(plan, self.trace), _measured(plan, self.trace.header)
+        key = (policy.selector, policy.budget_pages, policy.slot_pages, measured.start, measured.stop)
+        fewest = _remembered(self._fewest, key, 32, lambda: fewest_pages(self.trace, policy, measured))
+        fetched = fewest.mean(axis=0)
         drawn = _draw_heads(plan, self.trace.header)
-        drawn = drawn[_offloaded(plan, drawn, self._replayed(policy))]
+        drawn = drawn[_offloaded(plan, self.trace.header, drawn, self._replayed(policy))]
         return float(fetched[drawn].sum()) * plan.budget_pages / policy.budget_pages
 
     def check(self, plan: DecodePlan) -> None:
         """Whether the trace has the steps and may stand for the model."""
         header, workload = self.trace.header, plan.workload
-        if workload.warmup_steps + workload.steps > header.num_steps:
+        needed = workload.warmup_steps + (1 if self.repeat_steps else workload.steps)
+        if needed > header.num_steps:
             raise SpecError(
                 f"workload.steps = {workload.steps}: with workload.warmup_steps = {workload.warmup_steps} it exceeds "
                 f"the {header.num_steps} recorded steps of the trace: lower it, or use a synthetic trace (--synthetic)"
@@ -101,6 +120,16 @@ def _remembered(kept: OrderedDict[Key, Value], key: Key, limit: int, compute: Ca
     return kept[key]
 
 
+def _distinct_steps(plan: DecodePlan) -> int:
+    return min(plan.workload.steps, DISTINCT_STEPS)
+
+
+def _measured(plan: DecodePlan, header: TraceHeader) -> slice:
+    """The recorded steps behind the measured ones: those after the warm-up."""
+    start = plan.workload.warmup_steps
+    return slice(start, min(start + _distinct_steps(plan), header.num_steps))
+
+
 def _same_heads(model: ModelSpec, header: TraceHeader) -> bool:
     ours = (model.num_layers, model.num_kv_heads, model.num_query_heads)
     return ours == (header.num_layers, header.num_kv_heads, header.num_query_heads)
@@ -116,17 +145,28 @@ def _draw_heads(plan: DecodePlan, header: TraceHeader) -> NDArray[np.intp]:
         return np.broadcast_to(own[..., None], (len(layers), len(heads), batch)).astype(np.intp)
     rng = np.random.default_rng(plan.workload.seed)
     depth = np.rint(layers * (header.num_layers - 1) / max(1, model.num_layers - 1)).astype(np.intp)
-    lowest = min(plan.dense_layers, header.num_layers - 1)
-    low = np.maximum(depth - DEPTH_RADIUS, lowest)
-    high = np.minimum(depth + DEPTH_RADIUS, header.num_layers - 1)
+    last, unpredicted = header.num_layers - 1, _unpredicted_layers(plan)
+    # nothing predicts the first layers: only recorded heads of which that is true can stand for theirs
+    lowest = np.where(layers < unpredicted, plan.dense_layers, max(plan.dense_layers, unpredicted))
+    highest = np.where(layers < unpredicted, unpredicted - 1, last)
+    low = np.minimum(np.clip(depth - DEPTH_RADIUS, lowest, highest), last)
+    high = np.minimum(np.clip(depth + DEPTH_RADIUS, lowest, highest), last)
     shape = (len(layers), len(heads), batch)
     layer = rng.integers(low[:, None, None], high[:, None, None] + 1, size=shape)
     return np.asarray(layer * header.num_kv_heads + rng.integers(0, header.num_kv_heads, size=shape), dtype=np.intp)
 
 
-def _offloaded(plan: DecodePlan, drawn: NDArray[np.intp], history: HeadHistory) -> NDArray[np.bool_]:
+def _unpredicted_layers(plan: DecodePlan) -> int:
+    """First layers that no layer before them can predict."""
+    ahead = plan.design.prefetches and not plan.design.speculates_last_step
+    return plan.design.prefetch_depth if ahead else 0
+
+
+def _offloaded(
+    plan: DecodePlan, header: TraceHeader, drawn: NDArray[np.intp], history: HeadHistory
+) -> NDArray[np.bool_]:
     """Which KV heads of each layer are fetched, `[sparse_layers, kv_heads]`: all but those that would move the most."""
-    moved = (history.spec_pages + history.demand_pages)[plan.workload.warmup_steps :].mean(axis=0)
+    moved = (history.spec_pages + history.demand_pages)[_measured(plan, header)].mean(axis=0)
     order = np.argsort(-moved[drawn].sum(axis=2), axis=1, kind="stable")
     kept = np.ones(drawn.shape[:2], dtype=np.bool_)
     np.put_along_axis(kept, order[:, : plan.pinned_heads_per_layer], False, axis=1)
@@ -135,25 +175,27 @@ def _offloaded(plan: DecodePlan, drawn: NDArray[np.intp], history: HeadHistory) 
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Sums recorded heads into layers of the batch. Sequences after the first see the recorded steps rotated."""
+    """Sums recorded heads into layers of the batch. Sequences after the first see the measured steps rotated."""
 
     plan: DecodePlan
+    measured: slice
     draws: tuple[NDArray[np.float64], ...]
     offsets: tuple[int, ...]
 
     def total(self, values: NDArray[np.generic]) -> Counts:
         """`[recorded_steps, recorded_heads]` -> `[steps, layers]`, zero in dense layers."""
-        measured = np.asarray(values[self.plan.workload.warmup_steps :], dtype=np.float64)
-        steps = np.arange(self.plan.workload.steps)
+        measured = np.asarray(values[self.measured], dtype=np.float64)
+        steps = np.arange(len(measured))
         result = np.zeros((len(steps), self.plan.model.num_layers))
         for draw, offset in zip(self.draws, self.offsets, strict=True):
-            result[:, self.plan.dense_layers :] += measured[(steps + offset) % len(measured)] @ draw
+            result[:, self.plan.dense_layers :] += measured[(steps + offset) % len(steps)] @ draw
         return result
 
 
 def _batch(plan: DecodePlan, header: TraceHeader, history: HeadHistory) -> _Batch:
     drawn = _draw_heads(plan, header)
-    kept = _offloaded(plan, drawn, history)
+    kept = _offloaded(plan, header, drawn, history)
+    measured = _measured(plan, header)
     recorded = header.num_layers * header.num_kv_heads
     draws = []
     for sequence in range(plan.workload.batch):
@@ -161,23 +203,25 @@ def _batch(plan: DecodePlan, header: TraceHeader, history: HeadHistory) -> _Batc
         np.add.at(draw, (drawn[:, :, sequence], np.arange(drawn.shape[0])[:, None]), kept.astype(np.float64))
         draws.append(draw)
     rng = np.random.default_rng([plan.workload.seed, 1])
-    span = header.num_steps - plan.workload.warmup_steps
+    span = measured.stop - measured.start
     offsets = (0, *(int(offset) for offset in rng.integers(0, span, size=plan.workload.batch - 1)))
-    return _Batch(plan, tuple(draws), offsets)
+    return _Batch(plan, measured, tuple(draws), offsets)
 
 
 def _stand_in(plan: DecodePlan, trace: AttentionTrace, policy: Policy, history: HeadHistory) -> Traffic:
     batch = _batch(plan, trace.header, history)
     scale = plan.budget_pages / policy.budget_pages
     heads = float(plan.offloaded_heads * (plan.model.num_layers - plan.dense_layers))
-    overlap = float(batch.total(history.overlap).sum()) / (heads * plan.workload.steps) if heads else 1.0
+    spec_heads = batch.total(history.spec_missed)
+    steps = len(spec_heads)
+    overlap = float(batch.total(history.overlap).sum()) / (heads * steps) if heads else 1.0
     return Traffic(
-        spec_heads=batch.total(history.spec_missed),
+        spec_heads=spec_heads,
         spec_pages=scale * batch.total(history.spec_pages),
         demand_heads=batch.total(history.demand_missed),
         demand_pages=scale * batch.total(history.demand_pages),
-        write_back_pages=_write_back(plan),
-        requested_pages=_requested(plan, plan.budget_pages),
+        write_back_pages=_write_back(plan, steps),
+        requested_pages=_requested(plan, plan.budget_pages, steps),
         reused_heads=batch.total(~history.demand_missed),
         heads=heads,
         overlap=overlap,
@@ -185,29 +229,30 @@ def _stand_in(plan: DecodePlan, trace: AttentionTrace, policy: Policy, history: 
     )
 
 
-def _requested(plan: DecodePlan, pages: float) -> Counts:
-    requested = np.zeros((plan.workload.steps, plan.model.num_layers))
+def _requested(plan: DecodePlan, pages: float, steps: int) -> Counts:
+    requested = np.zeros((steps, plan.model.num_layers))
     requested[:, plan.dense_layers :] = plan.offloaded_heads * pages
     return requested
 
 
-def _write_back(plan: DecodePlan) -> Counts:
+def _write_back(plan: DecodePlan, steps: int) -> Counts:
     """A page per offloaded head leaves a sequence's window every `page_size` steps; sequences take turns."""
     page_size, batch = plan.design.page_size, plan.workload.batch
-    turn = (np.arange(plan.workload.steps)[:, None] + np.arange(batch)[None, :]) % page_size == 0
-    return np.asarray(_requested(plan, 1.0) / batch * turn.sum(axis=1)[:, None])
+    turn = (np.arange(steps)[:, None] + np.arange(batch)[None, :]) % page_size == 0
+    return np.asarray(_requested(plan, 1.0, steps) / batch * turn.sum(axis=1)[:, None])
 
 
 def _nothing_moves(plan: DecodePlan) -> Traffic:
     """Everything is on the device; where attention is sparse, every head still selects in every step."""
-    none = np.zeros((plan.workload.steps, plan.model.num_layers))
+    steps = _distinct_steps(plan)
+    none = np.zeros((steps, plan.model.num_layers))
     return Traffic(
         spec_heads=none,
         spec_pages=none,
-        demand_heads=_requested(plan, 1.0),
+        demand_heads=_requested(plan, 1.0, steps),
         demand_pages=none,
         write_back_pages=none,
-        requested_pages=_requested(plan, plan.budget_pages),
+        requested_pages=_requested(plan, plan.budget_pages, steps),
         reused_heads=none,
         heads=float(plan.offloaded_heads * (plan.model.num_layers - plan.dense_layers)),
         overlap=1.0,
@@ -215,8 +260,10 @@ def _nothing_moves(plan: DecodePlan) -> Traffic:
 
 
 def _everything_moves(plan: DecodePlan) -> Traffic:
-    none = np.zeros((plan.workload.steps, plan.model.num_layers))
-    all_pages = _requested(plan, plan.num_pages)
+    steps = _distinct_steps(plan)
+    none = np.zeros((steps, plan.model.num_layers))
+    # runs of tokens are copied, not whole pages: the last page may be part of one
+    all_pages = _requested(plan, plan.workload.context_tokens / plan.design.page_size, steps)
     prefetched = np.zeros_like(all_pages)
     if plan.design.prefetches:
         prefetched = all_pages
@@ -225,7 +272,7 @@ def _everything_moves(plan: DecodePlan) -> Traffic:
         spec_pages=prefetched,
         demand_heads=none,
         demand_pages=all_pages - prefetched,
-        write_back_pages=_write_back(plan),
+        write_back_pages=_write_back(plan, steps),
         requested_pages=all_pages,
         reused_heads=none,
         heads=float(plan.offloaded_heads * plan.model.num_layers),
@@ -244,6 +291,9 @@ def assumptions(plan: DecodePlan, header: TraceHeader) -> tuple[str, ...]:
             f"page choices recorded at {header.context_tokens} tokens are scaled to {plan.workload.context_tokens}: "
             "equal shares of the context are assumed to overlap equally"
         )
+    distinct = _measured(plan, header)
+    if distinct.stop - distinct.start < plan.workload.steps:
+        notes.append(f"{distinct.stop - distinct.start} steps are told apart, the others repeat them")
     if plan.workload.batch > 1:
         notes.append("sequences of the batch are draws from one recorded text, at different steps")
     if plan.design.selector.value not in header.selectors:

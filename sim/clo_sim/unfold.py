@@ -26,7 +26,8 @@ Ran = tuple[int, float, float, Waits]
 
 
 def simulated_timeline(priced: PricedStep, step: int, title: str, contention: Contention | None = None) -> Timeline:
-    """One measured step on the simulator."""
+    """One measured step on the simulator; of a run that repeats its steps, the one it repeats."""
+    step %= priced.num_steps
     env = simpy.Environment()
     gpu = SimulatedGpu(env, priced, contention=contention, record=True)
 
@@ -47,7 +48,8 @@ def simulated_timeline(priced: PricedStep, step: int, title: str, contention: Co
 
 
 def clock_timeline(priced: PricedStep, step: int, title: str) -> Timeline:
-    """One measured step on the clock."""
+    """One measured step on the clock; of a run that repeats its steps, the one it repeats."""
+    step %= priced.num_steps
     ran: list[Ran] = []
     for column, (start, end, waits) in enumerate(segment_times(priced)):
         waited = tuple((cause.value, float(time[step])) for cause, time in waits if time[step] > 0)
