@@ -19,3 +19,7 @@ class ProfileError(CloError, ValueError):
 
 class NotFoundError(CloError, LookupError):
     """A name that no preset and no file answers to."""
+
+
+class EngineError(CloError, RuntimeError):
+    """A decode that cannot go on: a lane that died, a flag that never came, numbers that are none."""

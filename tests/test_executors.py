@@ -652,7 +652,7 @@ class TestByHand:
             ("prefetch.gather_pages", 1, 2.75, 18.75),
         ]
         # both heads of layer 0 find 9 and 10; append_kv stores two pages to the host (2 s); layer 1 asks for nothing
-        # beyond its prediction and attends when that has come
+        # beyond its prediction; its gather writes to slots only when that has come
         layer = (
             ("input_norm", 0.25),
             ("qkv_proj", 1.0),
@@ -668,22 +668,22 @@ class TestByHand:
         expected, now = [], 0.5
         for number in (0, 1):
             for name, seconds in layer:
-                if (name, number) == ("attention", 1):
-                    assert now == 15.5
+                if (name, number) == ("gather_pages", 1):
+                    assert now == 15.25
                     now = 18.75
                 expected.append((name, number, now, now + seconds))
                 now += seconds
         for name, seconds in (("final_norm", 0.25), ("lm_head", 1.0), ("sample", 0.25)):
             expected.append((name, 1, now, now + seconds))
             now += seconds
-        assert now == 25.75
+        assert now == 26.0
         assert spans(timeline, Lane.MAIN) == expected
         waits = [(span.name, span.cause, span.waited_s) for span in timeline.spans if span.waited_s > 1e-6]
         assert [wait for wait in waits if not wait[0].startswith("prefetch")] == [
             ("input_norm", "launch", 0.5),
-            ("attention", "late prefetch", pytest.approx(3.25)),
+            ("gather_pages", "late prefetch", pytest.approx(3.5)),
         ]
-        assert run_clock(priced).seconds[0] == pytest.approx(25.75)
+        assert run_clock(priced).seconds[0] == pytest.approx(26.0)
 
     def test_a_real_query_waits_until_the_prediction_has_settled(self) -> None:
         # scoring takes 20 s. Layer 0 is dense: norm 0.25, projection 1.25, append 1.5, attention 3.5, MLP 7; layer 1's

@@ -60,11 +60,11 @@ class _Recorder:
         self._host_stall: dict[Lane, Cause] = {}
 
     def begin_graph(self) -> None:
-        self._graph_launch = self._add(Lane.LAUNCH, _runtime("graph_launch", 0), ())
+        self._graph_launch = self._add(Lane.LAUNCH, runtime_op("graph_launch", 0), ())
 
     def launch(self, lane: Lane, op: Op) -> Token:
         if self._graph_launch is None:
-            submitted = self._add(Lane.LAUNCH, _submission(op), ())
+            submitted = self._add(Lane.LAUNCH, submission(op), ())
             return self._add(lane, op, (Dependency(submitted, self._host_stall.pop(lane, Cause.LAUNCH)),))
         first = lane not in self._in_graph
         self._in_graph.add(lane)
@@ -79,22 +79,22 @@ class _Recorder:
         self._host_stall = dict.fromkeys(Lane, wait.cause)
 
     def host_work(self, op: Op) -> Token:
-        woken = self._add(Lane.LAUNCH, _runtime("thread_wake", op.layer), ())
+        woken = self._add(Lane.LAUNCH, runtime_op("thread_wake", op.layer), ())
         return self._add(Lane.POOL, op, (Dependency(woken, Cause.HOST_WORK),))
 
     def ring(self, token: Token, layer: int) -> Token:
-        return self._add(Lane.POOL, _runtime("doorbell", layer), (Dependency(token, Cause.SYNC),))
+        return self._add(Lane.POOL, runtime_op("doorbell", layer), (Dependency(token, Cause.SYNC),))
 
     def flagged_work(self, seen: Token, op: Op) -> Token:
         return self._add(Lane.POOL, op, (Dependency(seen, Cause.HOST_WORK),))
 
     def flagged_copy(self, ready: Token, op: Op) -> Token:
-        submitted = self._add(Lane.POOL, _submission(op), (Dependency(ready, Cause.HOST_WORK),))
+        submitted = self._add(Lane.POOL, submission(op), (Dependency(ready, Cause.HOST_WORK),))
         return self._add(Lane.H2D, op, (Dependency(submitted, Cause.HOST_WORK),))
 
     def wait_flag(self, lane: Lane, done: Token, layer: int, cause: Cause) -> Token:
         self.wait(lane, done, cause)
-        return self.launch(lane, _runtime("ready_flag", layer))
+        return self.launch(lane, runtime_op("ready_flag", layer))
 
     def _add(self, lane: Lane, op: Op, after: tuple[Dependency, ...]) -> Token:
         nodes = self.nodes
@@ -105,12 +105,12 @@ class _Recorder:
         return Token(len(nodes) - 1)
 
 
-def _submission(op: Op) -> Op:
+def submission(op: Op) -> Op:
     """What the CPU pays to submit `op`: a descriptor per piece of a copy, one launch otherwise."""
     if isinstance(op.work, Copy):
         return Op(f"submit {op.name}", op.layer, Part.RUNTIME, Submit(op.work.pieces))
     return Op(f"launch {op.name}", op.layer, Part.RUNTIME, HostAction("kernel_launch"))
 
 
-def _runtime(action: HostActionName, layer: int) -> Op:
+def runtime_op(action: HostActionName, layer: int) -> Op:
     return Op(action, layer, Part.RUNTIME, HostAction(action))

@@ -31,23 +31,31 @@ def fetch(
     """Move what selection `chosen` found missing; later work on `stream` that waits for the token sees the data.
 
     `ahead` is the arrival of what was prefetched for the same layer: transfer threads serve it first, so that a wait
-    for their flag begins with a wait for it.
+    for their flag begins with a wait for it; and a kernel must not write into a slot that an earlier one still fills.
     """
     if needs_host(ops):
-        return (yield from _by_host(m, ops, stage, layer, chosen, stream))
+        return (yield from _by_host(m, ops, stage, layer, chosen, stream, ahead))
     if _cpu_involved(ops):
         return _by_flags(m, ops, stage, layer, chosen, stream, ahead)
+    return _gather(m, ops, stage, layer, stream, ahead)
+
+
+def _gather(m: Machine, ops: StepOps, stage: Stage, layer: int, stream: Lane, ahead: Token | None) -> Token:
+    if ahead is not None:
+        m.wait(stream, ahead, Cause.PREFETCH)
     return m.launch(stream, ops.gather_pages(stage, layer))
 
 
-def _by_host(m: Machine, ops: StepOps, stage: Stage, layer: int, chosen: Token, stream: Lane) -> Fetch:
+def _by_host(
+    m: Machine, ops: StepOps, stage: Stage, layer: int, chosen: Token, stream: Lane, ahead: Token | None
+) -> Fetch:
     """The launching thread reads the page list back, has it resolved and moved, and launches what depends on it."""
     design, cause = ops.plan.design, stage_cause(stage)
     yield HostWait(chosen, ops.host_action("read_back", layer), Cause.SYNC)
     if design.resolve_on is ResolveOn.CPU:
         yield _joined(m.host_work(ops.lru_update(stage, layer)), ops, layer, Cause.HOST_WORK)
     if design.transfer is Transfer.GPU_ZERO_COPY:
-        done = m.launch(stream, ops.gather_pages(stage, layer))
+        done = _gather(m, ops, stage, layer, stream, ahead)
     elif design.transfer is Transfer.CPU_ZERO_COPY:
         done = m.host_work(ops.bar_write(stage, layer))
         # nothing but the CPU knows when a BAR write has landed: it must be waited for before the launch

@@ -1,0 +1,350 @@
+"""The abstract machine on a CPU: every lane is a thread, the link is a memcpy, and they really overlap.
+
+Knows the verbs of a schedule and when what they submitted ran; nothing about tensors.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from clo.errors import EngineError
+from clo.schedule import Cause, HostWait, Lane, Op, Step, Token
+from clo.schedule.graph import runtime_op, submission
+from clo.timeline import Span, Timeline
+
+DEFAULT_PATIENCE_S = 60.0
+"""Nothing in a step takes as long: a wait beyond it has failed."""
+
+Run = Callable[[Op], float]
+"""Does an operation and returns the bytes it moved over the host link."""
+
+
+class Flag:
+    """A number that one side publishes and the other polls; it only grows."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.number = 0
+        self._changed = threading.Condition()
+
+    def publish(self, number: int) -> None:
+        """The number is now at least this."""
+        with self._changed:
+            self.number = max(self.number, number)
+            self._changed.notify_all()
+
+    def wait(self, number: int, patience_s: float) -> None:
+        """Until the flag has reached `number`. Raises `EngineError` with both numbers if it does not in time."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.number >= number, patience_s):
+                raise EngineError(
+                    f"flag {self.name}: waited {patience_s:g} s for number {number}, it stands at {self.number}"
+                )
+
+
+class _Wait(NamedTuple):
+    token: Token
+    cause: Cause
+
+
+class _Poll(NamedTuple):
+    """An operation begins when `flag` shows `number`."""
+
+    flag: Flag
+    number: int
+    cause: Cause
+
+
+class _Task(NamedTuple):
+    token: Token
+    op: Op
+    waits: tuple[_Wait, ...]
+    run: Run
+    poll: _Poll | None
+
+
+@dataclass(slots=True)
+class _Submitted:
+    """Everything of one step."""
+
+    done: list[threading.Event] = field(default_factory=list)
+    lane_of: list[Lane] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    pending: dict[Lane, list[_Wait]] = field(default_factory=dict)
+    graph: list[tuple[Lane, _Task]] | None = None
+    stalled: Cause = Cause.LAUNCH
+    failure: BaseException | None = None
+    began_s: float = 0.0
+    announced: dict[Token, list[tuple[Flag, int]]] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def announce(self, token: Token, flag: Flag, number: int) -> None:
+        """Publish `number` once `token` is done."""
+        with self.lock:
+            if not self.done[token].is_set():
+                self.announced.setdefault(token, []).append((flag, number))
+                return
+        flag.publish(number)
+
+    def finish(self, token: Token) -> None:
+        """`token` is done: those who sleep and those who poll may go on."""
+        with self.lock:
+            self.done[token].set()
+            announced = self.announced.pop(token, [])
+        for flag, number in announced:
+            flag.publish(number)
+
+
+class CpuMachine:
+    """Runs steps of a schedule on lanes that are threads. Close it, or use it in a `with` block.
+
+    `run` does an operation. After a step has failed the lanes are idle again and the next step may begin.
+    """
+
+    def __init__(self, run: Run, *, patience_s: float = DEFAULT_PATIENCE_S) -> None:
+        self._run, self._patience_s = run, patience_s
+        self._step = _Submitted()
+        # a pair of flags for each stream: numbers of two streams may come in another order than they were given out
+        self._doorbells = {lane: Flag(f"doorbell of the {lane}") for lane in Lane}
+        self._readies = {lane: Flag(f"ready flag of the {lane}") for lane in Lane}
+        self._rung = dict.fromkeys(Lane, 0)
+        self._queues: dict[Lane, queue.SimpleQueue[tuple[_Submitted, _Task] | None]] = {}
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+        for lane in Lane:
+            if lane is not Lane.LAUNCH:
+                self._start(lane)
+
+    def _start(self, lane: Lane) -> None:
+        self._queues[lane] = queue.SimpleQueue()
+        thread = threading.Thread(target=self._serve, args=(lane,), name=f"clo {lane}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def __enter__(self) -> CpuMachine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the lanes; a second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            for lane_queue in self._queues.values():
+                lane_queue.put(None)
+            for thread in self._threads:
+                thread.join(self._patience_s)
+
+    def execute(self, step: Step, title: str = "step") -> Timeline:
+        """Drive one step to its end. Raises `EngineError` naming the operation that failed."""
+        if self._closed:
+            raise EngineError("the machine is closed: make a new one")
+        now = self._step
+        now.began_s = time.perf_counter()
+        try:
+            for wait in step:
+                self._block(wait)
+            self._flush()
+            self._drain()
+        except BaseException as error:
+            self._abandon(error)
+            raise
+        finally:
+            self._step = _Submitted()
+        if now.failure is not None:
+            raise _explained(now.failure)
+        lanes = {span.lane for span in now.spans}
+        ordered = tuple(sorted(now.spans, key=lambda span: span.start_s))
+        return Timeline(title=title, spans=ordered, lanes=tuple(lane.value for lane in Lane if lane.value in lanes))
+
+    def _abandon(self, error: BaseException) -> None:
+        """Let the lanes run empty without doing anything more."""
+        self._step.failure = self._step.failure or error
+        for lane, number in self._rung.items():
+            self._doorbells[lane].publish(number)
+            self._readies[lane].publish(number)
+        self._flush()
+        self._drain()
+
+    def begin_graph(self) -> None:
+        """Collect what is submitted; it goes to the lanes at once when the host next waits."""
+        self._step.graph = []
+
+    def launch(self, lane: Lane, op: Op) -> Token:
+        """Queue `op` on `lane`."""
+        began = time.perf_counter()
+        return self._launched(self._queue(lane, op, self._run), op, began)
+
+    def _launched(self, token: Token, op: Op, began: float) -> Token:
+        """Outside a graph the launching thread pays for every operation."""
+        if self._step.graph is None:
+            self._host_span(submission(op), began)
+        return token
+
+    def wait(self, lane: Lane, token: Token, cause: Cause) -> None:
+        """The next operation of `lane` starts after `token`."""
+        self._step.pending.setdefault(lane, []).append(_Wait(token, cause))
+
+    def host_work(self, op: Op) -> Token:
+        """Queue `op` for the transfer threads."""
+        began = time.perf_counter()
+        token = self._queue(Lane.POOL, op, self._run)
+        self._host_span(runtime_op("thread_wake", op.layer), began)
+        return token
+
+    def ring(self, token: Token, layer: int) -> Token:
+        """When `token` is done the doorbell shows the next number; the transfer threads wait for that."""
+        lane = self._step.lane_of[token]
+        self._rung[lane] += 1
+        doorbell, number = self._doorbells[lane], self._rung[lane]
+        self._step.announce(token, doorbell, number)
+        return self._queue(Lane.POOL, runtime_op("doorbell", layer), _nothing, _Poll(doorbell, number, Cause.SYNC))
+
+    def flagged_work(self, seen: Token, op: Op) -> Token:
+        """`op` on the transfer threads after `seen`."""
+        self.wait(Lane.POOL, seen, Cause.HOST_WORK)
+        return self._queue(Lane.POOL, op, self._run)
+
+    def flagged_copy(self, ready: Token, op: Op) -> Token:
+        """The transfer threads hand `op` to the copy engine after `ready`."""
+        self.wait(Lane.POOL, ready, Cause.HOST_WORK)
+        submitted = self._queue(Lane.POOL, submission(op), _nothing)
+        self.wait(Lane.H2D, submitted, Cause.HOST_WORK)
+        return self._queue(Lane.H2D, op, self._run)
+
+    def wait_flag(self, lane: Lane, done: Token, layer: int, cause: Cause) -> Token:
+        """`lane` polls the ready flag, which shows this request's number once `done` is."""
+        began, ready, number = time.perf_counter(), self._readies[lane], self._rung[lane]
+        self._step.announce(done, ready, number)
+        polls = runtime_op("ready_flag", layer)
+        return self._launched(self._queue(lane, polls, _nothing, _Poll(ready, number, cause)), polls, began)
+
+    def _queue(self, lane: Lane, op: Op, run: Run, poll: _Poll | None = None) -> Token:
+        step = self._step
+        token = Token(len(step.done))
+        step.done.append(threading.Event())
+        step.lane_of.append(lane)
+        task = _Task(token, op, tuple(step.pending.pop(lane, ())), run, poll)
+        if step.graph is None:
+            self._queues[lane].put((step, task))
+        else:
+            step.graph.append((lane, task))
+        return token
+
+    def _flush(self) -> None:
+        """Submit a collected graph."""
+        step = self._step
+        if step.graph:
+            began = time.perf_counter()
+            for lane, task in step.graph:
+                self._queues[lane].put((step, task))
+            self._host_span(runtime_op("graph_launch", 0), began)
+        if step.graph is not None:
+            step.graph = []
+
+    def _block(self, wait: HostWait) -> None:
+        """The launching thread sleeps until the token is done."""
+        self._flush()
+        began = time.perf_counter()
+        self._await(wait.token)
+        self._host_span(wait.op, time.perf_counter(), ((wait.cause.value, time.perf_counter() - began),))
+        if self._step.failure is not None:
+            raise _explained(self._step.failure)
+
+    def _await(self, token: Token) -> None:
+        if not self._step.done[token].wait(self._patience_s):
+            raise EngineError(f"operation {token} of the step was not done in {self._patience_s:g} s")
+
+    def _drain(self) -> None:
+        deadline = time.perf_counter() + 2 * self._patience_s
+        for done in self._step.done:
+            done.wait(max(0.0, deadline - time.perf_counter()))
+
+    def _host_span(self, op: Op, began: float, waits: tuple[tuple[str, float], ...] = ()) -> None:
+        self._record(self._step, Lane.LAUNCH, op, began, time.perf_counter(), 0.0, waits)
+
+    def _record(
+        self,
+        step: _Submitted,
+        lane: Lane,
+        op: Op,
+        began: float,
+        ended: float,
+        num_bytes: float,
+        waits: tuple[tuple[str, float], ...],
+    ) -> None:
+        step.spans.append(
+            Span(
+                lane=lane.value,
+                name=op.name,
+                layer=op.layer,
+                part=op.part.value,
+                start_s=began - step.began_s,
+                end_s=ended - step.began_s,
+                num_bytes=num_bytes,
+                waits=waits,
+            )
+        )
+
+    def _serve(self, lane: Lane) -> None:
+        lane_queue = self._queues[lane]
+        while True:
+            free = time.perf_counter()
+            item = lane_queue.get()
+            if item is None:
+                return
+            step, task = item
+            idle = time.perf_counter()
+            # a lane that was idle before the step began waited for nothing
+            late = ((Cause.LAUNCH.value, idle - max(free, step.began_s)),) if idle > max(free, step.began_s) else ()
+            try:
+                if step.failure is None:
+                    self._do(step, lane, task, late)
+            except BaseException as error:
+                step.failure = step.failure or _FailedError(task.op, error)
+            finally:
+                step.finish(task.token)
+
+    def _do(self, step: _Submitted, lane: Lane, task: _Task, late: tuple[tuple[str, float], ...]) -> None:
+        waits = list(late)
+        for token, cause in task.waits:
+            began = time.perf_counter()
+            if not step.done[token].wait(self._patience_s):
+                raise EngineError(f"waited {self._patience_s:g} s for operation {token} ({cause.value})")
+            waits.append((cause.value, time.perf_counter() - began))
+        if task.poll is not None:
+            began = time.perf_counter()
+            task.poll.flag.wait(task.poll.number, self._patience_s)
+            waits.append((task.poll.cause.value, time.perf_counter() - began))
+        if step.failure is not None:
+            return
+        began = time.perf_counter()
+        num_bytes = task.run(task.op)
+        self._record(step, lane, task.op, began, time.perf_counter(), num_bytes, tuple(waits))
+
+
+class _FailedError(Exception):
+    """What went wrong, and in which operation."""
+
+    def __init__(self, op: Op, error: BaseException) -> None:
+        super().__init__(op.name)
+        self.op, self.error = op, error
+
+
+def _explained(failure: BaseException) -> BaseException:
+    if not isinstance(failure, _FailedError):
+        return failure
+    reason = str(failure.error) or type(failure.error).__name__
+    explained = EngineError(f"operation {failure.op.name} of layer {failure.op.layer}: {reason}")
+    explained.__cause__ = failure.error
+    return explained
+
+
+def _nothing(_: Op) -> float:
+    return 0.0

@@ -1,0 +1,307 @@
+"""Decodes a batch under a design: prefill, then one schedule step after another on a machine.
+
+Knows nothing about prompts' text, about evaluation or about commands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from clo.engine.cpu_machine import DEFAULT_PATIENCE_S, CpuMachine
+from clo.engine.layer import DenseLayer, HeadSettings, Layer, LayerShape, OffloadedLayer, StreamedLayer
+from clo.engine.network import Network
+from clo.engine.operations import Operations
+from clo.errors import EngineError, SpecError
+from clo.plan import DecodePlan, make_plan
+from clo.schedule import Op, decode_step
+from clo.schedule.ops import Stage
+from clo.specs import Attend, Design, GpuSpec, GqaFold, HostSpec, LinkSpec, MachineSpec, Selector, Workload
+from clo.timeline import Timeline
+
+PREFILL_CHUNK_TOKENS = 512
+DEFAULT_SLOT_BUDGETS = 2.0
+"""Cache size where a design leaves it to the memory: a CPU's "device" has no size of its own."""
+
+ENGINE_SELECTORS = (Selector.EXACT, Selector.PAGE_MINMAX, Selector.PAGE_MEAN)
+
+Sampler = Callable[[torch.Tensor], torch.Tensor]
+"""Logits `[batch, vocab_size]` to tokens `[batch]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadProfile:
+    """What was learnt about a model's heads beforehand. Layers by KV heads, and layers by query heads."""
+
+    tau: torch.Tensor | None = None
+    importance: torch.Tensor | None = None
+    pinned: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTraffic:
+    """What one decode step moved, and how its heads fared. Pages and heads are summed over layers and batch."""
+
+    fetched_pages: int
+    prefetched_pages: int
+    requested_pages: int
+    written_back_pages: int
+    demand_misses: int
+    offloaded_heads: int
+    page_bytes: float
+
+    @classmethod
+    def of(cls, plan: DecodePlan, layers: Sequence[Layer]) -> StepTraffic:
+        """Summed over `layers`."""
+        counts = [layer.counts for layer in layers]
+        offloaded = sum(isinstance(layer, StreamedLayer | OffloadedLayer) for layer in layers)
+        return cls(
+            fetched_pages=sum(count.fetched[Stage.DEMAND] for count in counts),
+            prefetched_pages=sum(count.fetched[Stage.PREFETCH] for count in counts),
+            requested_pages=sum(count.requested for count in counts),
+            written_back_pages=sum(count.written_back for count in counts),
+            demand_misses=sum(count.missed[Stage.DEMAND] for count in counts),
+            offloaded_heads=plan.offloaded_heads * offloaded,
+            page_bytes=plan.page_bytes,
+        )
+
+    @property
+    def h2d_bytes(self) -> float:
+        """Bytes from the host to the device."""
+        return (self.fetched_pages + self.prefetched_pages) * self.page_bytes
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the attended pages that needed no transfer in their step (1 where nothing is fetched)."""
+        moved = self.fetched_pages + self.prefetched_pages
+        return 1.0 - min(1.0, moved / self.requested_pages) if self.requested_pages else 1.0
+
+
+class Decoder:
+    """One batch of sequences decoding under `design`.
+
+    `prefill` the prompts, then `step` with each next token, or `generate`. Close it, or use it in a `with` block.
+    `max_new_tokens` is what there is room for after the prompts. Raises `SpecError` where the design does not fit.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        design: Design,
+        *,
+        max_new_tokens: int = 256,
+        heads: HeadProfile | None = None,
+        kv_memory_bytes: float | None = None,
+        patience_s: float = DEFAULT_PATIENCE_S,
+    ) -> None:
+        self.network = model if isinstance(model, Network) else Network(model)
+        self.design = _sized(design, kv_memory_bytes)
+        check_design(self.design, heads)
+        self.heads = heads or HeadProfile()
+        self.max_new_tokens = max_new_tokens
+        self._kv_memory_bytes, self._patience_s = kv_memory_bytes, patience_s
+        self._pool = ThreadPoolExecutor(self.design.transfer_threads, thread_name_prefix="clo transfer")
+        self._machine: CpuMachine | None = None
+        self._operations: Operations | None = None
+        self._broken = False
+        self.plan: DecodePlan | None = None
+        self.timeline: Timeline | None = None
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all threads; a second call does nothing."""
+        if self._machine is not None:
+            self._machine.close()
+        self._pool.shutdown()
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that each sequence has in its cache."""
+        return [int(length) for length in self._ready().lengths]
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """The KV cache, layer by layer."""
+        return self._ready().layers
+
+    def prefill(self, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Read the prompts, token ids `[tokens]` of any length each; logits `[batch, vocab_size]` of what follows.
+
+        Pages go to the host while the next chunk is computed. Starts the decoder anew.
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        self.plan = self.make_plan(lengths)
+        if self._machine is not None:
+            self._machine.close()
+        layers = make_layers(self.network, self.plan, self.heads, max(lengths) + self.max_new_tokens)
+        self._operations = Operations(self.network, self.plan, layers, self._pool)
+        self._machine = CpuMachine(self._do, patience_s=self._patience_s)
+        self._broken = False
+        logits = [self._read(sequence, prompt, layers) for sequence, prompt in enumerate(prompts)]
+        self._operations.lengths += torch.tensor(lengths, dtype=torch.int32, device=self.network.device)
+        return torch.stack(logits)
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Decode one token a sequence, `[batch]`; logits `[batch, vocab_size]` of the next.
+
+        Raises `EngineError` if an operation failed; the decoder must then be given its prompts anew.
+        """
+        operations, machine = self._ready(), self._machine
+        assert machine is not None
+        assert self.plan is not None
+        room = min(layer.shape.max_tokens for layer in operations.layers)
+        if int(operations.lengths.max()) + 1 > room:
+            raise EngineError(
+                f"the cache has room for {room} tokens a sequence: give the decoder a larger max_new_tokens "
+                f"(now {self.max_new_tokens})"
+            )
+        for layer in operations.layers:
+            layer.counts.reset()
+        self._broken = True
+        with torch.inference_mode():
+            operations.begin(tokens.to(self.network.device))
+            self.timeline = machine.execute(decode_step(self.plan, machine), title=f"{self.design.name} (machine)")
+        self._broken = False
+        return operations.logits
+
+    def generate(self, prompts: Sequence[torch.Tensor], *, sampler: Sampler | None = None) -> Iterator[torch.Tensor]:
+        """Tokens `[batch]` one after another, `max_new_tokens` of them; greedy unless a `sampler` is given."""
+        choose = sampler or _greedy
+        logits = self.prefill(prompts)
+        for _ in range(self.max_new_tokens):
+            tokens = choose(logits)
+            yield tokens
+            logits = self.step(tokens)
+
+    @property
+    def traffic(self) -> StepTraffic:
+        """What the last step moved."""
+        assert self.plan is not None
+        return StepTraffic.of(self.plan, self.layers)
+
+    def _ready(self) -> Operations:
+        if self._operations is None:
+            raise EngineError("decoder: no prompt yet: call prefill first")
+        if self._broken:
+            raise EngineError("decoder: the last step failed half-way: call prefill again")
+        return self._operations
+
+    def _do(self, op: Op) -> float:
+        assert self._operations is not None
+        self._operations.run(op)
+        return self._operations.moved_bytes(op)
+
+    def make_plan(self, lengths: Sequence[int]) -> DecodePlan:
+        """The design's numbers for prompts of these lengths. Raises `SpecError` where it does not fit."""
+        if not lengths or min(lengths) < 1:
+            raise SpecError(f"prompts: lengths {list(lengths)}: each needs at least one token")
+        model = self.network.spec
+        needed = max(lengths) + self.max_new_tokens
+        if needed > model.max_positions:
+            raise SpecError(
+                f"prompt of {max(lengths)} tokens and max_new_tokens = {self.max_new_tokens} need {needed} positions: "
+                f"{model.name} has {model.max_positions}"
+            )
+        workload = Workload(context_tokens=max(lengths), batch=len(lengths))
+        return make_plan(
+            model, local_machine(self.network.device), self.design, workload, kv_memory_bytes=self._kv_memory_bytes
+        )
+
+    def _read(self, sequence: int, prompt: torch.Tensor, layers: Sequence[Layer]) -> torch.Tensor:
+        from transformers import DynamicCache
+
+        cache, logits = DynamicCache(), torch.empty(0)
+        with torch.inference_mode():
+            for start in range(0, len(prompt), PREFILL_CHUNK_TOKENS):
+                chunk = prompt[None, start : start + PREFILL_CHUNK_TOKENS].to(self.network.device)
+                logits = self.network.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            for layer, held in zip(layers, cache.layers, strict=True):
+                layer.load(sequence, held.keys[0], held.values[0])
+        return logits[0, -1]
+
+
+def make_layers(network: Network, plan: DecodePlan, heads: HeadProfile, max_tokens: int) -> list[Layer]:
+    """The KV cache that `plan` asks for, layer by layer, with room for `max_tokens` a sequence."""
+    model = plan.model
+    shape = LayerShape(
+        batch=plan.workload.batch,
+        num_query_heads=model.num_query_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        max_tokens=max_tokens,
+        dtype=network.dtype,
+        device=network.device,
+        scale=network.scale,
+    )
+    layers: list[Layer] = []
+    for layer in range(model.num_layers):
+        if layer < plan.dense_layers:
+            layers.append(DenseLayer(shape))
+        elif plan.design.attend is Attend.FULL:
+            layers.append(StreamedLayer(shape))
+        else:
+            layers.append(OffloadedLayer(plan, shape, _settings(plan, heads, layer)))
+    return layers
+
+
+def _settings(plan: DecodePlan, heads: HeadProfile, layer: int) -> HeadSettings:
+    tau = torch.full((plan.model.num_kv_heads,), plan.design.tau)
+    pinned = heads.pinned[layer] if heads.pinned else tuple(range(plan.pinned_heads_per_layer))
+    return HeadSettings(
+        tau=tau if heads.tau is None else heads.tau[layer],
+        importance=None if heads.importance is None else heads.importance[layer],
+        pinned=pinned[: plan.pinned_heads_per_layer],
+    )
+
+
+def check_design(design: Design, heads: HeadProfile | None) -> None:
+    """Raise `SpecError` for what needs a head profile that is not given, or a selector that is only simulated."""
+    if design.selects and design.selector not in ENGINE_SELECTORS:
+        known = ", ".join(ENGINE_SELECTORS)
+        raise SpecError(f"design.selector = {design.selector}: only simulated so far; the decoder knows {known}")
+    if design.gated and design.target_hit_rate is not None and (heads is None or heads.tau is None):
+        raise SpecError("design.target_hit_rate: thresholds per head come from a head profile: give one, or set tau")
+    if design.gated and design.gqa_fold is GqaFold.IMPORTANCE and (heads is None or heads.importance is None):
+        raise SpecError("design.gqa_fold = importance: the weights come from a head profile: give one")
+    if design.attend is Attend.FULL and design.offloads and design.pinned_head_fraction:
+        raise SpecError("design.pinned_head_fraction: the decoder streams whole layers: set it to 0")
+
+
+def local_machine(device: torch.device) -> MachineSpec:
+    """This machine's memory, for plans; rates are not known without calibration and are not used."""
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _host_memory()
+    return MachineSpec(
+        name=f"this machine ({device.type})",
+        source="as reported by the operating system",
+        profile="none",
+        gpu=GpuSpec(memory_bytes=float(memory), num_sms=1, hbm_bytes_per_s=1.0, peak_flops_per_s=1.0),
+        link=LinkSpec(h2d_bytes_per_s=1.0, d2h_bytes_per_s=1.0),
+        host=HostSpec(memory_bytes=float(_host_memory()), memory_bytes_per_s=1.0, num_threads=torch.get_num_threads()),
+        reserve_bytes=0.0,
+    )
+
+
+def _host_memory() -> int:
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _sized(design: Design, kv_memory_bytes: float | None) -> Design:
+    left_open = design.slot_pages is None and design.slot_budgets is None
+    if left_open and kv_memory_bytes is None and design.offloads and design.selects:
+        return design.with_fields(slot_budgets=DEFAULT_SLOT_BUDGETS)
+    return design
+
+
+def _greedy(logits: torch.Tensor) -> torch.Tensor:
+    return logits.argmax(-1)

@@ -1,0 +1,231 @@
+"""`offload`: a loaded `transformers` model decodes under a design, through the library's own cache and attention.
+
+    cache = offload(model, "clo")
+    model.generate(**inputs, past_key_values=cache)
+
+The model's own forward pass drives; what the design fetches, it fetches on the same thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from clo import presets
+from clo.engine import inline
+from clo.engine.decoder import Decoder, HeadProfile, StepTraffic, make_layers
+from clo.engine.layer import Layer, OffloadedLayer, StreamedLayer
+from clo.engine.network import Network
+from clo.errors import EngineError, SpecError
+from clo.plan import DecodePlan
+from clo.schedule.ops import Stage
+from clo.specs import Design
+
+ATTENTION_NAME = "clo"
+
+
+def offload(
+    model: Any,
+    design: str | Design = "clo",
+    *,
+    max_new_tokens: int = 1024,
+    heads: HeadProfile | None = None,
+    kv_memory_bytes: float | None = None,
+) -> OffloadedCache:
+    """Make `model` attend through a cache of `design` (a record, a preset's name or a TOML file), and return the cache.
+
+    Give it to `model.generate` or to the model as `past_key_values`; one cache serves one batch of prompts of equal
+    length. Prefill is the model's own, exact. `max_new_tokens` is the room after the prompt. With any other cache the
+    model works as before. Raises `SpecError` for a model or a design that does not fit.
+    """
+    chosen = presets.load_design(design) if isinstance(design, str) else design
+    decoder = Decoder(
+        Network(model), chosen, max_new_tokens=max_new_tokens, heads=heads, kv_memory_bytes=kv_memory_bytes
+    )
+    decoder.close()  # only its sizes and checks are needed: the model drives
+    AttentionInterface.register(ATTENTION_NAME, _attend)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    cache = OffloadedCache(decoder)
+    model.set_attn_implementation(ATTENTION_NAME)
+    return cache
+
+
+class OffloadedCache(Cache):  # type: ignore[misc]
+    """The KV cache of one batch. `traffic` says what the last token moved; `close` gives the model back as it was."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        network = decoder.network
+        self._decoder, self._network = decoder, network
+        self._attention_before = network.model.config._attn_implementation
+        self.plan: DecodePlan | None = None
+        self._kv: list[Layer] = []
+        self._lengths = torch.zeros(0, dtype=torch.int32)
+        self._predicted: set[int] = set()
+        count = len(network.layers)
+        super().__init__(layers=[_CacheLayer(self, layer) for layer in range(count)])
+        self._hooks = [
+            layer.register_forward_pre_hook(self._before(index), with_kwargs=True)
+            for index, layer in enumerate(network.layers)
+        ]
+
+    def close(self) -> None:
+        """Take the hooks off the model and set its attention back; a second call does nothing."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for layer in self._network.layers:
+            vars(layer.self_attn).pop("clo_layer", None)
+        self._network.model.set_attn_implementation(self._attention_before)
+
+    @property
+    def traffic(self) -> StepTraffic:
+        """What the last decoded token moved. Raises `EngineError` before there is one."""
+        if self.plan is None:
+            raise EngineError("cache: nothing has been decoded yet")
+        return StepTraffic.of(self.plan, self._kv)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the prompt has been read and tokens are decoded under the design."""
+        return self.plan is not None
+
+    def layer(self, index: int) -> Layer:
+        """The KV cache of one layer, once decoding has begun."""
+        return self._kv[index]
+
+    def begin_decoding(self) -> None:
+        """The prompt is complete: make the caches, and let each layer hand over what prefill left."""
+        first = self.layers[0]
+        batch, tokens = first.keys.shape[0], first.keys.shape[2]
+        self.plan = self._decoder.make_plan([tokens] * batch)
+        self._kv = make_layers(self._network, self.plan, self._decoder.heads, tokens + self._decoder.max_new_tokens)
+        self._lengths = torch.full((batch,), tokens, dtype=torch.int32, device=first.keys.device)
+        for layer, kv in zip(self.layers, self._kv, strict=True):
+            for sequence in range(batch):
+                kv.load(sequence, layer.keys[sequence], layer.values[sequence])
+            layer.hand_over()
+
+    def _before(self, layer: int) -> Callable[..., None]:
+        """Runs before decoder layer `layer`: a new token begins with the first, and prefetches start with each."""
+
+        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if kwargs.get("past_key_values") is not self:
+                return
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if layer == 0 and not self._starts(hidden):
+                return
+            if self.decodes and hidden.shape[1] == 1:
+                self._prefetch(layer, hidden, kwargs["position_embeddings"])
+
+        return hook
+
+    def _starts(self, hidden: torch.Tensor) -> bool:
+        """Whether a token is decoded, and not the prompt read."""
+        if self.get_seq_length() == 0 or (hidden.shape[1] > 1 and not self.decodes):
+            return False
+        if hidden.shape[1] > 1:
+            raise EngineError("cache: a second prompt of several tokens: decode one token at a time, or offload() anew")
+        if not self.decodes:
+            self.begin_decoding()
+        self._lengths = self._lengths + 1
+        room = self._kv[0].shape.max_tokens
+        if int(self._lengths.max()) > room:
+            raise EngineError(f"cache: there is room for {room} tokens: give offload() a larger max_new_tokens")
+        self._predicted.clear()
+        for kv in self._kv:
+            kv.counts.reset()
+        return True
+
+    def _prefetch(self, layer: int, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> None:
+        assert self.plan is not None
+        target = inline.predicts(self.plan, layer)
+        if target is not None:
+            kv = self._kv[target]
+            assert isinstance(kv, OffloadedLayer)
+            inline.prefetch(kv, self._network.predicted_query(target, hidden, rotation), self._lengths)
+            self._predicted.add(target)
+
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """The new token of each sequence, `[batch, kv_heads, 1, head_dim]`."""
+        kv, new = self._kv[layer], (key[:, :, 0].contiguous(), value[:, :, 0].contiguous())
+        if isinstance(kv, OffloadedLayer):
+            kv.append(*new, self._lengths, store=True)
+        else:
+            kv.append(*new, self._lengths)
+        self._network.layers[layer].self_attn.clo_layer = (self, layer)
+
+    def attend(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+        """Attention output `[batch, query_heads, head_dim]` under the design."""
+        assert self.plan is not None
+        kv = self._kv[layer]
+        if isinstance(kv, OffloadedLayer):
+            return inline.attend(kv, query, self._lengths, was_predicted=layer in self._predicted)
+        if isinstance(kv, StreamedLayer):
+            kv.copy(Stage.DEMAND, self._lengths, self.plan.design.page_size)
+        return kv.attend(query, self._lengths)
+
+    def decoded_length(self) -> int:
+        """Tokens in the cache while decoding."""
+        return int(self._lengths.max())
+
+
+class _CacheLayer(DynamicLayer):  # type: ignore[misc]
+    """Grows with the prompt as the library's own; from the first decoded token on the design's cache takes over."""
+
+    is_croppable = False
+
+    def __init__(self, cache: OffloadedCache, index: int) -> None:
+        super().__init__()
+        self._cache, self._index = cache, index
+
+    def hand_over(self) -> None:
+        """Prefill's copy is not needed any more."""
+        self.keys = self.values = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """New keys and values; while decoding, those of the new token stand for all: attention knows where the rest is."""
+        if not self._cache.decodes:
+            grown: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states)
+            return grown
+        self._cache.append(self._index, key_states, value_states)
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Tokens seen so far."""
+        return self._cache.decoded_length() if self._cache.decodes else int(super().get_seq_length())
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """While decoding no mask is needed: every cached token may be attended."""
+        length = self.get_seq_length() + (0 if self._cache.decodes else query_length)
+        return length, 0
+
+    def reset(self) -> None:
+        """Not possible once decoding has begun."""
+        if self._cache.decodes:
+            raise EngineError("cache: it has decoded already: offload() anew for another prompt")
+        super().reset()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Beam search keeps several continuations of one prompt, which this cache does not."""
+        raise SpecError("cache: beam search is not supported: sample or decode greedily")
+
+    batch_repeat_interleave = batch_select_indices = crop = reorder_cache
+
+
+def _attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+    """SDPA, but for a token that an `OffloadedCache` has just taken in."""
+    owner = vars(module).pop("clo_layer", None)
+    if owner is None:
+        if mask is not None and mask.shape[0] > 1 and query.shape[2] > 1 and not bool(mask[:, :, -1].all()):
+            raise SpecError("attention_mask: padded prompts are not supported here: use clo.engine.decoder.Decoder")
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    cache, layer = owner
+    return cache.attend(layer, query[:, :, 0].contiguous())[:, None], None

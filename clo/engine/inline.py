@@ -1,0 +1,57 @@
+"""A layer's part of a decode step on one thread, in the order in which the schedule lets things happen.
+
+For callers that drive the model themselves, such as `transformers`. The same operations as on a machine with lanes, so
+the same answers; nothing overlaps.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from clo.engine.layer import OffloadedLayer
+from clo.plan import DecodePlan
+from clo.schedule.ops import Stage
+from clo.specs import Cache
+
+
+def prefetch(layer: OffloadedLayer, predicted: torch.Tensor, lengths: torch.Tensor) -> None:
+    """Choose and fetch by a predicted query `[batch, query_heads, head_dim]`, before the layer runs."""
+    _choose(layer, Stage.PREFETCH, predicted, lengths)
+    layer.gather(Stage.PREFETCH)
+
+
+def attend(layer: OffloadedLayer, query: torch.Tensor, lengths: torch.Tensor, *, was_predicted: bool) -> torch.Tensor:
+    """What the real query still misses is fetched; then attention, `[batch, query_heads, head_dim]`."""
+    design = layer.design
+    if not (design.cache is Cache.NONE and was_predicted):
+        _choose(layer, Stage.DEMAND, query, lengths)
+        if design.offloads:
+            layer.gather(Stage.DEMAND)
+    attended = layer.attend(query, lengths)
+    if design.speculates_last_step:
+        layer.the_others_miss(query)
+        _select(layer, Stage.PREFETCH, query, lengths)
+        layer.gather(Stage.PREFETCH)
+    return attended
+
+
+def predicts(plan: DecodePlan, layer: int) -> int | None:
+    """The layer whose query is predicted from the input of `layer`."""
+    design, target = plan.design, layer + plan.design.prefetch_depth
+    ahead = design.prefetches and design.selects and not design.speculates_last_step
+    return target if ahead and plan.dense_layers <= target < plan.model.num_layers and target > layer else None
+
+
+def _choose(layer: OffloadedLayer, stage: Stage, query: torch.Tensor, lengths: torch.Tensor) -> None:
+    if layer.design.gated:
+        layer.test(stage, query)
+    else:
+        layer.everyone_misses(stage)
+    _select(layer, stage, query, lengths)
+
+
+def _select(layer: OffloadedLayer, stage: Stage, query: torch.Tensor, lengths: torch.Tensor) -> None:
+    layer.score(stage, query, lengths)
+    layer.select(stage, lengths)
+    if layer.design.cache in (Cache.LRU, Cache.HEAD_REUSE):
+        layer.resolve(stage)

@@ -1,0 +1,390 @@
+"""The KV cache of one layer: pages on the host, what of it is on the device, and the operations on both.
+
+Three kinds, by what the design does with the layer: everything on the device (dense), everything copied in every step
+(streamed), or a budget of pages fetched per KV head (offloaded). An operation here is what the schedule's operation of
+the same name does; this knows nothing about their order, threads or time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from clo.plan import DecodePlan
+from clo.schedule.ops import Stage
+from clo.specs import Cache, OnMiss, Selector
+from clo_kernels import append_kv, gather_pages, hit_test, resolve_pages, score_pages, select_pages
+from clo_kernels import sparse_decode_attention as sparse_attention
+from clo_kernels.layout import INT32, NO_PAGE, NO_SLOT, DeviceKV, PageTable, Resolved, ring_rows, window_start
+
+NEVER = float("-inf")
+"""The threshold of a head that never selects."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerShape:
+    """Sizes of one layer's cache. `max_tokens` counts a sequence's prompt and all that it will generate."""
+
+    batch: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_tokens: int
+    dtype: torch.dtype
+    device: torch.device
+    scale: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadSettings:
+    """What the head profile decides for one layer. Shapes: [kv_heads], [query_heads]."""
+
+    tau: torch.Tensor
+    importance: torch.Tensor | None = None
+    pinned: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class Counts:
+    """What moved since the last `reset`, in heads and pages, summed over the batch."""
+
+    missed: dict[Stage, int] = field(default_factory=lambda: dict.fromkeys(Stage, 0))
+    fetched: dict[Stage, int] = field(default_factory=lambda: dict.fromkeys(Stage, 0))
+    requested: int = 0
+    written_back: int = 0
+
+    def reset(self) -> None:
+        """Start over."""
+        self.missed = dict.fromkeys(Stage, 0)
+        self.fetched = dict.fromkeys(Stage, 0)
+        self.requested = self.written_back = 0
+
+
+class DenseLayer:
+    """Keys and values of every token on the device."""
+
+    def __init__(self, shape: LayerShape) -> None:
+        self.shape = shape
+        self.counts = Counts()
+        size = (shape.batch, shape.num_kv_heads, 2, shape.max_tokens, shape.head_dim)
+        self.kv = torch.zeros(size, dtype=shape.dtype, device=shape.device)
+
+    def load(self, sequence: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Take in a prompt's rotated keys and values, `[kv_heads, tokens, head_dim]`."""
+        self.kv[sequence, :, 0, : keys.shape[1]] = keys
+        self.kv[sequence, :, 1, : keys.shape[1]] = values
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Store the new token of each sequence, `[batch, kv_heads, head_dim]`, as token `lengths - 1`."""
+        rows = torch.arange(len(lengths), device=self.kv.device)
+        self.kv[rows, :, 0, lengths.long() - 1] = key
+        self.kv[rows, :, 1, lengths.long() - 1] = value
+
+    def attend(self, query: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Full attention of `query` `[batch, query_heads, head_dim]`, of the same shape."""
+        longest = int(lengths.max())
+        keys, values = self.kv[:, :, 0, :longest], self.kv[:, :, 1, :longest]
+        mask = torch.arange(longest, device=lengths.device)[None, :] < lengths[:, None]
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, None],
+            keys,
+            values,
+            attn_mask=mask[:, None, None],
+            scale=self.shape.scale,
+            enable_gqa=self.shape.num_query_heads != self.shape.num_kv_heads,
+        )
+        return attended[:, :, 0]
+
+
+class StreamedLayer(DenseLayer):
+    """Everything on the host, and a device buffer into which all of it is copied in every step."""
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__(shape)
+        self.host = torch.zeros(self.kv.shape, dtype=shape.dtype, pin_memory=shape.device.type == "cuda")
+
+    def load(self, sequence: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.host[sequence, :, 0, : keys.shape[1]] = keys
+        self.host[sequence, :, 1, : keys.shape[1]] = values
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor) -> None:
+        """The new token goes into the buffer now, and to the host for the next step."""
+        super().append(key, value, lengths)
+        rows = torch.arange(len(lengths))
+        self.host[rows, :, 0, lengths.cpu().long() - 1] = key.to("cpu")
+        self.host[rows, :, 1, lengths.cpu().long() - 1] = value.to("cpu")
+
+    def copy(self, stage: Stage, lengths: torch.Tensor, page_size: int) -> None:
+        """Bring all tokens but the newest, which is only now being computed."""
+        before = [int(length) - 1 for length in lengths]
+        for sequence, tokens in enumerate(before):
+            self.kv[sequence, :, :, :tokens].copy_(self.host[sequence, :, :, :tokens], non_blocking=True)
+        pages = sum(-(-tokens // page_size) for tokens in before) * self.shape.num_kv_heads
+        self.counts.fetched[stage] += pages
+        self.counts.requested += pages
+
+
+class OffloadedLayer:
+    """Pages on the host, a budget of them attended through device slots.
+
+    A page that leaves the window is stored to the host in that step and stays attended in the window until the next
+    one: it has a whole step to arrive, whoever moves it. The first page is always attended (the sinks are in it), the
+    pages between it and the window are the candidates of selection.
+    """
+
+    def __init__(self, plan: DecodePlan, shape: LayerShape, heads: HeadSettings) -> None:
+        self.plan, self.design, self.shape, self.heads = plan, plan.design, shape, heads
+        self.counts = Counts()
+        self.page_size = self.design.page_size
+        self.num_pages = -(-shape.max_tokens // self.page_size)
+        rows = (shape.batch, shape.num_kv_heads)
+        on_device = {"dtype": shape.dtype, "device": shape.device}
+        page = (2, self.page_size, shape.head_dim)
+        self.host_pages = torch.zeros(
+            (shape.batch, self.num_pages, shape.num_kv_heads, *page),
+            dtype=shape.dtype,
+            pin_memory=shape.device.type == "cuda",
+        )
+        everything = self.design.cache is Cache.RESIDENT
+        self.num_slots = self.num_pages if everything else max(1, min(self.plan.slot_pages, self.num_pages))
+        self.budget = max(1, min(self.plan.budget_pages, self.num_slots))
+        ring = ring_rows(self.design.recent_window_tokens + 1, self.page_size)
+        self.kv = DeviceKV(
+            sinks=torch.zeros((*rows, 2, self.page_size, shape.head_dim), **on_device),
+            window=torch.zeros((*rows, 2, ring, shape.head_dim), **on_device),
+            slots=torch.zeros((*rows, self.num_slots, *page), **on_device),
+            pinned=torch.zeros((shape.batch, len(heads.pinned), 2, shape.max_tokens, shape.head_dim), **on_device),
+            pinned_row=_pinned_rows(heads.pinned, shape),
+            recent_tokens=self.design.recent_window_tokens,
+        )
+        self.attended_kv = _with_window(self.kv, self.design.recent_window_tokens + 1)
+        self.index = torch.zeros((*rows, self.num_pages, self._index_vectors, shape.head_dim), **on_device)
+        self.table = PageTable.empty(*rows, self.num_slots, self.num_pages, str(shape.device))
+        self.anchor = torch.zeros((shape.batch, shape.num_query_heads, shape.head_dim), **on_device)
+        self.tau = heads.tau.to(shape.device, torch.float32).clone()
+        self.tau[list(heads.pinned)] = NEVER
+        self.selection = torch.full((*rows, self.budget), NO_PAGE, dtype=INT32, device=shape.device)
+        # what each stage chose: it is looked up and fetched while the other stage may already be choosing anew
+        self.chosen = {stage: self.selection.clone() for stage in Stage}
+        self.missed = {stage: torch.zeros(rows, dtype=torch.bool, device=shape.device) for stage in Stage}
+        self.scores = {
+            stage: torch.full((*rows, self.num_pages), NEVER, dtype=torch.float32, device=shape.device)
+            for stage in Stage
+        }
+        self.resolved = {stage: Resolved.like(self.selection) for stage in Stage}
+        self.slots_attended = torch.full_like(self.selection, NO_SLOT)
+        self._leaving: list[tuple[int, int]] = []
+
+    @property
+    def _index_vectors(self) -> int:
+        return 2 if self.design.selector is Selector.PAGE_MINMAX else 1
+
+    @property
+    def _fetches_everything(self) -> bool:
+        """Whether what a head selects is fetched whole, resident or not."""
+        return self.design.cache is Cache.NONE or self.design.on_miss is OnMiss.REPLACE
+
+    def load(self, sequence: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Take in a prompt's rotated keys and values, `[kv_heads, tokens, head_dim]`; the last pages stay in slots."""
+        both, tokens = torch.stack([keys, values], 1), keys.shape[1]
+        for head, row in enumerate(self.kv.pinned_row.tolist()):
+            if row >= 0:
+                self.kv.pinned[sequence, row, :, :tokens] = both[head]
+        start = window_start(tokens, self.kv.recent_tokens, self.page_size)
+        full = start // self.page_size
+        pages = both[:, :, :start].unflatten(2, (full, self.page_size)) if full else None
+        if pages is not None:
+            self.host_pages[sequence, :full] = pages.permute(2, 0, 1, 3, 4).to("cpu")
+            self.index[sequence, :, :full] = page_index(pages[:, 0], self._index_vectors)
+        if self.design.selector is Selector.EXACT:
+            self._remember_keys(sequence, keys)
+        count = min(self.kv.sinks.shape[3], tokens)
+        self.kv.sinks[sequence, :, :, :count] = both[:, :, :count]
+        ring = torch.arange(start, tokens, device=keys.device) % self.kv.ring_tokens
+        # the page that left last is still in the window in the next step
+        late = torch.arange(max(0, start - self.page_size), start, device=keys.device)
+        self.kv.window[sequence][:, :, ring] = both[:, :, start:]
+        self.kv.window[sequence][:, :, late % self.kv.ring_tokens] = both[:, :, late]
+        if self.design.cache is Cache.RESIDENT and pages is not None:
+            self.kv.slots[sequence, :, :full] = pages.transpose(1, 2)
+        elif self.design.cache is not Cache.NONE:
+            self._fill_slots(sequence, full)
+
+    def _remember_keys(self, sequence: int, keys: torch.Tensor) -> None:
+        if not hasattr(self, "keys"):
+            size = (self.shape.batch, self.shape.num_kv_heads, self.shape.max_tokens, self.shape.head_dim)
+            self.keys = torch.zeros(size, dtype=self.shape.dtype, device=self.shape.device)
+        self.keys[sequence, :, : keys.shape[1]] = keys
+
+    def _fill_slots(self, sequence: int, full: int) -> None:
+        """The pages computed last are on the device already: they begin in the slots, the newest used last."""
+        newest = range(max(1, full - self.num_slots), full)
+        for slot, page in enumerate(newest):
+            self.table.page_of_slot[sequence, :, slot] = page
+            self.table.slot_of_page[sequence, :, page] = slot
+            self.table.last_use[sequence, :, slot] = slot
+            self.kv.slots[sequence, :, slot] = self.host_pages[sequence, page].to(self.shape.device)
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor, *, store: bool) -> None:
+        """The new token into the window. With `store`, the page that leaves goes to the host by the same kernel."""
+        if self.design.selector is Selector.EXACT:
+            rows = torch.arange(len(lengths), device=key.device)
+            self.keys[rows, :, lengths.long() - 1] = key
+        lengths_now = [int(length) for length in lengths]
+        size, recent = self.page_size, self.kv.recent_tokens
+        starts = [(window_start(n - 1, recent, size), window_start(n, recent, size)) for n in lengths_now]
+        self._leaving = [(b, before // size) for b, (before, after) in enumerate(starts) if after > before]
+        self.counts.written_back += len(self._leaving) * (self.shape.num_kv_heads - len(self.heads.pinned))
+        if store:
+            append_kv.append_kv(key, value, lengths, self.kv, self.host_pages, self.index)
+            self._keep_on_device()
+            return
+        append_kv.append_kv(key, value, lengths, self.kv, self.host_pages[:, :0], self.index[:, :, :0].contiguous())
+        for sequence, page in self._leaving:
+            entry = page_index(self._window_page(sequence, page)[:, :1], self._index_vectors)
+            self.index[sequence, :, page] = entry[:, 0]
+
+    def _keep_on_device(self) -> None:
+        """Where nothing is offloaded, the page that leaves the window is a slot's from now on: its own."""
+        if self.design.cache is Cache.RESIDENT:
+            for sequence, page in self._leaving:
+                self.kv.slots[sequence, :, page] = self._window_page(sequence, page)
+
+    def _window_page(self, sequence: int, page: int) -> torch.Tensor:
+        """`[kv_heads, 2, page_size, head_dim]`."""
+        rows = torch.arange(page * self.page_size, (page + 1) * self.page_size) % self.kv.ring_tokens
+        return self.kv.window[sequence][:, :, rows.to(self.shape.device)]
+
+    def write_back(self) -> None:
+        """Pages that left the window in this step, to the host."""
+        for sequence, page in self._leaving:
+            self.host_pages[sequence, page] = self._window_page(sequence, page).to("cpu")
+
+    def test(self, stage: Stage, query: torch.Tensor) -> None:
+        """Which heads must select anew: those whose query has drifted from its anchor."""
+        fold, importance = self.design.gqa_fold.value, self.heads.importance
+        hit_test.hit_test(query, self.anchor, self.tau, fold=fold, importance=importance, out=self.missed[stage])
+
+    def everyone_misses(self, stage: Stage) -> None:
+        """Without a gate every head selects, but for the pinned ones."""
+        self.missed[stage].copy_((self.tau != NEVER).expand_as(self.missed[stage]))
+
+    def the_others_miss(self, query: torch.Tensor) -> None:
+        """Heads that were not corrected choose, by this step's query, what the next step attends."""
+        rest = ~self.missed[Stage.DEMAND] & (self.tau != NEVER)
+        self.missed[Stage.PREFETCH].copy_(rest)
+        group = self.shape.num_query_heads // self.shape.num_kv_heads
+        moved = rest.repeat_interleave(group, dim=1)
+        self.anchor[moved] = query[moved]
+
+    def score(self, stage: Stage, query: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Scores of the candidate pages of heads that missed."""
+        candidates, missed = self.candidates(lengths), self.missed[stage]
+        if self.design.selector is Selector.EXACT:
+            self._score_exactly(stage, query, lengths, candidates)
+        else:
+            score_pages.score_pages(
+                query, self.index, candidates, missed, scale=self.shape.scale, out=self.scores[stage]
+            )
+
+    def candidates(self, lengths: torch.Tensor) -> torch.Tensor:
+        """Pages 1 to this number may be selected, int32 `[batch]`."""
+        start = (lengths - self.attended_kv.recent_tokens).clamp(min=0) // self.page_size
+        return (start - 1).clamp(min=0).to(INT32)
+
+    def _score_exactly(
+        self, stage: Stage, query: torch.Tensor, lengths: torch.Tensor, candidates: torch.Tensor
+    ) -> None:
+        """Attention mass of each page, mean over the group: what an oracle would fetch."""
+        grouped = query.float().unflatten(1, (self.shape.num_kv_heads, -1))
+        for b, length in enumerate(lengths.tolist()):
+            mass = (
+                (grouped[b] @ self.keys[b, :, :length].float().transpose(1, 2) * self.shape.scale).softmax(-1).mean(1)
+            )
+            count, size = int(candidates[b]), self.page_size
+            scores = torch.full_like(self.scores[stage][b], NEVER)
+            scores[:, 1 : count + 1] = mass[:, size : (count + 1) * size].unflatten(1, (count, size)).sum(-1)
+            missed = self.missed[stage][b]
+            self.scores[stage][b, missed] = scores[missed]
+
+    def select(self, stage: Stage, lengths: torch.Tensor) -> None:
+        """The budget's best pages of heads that missed."""
+        missed = self.missed[stage]
+        select_pages.select_pages(self.scores[stage], self.candidates(lengths), missed, self.selection)
+        self.chosen[stage].copy_(self.selection)
+        self.counts.missed[stage] += int(missed.sum())
+        if self.design.cache is Cache.RESIDENT:
+            self.slots_attended.copy_(self.selection)
+        elif self._fetches_everything:
+            self._place_all(stage)
+
+    def resolve(self, stage: Stage) -> None:
+        """What of the selection is resident, what leaves, what is to be fetched."""
+        if not self._fetches_everything:
+            resolve_pages.resolve_pages(self.chosen[stage], self.missed[stage], self.table, out=self.resolved[stage])
+            self.slots_attended = self.resolved[stage].slots
+            self.counts.fetched[stage] += int(self.resolved[stage].num_fetched.sum())
+
+    def _place_all(self, stage: Stage) -> None:
+        """The n-th selected page goes into the n-th slot."""
+        out, missed = self.resolved[stage], self.missed[stage][..., None]
+        wanted = self.selection != NO_PAGE
+        slot = torch.arange(self.budget, dtype=INT32, device=self.selection.device)
+        out.slots.copy_(torch.where(wanted, slot, NO_SLOT))
+        # pages ascend and padding comes last: what is to be fetched is a prefix
+        out.fetch_pages.copy_(torch.where(missed & wanted, self.selection, NO_PAGE))
+        out.fetch_slots.copy_(torch.where(missed & wanted, slot, NO_SLOT))
+        out.num_fetched.copy_((missed & wanted).sum(-1))
+        self.slots_attended = out.slots
+        self.counts.fetched[stage] += int(out.num_fetched.sum())
+
+    def gather(self, stage: Stage) -> None:
+        """What was found missing, from the host into its slots."""
+        gather_pages.gather_pages(
+            self.host_pages, self.kv.slots, self.resolved[stage], num_programs=self.design.num_ctas
+        )
+
+    def fetches(self, stage: Stage) -> list[tuple[int, int, int, int]]:
+        """(sequence, KV head, page, slot) of what was found missing."""
+        found, moves = self.resolved[stage], []
+        for b, h in found.num_fetched.nonzero().tolist():
+            count = int(found.num_fetched[b, h])
+            pairs = zip(found.fetch_pages[b, h, :count].tolist(), found.fetch_slots[b, h, :count].tolist(), strict=True)
+            moves += [(b, h, page, slot) for page, slot in pairs]
+        return moves
+
+    def attend(self, query: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Attention over sinks, window and the selected pages (pinned heads: over everything)."""
+        self.counts.requested += int((self.selection != NO_PAGE).sum())
+        return sparse_attention.sparse_decode_attention(
+            query, self.attended_kv, self.slots_attended, lengths, scale=self.shape.scale
+        )
+
+
+Layer = DenseLayer | StreamedLayer | OffloadedLayer
+
+
+def page_index(keys: torch.Tensor, vectors: int) -> torch.Tensor:
+    """Index entries `[..., vectors, head_dim]` of pages of keys `[..., page_size, head_dim]`: min and max, or mean."""
+    if vectors == 2:
+        return torch.stack([keys.amin(-2), keys.amax(-2)], -2)
+    return keys.float().mean(-2, keepdim=True).to(keys.dtype)
+
+
+def _pinned_rows(pinned: tuple[int, ...], shape: LayerShape) -> torch.Tensor:
+    rows = torch.full((shape.num_kv_heads,), -1, dtype=INT32, device=shape.device)
+    for row, head in enumerate(pinned):
+        rows[head] = row
+    return rows
+
+
+def _with_window(kv: DeviceKV, recent_tokens: int) -> DeviceKV:
+    return DeviceKV(
+        sinks=kv.sinks,
+        window=kv.window,
+        slots=kv.slots,
+        pinned=kv.pinned,
+        pinned_row=kv.pinned_row,
+        recent_tokens=recent_tokens,
+    )

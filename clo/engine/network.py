@@ -1,0 +1,142 @@
+"""A loaded `transformers` decoder taken apart into the operations of the schedule. Knows nothing about KV caches.
+
+Works for models built like Llama, Qwen2, Qwen3 and Mistral: separate projections, grouped heads, rotary positions, a
+gated MLP. Each operation runs the model's own modules.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from clo.engine.record import decoder_layers, project_query
+from clo.errors import SpecError
+from clo.specs import ModelSpec
+
+Rotation = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines of the positions of a step, as the model's rotary embedding gives them."""
+
+
+class Network:
+    """The weights of a decoder, operation by operation. Hidden states are `[batch, 1, hidden_size]`."""
+
+    def __init__(self, model: Any, name: str = "") -> None:
+        self.model = model
+        self.layers = decoder_layers(model)
+        _check_mlp(model, self.layers)
+        self.spec = spec_of(model, name)
+        self.scale = float(self.layers[0].self_attn.scaling)
+        self.dtype: torch.dtype = self.layers[0].self_attn.q_proj.weight.dtype
+        self.device: torch.device = self.layers[0].self_attn.q_proj.weight.device
+        self._rotate = sys.modules[type(self.layers[0].self_attn).__module__].apply_rotary_pos_emb
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Hidden states of one token a sequence, `[batch]` -> `[batch, 1, hidden_size]`."""
+        hidden: torch.Tensor = self.model.model.embed_tokens(tokens[:, None])
+        return hidden
+
+    def rotation(self, hidden: torch.Tensor, positions: torch.Tensor) -> Rotation:
+        """For the new token's position in each sequence, `[batch]`."""
+        rotation: Rotation = self.model.model.rotary_emb(hidden, positions[:, None])
+        return rotation
+
+    def input_norm(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Before attention."""
+        normed: torch.Tensor = self.layers[layer].input_layernorm(hidden)
+        return normed
+
+    def qkv(self, layer: int, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value before rotation, `[batch, heads, 1, head_dim]`."""
+        attention = self.layers[layer].self_attn
+        query, key, value = (
+            projection(normed).unflatten(-1, (-1, attention.head_dim))
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        if getattr(attention, "q_norm", None) is not None:
+            query, key = attention.q_norm(query), attention.k_norm(key)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def rotate(self, query: torch.Tensor, key: torch.Tensor, rotation: Rotation) -> Rotation:
+        """Rotary positions into query and key."""
+        rotated: Rotation = self._rotate(query, key, *rotation)
+        return rotated
+
+    def predicted_query(self, layer: int, hidden: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+        """What `layer` would ask if an earlier layer's input were its own, `[batch, query_heads, head_dim]`."""
+        query: torch.Tensor = project_query(self.layers[layer], hidden, rotation)[:, :, 0]
+        return query.contiguous()
+
+    def out_proj(self, layer: int, attended: torch.Tensor) -> torch.Tensor:
+        """Attention's contribution to the hidden state, from `[batch, query_heads, head_dim]`."""
+        projected: torch.Tensor = self.layers[layer].self_attn.o_proj(attended.flatten(1)[:, None])
+        return projected
+
+    def post_norm(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Before the MLP."""
+        normed: torch.Tensor = self.layers[layer].post_attention_layernorm(hidden)
+        return normed
+
+    def gate_up_proj(self, layer: int, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The MLP's gate and what it gates."""
+        mlp = self.layers[layer].mlp
+        return mlp.gate_proj(normed), mlp.up_proj(normed)
+
+    def activation(self, layer: int, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Gated activation."""
+        activated: torch.Tensor = self.layers[layer].mlp.act_fn(gate) * up
+        return activated
+
+    def down_proj(self, layer: int, activated: torch.Tensor) -> torch.Tensor:
+        """The MLP's contribution to the hidden state."""
+        projected: torch.Tensor = self.layers[layer].mlp.down_proj(activated)
+        return projected
+
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """After the last layer."""
+        normed: torch.Tensor = self.model.model.norm(hidden)
+        return normed
+
+    def lm_head(self, normed: torch.Tensor) -> torch.Tensor:
+        """Logits `[batch, vocab_size]`."""
+        logits: torch.Tensor = self.model.lm_head(normed)[:, 0]
+        return logits
+
+
+def spec_of(model: Any, name: str = "") -> ModelSpec:
+    """The `ModelSpec` of a loaded model. Raises `SpecError` for a model that is built differently."""
+    config, attention = model.config, decoder_layers(model)[0].self_attn
+    head_dim, weight = int(attention.head_dim), attention.q_proj.weight
+    return ModelSpec.parse(
+        {
+            "name": name or config.name_or_path.rstrip("/").rsplit("/", 1)[-1] or type(model).__name__,
+            "source": f"loaded {type(model).__name__}",
+            "num_layers": len(model.model.layers),
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_query_heads": weight.shape[0] // head_dim,
+            "num_kv_heads": attention.k_proj.weight.shape[0] // head_dim,
+            "head_dim": head_dim,
+            "vocab_size": config.vocab_size,
+            "max_positions": config.max_position_embeddings,
+            "tied_embeddings": bool(config.tie_word_embeddings),
+            "weight_bytes_per_value": float(weight.element_size()),
+            "kv_bytes_per_value": float(weight.element_size()),
+        }
+    )
+
+
+def _check_mlp(model: Any, layers: list[Any]) -> None:
+    for part in ("post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.v_proj"):
+        for layer in layers:
+            module: Any = layer
+            for step in part.split("."):
+                module = getattr(module, step, None)
+            if module is None:
+                raise SpecError(f"model {type(model).__name__}: layers lack {part}: not a Llama or Qwen-style model")
+    if getattr(model.config, "sliding_window", None) and getattr(model.config, "use_sliding_window", True):
+        raise SpecError(
+            f"model {type(model).__name__}: attention is limited to a sliding window of {model.config.sliding_window} "
+            "tokens: such layers need no offloading and are not supported"
+        )

@@ -1,0 +1,229 @@
+"""What each operation of the schedule does to real tensors. Knows nothing about lanes, threads or time.
+
+One decode step is the operations of `clo.schedule` in any order that its waits allow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+
+import torch
+
+from clo.engine.layer import DenseLayer, Layer, OffloadedLayer, StreamedLayer
+from clo.engine.network import Network, Rotation
+from clo.errors import EngineError
+from clo.plan import DecodePlan
+from clo.schedule import Op
+from clo.schedule.ops import Stage
+from clo_kernels.layout import INT32
+
+PREFETCH_MARK = "prefetch."
+
+
+class Operations:
+    """The tensors of one batch while it decodes, and every operation on them by its name in the schedule."""
+
+    def __init__(self, network: Network, plan: DecodePlan, layers: Sequence[Layer], pool: Executor) -> None:
+        self.network, self.plan, self.layers = network, plan, layers
+        self._pool = pool
+        self._stores = not (plan.design.cpu_moves and plan.design.sync != "graph")
+        self.lengths = torch.zeros(plan.workload.batch, dtype=INT32, device=network.device)
+        self.logits = torch.empty(0)
+        self._hidden = self._normed = self._query = self._key = self._value = torch.empty(0)
+        self._attended = self._activated = torch.empty(0)
+        self._gate_up = (torch.empty(0), torch.empty(0))
+        self._rotation: Rotation = (torch.empty(0), torch.empty(0))
+        self._predicted: dict[int, torch.Tensor] = {}
+        self._real: dict[int, torch.Tensor] = {}
+        self._staging: dict[tuple[Stage, int], torch.Tensor] = {}
+        self._by_name: dict[str, Callable[[Stage, int], None]] = {
+            "input_norm": self._input_norm,
+            "qkv_proj": self._qkv_proj,
+            "append_kv": self._append_kv,
+            "write_back": self._write_back,
+            "hit_test": self._hit_test,
+            "score_pages": self._score_pages,
+            "select_pages": lambda stage, layer: self._offloaded(layer).select(stage, self.lengths),
+            "resolve_pages": lambda stage, layer: self._offloaded(layer).resolve(stage),
+            "lru_update": lambda stage, layer: self._offloaded(layer).resolve(stage),
+            "gather_pages": lambda stage, layer: self._offloaded(layer).gather(stage),
+            "copy_pages": self._copy_pages,
+            "host_gather": self._host_gather,
+            "copy_staged": self._copy_staged,
+            "bar_write": self._bar_write,
+            "attention": self._attention,
+            "pinned_attention": self._pinned_attention,
+            "out_proj": self._out_proj,
+            "post_norm": self._post_norm,
+            "gate_up_proj": self._gate_up_proj,
+            "activation": self._activation,
+            "down_proj": self._down_proj,
+            "final_norm": self._final_norm,
+            "lm_head": self._lm_head,
+            "sample": self._nothing,
+        }
+
+    def begin(self, tokens: torch.Tensor) -> None:
+        """The next token of every sequence, `[batch]`."""
+        self.lengths += 1
+        self._hidden = self.network.embed(tokens)
+        self._rotation = self.network.rotation(self._hidden, self.lengths.long() - 1)
+        self._predicted.clear()
+
+    def run(self, op: Op) -> None:
+        """Do `op`; of a name that the schedule does not use, `KeyError`."""
+        stage = _stage_of(op)
+        with torch.inference_mode():
+            self._by_name[op.name.removeprefix(PREFETCH_MARK)](stage, op.layer)
+
+    def moved_bytes(self, op: Op) -> float:
+        """Bytes that `op`, just done, moved over the host link."""
+        kv, stage = self.layers[op.layer], _stage_of(op)
+        name = op.name.removeprefix(PREFETCH_MARK)
+        if isinstance(kv, StreamedLayer) and name == "copy_pages":
+            tokens = int(self.lengths.sum()) - len(self.lengths)
+            return tokens * self.plan.model.layer_token_bytes
+        if isinstance(kv, OffloadedLayer) and name in ("gather_pages", "copy_pages", "copy_staged", "bar_write"):
+            return int(kv.resolved[stage].num_fetched.sum()) * self.plan.page_bytes
+        return 0.0
+
+    def _offloaded(self, layer: int) -> OffloadedLayer:
+        kv = self.layers[layer]
+        assert isinstance(kv, OffloadedLayer), f"layer {layer} fetches no pages"
+        return kv
+
+    def _nothing(self, _stage: Stage, _layer: int) -> None:
+        """Done elsewhere: the caller samples."""
+
+    def _input_norm(self, _stage: Stage, layer: int) -> None:
+        self._normed = self.network.input_norm(layer, self._hidden)
+
+    def _qkv_proj(self, _stage: Stage, layer: int) -> None:
+        self._query, self._key, self._value = self.network.qkv(layer, self._normed)
+        target = layer + self.plan.design.prefetch_depth
+        if self._predicts(layer, target):
+            self._predicted[target] = self.network.predicted_query(target, self._hidden, self._rotation)
+
+    def _predicts(self, layer: int, target: int) -> bool:
+        design = self.plan.design
+        ahead = design.prefetches and design.selects and not design.speculates_last_step
+        return ahead and layer < target < len(self.layers) and isinstance(self.layers[target], OffloadedLayer)
+
+    def _append_kv(self, _stage: Stage, layer: int) -> None:
+        query, key = self.network.rotate(self._query, self._key, self._rotation)
+        self._real[layer] = query[:, :, 0].contiguous()
+        new_key, new_value = key[:, :, 0].contiguous(), self._value[:, :, 0].contiguous()
+        kv = self.layers[layer]
+        if isinstance(kv, OffloadedLayer):
+            kv.append(new_key, new_value, self.lengths, store=self._stores)
+        else:
+            kv.append(new_key, new_value, self.lengths)
+
+    def _write_back(self, _stage: Stage, layer: int) -> None:
+        kv = self.layers[layer]
+        if isinstance(kv, OffloadedLayer):
+            kv.write_back()
+
+    def _query_of(self, stage: Stage, layer: int) -> torch.Tensor:
+        speculates = self.plan.design.speculates_last_step
+        return self._predicted[layer] if stage is Stage.PREFETCH and not speculates else self._real[layer]
+
+    def _hit_test(self, stage: Stage, layer: int) -> None:
+        self._offloaded(layer).test(stage, self._query_of(stage, layer))
+
+    def _score_pages(self, stage: Stage, layer: int) -> None:
+        kv, design = self._offloaded(layer), self.plan.design
+        if design.speculates_last_step and stage is Stage.PREFETCH:
+            kv.the_others_miss(self._real[layer])
+        elif not design.gated:
+            kv.everyone_misses(stage)
+        kv.score(stage, self._query_of(stage, layer), self.lengths)
+
+    def _copy_pages(self, stage: Stage, layer: int) -> None:
+        kv = self.layers[layer]
+        if isinstance(kv, StreamedLayer):
+            kv.copy(stage, self.lengths, self.plan.design.page_size)
+            return
+        offloaded = self._offloaded(layer)
+        for b, h, page, slot in offloaded.fetches(stage):
+            offloaded.kv.slots[b, h, slot].copy_(offloaded.host_pages[b, page, h], non_blocking=True)
+
+    def _host_gather(self, stage: Stage, layer: int) -> None:
+        kv = self._offloaded(layer)
+        moves = kv.fetches(stage)
+        staging = torch.empty((len(moves), *kv.host_pages.shape[3:]), dtype=kv.host_pages.dtype)
+
+        def collect(part: list[int]) -> None:
+            for at in part:
+                b, h, page, _ = moves[at]
+                staging[at] = kv.host_pages[b, page, h]
+
+        self._in_parts(collect, len(moves))
+        self._staging[stage, layer] = staging
+
+    def _copy_staged(self, stage: Stage, layer: int) -> None:
+        kv, staging = self._offloaded(layer), self._staging.pop((stage, layer))
+        arrived = staging.to(kv.kv.slots.device, non_blocking=True)
+        for at, (b, h, _, slot) in enumerate(kv.fetches(stage)):
+            kv.kv.slots[b, h, slot] = arrived[at]
+
+    def _bar_write(self, stage: Stage, layer: int) -> None:
+        """On the CPU machine device memory is as writable as any: threads store into the slots."""
+        kv = self._offloaded(layer)
+        moves = kv.fetches(stage)
+
+        def write(part: list[int]) -> None:
+            for at in part:
+                b, h, page, slot = moves[at]
+                kv.kv.slots[b, h, slot] = kv.host_pages[b, page, h]
+
+        self._in_parts(write, len(moves))
+
+    def _in_parts(self, work: Callable[[list[int]], None], count: int) -> None:
+        threads = min(self.plan.design.transfer_threads, count)
+        futures = [self._pool.submit(_quietly, work, list(range(part, count, threads))) for part in range(threads)]
+        for future in futures:
+            future.result()
+
+    def _attention(self, _stage: Stage, layer: int) -> None:
+        kv = self.layers[layer]
+        assert isinstance(kv, DenseLayer | OffloadedLayer)
+        self._attended = kv.attend(self._real[layer], self.lengths)
+
+    def _pinned_attention(self, stage: Stage, layer: int) -> None:
+        """Pinned heads are attended with the others, unless there are no others."""
+        if self.plan.pinned_heads_per_layer == self.plan.model.num_kv_heads:
+            self._attention(stage, layer)
+
+    def _out_proj(self, _stage: Stage, layer: int) -> None:
+        self._hidden = self._hidden + self.network.out_proj(layer, self._attended)
+
+    def _post_norm(self, _stage: Stage, layer: int) -> None:
+        self._normed = self.network.post_norm(layer, self._hidden)
+
+    def _gate_up_proj(self, _stage: Stage, layer: int) -> None:
+        self._gate_up = self.network.gate_up_proj(layer, self._normed)
+
+    def _activation(self, _stage: Stage, layer: int) -> None:
+        self._activated = self.network.activation(layer, *self._gate_up)
+
+    def _down_proj(self, _stage: Stage, layer: int) -> None:
+        self._hidden = self._hidden + self.network.down_proj(layer, self._activated)
+
+    def _final_norm(self, _stage: Stage, _layer: int) -> None:
+        self._normed = self.network.final_norm(self._hidden)
+
+    def _lm_head(self, _stage: Stage, _layer: int) -> None:
+        self.logits = self.network.lm_head(self._normed)
+        if not bool(torch.isfinite(self.logits).all()):
+            raise EngineError("lm_head: the logits are not finite: a query, key or weight holds NaN or infinity")
+
+
+def _stage_of(op: Op) -> Stage:
+    return Stage.PREFETCH if op.name.startswith(PREFETCH_MARK) else Stage.DEMAND
+
+
+def _quietly(work: Callable[[list[int]], None], part: list[int]) -> None:
+    with torch.inference_mode():
+        work(part)

@@ -1,0 +1,70 @@
+"""A random model small enough to decode thousands of steps, and designs that fit it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+
+from clo import presets
+from clo.specs import Design
+
+PAGE, SINKS, WINDOW = 4, 2, 10
+LAYERS, KV_HEADS, GROUP, DIM, VOCABULARY = 4, 2, 3, 16, 61
+
+
+def small_model(kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """Large weights make attention far from uniform, so that what is attended matters."""
+    torch.manual_seed(seed)
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": KV_HEADS * GROUP,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": DIM,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.15,
+        "eos_token_id": None,
+        "bos_token_id": None,
+        "pad_token_id": None,
+    } | changes
+    kinds = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    }
+    config, model = kinds[kind]
+    if kind == "qwen2":
+        shape.pop("head_dim")
+        shape |= {"hidden_size": KV_HEADS * GROUP * DIM}
+    return model(config(**shape)).to(dtype).eval()
+
+
+def design(name: str, **changes: Any) -> Design:
+    """A named design with small pages."""
+    small = {
+        "page_size": PAGE,
+        "num_sink_tokens": SINKS,
+        "recent_window_tokens": WINDOW,
+        "gqa_fold": "mean",
+        "target_hit_rate": None,
+    }
+    chosen = presets.load_design(name)
+    if chosen.selects and chosen.dense_layers:
+        small["dense_layers"] = 1
+    return chosen.with_fields(**small | changes)
+
+
+def prompt(tokens: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids `[tokens]`."""
+    return torch.randint(0, VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(seed))
+
+
+def dense_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits `[tokens, vocabulary]` of the model's own full attention, without a cache."""
+    with torch.inference_mode():
+        logits: torch.Tensor = model(tokens[None]).logits[0]
+    return logits

@@ -1,0 +1,94 @@
+"""`offload`: the library's own forward pass and `generate` give what the decoder on its lanes gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small import VOCABULARY, dense_logits, design, prompt, small_model
+
+from clo import presets
+from clo.engine import offload
+from clo.engine.decoder import Decoder
+from clo.errors import EngineError, SpecError
+
+
+def sizes(name: str) -> dict[str, Any]:
+    return {"budget_pages": 3} if presets.load_design(name).selects else {}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", presets.names("designs"))
+def test_generate_gives_the_decoders_tokens(name: str, kind: str) -> None:
+    model, chosen, text = small_model(kind), design(name, **sizes(name)), prompt(80)
+    with Decoder(model, chosen, max_new_tokens=25) as decoder:
+        wanted = [int(token) for token in decoder.generate([text])]
+    cache = offload(model, chosen, max_new_tokens=40)
+    found = model.generate(text[None], past_key_values=cache, max_new_tokens=25, do_sample=False)
+    assert found[0, 80:].tolist() == wanted
+    assert cache.traffic.page_bytes > 0
+    cache.close()
+
+
+def test_without_the_cache_the_model_is_as_before() -> None:
+    model, text = small_model(), prompt(60)
+    before = dense_logits(model, text)
+    cache = offload(model, design("clo", budget_pages=2))
+    assert torch.equal(dense_logits(model, text), before)
+    cache.close()
+    assert torch.equal(dense_logits(model, text), before)
+    assert model.config._attn_implementation != "clo"
+    assert not any(layer._forward_pre_hooks for layer in model.model.layers)
+
+
+def test_sampling_and_a_batch_and_a_streamer() -> None:
+    model, batch = small_model(), torch.stack([prompt(70, 1), prompt(70, 2)])
+    cache = offload(model, design("resolve", budget_pages=3), max_new_tokens=20)
+    torch.manual_seed(3)
+    found = model.generate(batch, past_key_values=cache, max_new_tokens=10, do_sample=True, top_k=5)
+    assert found.shape == (2, 80)
+    assert int(found.max()) < VOCABULARY
+    cache.close()
+
+    class Streamer:
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.seen += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.seen.append(-1)
+
+    streamer, cache = Streamer(), offload(model, design("clo", budget_pages=3), max_new_tokens=20)
+    text = prompt(70, 1)
+    found = model.generate(text[None], past_key_values=cache, max_new_tokens=6, do_sample=False, streamer=streamer)
+    assert streamer.seen == [*found[0].tolist(), -1]
+    cache.close()
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    model, text = small_model(), prompt(70)
+    cache = offload(model, design("clo", budget_pages=3), max_new_tokens=3)
+    with torch.inference_mode():
+        logits = model(text[None], past_key_values=cache).logits
+        for _ in range(3):
+            logits = model(logits[:, -1:].argmax(-1), past_key_values=cache).logits
+        with pytest.raises(EngineError, match="room for 73 tokens"):
+            model(logits[:, -1:].argmax(-1), past_key_values=cache)
+        with pytest.raises(EngineError, match="second prompt"):
+            model(text[None], past_key_values=cache)
+    cache.close()
+    cache = offload(model, design("clo", budget_pages=3))
+    with pytest.raises(SpecError, match="beam search"):
+        model.generate(text[None], past_key_values=cache, num_beams=2, max_new_tokens=3, do_sample=False)
+    cache.close()
+    cache = offload(model, design("clo", budget_pages=3))
+    mask = torch.ones(2, 70, dtype=torch.long)
+    mask[0, :5] = 0
+    with pytest.raises(SpecError, match="padded prompts"):
+        model.generate(
+            torch.stack([text, text]), attention_mask=mask, past_key_values=cache, max_new_tokens=3, do_sample=False
+        )
+    cache.close()
