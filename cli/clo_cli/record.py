@@ -40,7 +40,7 @@ def record(
     from clo.files import check_target
 
     check_target(out)
-    words, source = _read_text(text)
+    words, source = read_text(text)
     with _progress_bar() as progress:
         trace = record_trace(
             model,
@@ -60,7 +60,8 @@ def record(
         click.echo(f"{out}: {steps} steps from {context} tokens, {out.stat().st_size / 1e6:.2f} MB")
 
 
-def _read_text(path: Path | None) -> tuple[str, str]:
+def read_text(path: Path | None) -> tuple[str, str]:
+    """The text of a file, or the one that every Python carries; and what it is called."""
     from clo.engine.record import default_text
     from clo.errors import SpecError
 

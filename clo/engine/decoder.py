@@ -81,6 +81,34 @@ class StepTraffic:
         return 1.0 - min(1.0, moved / self.requested_pages) if self.requested_pages else 1.0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """A prompt that has been read: rotated keys and values `[kv_heads, tokens, head_dim]` by layer, and the logits."""
+
+    kv: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    logits: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return int(self.kv[0][0].shape[1])
+
+
+def read_prompt(network: Network, tokens: torch.Tensor) -> Prompt:
+    """Prefill in chunks with the model's own attention. Raises `SpecError` for a prompt that is empty or too long."""
+    from transformers import DynamicCache
+
+    limit = network.spec.max_positions
+    if not 1 <= len(tokens) <= limit:
+        raise SpecError(f"prompt of {len(tokens)} tokens: {network.spec.name} takes 1 to {limit}")
+    cache, logits = DynamicCache(), torch.empty(0)
+    with torch.inference_mode():
+        for start in range(0, len(tokens), PREFILL_CHUNK_TOKENS):
+            chunk = tokens[None, start : start + PREFILL_CHUNK_TOKENS].to(network.device)
+            logits = network.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    return Prompt(tuple((layer.keys[0], layer.values[0]) for layer in cache.layers), logits[0, -1])
+
+
 class Decoder:
     """One batch of sequences decoding under `design`.
 
@@ -133,12 +161,13 @@ class Decoder:
         """The KV cache, layer by layer."""
         return self._ready().layers
 
-    def prefill(self, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
+    def prefill(self, prompts: Sequence[torch.Tensor | Prompt]) -> torch.Tensor:
         """Read the prompts, token ids `[tokens]` of any length each; logits `[batch, vocab_size]` of what follows.
 
-        Pages go to the host while the next chunk is computed. Starts the decoder anew.
+        Prompts that have been read before (`read_prompt`) are only taken in. Starts the decoder anew.
         """
-        lengths = [len(prompt) for prompt in prompts]
+        read = [prompt if isinstance(prompt, Prompt) else read_prompt(self.network, prompt) for prompt in prompts]
+        lengths = [prompt.num_tokens for prompt in read]
         self.plan = self.make_plan(lengths)
         if self._machine is not None:
             self._machine.close()
@@ -146,9 +175,11 @@ class Decoder:
         self._operations = Operations(self.network, self.plan, layers, self._pool)
         self._machine = CpuMachine(self._do, patience_s=self._patience_s)
         self._broken = False
-        logits = [self._read(sequence, prompt, layers) for sequence, prompt in enumerate(prompts)]
+        for sequence, prompt in enumerate(read):
+            for layer, (keys, values) in zip(layers, prompt.kv, strict=True):
+                layer.load(sequence, keys, values)
         self._operations.lengths += torch.tensor(lengths, dtype=torch.int32, device=self.network.device)
-        return torch.stack(logits)
+        return torch.stack([prompt.logits for prompt in read])
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Decode one token a sequence, `[batch]`; logits `[batch, vocab_size]` of the next.
@@ -173,7 +204,9 @@ class Decoder:
         self._broken = False
         return operations.logits
 
-    def generate(self, prompts: Sequence[torch.Tensor], *, sampler: Sampler | None = None) -> Iterator[torch.Tensor]:
+    def generate(
+        self, prompts: Sequence[torch.Tensor | Prompt], *, sampler: Sampler | None = None
+    ) -> Iterator[torch.Tensor]:
         """Tokens `[batch]` one after another, `max_new_tokens` of them; greedy unless a `sampler` is given."""
         choose = sampler or _greedy
         logits = self.prefill(prompts)
@@ -215,18 +248,6 @@ class Decoder:
         return make_plan(
             model, local_machine(self.network.device), self.design, workload, kv_memory_bytes=self._kv_memory_bytes
         )
-
-    def _read(self, sequence: int, prompt: torch.Tensor, layers: Sequence[Layer]) -> torch.Tensor:
-        from transformers import DynamicCache
-
-        cache, logits = DynamicCache(), torch.empty(0)
-        with torch.inference_mode():
-            for start in range(0, len(prompt), PREFILL_CHUNK_TOKENS):
-                chunk = prompt[None, start : start + PREFILL_CHUNK_TOKENS].to(self.network.device)
-                logits = self.network.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-            for layer, held in zip(layers, cache.layers, strict=True):
-                layer.load(sequence, held.keys[0], held.values[0])
-        return logits[0, -1]
 
 
 def make_layers(network: Network, plan: DecodePlan, heads: HeadProfile, max_tokens: int) -> list[Layer]:

@@ -191,7 +191,7 @@ class _CacheLayer(DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """New keys and values; while decoding, those of the new token stand for all: attention knows where the rest is."""
+        """New keys and values; while decoding, those of the new token: attention knows where the rest is."""
         if not self._cache.decodes:
             grown: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states)
             return grown

@@ -1,0 +1,148 @@
+"""`clo generate`: text from a real model that decodes under a design. Knows nothing about how it decodes."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from clo_cli.options import design_from, overrides_from
+
+
+@click.command()
+@click.argument("prompt")
+@click.option("--model", default="smollm2-135m", show_default=True, help="smollm2-135m, a model folder or a hub name.")
+@click.option("--design", "design_name", default="clo", show_default=True, help="Preset or TOML file.")
+@click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Change a field: design.tau=0.9.")
+@click.option("--tokens", default=64, show_default=True, help="Tokens to generate.")
+@click.option("--temperature", default=0.0, show_default=True, help="0: the most likely token each time.")
+@click.option("--seed", default=0, show_default=True, help="For sampling.")
+@click.option("--heads", "trace_path", help="A trace of the model, from which head thresholds and weights are taken.")
+@click.option("--timeline", type=click.Path(path_type=Path), help="Write the last step as Chrome trace JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print text and figures as JSON, nothing before the end.")
+def generate(
+    prompt: str,
+    model: str,
+    design_name: str,
+    settings: tuple[str, ...],
+    tokens: int,
+    temperature: float,
+    seed: int,
+    trace_path: str | None,
+    timeline: Path | None,
+    as_json: bool,
+) -> None:
+    """Continue PROMPT (or the text of @FILE) with a real model whose KV cache is offloaded under a design.
+
+    \b
+    clo generate "The three laws of" --tokens 40
+    clo generate @book.txt --design resolve --set design.budget_fraction=0.05 --timeline step.json
+    """
+    from clo.files import check_target
+
+    design, words = design_from(design_name, overrides_from(settings)), _prompt(prompt)
+    _check(tokens, temperature)
+    if timeline is not None:
+        check_target(timeline)
+    figures = _generate(model, design, words, tokens, temperature, seed, trace_path, timeline, as_json)
+    if as_json:
+        click.echo(json.dumps(figures, indent=1))
+    else:
+        click.echo(
+            f"\n\n{figures['design']}: {figures['prompt_tokens']} + {figures['tokens']} tokens, "
+            f"TPOT {1e3 * figures['tpot_s']:.0f} ms, hit rate {figures['hit_rate']:.1%}, "
+            f"{figures['h2d_bytes_per_step'] / 1e6:.3g} MB a step host to device, "
+            f"KV on the device {figures['kv_device_bytes'] / 1e6:.3g} MB, "
+            f"on the host {figures['host_bytes'] / 1e6:.3g} MB",
+            err=True,
+        )
+
+
+def _check(tokens: int, temperature: float) -> None:
+    from clo.errors import SpecError
+
+    if tokens < 1:
+        raise SpecError(f"--tokens = {tokens}: must be at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise SpecError(f"--temperature = {temperature}: must be 0 or a positive number")
+
+
+def _prompt(given: str) -> str:
+    from clo.errors import SpecError
+
+    if not given.startswith("@"):
+        if not given:
+            raise SpecError("PROMPT: empty")
+        return given
+    try:
+        return Path(given[1:]).read_text(encoding="utf-8")
+    except OSError as error:
+        raise SpecError(f"PROMPT {given}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise SpecError(f"PROMPT {given}: not UTF-8 text") from None
+
+
+def _generate(
+    name: str,
+    design: Any,
+    words: str,
+    count: int,
+    temperature: float,
+    seed: int,
+    trace_path: str | None,
+    timeline: Path | None,
+    as_json: bool,
+) -> dict[str, Any]:
+    from clo.engine.decoder import Decoder
+    from clo_cli.models import load_for_decoding, with_heads
+
+    model, tokenizer = load_for_decoding(name)
+    design, heads = with_heads(design, model, trace_path)
+    ids = tokenizer(words, return_tensors="pt", verbose=False).input_ids[0]
+    said: list[int] = []
+    seconds, moved, hits, shown = [], 0.0, 0.0, ""
+    with Decoder(model, design, max_new_tokens=count, heads=heads) as decoder:
+        began = time.perf_counter()
+        for token in decoder.generate([ids], sampler=_sampler(temperature, seed)):
+            if said:
+                seconds.append(time.perf_counter() - began)
+                moved, hits = moved + decoder.traffic.h2d_bytes, hits + decoder.traffic.hit_rate
+            began = time.perf_counter()
+            said.append(int(token))
+            if not as_json:
+                now = tokenizer.decode(said)
+                click.echo(now[len(shown) :], nl=False)
+                shown = now
+            if said[-1] == tokenizer.eos_token_id:
+                break
+        if timeline is not None and decoder.timeline is not None:
+            from clo.timeline import save_chrome_trace
+
+            save_chrome_trace(timeline, [decoder.timeline])
+        plan = decoder.plan
+        assert plan is not None
+    steps = max(1, len(seconds))
+    return {
+        "text": tokenizer.decode(said),
+        "model": plan.model.name,
+        "design": plan.design.name,
+        "prompt_tokens": len(ids),
+        "tokens": len(said),
+        "tpot_s": sum(seconds) / steps,
+        "hit_rate": hits / steps if seconds else 1.0,
+        "h2d_bytes_per_step": moved / steps,
+        "kv_device_bytes": plan.memory.kv,
+        "host_bytes": plan.host_bytes,
+    }
+
+
+def _sampler(temperature: float, seed: int) -> Any:
+    import torch
+
+    if temperature == 0:
+        return None
+    source = torch.Generator().manual_seed(seed)
+    return lambda logits: torch.multinomial((logits / temperature).softmax(-1), 1, generator=source)[:, 0]

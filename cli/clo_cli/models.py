@@ -1,0 +1,44 @@
+"""What commands that run a real model share: loading it, its designs, progress. Knows nothing about what they do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def load_for_decoding(name: str) -> tuple[Any, Any]:
+    """A model and its tokenizer. Libraries stay quiet."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from clo.engine.record import load_model
+
+    return load_model(name)
+
+
+def with_heads(design: Any, model: Any, trace_path: str | None) -> tuple[Any, Any]:
+    """The design with the head profile it needs, if any."""
+    from clo import presets
+    from clo.engine.heads import heads_for
+    from clo.engine.network import spec_of
+
+    trace = presets.load_trace(trace_path) if trace_path else None
+    return design, heads_for(design, spec_of(model), trace)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Shown on a terminal's stderr only, one line per phase."""
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(phase, total=total)
+            bar.update(tasks[phase], completed=done)
+
+        yield tell

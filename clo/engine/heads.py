@@ -1,0 +1,122 @@
+"""What a trace says about a model's heads: importance, similarity, prefetchability; and the settings that follow.
+
+Knows nothing about tensors on devices or about how a design uses the settings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from clo import presets
+from clo.engine.decoder import HeadProfile
+from clo.errors import SpecError
+from clo.specs import Design, GqaFold, ModelSpec
+from clo.trace import AttentionTrace
+from clo.trace_stats import overlap
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class HeadStatistics:
+    """One row per layer. Means over the recorded steps."""
+
+    importance: Floats
+    """`[layers, query_heads]`: norm of what the head adds to the hidden state, over the mean head's."""
+    similarity: Floats
+    """`[layers, kv_heads]`: cosine of adjacent queries, mean over the group."""
+    prefetchability: Floats
+    """`[layers, kv_heads]`: share of a head's best pages that its query predicted one layer ahead finds (NaN: none)."""
+
+
+def measure_heads(trace: AttentionTrace, *, budget_fraction: float = 0.1) -> HeadStatistics:
+    """Statistics of every head of the recorded model, page sets at `budget_fraction` of the context."""
+    header = trace.header
+    unit = _unit(trace.queries)
+    adjacent = np.einsum("slhd,slhd->slh", unit[1:], unit[:-1]).mean(axis=0)
+    selector = header.selectors[-1]
+    budget = max(1, min(header.max_budget_pages, round(budget_fraction * header.context_tokens / header.page_size)))
+    ahead = np.full((header.num_layers, header.num_kv_heads), np.nan)
+    if 1 in header.lookaheads:
+        found = overlap(trace.pages[selector], trace.lookahead_pages[selector, 1], budget, header.universe + 1)
+        ahead = np.asarray(found.mean(axis=0), dtype=np.float64).reshape(ahead.shape)
+        ahead[0] = np.nan
+    return HeadStatistics(
+        importance=np.asarray(trace.head_importance, dtype=np.float64),
+        similarity=adjacent.reshape(header.num_layers, header.num_kv_heads, -1).mean(axis=-1),
+        prefetchability=ahead,
+    )
+
+
+def head_profile(trace: AttentionTrace, design: Design, model: ModelSpec) -> HeadProfile:
+    """What `design` needs to know of `model`'s heads. Raises `SpecError` if the trace is of a model built differently.
+
+    Tau per head reaches the design's target hit rate on the recorded queries; pinned are the heads of each layer whose
+    queries change most, which would move most.
+    """
+    header = trace.header
+    shape = (header.num_layers, header.num_kv_heads, header.num_query_heads)
+    if shape != (model.num_layers, model.num_kv_heads, model.num_query_heads):
+        raise SpecError(
+            f"head profile: the trace of {header.model} has {shape[0]} layers, {shape[1]} KV and {shape[2]} query "
+            f"heads, {model.name} has {model.num_layers}, {model.num_kv_heads} and {model.num_query_heads}: record a "
+            "trace of it"
+        )
+    found = measure_heads(trace)
+    tau = None if design.target_hit_rate is None else tau_for_hit_rate(trace, design, design.target_hit_rate)
+    order = np.argsort(found.similarity, axis=1, kind="stable")
+    return HeadProfile(
+        tau=None if tau is None else torch.tensor(tau, dtype=torch.float32),
+        importance=torch.tensor(found.importance, dtype=torch.float32),
+        pinned=tuple(tuple(int(head) for head in row) for row in order),
+    )
+
+
+def heads_for(design: Design, model: ModelSpec, trace: AttentionTrace | None = None) -> HeadProfile | None:
+    """The head profile if `design` needs one: from `trace`, else from the shipped trace if that is of this model."""
+    needs_tau = design.gated and design.target_hit_rate is not None
+    needs_weights = design.gated and design.gqa_fold is GqaFold.IMPORTANCE
+    if not (needs_tau or needs_weights or design.pinned_head_fraction):
+        return None
+    return head_profile(trace or presets.load_trace(), design, model)
+
+
+def tau_for_hit_rate(trace: AttentionTrace, design: Design, target: float) -> Floats:
+    """The largest tau, `[layers, kv_heads]`, whose anchored hit rate on the recorded queries reaches `target`."""
+    header = trace.header
+    unit = _unit(trace.queries)
+    steps, layers, heads, _ = unit.shape
+    grouped = unit.reshape(steps, layers, header.num_kv_heads, heads // header.num_kv_heads, -1)
+    weights = np.asarray(trace.head_importance, dtype=np.float64).reshape(grouped.shape[1:4])
+    low, high = np.full(grouped.shape[1:3], -1.0), np.full(grouped.shape[1:3], 1.0)
+    for _ in range(12):
+        middle = (low + high) / 2
+        reached = _hit_rate(grouped, middle, weights, design.gqa_fold) >= target
+        low, high = np.where(reached, middle, low), np.where(reached, high, middle)
+    return low
+
+
+def _hit_rate(queries: Floats, tau: Floats, weights: Floats, fold: GqaFold) -> Floats:
+    anchor, hits = queries[0].copy(), np.zeros(tau.shape)
+    for query in queries[1:]:
+        hit = _folded((query * anchor).sum(-1), weights, fold) >= tau
+        hits += hit
+        anchor[~hit] = query[~hit]
+    return hits / (len(queries) - 1)
+
+
+def _folded(cosine: Floats, weights: Floats, fold: GqaFold) -> Floats:
+    if fold is GqaFold.MIN:
+        return np.asarray(cosine.min(axis=-1))
+    if fold is GqaFold.IMPORTANCE:
+        return np.asarray((cosine * weights).sum(axis=-1) / weights.sum(axis=-1))
+    return np.asarray(cosine.mean(axis=-1))
+
+
+def _unit(queries: NDArray[np.float32]) -> Floats:
+    wide = np.asarray(queries, dtype=np.float64)
+    return np.asarray(wide / np.maximum(np.linalg.norm(wide, axis=-1, keepdims=True), 1e-12))

@@ -1,0 +1,78 @@
+"""`clo generate`, `clo evaluate` and `clo heads` as a user meets them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from clo.errors import CloError, NotFoundError, SpecError
+from clo.timeline import load_chrome_trace
+from clo_cli.main import clo
+
+
+def run(*arguments: str) -> str:
+    done = CliRunner().invoke(clo, list(arguments), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", ""], "PROMPT: empty"),
+        (["generate", "@nosuch.txt"], "PROMPT @nosuch.txt: No such file"),
+        (["generate", "a", "--tokens", "0"], "--tokens = 0: must be at least 1"),
+        (["generate", "a", "--temperature", "-1"], "--temperature = -1.0"),
+        (["generate", "a", "--design", "nosuch"], "design 'nosuch' is unknown"),
+        (["evaluate", "--designs", " ,"], "--designs = ' ,': name at least one design"),
+        (["evaluate", "--taus", "0.5,x"], "--taus = '0.5,x': numbers separated by commas"),
+        (["evaluate", "--context", "0"], "evaluate.context_tokens = 0: must be at least 1"),
+        (["evaluate", "--passkeys", "-1"], "evaluate.num_passkeys = -1"),
+        (["evaluate", "--text", "nosuch.txt"], "--text nosuch.txt: No such file"),
+        (["heads", "nosuch"], "trace 'nosuch' is unknown"),
+        (["heads", "--budget", "0"], "--budget = 0.0: must be a share"),
+    ],
+)
+def test_bad_input_is_refused_before_a_model_is_loaded(arguments: list[str], message: str) -> None:
+    with pytest.raises((CloError, NotFoundError, SpecError)) as refused:
+        CliRunner().invoke(clo, arguments, catch_exceptions=False, standalone_mode=False)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_every_head_of_the_trace_is_listed() -> None:
+    heads = json.loads(run("heads", "--json"))["heads"]
+    assert len(heads) == 90
+    assert {len(head["importance"]) for head in heads} == {3}
+    assert run("heads").count("\n") > 30
+
+
+@pytest.mark.model
+def test_a_real_model_generates_under_a_design(tmp_path: Path) -> None:
+    timeline = tmp_path / "step.json"
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("Water boils at one hundred degrees. " * 20 + "Water boils at one hundred", encoding="utf-8")
+    said = json.loads(run("generate", f"@{prompt}", "--tokens", "4", "--json", "--timeline", str(timeline)))
+    assert said["text"].startswith(" degrees")
+    assert said["design"] == "clo"
+    assert 0 < said["h2d_bytes_per_step"] < said["host_bytes"]
+    (traced,) = load_chrome_trace(timeline)
+    assert {span.name for span in traced.spans} >= {"attention", "gather_pages", "prefetch.hit_test"}
+
+
+@pytest.mark.model
+def test_answers_of_a_real_model_are_recorded_for_each_design() -> None:
+    records = json.loads(
+        run(
+            *("evaluate", "--designs", "resident,clo", "--taus", "0.5,0.9", "--context", "256", "--texts", "1"),
+            *("--tokens", "8", "--passkeys", "1", "--json"),
+        )
+    )
+    assert [record["design"] for record in records] == ["resident", "clo tau=0.5", "clo tau=0.9"]
+    assert records[0]["delta_nll"] == 0.0
+    assert records[1]["h2d_bytes_per_step"] <= records[2]["h2d_bytes_per_step"]
+    needed = {"design", "delta_nll", "delta_nll_se", "passkey_rate", "hit_rate", "h2d_bytes_per_step"}
+    assert all(needed <= record.keys() for record in records)
