@@ -85,6 +85,18 @@ class TestSimulate:
         before, after = simulate(), simulate("--set", "profile.read_back.seconds=0.5")
         assert after["source_shares"]["assumed"] > before["source_shares"]["assumed"]
 
+    @pytest.mark.parametrize("setting", ["profile.gemm.hbm_bytes_per_s=1e12", "profile.gemm.floor_s=1e-5"])
+    def test_a_changed_table_is_no_measurement(self, setting: str) -> None:
+        assert simulate("--set", setting)["measured_share"] < simulate()["measured_share"] - 0.05
+
+    def test_a_cost_set_with_its_source_keeps_it(self) -> None:
+        costs = ["--set", "profile.hit_test.latency_s=1e-3"]
+        known = [*costs, "--set", "profile.hit_test.source=measured"]
+        assert simulate(*known)["measured_share"] > simulate(*costs)["measured_share"] + 0.1
+
+    def test_a_note_about_a_cost_changes_nothing(self) -> None:
+        assert simulate("--set", "profile.kernel_launch.note=mine") == simulate()
+
     def test_the_clock_sees_no_contention(self) -> None:
         result = simulate("--executor", "clock")
         assert result["executor"] == "clock"
@@ -213,6 +225,12 @@ class TestShow:
         (["explore", "--vary", "design.tau=9"], ["design.tau = 9"]),
         (["explore", "--vary", "tua=0.9"], ["--vary tua=0.9"]),
         (["explore", "--designs", "clo,nothing"], ["design 'nothing'"]),
+        (["explore", "--vary", "design.tau=0.8", "--vary", "tau=0.9"], ["design.tau is varied twice"]),
+        (["explore", "--vary", "slot_budgets="], ["--vary slot_budgets=", "a value is missing"]),
+        (["explore", "--designs", ""], ["--designs ''", "expected names"]),
+        (["explore", "--designs", "clo,,resolve"], ["--designs 'clo,,resolve'", "expected names"]),
+        (["simulate", "--set", "design.tau=true"], ["design.tau = True", "must be a number"]),
+        (["simulate", "--set", "profile.schema_version=2"], ["profile.schema_version = 2", "newer clo-offload"]),
         (["plot", "missing.json", "--out", "x.png"], ["missing.json"]),
         (["simulate", "--kv-memory-gb", "nan"], ["--kv-memory-gb = nan"]),
         (["simulate", "--set", "machine.link.h2d_bytes_per_s=1e-300"], ["ZeroCopy", "machine.*"]),

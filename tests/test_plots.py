@@ -25,7 +25,7 @@ from matplotlib.text import Text
 
 from clo.choices import Alternative, Choices, load_choices
 from clo.errors import CloError
-from clo.results import Result, Roofline
+from clo.results import Result, Roofline, load_result
 from clo.schedule.machine import Cause, Lane, Part
 from clo.specs import Design, Workload
 from clo.timeline import Span, Timeline, save_chrome_trace
@@ -519,6 +519,17 @@ def test_errors_name_the_file_in_one_line(tmp_path: Path) -> None:
         assert str(bad) in message
         assert "\n" not in message
     assert not out.exists()
+
+
+def test_a_result_of_a_newer_schema_is_an_error(tmp_path: Path) -> None:
+    path, out = tmp_path / "result.json", tmp_path / "figure.png"
+    path.write_text(json.dumps(make_results()[0].model_dump(mode="json") | {"schema_version": 9}))
+    message = failure(path, "--out", out)
+    assert (
+        message == f"{path}: result.schema_version = 9: this version reads 1 (a newer result needs a newer clo-offload)"
+    )
+    with pytest.raises(CloError, match="schema_version = 9"):
+        load_result(path)
 
 
 def test_missing_files_and_wrong_kinds_are_errors(files: dict[str, Path], tmp_path: Path) -> None:

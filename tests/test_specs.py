@@ -120,6 +120,23 @@ class TestFields:
         assert "\n" not in message
         assert all(part in message for part in parts), message
 
+    @pytest.mark.parametrize(
+        ("cls", "data", "line"),
+        [
+            (Design, {"tau": True}, "design.tau = True: must be a number, not true or false"),
+            (Design, {"slot_pages": False}, "design.slot_pages = False: must be a number, not true or false"),
+            (Workload, {"batch": True}, "workload.batch = True: must be a number, not true or false"),
+        ],
+        ids=["float", "optional integer", "workload"],
+    )
+    def test_truth_is_no_number(self, cls: Any, data: dict[str, Any], line: str) -> None:
+        with pytest.raises(SpecError) as failure:
+            cls.parse(data)
+        assert str(failure.value) == line
+
+    def test_truth_is_a_value_where_it_is_asked_for(self) -> None:
+        assert ModelSpec.parse(tiny_model().model_dump() | {"tied_embeddings": True}).tied_embeddings
+
     def test_negative_bandwidth(self) -> None:
         data = tiny_machine().model_dump()
         data["link"]["h2d_bytes_per_s"] = -1.0
@@ -445,6 +462,9 @@ class TestFiles:
         path = tmp_path / "mine.toml"
         path.write_text('name = "mine"\ntau = 0.7\n')
         assert presets.load_design(str(path)).tau == 0.7
+        path.write_text("tau = true")
+        with pytest.raises(SpecError, match=r"design\.tau = True: must be a number"):
+            presets.load_design(str(path))
         path.write_text("tau = ")
         with pytest.raises(SpecError, match="not TOML"):
             presets.load_design(str(path))
