@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError, field_validator
+from pydantic import PositiveFloat, ValidationError, field_validator
 
 from clo.errors import CloError
 from clo.files import read_json, write_text
@@ -50,7 +50,7 @@ class Result(Spec):
     design: Design
     workload: Workload
 
-    tpot_s: float
+    tpot_s: PositiveFloat
     tpot_p50_s: float
     tpot_p99_s: float
     tokens_per_s: float

@@ -141,10 +141,9 @@ def _progress(quiet: bool) -> Iterator[Progress | None]:
     if quiet:
         yield None
         return
-    from rich.console import Console
-    from rich.progress import Progress as Bar
+    from clo_cli.bars import progress_bar
 
-    with Bar(console=Console(stderr=True), transient=True) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("trying designs", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
