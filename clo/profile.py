@@ -17,7 +17,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Val
 from clo.errors import ProfileError
 from clo.files import read_json
 from clo.kernel_tables import DecodeAttentionTable, GemmTable
-from clo.specs.base import Spec, explain
+from clo.specs.base import Spec, check_version, explain
 
 SCHEMA_VERSION = 1
 
@@ -162,6 +162,11 @@ class Profile(Spec):
     ready_flag: FixedCost
     interference: InterferenceCost
 
+    @field_validator("schema_version")
+    @classmethod
+    def _readable(cls, value: int) -> int:
+        return check_version(value, SCHEMA_VERSION, "profile")
+
     def sources(self) -> dict[str, Source]:
         """Source of every cost, by its field."""
         costs = {name: getattr(self, name) for name in type(self).model_fields}
@@ -173,12 +178,6 @@ def load_profile(path: Path) -> Profile:
     data = read_json(path, ProfileError)
     if not isinstance(data, dict):
         raise ProfileError(f"{path}: a JSON object is expected")
-    version = data.get("schema_version", SCHEMA_VERSION)
-    if version != SCHEMA_VERSION:
-        raise ProfileError(
-            f"{path}: profile.schema_version = {version!r}: this version reads {SCHEMA_VERSION}"
-            " (a newer profile needs a newer clo-offload)"
-        )
     try:
         return Profile.model_validate(data)
     except ValidationError as error:

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import PositiveFloat, ValidationError, field_validator
 
 from clo.errors import CloError
 from clo.files import read_json, write_text
 from clo.specs import Design, Workload
-from clo.specs.base import Spec, explain
+from clo.specs.base import Spec, check_version, explain
 
 SCHEMA_VERSION = 1
 
@@ -50,7 +50,7 @@ class Result(Spec):
     design: Design
     workload: Workload
 
-    tpot_s: float
+    tpot_s: PositiveFloat
     tpot_p50_s: float
     tpot_p99_s: float
     tokens_per_s: float
@@ -80,6 +80,11 @@ class Result(Spec):
     measured_share: float
     source_shares: dict[str, float]
     assumptions: tuple[str, ...] = ()
+
+    @field_validator("schema_version")
+    @classmethod
+    def _readable(cls, value: int) -> int:
+        return check_version(value, SCHEMA_VERSION, "result")
 
     @property
     def total_stall_s(self) -> float:

@@ -6,6 +6,8 @@ Knows nothing about how the spans came about.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,9 @@ from typing import Any
 from clo.errors import CloError
 from clo.files import write_text
 from clo.units import US_PER_S
+
+_STALL = "stall"
+"""Category of slices that show waits; no operation's part is called so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,15 +71,42 @@ class Timeline:
     def to_chrome_trace(self, *, process: int = 1) -> dict[str, Any]:
         """Chrome trace event format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU."""
         names = [_metadata("process_name", process, 0, {"name": self.title})]
-        for number, lane in enumerate(self.lanes):
-            names.append(_metadata("thread_name", process, number, {"name": lane}))
-            names.append(_metadata("thread_sort_index", process, number, {"sort_index": number}))
         events = [_event(span, process, self.lanes.index(span.lane)) for span in self.spans]
+        for number, lane in enumerate(self.lanes):
+            names += _track(process, number, lane, sort_index=2 * number)
+            below = len(self.lanes) + number
+            if stalls := [stall for span in self.spans if span.lane == lane for stall in _stalls(span, process, below)]:
+                names += _track(process, below, f"stalls of {lane}", sort_index=2 * number + 1)
+                events += stalls
         return {"displayTimeUnit": "ms", "traceEvents": names + events}
+
+
+def _track(process: int, thread: int, name: str, *, sort_index: int) -> list[dict[str, Any]]:
+    return [
+        _metadata("thread_name", process, thread, {"name": name}),
+        _metadata("thread_sort_index", process, thread, {"sort_index": sort_index}),
+    ]
 
 
 def _metadata(name: str, process: int, thread: int, args: dict[str, Any]) -> dict[str, Any]:
     return {"ph": "M", "name": name, "pid": process, "tid": thread, "args": args}
+
+
+def _stalls(span: Span, process: int, thread: int) -> Iterator[dict[str, Any]]:
+    """What the lane waited for before `span`, one slice after the other; read back from the span, not from here."""
+    start = span.start_s - span.waited_s
+    for cause, seconds in span.waits:
+        yield {
+            "ph": "X",
+            "name": f"stall: {cause}",
+            "cat": _STALL,
+            "pid": process,
+            "tid": thread,
+            "ts": max(0.0, start) * US_PER_S,
+            "dur": seconds * US_PER_S,
+            "args": {"before": f"{span.name} [{span.layer}]"},
+        }
+        start += seconds
 
 
 def _event(span: Span, process: int, thread: int) -> dict[str, Any]:
@@ -111,26 +143,39 @@ def load_chrome_trace(path: Path) -> list[Timeline]:
         return [_timeline([event for event in events if event["pid"] == process]) for process in processes]
     except OSError as error:
         raise CloError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, StopIteration):
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
         raise CloError(f"{path}: not a timeline that clo wrote") from None
 
 
 def _timeline(events: list[dict[str, Any]]) -> Timeline:
     title = next(event["args"]["name"] for event in events if event["name"] == "process_name")
-    lanes = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
-    spans = tuple(_span(event, lanes) for event in events if event["ph"] == "X")
+    drawn = {event["tid"] for event in events if event["ph"] == "X" and event["cat"] == _STALL}
+    named = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    lanes = {thread: name for thread, name in named.items() if thread not in drawn}
+    spans = tuple(_span(event, lanes) for event in events if event["ph"] == "X" and event["cat"] != _STALL)
     return Timeline(title=title, spans=spans, lanes=tuple(lanes[number] for number in sorted(lanes)))
 
 
 def _span(event: dict[str, Any], lanes: dict[int, str]) -> Span:
-    args, start = event["args"], event["ts"] / US_PER_S
+    args, start = event["args"], _seconds(event["ts"])
     return Span(
         lane=lanes[event["tid"]],
         name=event["name"].rsplit(" [", 1)[0],
-        layer=args["layer"],
-        part=args["part"],
+        layer=int(args["layer"]),
+        part=str(args["part"]),
         start_s=start,
-        end_s=start + event["dur"] / US_PER_S,
-        num_bytes=args.get("bytes", 0.0),
-        waits=tuple((cause, waited / US_PER_S) for cause, waited in args.get("waits_us", {}).items()),
+        end_s=start + _seconds(event["dur"]),
+        num_bytes=_number(args.get("bytes", 0.0)),
+        waits=tuple((cause, _seconds(waited)) for cause, waited in args.get("waits_us", {}).items()),
     )
+
+
+def _seconds(microseconds: Any) -> float:
+    return _number(microseconds) / US_PER_S
+
+
+def _number(value: Any) -> float:
+    """JSON as Python reads it has NaN and infinities, which no time and no size can be."""
+    if not isinstance(value, float | int) or not 0 <= value < math.inf:
+        raise ValueError(f"{value!r} is no time or size")
+    return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,12 @@ def simulate(*arguments: str) -> dict[str, Any]:
     return result
 
 
+CLO = (sys.executable, "-c", "import sys; from clo_cli.main import main; sys.argv[0] = 'clo'; main()")
+
+
 def refuse(*arguments: str) -> str:
     """The one line on stderr of a command that is refused with exit code 2."""
-    code = "import sys; from clo_cli.main import main; sys.argv[0] = 'clo'; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = subprocess.run([*CLO, *arguments], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     lines = done.stderr.strip().splitlines()
@@ -85,6 +86,18 @@ class TestSimulate:
         before, after = simulate(), simulate("--set", "profile.read_back.seconds=0.5")
         assert after["source_shares"]["assumed"] > before["source_shares"]["assumed"]
 
+    @pytest.mark.parametrize("setting", ["profile.gemm.hbm_bytes_per_s=1e12", "profile.gemm.floor_s=1e-5"])
+    def test_a_changed_table_is_no_measurement(self, setting: str) -> None:
+        assert simulate("--set", setting)["measured_share"] < simulate()["measured_share"] - 0.05
+
+    def test_a_cost_set_with_its_source_keeps_it(self) -> None:
+        costs = ["--set", "profile.hit_test.latency_s=1e-3"]
+        known = [*costs, "--set", "profile.hit_test.source=measured"]
+        assert simulate(*known)["measured_share"] > simulate(*costs)["measured_share"] + 0.1
+
+    def test_a_note_about_a_cost_changes_nothing(self) -> None:
+        assert simulate("--set", "profile.kernel_launch.note=mine") == simulate()
+
     def test_the_clock_sees_no_contention(self) -> None:
         result = simulate("--executor", "clock")
         assert result["executor"] == "clock"
@@ -115,6 +128,29 @@ class TestSimulate:
             assert timeline.busy_s(lane) == pytest.approx(busy, rel=1e-6, abs=1e-12), lane
         moved = sum(timeline.num_bytes(op) for op in ("gather_pages", "copy_pages", "copy_staged", "bar_write"))
         assert moved == pytest.approx(result["h2d_bytes_per_step"])
+
+    @pytest.mark.parametrize("executor", ["clock", "simpy"])
+    def test_a_timeline_shows_stalls_as_slices_of_their_own(self, tmp_path: Path, executor: str) -> None:
+        path = tmp_path / "step.json"
+        chosen = ["--design", "staged", "--executor", executor, "--steps", "1", "--timeline", path]
+        result = simulate(*chosen)
+        events = json.loads(path.read_text())["traceEvents"]
+        tracks = {event["args"]["name"]: event["tid"] for event in events if event["name"] == "thread_name"}
+        slices = [event for event in events if event["tid"] == tracks["stalls of main stream"] and event["ph"] == "X"]
+        shown: dict[str, float] = {}
+        for one in slices:
+            shown[one["name"]] = shown.get(one["name"], 0.0) + one["dur"] / 1e6
+        # the stalls between operations: the first cause of this design by far, and nothing that the result lacks
+        assert shown["stall: late prefetch"] == pytest.approx(result["stall_s"]["late prefetch"], rel=1e-6)
+        assert sum(shown.values()) <= sum(result["stall_s"].values()) * (1 + 1e-9)
+        # slices lie where the main stream runs nothing
+        main = [event for event in events if event["tid"] == tracks["main stream"] and event["ph"] == "X"]
+        busy = sorted((event["ts"], event["ts"] + event["dur"]) for event in (*main, *slices))
+        assert all(before[1] <= after[0] + 1e-6 for before, after in pairwise(busy))
+        # and are not taken for operations when the file is read
+        [timeline] = load_chrome_trace(path)
+        assert timeline.lanes == tuple(name for name in tracks if not name.startswith("stalls of"))
+        assert timeline.busy_s("main stream") == pytest.approx(sum(event["dur"] for event in main) / 1e6)
 
     def test_a_synthetic_trace_has_as_many_steps_as_asked_for(self) -> None:
         assert simulate("--synthetic", "--steps", "200", "--warmup", "8")["workload"]["steps"] == 200
@@ -213,9 +249,20 @@ class TestShow:
         (["explore", "--vary", "design.tau=9"], ["design.tau = 9"]),
         (["explore", "--vary", "tua=0.9"], ["--vary tua=0.9"]),
         (["explore", "--designs", "clo,nothing"], ["design 'nothing'"]),
+        (["explore", "--vary", "design.tau=0.8", "--vary", "tau=0.9"], ["design.tau is varied twice"]),
+        (["explore", "--vary", "slot_budgets="], ["--vary slot_budgets=", "a value is missing"]),
+        (["explore", "--designs", ""], ["--designs ''", "expected names"]),
+        (["explore", "--designs", "clo,,resolve"], ["--designs 'clo,,resolve'", "expected names"]),
+        (["simulate", "--set", "design.tau=true"], ["design.tau = True", "must be a number"]),
+        (["simulate", "--set", "profile.schema_version=2"], ["profile.schema_version = 2", "newer clo-offload"]),
         (["plot", "missing.json", "--out", "x.png"], ["missing.json"]),
         (["simulate", "--kv-memory-gb", "nan"], ["--kv-memory-gb = nan"]),
         (["simulate", "--set", "machine.link.h2d_bytes_per_s=1e-300"], ["ZeroCopy", "machine.*"]),
+        (
+            ["simulate", "--out", "same.json", "--timeline", "./same.json"],
+            ["--out same.json", "same file as --timeline"],
+        ),
+        (["trace", "nothing"], ["trace 'nothing' is unknown", "smollm2-135m-4k"]),
         (["explore", "--out", "/proc/none"], ["/proc/none", "cannot be written"]),
         (["simulate", "--timeline", "/proc/none/step.json"], ["/proc/none/step.json", "cannot be written"]),
     ],
@@ -225,6 +272,53 @@ def test_bad_input_is_one_line_and_exit_code_two(arguments: list[str], parts: li
     line = refuse(*arguments)
     assert line.startswith("clo: error: ")
     assert all(part in line for part in parts), line
+
+
+WRITERS = [["simulate", "--steps", "2"], ["simulate", "--steps", "2", "--json"], ["--help"], []]
+
+
+@pytest.mark.parametrize("arguments", WRITERS, ids=" ".join)
+def test_a_reader_that_has_gone_ends_quietly(arguments: list[str]) -> None:
+    process = subprocess.Popen([*CLO, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    assert process.communicate(timeout=120)[1] == b""
+    assert process.returncode == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("arguments", WRITERS, ids=" ".join)
+def test_a_full_disk_under_the_output_is_one_line(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*CLO, *arguments], stdout=full, stderr=subprocess.PIPE, timeout=120, check=False)
+    assert done.stderr == b"clo: error: output: No space left on device\n"
+    assert done.returncode == 2
+
+
+def test_stderr_of_a_pipe_stays_empty() -> None:
+    arguments = ["explore", *SMALL, "--designs", "clo", "--vary", "design.slot_budgets=1"]
+    done = subprocess.run([*CLO, *arguments], capture_output=True, timeout=120, check=True)
+    assert done.stderr == b""
+
+
+def test_a_trace_is_a_preset_or_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "renamed.bin"
+    path.write_bytes((presets.folder("traces") / "smollm2-135m-4k.npz").read_bytes())
+    described = run("trace", "--json")
+    assert described == run("trace", "smollm2-135m-4k", "--json") == run("trace", path, "--json")
+
+
+def test_a_profile_lies_beside_the_machine_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_bytes((presets.folder("profiles") / "l40s.json").read_bytes())
+    text = (presets.folder("machines") / "l40s.toml").read_text()
+    machine = tmp_path / "mine.toml"
+    for named, found in {"mine.json": tmp_path / "mine.json", tmp_path / "mine.json": tmp_path / "mine.json"}.items():
+        machine.write_text(text.replace('profile = "l40s"', f'profile = "{named}"'))
+        assert Path(presets.load_machine(str(machine)).profile) == found
+        assert simulate("--machine", machine)["profile"] == "l40s"
+    machine.write_text(text)
+    assert presets.load_machine(str(machine)).profile == "l40s"
 
 
 @pytest.mark.parametrize("option", ["--out", "--timeline"])

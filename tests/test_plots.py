@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import subprocess
 import sys
 import warnings
@@ -25,7 +26,7 @@ from matplotlib.text import Text
 
 from clo.choices import Alternative, Choices, load_choices
 from clo.errors import CloError
-from clo.results import Result, Roofline
+from clo.results import Result, Roofline, load_result
 from clo.schedule.machine import Cause, Lane, Part
 from clo.specs import Design, Workload
 from clo.timeline import Span, Timeline, save_chrome_trace
@@ -498,6 +499,16 @@ def failure(*args: str | Path) -> str:
     return str(done.exception)
 
 
+def bad_timeline(field: str, value: object) -> bytes:
+    trace = make_timelines()[0].to_chrome_trace()
+    next(event for event in trace["traceEvents"] if event["ph"] == "X")[field] = value
+    return json.dumps(trace).encode()
+
+
+def bad_result(**changes: object) -> bytes:
+    return json.dumps(make_results()[0].model_dump(mode="json") | changes).encode()
+
+
 def test_errors_name_the_file_in_one_line(tmp_path: Path) -> None:
     out = tmp_path / "figure.png"
     bad = tmp_path / "bad"
@@ -511,6 +522,14 @@ def test_errors_name_the_file_in_one_line(tmp_path: Path) -> None:
         (b'{"results": [{}]}', "a value is required"),
         (b'{"traceEvents": []}', "nothing to draw"),
         (b'{"traceEvents": [{}]}', "not a timeline that clo wrote"),
+        (bad_timeline("ts", math.nan), "not a timeline that clo wrote"),
+        (bad_timeline("dur", math.inf), "not a timeline that clo wrote"),
+        (bad_timeline("dur", None), "not a timeline that clo wrote"),
+        (bad_timeline("args", {"layer": None, "part": "model"}), "not a timeline that clo wrote"),
+        (bad_timeline("args", {"layer": 1, "part": "model", "waits_us": [1]}), "not a timeline that clo wrote"),
+        (bad_result(tpot_s=-1), "result.tpot_s = -1: Input should be greater than 0"),
+        (bad_result(tpot_s=math.nan), "result.tpot_s = nan"),
+        (bad_result(busy_s={"model": None}), "result.busy_s.model"),
         (b'{"alternatives": []}', "a value is required"),
     ):
         bad.write_bytes(content)
@@ -519,6 +538,17 @@ def test_errors_name_the_file_in_one_line(tmp_path: Path) -> None:
         assert str(bad) in message
         assert "\n" not in message
     assert not out.exists()
+
+
+def test_a_result_of_a_newer_schema_is_an_error(tmp_path: Path) -> None:
+    path, out = tmp_path / "result.json", tmp_path / "figure.png"
+    path.write_text(json.dumps(make_results()[0].model_dump(mode="json") | {"schema_version": 9}))
+    message = failure(path, "--out", out)
+    assert (
+        message == f"{path}: result.schema_version = 9: this version reads 1 (a newer result needs a newer clo-offload)"
+    )
+    with pytest.raises(CloError, match="schema_version = 9"):
+        load_result(path)
 
 
 def test_missing_files_and_wrong_kinds_are_errors(files: dict[str, Path], tmp_path: Path) -> None:

@@ -120,6 +120,23 @@ class TestFields:
         assert "\n" not in message
         assert all(part in message for part in parts), message
 
+    @pytest.mark.parametrize(
+        ("cls", "data", "line"),
+        [
+            (Design, {"tau": True}, "design.tau = True: must be a number, not true or false"),
+            (Design, {"slot_pages": False}, "design.slot_pages = False: must be a number, not true or false"),
+            (Workload, {"batch": True}, "workload.batch = True: must be a number, not true or false"),
+        ],
+        ids=["float", "optional integer", "workload"],
+    )
+    def test_truth_is_no_number(self, cls: Any, data: dict[str, Any], line: str) -> None:
+        with pytest.raises(SpecError) as failure:
+            cls.parse(data)
+        assert str(failure.value) == line
+
+    def test_truth_is_a_value_where_it_is_asked_for(self) -> None:
+        assert ModelSpec.parse(tiny_model().model_dump() | {"tied_embeddings": True}).tied_embeddings
+
     def test_negative_bandwidth(self) -> None:
         data = tiny_machine().model_dump()
         data["link"]["h2d_bytes_per_s"] = -1.0
@@ -427,6 +444,55 @@ class TestFiles:
         model = model_from_hf_config(path)
         assert (model.head_dim, model.num_kv_heads) == (64, 32)
 
+    @pytest.mark.parametrize(
+        ("changes", "problem"),
+        [
+            ({"num_local_experts": 8}, "num_local_experts = 8: mixtures of experts"),
+            ({"num_experts": 128}, "num_experts = 128: mixtures of experts"),
+            ({"n_routed_experts": 256}, "n_routed_experts = 256: mixtures of experts"),
+            ({"kv_lora_rank": 512}, "kv_lora_rank = 512: latent attention"),
+            ({"quantization_config": {"bits": 4}}, "quantization_config: quantised weights"),
+            ({"sliding_window": 4096}, "sliding_window = 4096: windowed attention"),
+            ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4096}, "sliding_window = 4096"),
+            ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: sliding_attention"),
+            ({"layer_types": ["linear_attention"] * 4}, "layer_types: linear_attention"),
+            ({"head_dim": 0}, "model.head_dim = 0: Input should be greater than 0"),
+            ({"head_dim": -64}, "model.head_dim = -64: Input should be greater than 0"),
+            ({"num_key_value_heads": 0}, "model.num_kv_heads = 0: Input should be greater than 0"),
+            ({"num_attention_heads": 24}, "hidden_size = 4096 is no multiple of num_attention_heads = 24"),
+            ({"num_hidden_layers": True}, "model.num_layers = True: must be a number"),
+        ],
+        ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+    )
+    def test_a_model_beyond_what_is_modelled_is_refused(
+        self, tmp_path: Path, changes: dict[str, Any], problem: str
+    ) -> None:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(LLAMA | changes))
+        with pytest.raises(SpecError) as failure:
+            model_from_hf_config(path)
+        assert str(failure.value).startswith(f"{path}: {problem}")
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"num_experts": 0, "num_local_experts": None, "kv_lora_rank": None, "quantization_config": None},
+            {"sliding_window": None},
+            {"sliding_window": 8192},
+            {"sliding_window": 4096, "use_sliding_window": False},
+            {"model_type": "qwen3", "sliding_window": 4096},
+            {"sliding_window": 4096, "layer_types": ["full_attention"] * 32},
+            {"num_attention_heads": 24, "num_key_value_heads": 24, "head_dim": 128},
+        ],
+        ids=lambda value: "-".join(value),
+    )
+    def test_a_switch_that_is_off_is_no_obstacle(self, tmp_path: Path, changes: dict[str, Any]) -> None:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(LLAMA | changes))
+        model = model_from_hf_config(path)
+        assert (model.num_layers, model.head_dim) == (32, 128)
+        assert "bf16" in model.source
+
     @pytest.mark.parametrize("missing", list(LLAMA)[:4])
     def test_a_config_without_a_field(self, tmp_path: Path, missing: str) -> None:
         path = tmp_path / "config.json"
@@ -442,6 +508,9 @@ class TestFiles:
         path = tmp_path / "mine.toml"
         path.write_text('name = "mine"\ntau = 0.7\n')
         assert presets.load_design(str(path)).tau == 0.7
+        path.write_text("tau = true")
+        with pytest.raises(SpecError, match=r"design\.tau = True: must be a number"):
+            presets.load_design(str(path))
         path.write_text("tau = ")
         with pytest.raises(SpecError, match="not TOML"):
             presets.load_design(str(path))

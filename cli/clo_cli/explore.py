@@ -96,8 +96,11 @@ def _named(designs: str | None, overrides: Overrides) -> list[Design]:
     from clo import presets
     from clo.errors import SpecError
 
-    if designs:
-        return [design_from(name.strip(), overrides) for name in dict.fromkeys(designs.split(","))]
+    if designs is not None:
+        given = [name.strip() for name in designs.split(",")]
+        if not all(given):
+            raise SpecError(f"--designs {designs!r}: expected names of designs or TOML files between commas")
+        return [design_from(name, overrides) for name in dict.fromkeys(given)]
     found = []
     for name in presets.names("designs"):
         try:
@@ -119,9 +122,14 @@ def _grid(vary: tuple[str, ...]) -> dict[str, list[Any]]:
         field = path.strip().removeprefix("design.")
         if not separator or field not in Design.model_fields or field in ("name", "description"):
             raise SpecError(f"--vary {text}: expected design.FIELD=V1,V2 (fields: clo show designs clo)")
-        grid[field] = [parse_value(value) for value in values.split(",")]
-    for field, tried in grid.items():
-        for value in tried:
+        if field in grid:
+            raise SpecError(f"--vary {text}: design.{field} is varied twice: give all its values to one --vary")
+        tried = [value.strip() for value in values.split(",")]
+        if not all(tried):
+            raise SpecError(f"--vary {text}: a value is missing (none stands for no value)")
+        grid[field] = [parse_value(value) for value in tried]
+    for field, parsed in grid.items():
+        for value in parsed:
             # a typo is an error, not an empty sweep; previous_step is valid with an LRU cache only
             Design.parse({field: value} | ({"cache": "lru"} if value == "previous_step" else {}))
     return grid
@@ -133,10 +141,9 @@ def _progress(quiet: bool) -> Iterator[Progress | None]:
     if quiet:
         yield None
         return
-    from rich.console import Console
-    from rich.progress import Progress as Bar
+    from clo_cli.bars import progress_bar
 
-    with Bar(console=Console(stderr=True), transient=True) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("trying designs", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

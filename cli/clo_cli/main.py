@@ -54,28 +54,57 @@ def clo() -> None:
     """
 
 
+READER_GONE = 141
+"""What a shell reports for a program that a closed pipe has ended."""
+
+
 def main() -> None:
-    """Entry point: bad input ends with one line on stderr and exit code 2."""
+    """Entry point: bad input, and output that cannot be written, end with one line on stderr and exit code 2."""
+    try:
+        sys.exit(_run())
+    except BrokenPipeError:
+        _drop_output()
+        sys.exit(READER_GONE)
+    except OSError as error:
+        _drop_output()
+        sys.exit(_refuse(f"{error.filename or 'output'}: {error.strerror or error}"))
+
+
+def _run() -> int:
+    """Run the command line and return the exit code."""
     from clo.errors import CloError
 
     try:
-        sys.exit(clo(standalone_mode=False) or 0)
+        return _invoke()
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
-        sys.exit(0)
+        return 0
     except click.ClickException as error:
-        _fail(" ".join(error.format_message().split()))
+        return _refuse(" ".join(error.format_message().split()))
     except CloError as error:
-        _fail(str(error))
+        return _refuse(str(error))
     except click.Abort:
         click.echo("clo: interrupted", err=True)
-        sys.exit(130)
-    except BrokenPipeError:
-        # the reader of a pipe (`| head`) has gone; nothing is wrong with this side
-        sys.stderr.close()
-        sys.exit(0)
+        return 130
 
 
-def _fail(message: str) -> None:
+def _invoke() -> int:
+    try:
+        return clo(standalone_mode=False) or 0
+    except SystemExit as stopped:
+        # click and rich exit with 1, and do so only here, when the reader of a pipe (`| head`) has gone
+        if stopped.code != 1:
+            raise
+        _drop_output()
+        return READER_GONE
+
+
+def _drop_output() -> None:
+    """Send what is still buffered nowhere: Python would try, and complain, once more at the end."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+
+
+def _refuse(message: str) -> int:
     click.echo(f"clo: error: {message}", err=True)
-    sys.exit(2)
+    return 2

@@ -90,10 +90,16 @@ def _workload(options: dict[str, Any]) -> Any:
 
 
 def _with_costs(profile: Any, changes: Any) -> Any:
-    """A cost that was set by hand is nobody's measurement any more."""
+    """A cost that was set by hand is nobody's measurement any more, unless a source is set with it."""
+    from clo.profile import Cost
     from clo.specs.overrides import apply
 
-    by_hand: dict[tuple[str, ...], str] = {(path[0], "source"): "assumed" for path in changes if len(path) == 2}
+    by_hand: dict[tuple[str, ...], str] = {}
+    for cost, *field in changes:
+        if field and field[0] not in Cost.model_fields:
+            by_hand[(cost, "source")] = "assumed"
+            if isinstance(getattr(profile, cost, None), Cost):
+                by_hand[(cost, "note")] = "set by hand"
     return apply(profile, {**by_hand, **changes}, "profile")
 
 

@@ -77,9 +77,8 @@ def read_text(path: Path | None) -> tuple[str, str]:
 
 @contextmanager
 def _progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    from rich.console import Console
-    from rich.progress import Progress
+    from clo_cli.bars import progress_bar
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with progress_bar() as bar:
         tasks = {phase: bar.add_task(phase, total=None) for phase in ("prefill", "decode")}
         yield lambda phase, done, total: bar.update(tasks[phase], completed=done, total=total)

@@ -40,15 +40,18 @@ def simulate(
     clo simulate --design clo --context 131072 --batch 16
     clo simulate --design resolve --set design.slot_budgets=2 --timeline step.json
     """
+    from clo.errors import SpecError
     from clo.files import check_target
     from clo_sim.run import simulate as run
 
     overrides = overrides_from(settings)
     scene, design = scene_from(options, overrides), design_from(design_name, overrides)
     _check_step(timeline_step, scene.workload.steps)
-    for path in (timeline, out):
-        if path is not None:
-            check_target(path)
+    targets = [path for path in (timeline, out) if path is not None]
+    if len({path.resolve() for path in targets}) < len(targets):
+        raise SpecError(f"--out {out}: the same file as --timeline: the result and the timeline are two files")
+    for path in targets:
+        check_target(path)
     result = run(scene, design, executor="clock" if executor == "clock" else "simpy")
     if timeline is not None:
         _write_timeline(timeline, scene, design, executor, timeline_step)

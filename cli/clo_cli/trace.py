@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import click
 
 
 @click.command(name="trace")
-@click.argument("path", type=click.Path(path_type=Path), required=False)
+@click.argument("name", metavar="[TRACE]", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print every statistic as JSON.")
-def trace(path: Path | None, as_json: bool) -> None:
-    """Show statistics of the attention trace at PATH (default: the one that ships with clo)."""
-    from clo.trace import DEFAULT_TRACE, AttentionTrace
+def trace(name: str | None, as_json: bool) -> None:
+    """Show statistics of an attention trace: a preset or a file (default: the one that ships with clo)."""
+    from clo import presets
 
-    described = AttentionTrace.load(path or DEFAULT_TRACE).describe()
+    described = presets.load_trace(presets.DEFAULT_TRACE if name is None else name).describe()
     if as_json:
         click.echo(json.dumps(described, indent=2))
     else:

@@ -45,8 +45,11 @@ def load_model(name: str) -> ModelSpec:
 
 
 def load_machine(name: str) -> MachineSpec:
-    """A preset or a TOML file."""
-    return _load(MachineSpec, "machines", name)
+    """A preset or a TOML file; a profile that the file names by a relative path is sought beside the file."""
+    machine = _load(MachineSpec, "machines", name)
+    given = name.endswith(_SUFFIX["machines"]) and machine.profile.endswith(_SUFFIX["profiles"])
+    # an absolute path stays as it is
+    return machine.with_fields(profile=str(Path(name).parent / machine.profile)) if given else machine
 
 
 def load_design(name: str) -> Design:
@@ -60,7 +63,9 @@ def load_named_profile(name: str) -> Profile:
 
 
 def load_trace(name: str = DEFAULT_TRACE) -> AttentionTrace:
-    """A preset or an `.npz` file."""
+    """A preset or a trace file, whatever that is called."""
+    if name not in names("traces") and Path(name).is_file():
+        return AttentionTrace.load(Path(name))
     return AttentionTrace.load(_find("traces", name))
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, Self
+from typing import Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from clo.errors import SpecError
 
@@ -14,6 +14,14 @@ class Spec(BaseModel):
     """A frozen record. `parse` and `with_fields` raise `SpecError` naming the field, the value and the rule."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # Python, and so pydantic, takes True for 1
+        if isinstance(value, bool) and _wants_number(cls.model_fields[info.field_name or ""].annotation):
+            raise ValueError("must be a number, not true or false")
+        return value
 
     @classmethod
     def parse(cls, data: dict[str, Any], *, where: str = "") -> Self:
@@ -26,6 +34,25 @@ class Spec(BaseModel):
     def with_fields(self, **changes: Any) -> Self:
         """A validated copy with some fields replaced (`model_copy` would skip validation)."""
         return type(self).parse(self.model_dump() | changes)
+
+
+def _wants_number(annotation: Any) -> bool:
+    """Whether a type is, or holds, `int` or `float`, and not `bool`."""
+    parts = _parts(annotation)
+    return bool(parts & {int, float}) and bool not in parts
+
+
+def _parts(annotation: Any) -> set[Any]:
+    inner = get_args(annotation)
+    # what follows the type in `Annotated[int, Gt(0)]` is no type, and has none in it
+    return {annotation} if not inner else set().union(*(_parts(part) for part in inner if part is not Ellipsis))
+
+
+def check_version(version: int, known: int, what: str) -> int:
+    """`version` if this program reads it. Raises `ValueError` that says which it reads."""
+    if version != known:
+        raise ValueError(f"this version reads {known} (a newer {what} needs a newer clo-offload)")
+    return version
 
 
 def _prefix(where: str) -> str:

@@ -36,7 +36,9 @@ class MachineSpec(Spec):
 
     name: str = Field(description="how reports call it")
     source: str = Field(default="", description="where the numbers were read")
-    profile: str = Field(description="the profile that prices operations on this machine: a preset name or a path")
+    profile: str = Field(
+        description="the profile that prices operations on this machine: a preset, or a path from this file"
+    )
     gpu: GpuSpec
     link: LinkSpec
     host: HostSpec

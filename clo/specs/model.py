@@ -92,13 +92,19 @@ _HF_FIELDS = {
 
 
 def model_from_hf_config(path: Path) -> ModelSpec:
-    """Read a Hugging Face `config.json` (or a folder that holds one). Raises `SpecError` naming what is missing."""
+    """Read a Hugging Face `config.json` (or a folder that holds one).
+
+    Raises `SpecError` naming what is missing, or what this model has that no `ModelSpec` can say: read as a dense model
+    with a full cache it would get the wrong bytes.
+    """
     file = path / "config.json" if path.is_dir() else path
     config = _read_json(file)
     text_config = config.get("text_config") or config
     missing = [theirs for theirs in _HF_FIELDS.values() if theirs not in text_config]
     if missing:
         raise SpecError(f"{file}: no field {missing[0]!r}: not the config of a decoder-only transformer")
+    if problem := _not_modelled(config | text_config):
+        raise SpecError(f"{file}: {problem}")
     try:
         values = _hf_values(text_config, file)
     except (TypeError, ZeroDivisionError) as error:
@@ -106,16 +112,61 @@ def model_from_hf_config(path: Path) -> ModelSpec:
     return ModelSpec.parse(values, where=str(file))
 
 
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def _not_modelled(config: dict[str, Any]) -> str:
+    """What about this model is beyond a `ModelSpec`, as field, value and rule; empty if nothing is."""
+    for field in _EXPERTS:
+        if config.get(field) not in (None, 0, 1):
+            return f"{field} = {config[field]!r}: mixtures of experts are not modelled, dense MLPs only"
+    if config.get("kv_lora_rank"):
+        return (
+            f"kv_lora_rank = {config['kv_lora_rank']!r}: latent attention (MLA) is not modelled, keys and values only"
+        )
+    if config.get("quantization_config"):
+        return (
+            "quantization_config: quantised weights are not modelled, GEMM times are those of bf16: describe the model "
+            "in TOML, with weight_bytes_per_value"
+        )
+    return _windowed(config)
+
+
+def _windowed(config: dict[str, Any]) -> str:
+    """Layers that keep less than the whole context need less cache, which a `ModelSpec` cannot say."""
+    kinds = config.get("layer_types") or []
+    others = sorted({str(kind) for kind in kinds} - {"full_attention"})
+    if others:
+        return f"layer_types: {', '.join(others)} is not modelled, full_attention in every layer only"
+    window, positions = config.get("sliding_window"), config["max_position_embeddings"]
+    # Qwen's configs name a window that is off unless it is switched on
+    in_use = config.get("use_sliding_window", not str(config.get("model_type", "")).startswith("qwen"))
+    if kinds or not in_use or not isinstance(window, int) or not isinstance(positions, int) or window >= positions:
+        return ""
+    return f"sliding_window = {window}: windowed attention is not modelled, a cache of the whole context only"
+
+
 def _hf_values(config: dict[str, Any], file: Path) -> dict[str, Any]:
     values = {ours: config[theirs] for ours, theirs in _HF_FIELDS.items()}
-    heads = config["num_attention_heads"]
+    heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
     return values | {
         "name": file.resolve().parent.name if file.name == "config.json" else file.stem,
-        "source": str(file),
-        "num_kv_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+        "source": f"{file}; assumed: bf16 weights and KV, gated MLP",
+        "num_kv_heads": heads if kv_heads is None else kv_heads,
+        "head_dim": _head_dim(config, file),
         "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
     }
+
+
+def _head_dim(config: dict[str, Any], file: Path) -> Any:
+    given, width, heads = config.get("head_dim"), config["hidden_size"], config["num_attention_heads"]
+    if given is not None:
+        return given
+    if width % heads:
+        raise SpecError(
+            f"{file}: hidden_size = {width} is no multiple of num_attention_heads = {heads}: head_dim is needed"
+        )
+    return width // heads
 
 
 def _read_json(file: Path) -> dict[str, Any]:
