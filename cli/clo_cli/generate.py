@@ -96,7 +96,7 @@ def _generate(
     timeline: Path | None,
     as_json: bool,
 ) -> dict[str, Any]:
-    from clo.engine.decoder import Decoder
+    from clo.engine.decoder import Decoder, sampler_of
     from clo_cli.models import load_for_decoding, with_heads
 
     model, tokenizer = load_for_decoding(name)
@@ -106,7 +106,7 @@ def _generate(
     seconds, moved, hits, shown = [], 0.0, 0.0, ""
     with Decoder(model, design, max_new_tokens=count, heads=heads) as decoder:
         began = time.perf_counter()
-        for token in decoder.generate([ids], sampler=_sampler(temperature, seed)):
+        for token in decoder.generate([ids], sampler=sampler_of(temperature, seed)):
             if said:
                 seconds.append(time.perf_counter() - began)
                 moved, hits = moved + decoder.traffic.h2d_bytes, hits + decoder.traffic.hit_rate
@@ -137,12 +137,3 @@ def _generate(
         "kv_device_bytes": plan.memory.kv,
         "host_bytes": plan.host_bytes,
     }
-
-
-def _sampler(temperature: float, seed: int) -> Any:
-    import torch
-
-    if temperature == 0:
-        return None
-    source = torch.Generator().manual_seed(seed)
-    return lambda logits: torch.multinomial((logits / temperature).softmax(-1), 1, generator=source)[:, 0]

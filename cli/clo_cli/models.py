@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,10 @@ def load_for_decoding(name: str) -> tuple[Any, Any]:
     """A model and its tokenizer. Libraries stay quiet."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from clo.engine.record import load_model
+    from clo.errors import NotFoundError
 
+    if importlib.util.find_spec("triton") is None:
+        raise NotFoundError('decoding needs triton, which is made for Linux: pip install "clo-offload[models]"')
     return load_model(name)
 
 

@@ -324,5 +324,13 @@ def _sized(design: Design, kv_memory_bytes: float | None) -> Design:
     return design
 
 
+def sampler_of(temperature: float, seed: int) -> Sampler:
+    """Draws from the logits' distribution at a temperature; the most likely token at 0."""
+    if temperature == 0:
+        return _greedy
+    source = torch.Generator().manual_seed(seed)
+    return lambda logits: torch.multinomial((logits.cpu() / temperature).softmax(-1), 1, generator=source)[:, 0]
+
+
 def _greedy(logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(-1)
