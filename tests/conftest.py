@@ -1,6 +1,24 @@
-"""Makes the helpers beside the tests importable under `--import-mode=importlib`."""
+"""Makes the helpers beside the tests importable under `--import-mode=importlib`, and chooses Triton's interpreter.
 
+The choice must be made before any test file imports a kernel: without a GPU kernels are interpreted.
+"""
+
+import importlib.util
+import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE / "engine")]
+
+
+def _has_gpu() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+if not _has_gpu():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

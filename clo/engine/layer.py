@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from clo.engine.kernels import kernels_for
 from clo.plan import DecodePlan
 from clo.schedule.ops import Stage
 from clo.specs import Cache, OnMiss, Selector
-from clo_kernels import append_kv, gather_pages, hit_test, resolve_pages, score_pages, select_pages
-from clo_kernels import sparse_decode_attention as sparse_attention
 from clo_kernels.layout import INT32, NO_PAGE, NO_SLOT, DeviceKV, PageTable, Resolved, ring_rows, window_start
 
 NEVER = float("-inf")
@@ -136,6 +135,7 @@ class OffloadedLayer:
     def __init__(self, plan: DecodePlan, shape: LayerShape, heads: HeadSettings) -> None:
         self.plan, self.design, self.shape, self.heads = plan, plan.design, shape, heads
         self.counts = Counts()
+        self.kernels = kernels_for(shape.device)
         self.page_size = self.design.page_size
         self.num_pages = -(-shape.max_tokens // self.page_size)
         rows = (shape.batch, shape.num_kv_heads)
@@ -237,10 +237,10 @@ class OffloadedLayer:
         self._leaving = [(b, before // size) for b, (before, after) in enumerate(starts) if after > before]
         self.counts.written_back += len(self._leaving) * (self.shape.num_kv_heads - len(self.heads.pinned))
         if store:
-            append_kv.append_kv(key, value, lengths, self.kv, self.host_pages, self.index)
+            self.kernels.append_kv(key, value, lengths, self.kv, self.host_pages, self.index)
             self._keep_on_device()
             return
-        append_kv.append_kv(key, value, lengths, self.kv, self.host_pages[:, :0], self.index[:, :, :0].contiguous())
+        self.kernels.append_kv(key, value, lengths, self.kv, self.host_pages[:, :0], self.index[:, :, :0].contiguous())
         for sequence, page in self._leaving:
             entry = page_index(self._window_page(sequence, page)[:, :1], self._index_vectors)
             self.index[sequence, :, page] = entry[:, 0]
@@ -264,7 +264,7 @@ class OffloadedLayer:
     def test(self, stage: Stage, query: torch.Tensor) -> None:
         """Which heads must select anew: those whose query has drifted from its anchor."""
         fold, importance = self.design.gqa_fold.value, self.heads.importance
-        hit_test.hit_test(query, self.anchor, self.tau, fold=fold, importance=importance, out=self.missed[stage])
+        self.kernels.hit_test(query, self.anchor, self.tau, fold=fold, importance=importance, out=self.missed[stage])
 
     def everyone_misses(self, stage: Stage) -> None:
         """Without a gate every head selects, but for the pinned ones."""
@@ -284,7 +284,7 @@ class OffloadedLayer:
         if self.design.selector is Selector.EXACT:
             self._score_exactly(stage, query, lengths, candidates)
         else:
-            score_pages.score_pages(
+            self.kernels.score_pages(
                 query, self.index, candidates, missed, scale=self.shape.scale, out=self.scores[stage]
             )
 
@@ -311,7 +311,7 @@ class OffloadedLayer:
     def select(self, stage: Stage, lengths: torch.Tensor) -> None:
         """The budget's best pages of heads that missed."""
         missed = self.missed[stage]
-        select_pages.select_pages(self.scores[stage], self.candidates(lengths), missed, self.selection)
+        self.kernels.select_pages(self.scores[stage], self.candidates(lengths), missed, self.selection)
         self.chosen[stage].copy_(self.selection)
         self.counts.missed[stage] += int(missed.sum())
         if self.design.cache is Cache.RESIDENT:
@@ -322,7 +322,7 @@ class OffloadedLayer:
     def resolve(self, stage: Stage) -> None:
         """What of the selection is resident, what leaves, what is to be fetched."""
         if not self._fetches_everything:
-            resolve_pages.resolve_pages(self.chosen[stage], self.missed[stage], self.table, out=self.resolved[stage])
+            self.kernels.resolve_pages(self.chosen[stage], self.missed[stage], self.table, out=self.resolved[stage])
             self.slots_attended = self.resolved[stage].slots
             self.counts.fetched[stage] += int(self.resolved[stage].num_fetched.sum())
 
@@ -341,7 +341,7 @@ class OffloadedLayer:
 
     def gather(self, stage: Stage) -> None:
         """What was found missing, from the host into its slots."""
-        gather_pages.gather_pages(
+        self.kernels.gather_pages(
             self.host_pages, self.kv.slots, self.resolved[stage], num_programs=self.design.num_ctas
         )
 
@@ -357,9 +357,15 @@ class OffloadedLayer:
     def attend(self, query: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Attention over sinks, window and the selected pages (pinned heads: over everything)."""
         self.counts.requested += int((self.selection != NO_PAGE).sum())
-        return sparse_attention.sparse_decode_attention(
-            query, self.attended_kv, self.slots_attended, lengths, scale=self.shape.scale
+        attended: torch.Tensor = self.kernels.sparse_decode_attention(
+            query,
+            self.attended_kv,
+            self.slots_attended,
+            lengths,
+            scale=self.shape.scale,
+            out=torch.empty_like(query),
         )
+        return attended
 
 
 Layer = DenseLayer | StreamedLayer | OffloadedLayer

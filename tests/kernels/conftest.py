@@ -1,19 +1,15 @@
-"""Kernels run on the GPU where there is one, else in Triton's interpreter, which must be chosen before they load.
+"""Kernels run on the GPU where there is one, else in Triton's interpreter, which `tests/conftest.py` has chosen.
 
 With TRITON_INTERPRET=0 and no GPU the same tests run the reference through the wrappers.
 """
 
 import importlib.util
-import os
 
 import pytest
 import torch
 
 # Triton has no wheels beyond Linux
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"]
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
