@@ -5,13 +5,15 @@ Joins a profile (costs) with a machine (capacities). Knows nothing about order, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import singledispatchmethod
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clo.profile import Cost, Profile, Source, StreamCost
+from clo.profile import Cost, InterferenceCost, Profile, Source, StreamCost
 from clo.schedule.work import (
     Amount,
     BarWrite,
@@ -45,6 +47,65 @@ class Demand:
     sms_taken: float = 0.0
     is_dma: bool = False
     is_kernel: bool = False
+    slowed: float = 0.0
+    """Relative growth of the duration beside work on another lane that keeps the host as busy as a kernel does."""
+    host_share: float = 0.0
+    """How much of that disturbance this work is to others (0 to 1)."""
+
+
+class PricedPart(NamedTuple):
+    """One operation of a segment: its name, its work, and its mean seconds alone."""
+
+    name: str
+    work: Work
+    seconds: float
+
+
+class Prices(Protocol):
+    """What a simulation needs to know about costs, whatever they were learnt from."""
+
+    @property
+    def interference(self) -> InterferenceCost:
+        """How operations disturb each other beyond shared bandwidth."""
+
+    def seconds(self, work: Work, traffic: Traffic, name: str = "") -> Seconds:
+        """Time of `work` of the operation `name` when nothing else runs."""
+
+    def source(self, work: Work, name: str = "") -> Source:
+        """How that time is known."""
+
+    def segment_demand(self, parts: Sequence[PricedPart], mean_bytes: float) -> Demand:
+        """What operations that follow one another take from shared resources; `mean_bytes`: of device memory."""
+
+
+def hbm_bytes(work: Work, traffic: Traffic) -> Seconds:
+    """Bytes `work` moves through device memory."""
+    if isinstance(work, Gemm):
+        return 2.0 * (work.m * work.k + work.k * work.n + work.m * work.n)
+    if isinstance(work, DecodeAttention):
+        heads = work.batch * work.num_kv_heads
+        return 2.0 * heads * work.kv_tokens * work.head_dim * work.kv_bytes_per_value
+    if isinstance(work, StreamKernel):
+        return value_of(work.num_bytes, traffic)
+    if isinstance(work, ZeroCopy | Copy):
+        return link_bytes(work, traffic)
+    return 0.0
+
+
+def link_bytes(work: Work, traffic: Traffic) -> Seconds:
+    """Bytes `work` moves over the host link, in whichever direction."""
+    if isinstance(work, ZeroCopy):
+        return value_of(work.num_bytes, traffic)
+    if isinstance(work, Copy | BarWrite):
+        return value_of(work.pieces, traffic) * work.piece_bytes
+    if isinstance(work, StreamKernel):
+        return value_of(work.host_store_bytes, traffic)
+    return 0.0
+
+
+def value_of(quantity: Quantity, traffic: Traffic) -> Seconds:
+    """A number known from the plan, or the counts `[steps, layers]` of an amount."""
+    return traffic.evaluate(quantity) if isinstance(quantity, Amount) else quantity
 
 
 @dataclass(frozen=True)
@@ -54,18 +115,30 @@ class Pricer:
     profile: Profile
     machine: MachineSpec
 
-    def seconds(self, work: Work, traffic: Traffic) -> Seconds:
-        """Time of `work` when nothing else runs: a float if the plan fixes it, else `[steps, layers]`."""
+    @property
+    def interference(self) -> InterferenceCost:
+        """As the profile has it."""
+        return self.profile.interference
+
+    def seconds(self, work: Work, traffic: Traffic, name: str = "") -> Seconds:
+        """Time of `work` when nothing else runs: a float if the plan fixes it, else `[steps, layers]`.
+
+        The same for every operation that does this work, whatever its `name`.
+        """
         return self._seconds(work, traffic)
 
     def cost(self, work: Work) -> Cost | None:
         """The profile entry behind a price; `None` for the fitted kernel tables."""
         return self._cost(work)
 
-    def source(self, work: Work) -> Source:
+    def source(self, work: Work, name: str = "") -> Source:
         """How the price of `work` is known."""
         cost = self._cost(work)
         return Source(cost.source if cost is not None else self.profile.gemm.source)
+
+    def segment_demand(self, parts: Sequence[PricedPart], mean_bytes: float) -> Demand:
+        """Operations of a segment contend alike: the first stands for them, for as long as all of them take."""
+        return self.demand(parts[0].work, sum(part.seconds for part in parts), mean_bytes)
 
     def demand(self, work: Work, mean_seconds: float, mean_bytes: float) -> Demand:
         """What `work` takes from shared resources; `mean_*` describe a typical instance of it."""
@@ -99,29 +172,6 @@ class Pricer:
             busy = min(1.0, mean_bytes / (mean_seconds * hbm)) if mean_seconds else 0.0
             return Demand(hbm=busy, is_kernel=True)
         return Demand()
-
-    def hbm_bytes(self, work: Work, traffic: Traffic) -> Seconds:
-        """Bytes `work` moves through device memory."""
-        if isinstance(work, Gemm):
-            return 2.0 * (work.m * work.k + work.k * work.n + work.m * work.n)
-        if isinstance(work, DecodeAttention):
-            heads = work.batch * work.num_kv_heads
-            return 2.0 * heads * work.kv_tokens * work.head_dim * work.kv_bytes_per_value
-        if isinstance(work, StreamKernel):
-            return _value(work.num_bytes, traffic)
-        if isinstance(work, ZeroCopy | Copy):
-            return self.link_bytes(work, traffic)
-        return 0.0
-
-    def link_bytes(self, work: Work, traffic: Traffic) -> Seconds:
-        """Bytes `work` moves over the host link, in whichever direction."""
-        if isinstance(work, ZeroCopy):
-            return _value(work.num_bytes, traffic)
-        if isinstance(work, Copy | BarWrite):
-            return _value(work.pieces, traffic) * work.piece_bytes
-        if isinstance(work, StreamKernel):
-            return _value(work.host_store_bytes, traffic)
-        return 0.0
 
     @property
     def _into_device(self) -> float:
@@ -171,44 +221,44 @@ class Pricer:
     @_seconds.register
     def _(self, work: StreamKernel, traffic: Traffic) -> Seconds:
         cost: StreamCost = getattr(self.profile, work.kernel)
-        seconds = cost.latency_s + _value(work.num_bytes, traffic) / (
+        seconds = cost.latency_s + value_of(work.num_bytes, traffic) / (
             cost.efficiency * self.machine.gpu.hbm_bytes_per_s
         )
         if work.host_store_bytes == 0.0:
             return seconds
-        return seconds + _value(work.host_store_bytes, traffic) / self.machine.link.d2h_bytes_per_s
+        return seconds + value_of(work.host_store_bytes, traffic) / self.machine.link.d2h_bytes_per_s
 
     @_seconds.register
     def _(self, work: ZeroCopy, traffic: Traffic) -> Seconds:
-        num_bytes = _value(work.num_bytes, traffic)
+        num_bytes = value_of(work.num_bytes, traffic)
         moving = self.profile.zero_copy.latency_s + num_bytes / self.zero_copy_rate(work.num_ctas)
         # with nothing to fetch the kernel starts, sees an empty list and ends
         return _where_any(num_bytes, moving, self.profile.elementwise.latency_s)
 
     @_seconds.register
     def _(self, work: Copy, traffic: Traffic) -> Seconds:
-        pieces = _value(work.pieces, traffic)
+        pieces = value_of(work.pieces, traffic)
         cost = self.profile.copy_h2d if work.direction == "h2d" else self.profile.copy_d2h
         return _where_any(pieces, cost.latency_s + pieces * work.piece_bytes / self.copy_rate(work), 0.0)
 
     @_seconds.register
     def _(self, work: Submit, traffic: Traffic) -> Seconds:
-        descriptors, cost = _value(work.descriptors, traffic), self.profile.submit
+        descriptors, cost = value_of(work.descriptors, traffic), self.profile.submit
         return _where_any(descriptors, cost.per_call_s + descriptors * cost.per_descriptor_s, 0.0)
 
     @_seconds.register
     def _(self, work: HostGather, traffic: Traffic) -> Seconds:
-        return _value(work.pieces, traffic) * work.piece_bytes / self.gather_rate(work)
+        return value_of(work.pieces, traffic) * work.piece_bytes / self.gather_rate(work)
 
     @_seconds.register
     def _(self, work: BarWrite, traffic: Traffic) -> Seconds:
-        return _value(work.pieces, traffic) * work.piece_bytes / self.bar_write_rate(work)
+        return value_of(work.pieces, traffic) * work.piece_bytes / self.bar_write_rate(work)
 
     @_seconds.register
     def _(self, work: Bookkeeping, traffic: Traffic) -> Seconds:
         cost = self.profile.bookkeeping
         threads = min(work.num_threads, self.machine.host.num_threads)
-        heads, pages = _value(work.heads, traffic), _value(work.pages, traffic)
+        heads, pages = value_of(work.heads, traffic), value_of(work.pages, traffic)
         return (heads * cost.per_head_s + pages * cost.per_page_s) / threads
 
     @_seconds.register
@@ -237,10 +287,6 @@ _COST_FIELD: dict[type, str] = {
     BarWrite: "bar_write",
     Bookkeeping: "bookkeeping",
 }
-
-
-def _value(quantity: Quantity, traffic: Traffic) -> Seconds:
-    return traffic.evaluate(quantity) if isinstance(quantity, Amount) else quantity
 
 
 def _where_any(amount: Seconds, some: Seconds, none: float) -> Seconds:

@@ -71,7 +71,7 @@ def scene() -> Scene:
 
 
 def without_contention(priced: PricedStep) -> Contention:
-    return Contention(priced.pricer.profile.interference, share_links=False, interfere=False)
+    return Contention(priced.pricer.interference, share_links=False, interfere=False)
 
 
 def designs() -> st.SearchStrategy[Design]:
@@ -181,7 +181,7 @@ class TestOneStep:
     @settings(max_examples=100, deadline=None)
     def test_the_simulator_is_the_slow_fluid_service(self, design: Design, seed: int, step: int) -> None:
         priced = tiny_priced(design, seed)
-        ends = slow_fluid_ends(priced, step, Contention(priced.pricer.profile.interference))
+        ends = slow_fluid_ends(priced, step, Contention(priced.pricer.interference))
         of_lane = {segment.lane: end for segment, end in zip(priced.segments, ends, strict=True)}
         times = run_simpy(priced)
         assert times.seconds[step] == pytest.approx(of_lane[Lane.LAUNCH], rel=1e-9)

@@ -80,6 +80,7 @@ class _Submitted:
     stalled: Cause = Cause.LAUNCH
     failure: BaseException | None = None
     began_s: float = 0.0
+    host_free_s: float = 0.0
     announced: dict[Token, list[tuple[Flag, int]]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -146,7 +147,7 @@ class CpuMachine:
         if self._closed:
             raise EngineError("the machine is closed: make a new one")
         now = self._step
-        now.began_s = time.perf_counter()
+        now.began_s = now.host_free_s = time.perf_counter()
         try:
             for wait in step:
                 self._block(wait)
@@ -178,13 +179,12 @@ class CpuMachine:
 
     def launch(self, lane: Lane, op: Op) -> Token:
         """Queue `op` on `lane`."""
-        began = time.perf_counter()
-        return self._launched(self._queue(lane, op, self._run), op, began)
+        return self._launched(self._queue(lane, op, self._run), op)
 
-    def _launched(self, token: Token, op: Op, began: float) -> Token:
+    def _launched(self, token: Token, op: Op) -> Token:
         """Outside a graph the launching thread pays for every operation."""
         if self._step.graph is None:
-            self._host_span(submission(op), began)
+            self._host_span(submission(op))
         return token
 
     def wait(self, lane: Lane, token: Token, cause: Cause) -> None:
@@ -193,9 +193,8 @@ class CpuMachine:
 
     def host_work(self, op: Op) -> Token:
         """Queue `op` for the transfer threads."""
-        began = time.perf_counter()
         token = self._queue(Lane.POOL, op, self._run)
-        self._host_span(runtime_op("thread_wake", op.layer), began)
+        self._host_span(runtime_op("thread_wake", op.layer))
         return token
 
     def ring(self, token: Token, layer: int) -> Token:
@@ -220,10 +219,10 @@ class CpuMachine:
 
     def wait_flag(self, lane: Lane, done: Token, layer: int, cause: Cause) -> Token:
         """`lane` polls the ready flag, which shows this request's number once `done` is."""
-        began, ready, number = time.perf_counter(), self._readies[lane], self._rung[lane]
+        ready, number = self._readies[lane], self._rung[lane]
         self._step.announce(done, ready, number)
         polls = runtime_op("ready_flag", layer)
-        return self._launched(self._queue(lane, polls, _nothing, _Poll(ready, number, cause)), polls, began)
+        return self._launched(self._queue(lane, polls, _nothing, _Poll(ready, number, cause)), polls)
 
     def _queue(self, lane: Lane, op: Op, run: Run, poll: _Poll | None = None) -> Token:
         step = self._step
@@ -241,10 +240,9 @@ class CpuMachine:
         """Submit a collected graph."""
         step = self._step
         if step.graph:
-            began = time.perf_counter()
             for lane, task in step.graph:
                 self._queues[lane].put((step, task))
-            self._host_span(runtime_op("graph_launch", 0), began)
+            self._host_span(runtime_op("graph_launch", 0))
         if step.graph is not None:
             step.graph = []
 
@@ -253,7 +251,8 @@ class CpuMachine:
         self._flush()
         began = time.perf_counter()
         self._await(wait.token)
-        self._host_span(wait.op, time.perf_counter(), ((wait.cause.value, time.perf_counter() - began),))
+        self._step.host_free_s = time.perf_counter()
+        self._host_span(wait.op, ((wait.cause.value, self._step.host_free_s - began),))
         if self._step.failure is not None:
             raise _explained(self._step.failure)
 
@@ -266,11 +265,14 @@ class CpuMachine:
         for done in self._step.done:
             done.wait(max(0.0, deadline - time.perf_counter()))
 
-    def _host_span(self, op: Op, began: float, waits: tuple[tuple[str, float], ...] = ()) -> None:
-        self._record(self._step, Lane.LAUNCH, op, began, time.perf_counter(), 0.0, waits)
+    def _host_span(self, op: Op, waits: tuple[tuple[str, float], ...] = ()) -> None:
+        """The launching thread works without pause but where it waits: a span begins where the last one ended."""
+        step, ended = self._step, time.perf_counter()
+        self._record(step, Lane.LAUNCH, op, step.host_free_s, ended, 0.0, waits)
+        step.host_free_s = ended
 
+    @staticmethod
     def _record(
-        self,
         step: _Submitted,
         lane: Lane,
         op: Op,
@@ -293,40 +295,57 @@ class CpuMachine:
         )
 
     def _serve(self, lane: Lane) -> None:
+        """An operation's span begins where the lane's last one ended, unless the lane waited: its overhead counts."""
         lane_queue = self._queues[lane]
+        free = time.perf_counter()
         while True:
-            free = time.perf_counter()
+            was_empty = lane_queue.empty()
             item = lane_queue.get()
             if item is None:
                 return
             step, task = item
-            idle = time.perf_counter()
             # a lane that was idle before the step began waited for nothing
-            late = ((Cause.LAUNCH.value, idle - max(free, step.began_s)),) if idle > max(free, step.began_s) else ()
+            free = max(free, step.began_s)
+            waited = _Waited(free)
+            if was_empty:
+                waited.until_now(Cause.LAUNCH)
             try:
                 if step.failure is None:
-                    self._do(step, lane, task, late)
+                    free = self._do(step, lane, task, waited)
             except BaseException as error:
                 step.failure = step.failure or _FailedError(task.op, error)
             finally:
                 step.finish(task.token)
 
-    def _do(self, step: _Submitted, lane: Lane, task: _Task, late: tuple[tuple[str, float], ...]) -> None:
-        waits = list(late)
+    def _do(self, step: _Submitted, lane: Lane, task: _Task, waited: _Waited) -> float:
+        """When the operation ended."""
         for token, cause in task.waits:
-            began = time.perf_counter()
-            if not step.done[token].wait(self._patience_s):
-                raise EngineError(f"waited {self._patience_s:g} s for operation {token} ({cause.value})")
-            waits.append((cause.value, time.perf_counter() - began))
+            if not step.done[token].is_set():
+                if not step.done[token].wait(self._patience_s):
+                    raise EngineError(f"waited {self._patience_s:g} s for operation {token} ({cause.value})")
+                waited.until_now(cause)
         if task.poll is not None:
-            began = time.perf_counter()
             task.poll.flag.wait(task.poll.number, self._patience_s)
-            waits.append((task.poll.cause.value, time.perf_counter() - began))
+            waited.until_now(task.poll.cause)
         if step.failure is not None:
-            return
-        began = time.perf_counter()
+            return waited.free_s
         num_bytes = task.run(task.op)
-        self._record(step, lane, task.op, began, time.perf_counter(), num_bytes, tuple(waits))
+        ended = time.perf_counter()
+        self._record(step, lane, task.op, waited.free_s, ended, num_bytes, tuple(waited.causes))
+        return ended
+
+
+@dataclass(slots=True)
+class _Waited:
+    """What a lane stood still for, one cause after the other; `free_s` is when the last of them let it go on."""
+
+    free_s: float
+    causes: list[tuple[str, float]] = field(default_factory=list)
+
+    def until_now(self, cause: Cause) -> None:
+        now = time.perf_counter()
+        self.causes.append((cause.value, now - self.free_s))
+        self.free_s = now
 
 
 class _FailedError(Exception):

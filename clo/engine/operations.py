@@ -15,10 +15,8 @@ from clo.engine.network import Network, Rotation
 from clo.errors import EngineError
 from clo.plan import DecodePlan
 from clo.schedule import Op
-from clo.schedule.ops import Stage
+from clo.schedule.ops import PREFETCH_MARK, Stage
 from clo_kernels.layout import INT32
-
-PREFETCH_MARK = "prefetch."
 
 
 class Operations:

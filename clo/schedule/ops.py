@@ -19,10 +19,14 @@ from clo.schedule.work import (
     HostActionName,
     HostGather,
     StreamKernel,
+    Submit,
     Work,
     ZeroCopy,
 )
 from clo.specs import Attend, Sync
+
+PREFETCH_MARK = "prefetch."
+"""Begins the names of operations that serve a prediction."""
 
 INDEX_SCORE_BYTES = 4.0
 """A page score is a float32."""
@@ -46,7 +50,16 @@ class Stage(StrEnum):
 
     def op_name(self, name: str) -> str:
         """Prefetch operations are told apart from on-demand ones by a prefix."""
-        return f"prefetch.{name}" if self is Stage.PREFETCH else name
+        return f"{PREFETCH_MARK}{name}" if self is Stage.PREFETCH else name
+
+
+def price_name(op: Op) -> str:
+    """What a price list calls an operation: fetching ahead costs what fetching costs, a launch is a launch."""
+    if isinstance(op.work, HostAction):
+        return op.work.action
+    if isinstance(op.work, Submit):
+        return "submit"
+    return op.name.removeprefix(PREFETCH_MARK)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from clo.errors import SpecError
 from clo.plan import DecodePlan
-from clo.pricing import Demand, Pricer, Seconds
+from clo.pricing import Demand, PricedPart, Prices, Seconds, hbm_bytes
 from clo.schedule import Cause, Lane, Op, StepGraph, record_step
+from clo.schedule.ops import price_name
 from clo.schedule.work import DecodeAttention, Gemm, StreamKernel, Work
 from clo.traffic import Traffic
 
@@ -85,13 +86,25 @@ LONGEST_S = 1e30
 """No operation takes longer: sums of such times stay far from overflow."""
 
 
+class Task(NamedTuple):
+    """What has a price: an operation without its layer."""
+
+    name: str
+    work: Work
+
+    @classmethod
+    def of(cls, op: Op) -> Task:
+        """The runtime's own operations go by what is done, whatever it is done for."""
+        return cls(price_name(op), op.work)
+
+
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """A graph cut into segments, with the places where each distinct work occurs. Made once for many pricings."""
+    """A graph cut into segments, with the places where each distinct task occurs. Made once for many pricings."""
 
     graph: StepGraph
     segments: tuple[Segment, ...]
-    places: dict[Work, Places]
+    places: dict[Task, Places]
 
     @classmethod
     def of_plan(cls, plan: DecodePlan) -> StepShape:
@@ -102,12 +115,12 @@ class StepShape:
     def of(cls, graph: StepGraph) -> StepShape:
         """Cut and index `graph`."""
         segments = segments_of(graph)
-        found: dict[Work, list[tuple[int, int]]] = {}
+        found: dict[Task, list[tuple[int, int]]] = {}
         for number, segment in enumerate(segments):
             for node in segment.nodes:
                 op = graph.nodes[node].op
-                found.setdefault(op.work, []).append((number, op.layer))
-        return cls(graph, segments, {work: Places.of(pairs) for work, pairs in found.items()})
+                found.setdefault(Task.of(op), []).append((number, op.layer))
+        return cls(graph, segments, {task: Places.of(pairs) for task, pairs in found.items()})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,9 +149,9 @@ class PricedStep:
     """A step's shape with prices for the measured steps of one traffic."""
 
     shape: StepShape
-    pricer: Pricer
+    pricer: Prices
     traffic: Traffic
-    prices: dict[Work, Seconds]
+    prices: dict[Task, Seconds]
 
     @property
     def graph(self) -> StepGraph:
@@ -157,7 +170,7 @@ class PricedStep:
 
     def seconds(self, op: Op) -> Seconds:
         """Time of one operation alone: a float, or `[steps]`."""
-        price = self.prices[op.work]
+        price = self.prices[Task.of(op)]
         return price if isinstance(price, float | int) else price[:, op.layer]
 
     @cached_property
@@ -165,8 +178,8 @@ class PricedStep:
         """`[segments, steps]`, seconds alone."""
         fixed = np.zeros((len(self.segments), 1))
         varying = np.zeros((len(self.segments), self.num_steps))
-        for work, places in self.shape.places.items():
-            price = self.prices[work]
+        for task, places in self.shape.places.items():
+            price = self.prices[task]
             places.add(fixed if isinstance(price, float | int) else varying, price)
         return varying + fixed
 
@@ -174,14 +187,18 @@ class PricedStep:
     def demands(self) -> list[Demand]:
         """What each segment takes from shared resources: device-memory traffic averaged over its operations."""
         moved = np.zeros((len(self.segments), self.num_steps))
-        for work, places in self.shape.places.items():
-            places.add(moved, self.pricer.hbm_bytes(work, self.traffic))
-        seconds, num_bytes = self.durations.mean(axis=1), moved.mean(axis=1)
-        first = [self.graph.nodes[segment.nodes[0]].op.work for segment in self.segments]
+        for task, places in self.shape.places.items():
+            places.add(moved, hbm_bytes(task.work, self.traffic))
+        means = {task: np.mean(price, axis=0) if np.ndim(price) else price for task, price in self.prices.items()}
         return [
-            self.pricer.demand(work, float(mean_s), float(mean_bytes))
-            for work, mean_s, mean_bytes in zip(first, seconds, num_bytes, strict=True)
+            self.pricer.segment_demand([self._part(means, node) for node in segment.nodes], float(mean_bytes))
+            for segment, mean_bytes in zip(self.segments, moved.mean(axis=1), strict=True)
         ]
+
+    def _part(self, means: dict[Task, Seconds], node: int) -> PricedPart:
+        op = self.graph.nodes[node].op
+        mean = means[Task.of(op)]
+        return PricedPart(price_name(op), op.work, mean if isinstance(mean, float | int) else float(mean[op.layer]))
 
 
 @lru_cache(maxsize=8)
@@ -189,13 +206,13 @@ def _shape_of_plan(plan: DecodePlan) -> StepShape:
     return StepShape.of(record_step(plan))
 
 
-def price_step(shape: StepShape, pricer: Pricer, traffic: Traffic) -> PricedStep:
+def price_step(shape: StepShape, pricer: Prices, traffic: Traffic) -> PricedStep:
     """Price every distinct work once, for all steps and layers together. Raises `SpecError` for a time without end."""
     with np.errstate(over="ignore"):
-        prices = {work: pricer.seconds(work, traffic) for work in shape.places}
-    for work, price in prices.items():
+        prices = {task: pricer.seconds(task.work, traffic, task.name) for task in shape.places}
+    for task, price in prices.items():
         if not np.isfinite(price).all() or np.max(price) > LONGEST_S:
             raise SpecError(
-                f"{type(work).__name__} takes {np.max(price):g} s: check machine.* rates and profile.* costs"
+                f"{type(task.work).__name__} takes {np.max(price):g} s: check machine.* rates and profile.* costs"
             )
     return PricedStep(shape, pricer, traffic, prices)

@@ -12,10 +12,11 @@ import numpy as np
 from clo.metrics import StepTimes
 from clo.plan import DecodePlan
 from clo.presets import load_design
-from clo.pricing import Seconds
+from clo.pricing import Seconds, hbm_bytes, link_bytes
 from clo.profile import Source
 from clo.results import OpTotal, Result
 from clo.schedule import Cause, Lane, Node, Part
+from clo.schedule.ops import price_name
 from clo.specs import Design
 from clo_sim.clock import run_clock
 from clo_sim.contention import Contention
@@ -127,7 +128,7 @@ def _stalls(priced: PricedStep, times: StepTimes) -> dict[str, float]:
 
 
 def _hbm_bytes(priced: PricedStep, node: Node) -> float:
-    return _of_layer(priced.pricer.hbm_bytes(node.op.work, priced.traffic), node.op.layer)
+    return _of_layer(hbm_bytes(node.op.work, priced.traffic), node.op.layer)
 
 
 def _op_totals(priced: PricedStep) -> dict[str, OpTotal]:
@@ -138,10 +139,10 @@ def _op_totals(priced: PricedStep) -> dict[str, OpTotal]:
     for node in priced.graph.nodes:
         name, pricer = node.op.name, priced.pricer
         seconds[name] = seconds.get(name, 0.0) + _mean(priced.seconds(node.op))
-        moved = pricer.link_bytes(node.op.work, priced.traffic)
+        moved = link_bytes(node.op.work, priced.traffic)
         num_bytes[name] = num_bytes.get(name, 0.0) + _of_layer(moved, node.op.layer)
         calls[name] = calls.get(name, 0) + 1
-        sources[name] = pricer.source(node.op.work).value
+        sources[name] = pricer.source(node.op.work, price_name(node.op)).value
     return {
         name: OpTotal(seconds=seconds[name], calls=calls[name], num_bytes=num_bytes[name], source=sources[name])
         for name in seconds

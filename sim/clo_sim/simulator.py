@@ -56,7 +56,7 @@ class SimulatedGpu:
         self.lanes = tuple(lane for lane in priced.graph.lanes() if lane is not Lane.LAUNCH)
         self.host_spans: list[tuple[int, float, float]] = []
         program = _Program(priced, self.lanes)
-        rules = contention or Contention(priced.pricer.profile.interference)
+        rules = contention or Contention(priced.pricer.interference)
         self._rates: Rates = lambda classes: rules.rates(tuple(program.demands[number] for number in classes))
         self._programs = program.lane_programs()
         self._main = self.lanes.index(Lane.MAIN)
@@ -144,6 +144,8 @@ class _Program:
             d2h=round(demand.d2h, 2),
             hbm=round(demand.hbm, 2),
             host_memory=round(demand.host_memory, 2),
+            slowed=round(demand.slowed, 2),
+            host_share=round(demand.host_share, 2),
         )
         if rounded not in self.demands:
             self.demands.append(rounded)

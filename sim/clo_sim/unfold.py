@@ -10,7 +10,7 @@ from collections.abc import Generator
 import numpy as np
 import simpy
 
-from clo.pricing import Seconds
+from clo.pricing import Seconds, link_bytes
 from clo.schedule import Lane
 from clo.schedule.work import Work
 from clo.timeline import Span, Timeline
@@ -100,5 +100,5 @@ def _at(value: Seconds, step: int) -> float:
 
 
 def _bytes(priced: PricedStep, step: int, work: Work, layer: int) -> float:
-    moved = priced.pricer.link_bytes(work, priced.traffic)
+    moved = link_bytes(work, priced.traffic)
     return float(moved) if isinstance(moved, float | int) else float(moved[step, layer])

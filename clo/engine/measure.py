@@ -1,0 +1,88 @@
+"""Runs a design for some steps and keeps, step by step, when each operation ran and how much each layer moved.
+
+Knows nothing about models of cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from clo.engine.decoder import Decoder, Prompt
+from clo.engine.layer import DenseLayer, Layer, OffloadedLayer, StreamedLayer
+from clo.errors import EngineError
+from clo.plan import DecodePlan
+from clo.schedule.ops import Stage
+from clo.timeline import Timeline
+from clo.traffic import Traffic
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MachineRun:
+    """Measured decode steps: one timeline a step, and what moved in them."""
+
+    plan: DecodePlan
+    timelines: tuple[Timeline, ...]
+    traffic: Traffic
+
+    @property
+    def step_s(self) -> np.ndarray:
+        """Seconds of each step, from its first operation to the end of its last."""
+        return np.array([timeline.seconds for timeline in self.timelines])
+
+
+def run_steps(
+    decoder: Decoder, prompts: Sequence[torch.Tensor | Prompt], *, steps: int, warmup_steps: int = 2
+) -> MachineRun:
+    """Decode greedily; the first `warmup_steps` are not kept. Raises `EngineError` for no step to measure."""
+    if steps < 1:
+        raise EngineError(f"steps = {steps}: must be at least 1")
+    tokens = decoder.prefill(prompts).argmax(-1)
+    timelines, rows = [], []
+    for step in range(warmup_steps + steps):
+        tokens = decoder.step(tokens).argmax(-1)
+        if step >= warmup_steps:
+            assert decoder.timeline is not None
+            timelines.append(decoder.timeline)
+            rows.append([_moved(layer) for layer in decoder.layers])
+    assert decoder.plan is not None
+    return MachineRun(decoder.plan, tuple(timelines), _traffic(decoder.plan, decoder.layers, np.array(rows)))
+
+
+def _moved(layer: Layer) -> tuple[float, ...]:
+    counts = layer.counts
+    return (
+        counts.missed[Stage.PREFETCH],
+        counts.fetched[Stage.PREFETCH],
+        counts.missed[Stage.DEMAND],
+        counts.fetched[Stage.DEMAND],
+        counts.written_back,
+        counts.requested,
+    )
+
+
+def _traffic(plan: DecodePlan, layers: Sequence[Layer], counts: np.ndarray) -> Traffic:
+    """`counts`: `[steps, layers, 6]`."""
+    columns = [counts[:, :, column].astype(np.float64) for column in range(counts.shape[2])]
+    spec_heads, spec_pages, demand_heads, demand_pages, write_back, requested = columns
+    fetching = np.array([isinstance(layer, OffloadedLayer | StreamedLayer) for layer in layers], dtype=np.float64)
+    heads = fetching * plan.offloaded_heads
+    return Traffic(
+        spec_heads=spec_heads,
+        spec_pages=spec_pages,
+        demand_heads=demand_heads,
+        demand_pages=demand_pages,
+        write_back_pages=write_back,
+        requested_pages=requested,
+        reused_heads=np.maximum(0.0, heads - demand_heads),
+        heads=float(heads.sum()),
+        overlap=float("nan"),
+    )
+
+
+def is_dense(layer: Layer) -> bool:
+    """Whether a layer fetches nothing."""
+    return isinstance(layer, DenseLayer) and not isinstance(layer, StreamedLayer)

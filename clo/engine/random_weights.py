@@ -1,0 +1,58 @@
+"""A decoder of any size without a download: random weights, and prompts that are made up, not read.
+
+What it says means nothing, but it costs what a real one of its shape costs. Knows nothing about designs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from clo.engine.decoder import Prompt
+from clo.engine.network import Network
+from clo.specs import ModelSpec
+
+WEIGHT_SCALE = 0.02
+KEY_SCALE = 1.0
+
+
+def random_model(
+    spec: ModelSpec, *, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Any:
+    """A `transformers` Llama of the shape of `spec`, in evaluation mode."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        num_hidden_layers=spec.num_layers,
+        num_attention_heads=spec.num_query_heads,
+        num_key_value_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        max_position_embeddings=spec.max_positions,
+        tie_word_embeddings=spec.tied_embeddings,
+        initializer_range=WEIGHT_SCALE,
+        name_or_path=spec.name,
+    )
+    before = torch.get_default_dtype()
+    torch.manual_seed(seed)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def random_prompt(network: Network, num_tokens: int, *, seed: int = 0) -> Prompt:
+    """Keys and values of `num_tokens` tokens that nobody computed: a long context for the price of its memory."""
+    model, source = network.spec, torch.Generator().manual_seed(seed)
+    size = (model.num_kv_heads, num_tokens, model.head_dim)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=source).to(network.dtype).to(network.device)
+
+    kv = tuple((draw(*size) * KEY_SCALE, draw(*size)) for _ in range(model.num_layers))
+    return Prompt(kv, draw(model.vocab_size))
