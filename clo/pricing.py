@@ -68,6 +68,10 @@ class Prices(Protocol):
     def interference(self) -> InterferenceCost:
         """How operations disturb each other beyond shared bandwidth."""
 
+    @property
+    def handover_s(self) -> float:
+        """From the end of an operation to the start of one on another lane that waited for it."""
+
     def seconds(self, work: Work, traffic: Traffic, name: str = "") -> Seconds:
         """Time of `work` of the operation `name` when nothing else runs."""
 
@@ -119,6 +123,11 @@ class Pricer:
     def interference(self) -> InterferenceCost:
         """As the profile has it."""
         return self.profile.interference
+
+    @property
+    def handover_s(self) -> float:
+        """Streams that wait for each other's events lose no time that the profile would know of."""
+        return 0.0
 
     def seconds(self, work: Work, traffic: Traffic, name: str = "") -> Seconds:
         """Time of `work` when nothing else runs: a float if the plan fixes it, else `[steps, layers]`.

@@ -104,11 +104,12 @@ class _Submitted:
 class CpuMachine:
     """Runs steps of a schedule on lanes that are threads. Close it, or use it in a `with` block.
 
-    `run` does an operation. After a step has failed the lanes are idle again and the next step may begin.
+    `run` does an operation. After a step has failed the lanes are idle again and the next step may begin. With
+    `one_at_a_time` the launching thread does every operation itself, so that each is timed alone.
     """
 
-    def __init__(self, run: Run, *, patience_s: float = DEFAULT_PATIENCE_S) -> None:
-        self._run, self._patience_s = run, patience_s
+    def __init__(self, run: Run, *, patience_s: float = DEFAULT_PATIENCE_S, one_at_a_time: bool = False) -> None:
+        self._run, self._patience_s, self._one_at_a_time = run, patience_s, one_at_a_time
         self._step = _Submitted()
         # a pair of flags for each stream: numbers of two streams may come in another order than they were given out
         self._doorbells = {lane: Flag(f"doorbell of the {lane}") for lane in Lane}
@@ -175,7 +176,7 @@ class CpuMachine:
 
     def begin_graph(self) -> None:
         """Collect what is submitted; it goes to the lanes at once when the host next waits."""
-        self._step.graph = []
+        self._step.graph = None if self._one_at_a_time else []
 
     def launch(self, lane: Lane, op: Op) -> Token:
         """Queue `op` on `lane`."""
@@ -230,7 +231,9 @@ class CpuMachine:
         step.done.append(threading.Event())
         step.lane_of.append(lane)
         task = _Task(token, op, tuple(step.pending.pop(lane, ())), run, poll)
-        if step.graph is None:
+        if self._one_at_a_time:
+            step.host_free_s = self._run_task(step, lane, task, _Waited(step.host_free_s))
+        elif step.graph is None:
             self._queues[lane].put((step, task))
         else:
             step.graph.append((lane, task))
@@ -309,13 +312,17 @@ class CpuMachine:
             waited = _Waited(free)
             if was_empty:
                 waited.until_now(Cause.LAUNCH)
-            try:
-                if step.failure is None:
-                    free = self._do(step, lane, task, waited)
-            except BaseException as error:
-                step.failure = step.failure or _FailedError(task.op, error)
-            finally:
-                step.finish(task.token)
+            free = self._run_task(step, lane, task, waited)
+
+    def _run_task(self, step: _Submitted, lane: Lane, task: _Task, waited: _Waited) -> float:
+        """When the task ended, well or not; a step that has failed does nothing more."""
+        try:
+            return self._do(step, lane, task, waited) if step.failure is None else waited.free_s
+        except BaseException as error:
+            step.failure = step.failure or _FailedError(task.op, error)
+            return waited.free_s
+        finally:
+            step.finish(task.token)
 
     def _do(self, step: _Submitted, lane: Lane, task: _Task, waited: _Waited) -> float:
         """When the operation ended."""

@@ -113,7 +113,8 @@ class Decoder:
     """One batch of sequences decoding under `design`.
 
     `prefill` the prompts, then `step` with each next token, or `generate`. Close it, or use it in a `with` block.
-    `max_new_tokens` is what there is room for after the prompts. Raises `SpecError` where the design does not fit.
+    `max_new_tokens` is what there is room for after the prompts; `one_at_a_time` lets nothing overlap.
+    Raises `SpecError` where the design does not fit.
     """
 
     def __init__(
@@ -125,13 +126,14 @@ class Decoder:
         heads: HeadProfile | None = None,
         kv_memory_bytes: float | None = None,
         patience_s: float = DEFAULT_PATIENCE_S,
+        one_at_a_time: bool = False,
     ) -> None:
         self.network = model if isinstance(model, Network) else Network(model)
         self.design = _sized(design, kv_memory_bytes)
         check_design(self.design, heads)
         self.heads = heads or HeadProfile()
         self.max_new_tokens = max_new_tokens
-        self._kv_memory_bytes, self._patience_s = kv_memory_bytes, patience_s
+        self._kv_memory_bytes, self._patience_s, self._one_at_a_time = kv_memory_bytes, patience_s, one_at_a_time
         self._pool = ThreadPoolExecutor(self.design.transfer_threads, thread_name_prefix="clo transfer")
         self._machine: CpuMachine | None = None
         self._operations: Operations | None = None
@@ -173,7 +175,7 @@ class Decoder:
             self._machine.close()
         layers = make_layers(self.network, self.plan, self.heads, max(lengths) + self.max_new_tokens)
         self._operations = Operations(self.network, self.plan, layers, self._pool)
-        self._machine = CpuMachine(self._do, patience_s=self._patience_s)
+        self._machine = CpuMachine(self._do, patience_s=self._patience_s, one_at_a_time=self._one_at_a_time)
         self._broken = False
         for sequence, prompt in enumerate(read):
             for layer, (keys, values) in zip(layers, prompt.kv, strict=True):

@@ -40,6 +40,7 @@ class Contention:
         slowed = self.interference.per_sm_share * taken
         if any(demand.is_dma for demand in others):
             slowed += self.interference.dma
+        slowed += demands[index].slowed * sum(demand.host_share for demand in others)
         # `slowed` is the relative growth of the duration: 0.47 means 1.47 times as long
         return 1.0 / (1.0 + slowed)
 

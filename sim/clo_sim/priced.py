@@ -181,7 +181,13 @@ class PricedStep:
         for task, places in self.shape.places.items():
             price = self.prices[task]
             places.add(fixed if isinstance(price, float | int) else varying, price)
-        return varying + fixed
+        return varying + fixed + self.handovers[:, None]
+
+    @cached_property
+    def handovers(self) -> NDArray[np.float64]:
+        """`[segments]`, seconds: what it costs to begin after an operation on another lane of the device."""
+        handed = [any(wait.lane is not Lane.LAUNCH for wait in segment.after) for segment in self.segments]
+        return np.array(handed) * self.pricer.handover_s
 
     @cached_property
     def demands(self) -> list[Demand]:

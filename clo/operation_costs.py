@@ -1,0 +1,214 @@
+"""Costs of operations as they were timed on one machine: seconds as a sum over countable features of their work.
+
+The second kind of profile. `clo.profile` describes a GPU by its rates; this one needs no rates, only an executor that
+ran the operations, and so it fits any machine that can run them. Knows nothing about how costs were fitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, NonNegativeFloat, ValidationError, field_validator
+
+from clo.errors import ProfileError
+from clo.files import read_json
+from clo.plan import DecodePlan
+from clo.pricing import Demand, PricedPart, Seconds, value_of
+from clo.profile import Cost, InterferenceCost, Source
+from clo.schedule.work import (
+    Amount,
+    BarWrite,
+    Bookkeeping,
+    Copy,
+    DecodeAttention,
+    Gemm,
+    HostAction,
+    HostGather,
+    Quantity,
+    StreamKernel,
+    Submit,
+    Work,
+    ZeroCopy,
+)
+from clo.specs import MachineSpec, ModelSpec
+from clo.specs.base import Spec, check_version, explain
+from clo.traffic import Traffic
+
+SCHEMA_VERSION = 1
+
+
+class OperationCost(Cost):
+    """`seconds = sum(per_unit[feature] * feature)`; features are those of `feature_values`."""
+
+    per_unit: dict[str, NonNegativeFloat] = Field(description="seconds per unit of each feature")
+    slowed: NonNegativeFloat = Field(default=0.0, description="relative growth beside a busy lane; 1: twice as long")
+
+
+class OperationProfile(Spec):
+    """What one machine takes for the operations of one model. Seconds."""
+
+    kind: Literal["operations"] = "operations"
+    schema_version: int = SCHEMA_VERSION
+    name: str
+    date: str
+    note: str = ""
+    machine: MachineSpec
+    model: ModelSpec
+    fingerprint: dict[str, str] = Field(description="what the costs depend on: processor, threads, library versions")
+    operations: dict[str, OperationCost]
+    host_share: dict[str, NonNegativeFloat] = Field(
+        default_factory=dict, description="how much a lane disturbs the others while it works, by lane"
+    )
+    handover_s: NonNegativeFloat = Field(default=0.0, description="from the end of an operation to a lane it wakes")
+    drift: NonNegativeFloat = Field(default=0.0, description="relative spread of the same run, hours or minutes apart")
+
+    @field_validator("schema_version")
+    @classmethod
+    def _readable(cls, value: int) -> int:
+        return check_version(value, SCHEMA_VERSION, "operation profile")
+
+
+def load_operation_profile(path: Path) -> OperationProfile:
+    """Read a profile file. Raises `ProfileError` naming the file, the field and the rule."""
+    data = read_json(path, ProfileError)
+    if not isinstance(data, dict) or data.get("kind") != "operations":
+        raise ProfileError(f"{path}: not a profile of timed operations (clo calibrate writes one)")
+    try:
+        return OperationProfile.model_validate(data)
+    except ValidationError as error:
+        raise ProfileError(f"{path}: {explain(OperationProfile, error)}") from None
+
+
+def price_key(name: str, work: Work, plan: DecodePlan) -> str:
+    """The entry of a profile: operations of one name that run different code are told apart."""
+    design = plan.design
+    if isinstance(work, DecodeAttention):
+        return f"{name}:{'dense' if work.kv_tokens == plan.workload.context_tokens else 'sparse'}"
+    if name == "score_pages":
+        return f"{name}:{design.selector}"
+    if name == "select_pages":
+        return f"{name}:{design.cache}"
+    if name == "resolve_pages":
+        return f"{name}:{design.on_miss if design.cache == 'head_reuse' else 'diff'}"
+    if name == "qkv_proj" and isinstance(work, Gemm):
+        return f"{name}:{'predicting' if work.n > plan.model.qkv_width else 'alone'}"
+    if name == "append_kv":
+        stores = isinstance(work, StreamKernel) and isinstance(work.host_store_bytes, Amount)
+        return f"{name}:{'stores' if stores else 'copied_back' if design.offloads and design.cpu_moves else 'dense'}"
+    return name
+
+
+def feature_values(work: Work, plan: DecodePlan, traffic: Traffic) -> dict[str, Seconds]:
+    """What the time of `work` may grow with: numbers, or one per step and layer `[steps, layers]`.
+
+    `all_*`: as if every head took part; `rows`: heads times sequences; `some`: whether there is anything to do.
+    """
+    counts = _features_of(work, plan)
+    values = {name: value_of(quantity, traffic) for name, quantity in counts.items()}
+    varying = [quantity for quantity in counts.values() if isinstance(quantity, Amount)]
+    if varying:
+        values["some"] = np.minimum(1.0, traffic.amount(varying[0].name))
+    return values
+
+
+def _features_of(work: Work, plan: DecodePlan) -> dict[str, Quantity]:
+    features: dict[str, Quantity] = {"calls": 1.0}
+    if isinstance(work, Gemm):
+        return features | {"flops": 2.0 * work.m * work.n * work.k}
+    if isinstance(work, DecodeAttention):
+        rows = float(work.batch * work.num_kv_heads)
+        return features | {
+            "rows": rows,
+            "kv_bytes": 2 * rows * work.kv_tokens * work.head_dim * work.kv_bytes_per_value,
+        }
+    if isinstance(work, StreamKernel):
+        return features | _stream_features(work, plan)
+    if isinstance(work, ZeroCopy):
+        return features | {"pages": _scaled(work.num_bytes, 1 / plan.page_bytes), "bytes": work.num_bytes}
+    if isinstance(work, Copy | HostGather | BarWrite):
+        return features | {"pages": work.pieces, "bytes": _scaled(work.pieces, work.piece_bytes)}
+    if isinstance(work, Bookkeeping):
+        return features | {"heads": work.heads, "pages": work.pages, "all_pages": _if_all(work.pages, plan)}
+    if isinstance(work, Submit):
+        return features | {"pages": work.descriptors}
+    assert isinstance(work, HostAction)
+    return {"calls": float(work.count), "layers": float(plan.model.num_layers)}
+
+
+def _stream_features(work: StreamKernel, plan: DecodePlan) -> dict[str, Quantity]:
+    features: dict[str, Quantity] = {"sequences": float(plan.workload.batch)}
+    if isinstance(work.num_bytes, Amount):
+        features |= {"heads": Amount(work.num_bytes.name), "all_bytes": _if_all(work.num_bytes, plan)}
+    if isinstance(work.host_store_bytes, Amount):
+        features["pages"] = _scaled(work.host_store_bytes, 1 / plan.page_bytes)
+    return features | {"bytes": work.num_bytes}
+
+
+def _scaled(quantity: Quantity, factor: float) -> Quantity:
+    return Amount(quantity.name, quantity.scale * factor) if isinstance(quantity, Amount) else quantity * factor
+
+
+def _if_all(quantity: Quantity, plan: DecodePlan) -> float:
+    return quantity.scale * plan.offloaded_heads if isinstance(quantity, Amount) else quantity
+
+
+@dataclass(frozen=True)
+class OperationPricer:
+    """Prices the operations of one plan from a profile of timed operations."""
+
+    profile: OperationProfile
+    plan: DecodePlan
+
+    @property
+    def interference(self) -> InterferenceCost:
+        """Operations carry their own (`OperationCost.slowed`)."""
+        return InterferenceCost(source=Source.MEASURED, per_sm_share=0.0, dma=0.0)
+
+    @property
+    def handover_s(self) -> float:
+        """From the end of an operation to the start of one on another lane that waited for it."""
+        return self.profile.handover_s
+
+    def seconds(self, work: Work, traffic: Traffic, name: str = "") -> Seconds:
+        """Time of the operation `name` when nothing else runs. Raises `ProfileError` if it was never timed."""
+        cost = self._cost(work, name)
+        total: Seconds = 0.0
+        for feature, value in feature_values(work, self.plan, traffic).items():
+            if per_unit := cost.per_unit.get(feature, 0.0):
+                total = total + per_unit * value
+        return total
+
+    def source(self, work: Work, name: str = "") -> Source:
+        """Everything was timed."""
+        return Source(self._cost(work, name).source)
+
+    def segment_demand(self, parts: Sequence[PricedPart], mean_bytes: float) -> Demand:
+        """How much others slow these operations, weighted by their time, and how much they slow others."""
+        seconds = np.array([part.seconds for part in parts])
+        slowed = np.array([self._cost(part.work, part.name).slowed for part in parts])
+        total = float(seconds.sum())
+        mean = float(seconds @ slowed) / total if total else 0.0
+        return Demand(is_kernel=True, slowed=mean, host_share=self._host_share(parts[0].work))
+
+    def _host_share(self, work: Work) -> float:
+        return self.profile.host_share.get(work_kind(work), 0.0)
+
+    def _cost(self, work: Work, name: str) -> OperationCost:
+        key = price_key(name, work, self.plan)
+        cost = self.profile.operations.get(key)
+        if cost is None:
+            raise ProfileError(
+                f"profile {self.profile.name}: operation {key} was never timed: calibrate with a design that uses it"
+            )
+        return cost
+
+
+def work_kind(work: Work) -> str:
+    """Kinds of work that disturb others alike."""
+    if isinstance(work, Gemm | DecodeAttention | StreamKernel):
+        return "kernel"
+    return {ZeroCopy: "gather", Copy: "copy", HostAction: "runtime", Submit: "runtime"}.get(type(work), "threads")
