@@ -48,6 +48,24 @@ class OperationCost(Cost):
     slowed: NonNegativeFloat = Field(default=0.0, description="relative growth beside a busy lane; 1: twice as long")
 
 
+class BenchmarkRow(Spec):
+    """A microbenchmark: its median rate, and the relative spread of its samples."""
+
+    name: str
+    parameters: dict[str, float]
+    unit: str
+    per_second: NonNegativeFloat
+    spread: NonNegativeFloat
+    samples: int
+
+
+class FitPoint(Spec):
+    """One run of one operation: mean seconds as timed, and as the fitted cost gives them."""
+
+    measured_s: NonNegativeFloat
+    fitted_s: NonNegativeFloat
+
+
 class OperationProfile(Spec):
     """What one machine takes for the operations of one model. Seconds."""
 
@@ -64,7 +82,12 @@ class OperationProfile(Spec):
         default_factory=dict, description="how much a lane disturbs the others while it works, by lane"
     )
     handover_s: NonNegativeFloat = Field(default=0.0, description="from the end of an operation to a lane it wakes")
-    drift: NonNegativeFloat = Field(default=0.0, description="relative spread of the same run, hours or minutes apart")
+    drift: NonNegativeFloat = Field(default=0.0, description="relative spread of one run, minutes apart")
+    common_spread: NonNegativeFloat = Field(
+        default=0.0, description="relative spread of whole steps beyond what the spreads of operations explain"
+    )
+    benchmarks: tuple[BenchmarkRow, ...] = ()
+    fits: dict[str, tuple[FitPoint, ...]] = Field(default_factory=dict, description="what costs were fitted to")
 
     @field_validator("schema_version")
     @classmethod
@@ -185,6 +208,15 @@ class OperationPricer:
     def source(self, work: Work, name: str = "") -> Source:
         """Everything was timed."""
         return Source(self._cost(work, name).source)
+
+    def uncertainty(self, work: Work, name: str = "") -> tuple[str, float]:
+        """The entry that prices the operation, and its relative spread."""
+        return price_key(name, work, self.plan), self._cost(work, name).spread
+
+    @property
+    def common_spread(self) -> float:
+        """What whole steps vary beyond their operations."""
+        return self.profile.common_spread
 
     def segment_demand(self, parts: Sequence[PricedPart], mean_bytes: float) -> Demand:
         """How much others slow these operations, weighted by their time, and how much they slow others."""

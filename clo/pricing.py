@@ -32,6 +32,9 @@ from clo.schedule.work import (
 from clo.specs import MachineSpec
 from clo.traffic import Traffic
 
+NORMAL_P95 = 1.645
+"""Of normal errors nine in ten lie within so many standard deviations."""
+
 Seconds = float | NDArray[np.float64]
 """A number, or one per step and layer `[steps, layers]`."""
 
@@ -77,6 +80,13 @@ class Prices(Protocol):
 
     def source(self, work: Work, name: str = "") -> Source:
         """How that time is known."""
+
+    def uncertainty(self, work: Work, name: str = "") -> tuple[str, float]:
+        """The entry that prices the operation, and the relative spread of that price (0: not known)."""
+
+    @property
+    def common_spread(self) -> float:
+        """Relative spread of whole steps beyond that of their operations."""
 
     def segment_demand(self, parts: Sequence[PricedPart], mean_bytes: float) -> Demand:
         """What operations that follow one another take from shared resources; `mean_bytes`: of device memory."""
@@ -144,6 +154,19 @@ class Pricer:
         """How the price of `work` is known."""
         cost = self._cost(work)
         return Source(cost.source if cost is not None else self.profile.gemm.source)
+
+    def uncertainty(self, work: Work, name: str = "") -> tuple[str, float]:
+        """The profile's entry and its spread; fitted tables know theirs from points held out of the fit."""
+        cost = self._cost(work)
+        if cost is not None:
+            return self._entry(work), cost.spread
+        table = self.profile.gemm if isinstance(work, Gemm) else self.profile.decode_attention
+        return type(work).__name__, table.p90_abs_relative_error / NORMAL_P95
+
+    @property
+    def common_spread(self) -> float:
+        """Not known: no step of this machine was run."""
+        return 0.0
 
     def segment_demand(self, parts: Sequence[PricedPart], mean_bytes: float) -> Demand:
         """Operations of a segment contend alike: the first stands for them, for as long as all of them take."""
@@ -277,16 +300,16 @@ class Pricer:
     def _cost(self, work: Work) -> Cost | None:
         if isinstance(work, Gemm | DecodeAttention):
             return None
-        if isinstance(work, StreamKernel):
-            name: str = work.kernel
-        elif isinstance(work, Copy):
-            name = "copy_h2d" if work.direction == "h2d" else "copy_d2h"
-        elif isinstance(work, HostAction):
-            name = work.action
-        else:
-            name = _COST_FIELD[type(work)]
-        cost: Cost = getattr(self.profile, name)
+        cost: Cost = getattr(self.profile, self._entry(work))
         return cost
+
+    @staticmethod
+    def _entry(work: Work) -> str:
+        if isinstance(work, StreamKernel):
+            return work.kernel
+        if isinstance(work, Copy):
+            return "copy_h2d" if work.direction == "h2d" else "copy_d2h"
+        return work.action if isinstance(work, HostAction) else _COST_FIELD[type(work)]
 
 
 _COST_FIELD: dict[type, str] = {

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from clo.engine.decoder import Decoder, Prompt
-from clo.engine.layer import DenseLayer, Layer, OffloadedLayer, StreamedLayer
+from clo.engine.layer import Layer, OffloadedLayer, StreamedLayer
 from clo.errors import EngineError
 from clo.plan import DecodePlan
 from clo.schedule.ops import Stage
@@ -52,6 +52,23 @@ def run_steps(
     return MachineRun(decoder.plan, tuple(timelines), _traffic(decoder.plan, decoder.layers, np.array(rows)))
 
 
+def fastest(runs: Sequence[MachineRun]) -> MachineRun:
+    """Of each step the fastest of several runs that decoded the same: what nothing else on the machine disturbed.
+
+    Raises `EngineError` for runs that moved different pages.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        if not np.array_equal(run.traffic.fetched_pages, first.traffic.fetched_pages):
+            raise EngineError(f"{first.plan.design.name}: repeated runs moved different pages: they cannot be compared")
+    timelines = tuple(min(same, key=lambda timeline: timeline.seconds) for same in zip(*_timelines(runs), strict=True))
+    return MachineRun(first.plan, timelines, first.traffic)
+
+
+def _timelines(runs: Sequence[MachineRun]) -> list[tuple[Timeline, ...]]:
+    return [run.timelines for run in runs]
+
+
 def _moved(layer: Layer) -> tuple[float, ...]:
     counts = layer.counts
     return (
@@ -81,8 +98,3 @@ def _traffic(plan: DecodePlan, layers: Sequence[Layer], counts: np.ndarray) -> T
         heads=float(heads.sum()),
         overlap=float("nan"),
     )
-
-
-def is_dense(layer: Layer) -> bool:
-    """Whether a layer fetches nothing."""
-    return isinstance(layer, DenseLayer) and not isinstance(layer, StreamedLayer)

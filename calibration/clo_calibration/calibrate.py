@@ -1,0 +1,234 @@
+"""Measures a machine and fits its profile: microbenchmarks, operations alone, operations beside each other.
+
+Raw samples are kept beside the profile; what was measured before an interruption is not measured again. Knows nothing
+about commands or figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from clo.engine.decoder import local_machine
+from clo.engine.measure import MachineRun, fastest
+from clo.engine.network import Network
+from clo.engine.random_weights import random_model
+from clo.errors import CloError, SpecError
+from clo.files import read_json, write_text
+from clo.operation_costs import BenchmarkRow, FitPoint, OperationCost, OperationProfile
+from clo.specs import MachineSpec, ModelSpec
+from clo.units import format_bytes
+from clo_calibration.comparison import simulated_s
+from clo_calibration.fingerprint import fingerprint
+from clo_calibration.host_benchmarks import HostBenchmark, host_benchmarks
+from clo_calibration.operation_fit import (
+    Observation,
+    Timed,
+    by_key,
+    fit_costs,
+    fit_interference,
+    handover_s,
+    observations,
+    predicted_s,
+)
+from clo_calibration.probes import DESIGNS, Probe, calibration_probes, plan_of, run_probe
+from clo_calibration.run_files import load_run, save_run
+
+Progress = Callable[[str, int, int], None]
+
+DEFAULT_SLOWED = 1.0
+"""Of operations that were never seen beside others: twice as long, as for one interpreter shared by two threads."""
+
+NOISY = 0.1
+"""A baseline that varies more than this between its repeats was not measured on a quiet machine."""
+
+
+def network_of(model: ModelSpec, device: torch.device) -> Network:
+    """Random weights in single precision. Raises `SpecError` where the machine cannot hold them."""
+    needed = model.weight_bytes / model.weight_bytes_per_value * 4
+    memory = local_machine(device).gpu.memory_bytes
+    if needed > 0.8 * memory:
+        raise SpecError(
+            f"model {model.name}: its weights take {format_bytes(needed)} in single precision, this machine has "
+            f"{format_bytes(memory)} of memory: choose a smaller model, or lower model.num_layers"
+        )
+    return Network(random_model(model, device=device), model.name)
+
+
+def calibrate(
+    model: ModelSpec,
+    *,
+    samples: Path,
+    name: str,
+    device: torch.device | None = None,
+    designs: Sequence[str] = DESIGNS,
+    steps: int = 8,
+    rounds: int = 4,
+    progress: Progress = lambda *_: None,
+) -> OperationProfile:
+    """Measure, fit, and return the profile; raw samples go to the folder `samples` and are taken up from there.
+
+    Raises `CloError` if `samples` holds measurements of another machine or model.
+    """
+    device = device or torch.device("cpu")
+    network = network_of(model, device)
+    here = fingerprint(device)
+    claim_folder(samples, here, network.spec)
+    probes = calibration_probes(designs, steps=steps)
+    progress("microbenchmarks", 0, 1)
+    benchmarks = host_benchmarks(tuple(sorted({1, torch.get_num_threads(), 2})))
+    progress("microbenchmarks", 1, 1)
+    runs = measure(network, probes, samples, progress, rounds=rounds)
+    return fit_profile(list(zip(probes, runs, strict=True)), benchmarks, name=name, here=here, network=network)
+
+
+def claim_folder(folder: Path, here: dict[str, str], model: ModelSpec) -> None:
+    """Samples of one machine and model only."""
+    claim, wanted = folder / "machine.json", {"fingerprint": here, "model": model.model_dump(mode="json")}
+    if claim.exists() and read_json(claim) != wanted:
+        raise CloError(f"{folder}: holds samples of another machine, model or version: choose another folder")
+    write_text(claim, _json(wanted))
+
+
+def measure(
+    network: Network, probes: Sequence[Probe], folder: Path, progress: Progress, *, rounds: int
+) -> list[MachineRun]:
+    """Run every probe once a round, unless that was done before; of each step the fastest round counts.
+
+    Rounds lie minutes apart, so that a passing disturbance meets only one of them.
+    """
+    total = rounds * len(probes)
+    for done, (number, probe) in enumerate((number, probe) for number in range(rounds) for probe in probes):
+        progress("decode steps", done, total)
+        path = _file(folder, probe, number)
+        if not path.exists():
+            save_run(path, run_probe(network, probe))
+    progress("decode steps", total, total)
+    return [read_back(network, probe, folder, rounds) for probe in probes]
+
+
+def read_back(network: Network, probe: Probe, folder: Path, rounds: int) -> MachineRun:
+    """The fastest steps of a probe's rounds."""
+    plan = plan_of(network, probe)
+    return fastest([load_run(_file(folder, probe, number), plan) for number in range(rounds)])
+
+
+def _file(folder: Path, probe: Probe, number: int) -> Path:
+    return folder / f"{probe.key}-{number}.npz"
+
+
+def fit_profile(
+    measured: Sequence[tuple[Probe, MachineRun]],
+    benchmarks: Sequence[HostBenchmark],
+    *,
+    name: str,
+    here: dict[str, str],
+    network: Network,
+) -> OperationProfile:
+    """Costs from runs; runs of which nothing may be learnt are left out."""
+    learnt = [(number, probe, run) for number, (probe, run) in enumerate(measured) if probe.fitted]
+    alone = by_key(row for number, probe, run in learnt if probe.alone for row in observations(run, number))
+    beside = by_key(row for number, probe, run in learnt if not probe.alone for row in observations(run, number))
+    runtime = {key: timed for key, timed in beside.items() if timed.rows[0].kind == "runtime"}
+    costs = fit_costs({key: timed for key, timed in alone.items() if timed.rows[0].kind != "runtime"} | runtime)
+    together = [run for _, probe, run in learnt if not probe.alone]
+    interference = fit_interference(beside, costs)
+    profile = OperationProfile(
+        name=name,
+        date=date.today().isoformat(),
+        note="fitted to decode steps of random weights; every cost was timed on this machine",
+        machine=_machine(network.device, benchmarks, name),
+        model=network.spec,
+        fingerprint=here,
+        operations={key: _slowed(key, cost, interference.slowed) for key, cost in costs.items()},
+        host_share=interference.host_share,
+        handover_s=handover_s(together),
+        drift=drift([run for _, probe, run in learnt if probe.design.name == "resident" and not probe.alone]),
+        benchmarks=tuple(_row(benchmark) for benchmark in benchmarks),
+        fits={key: _points(timed, costs[key]) for key, timed in (alone | runtime).items() if key in costs},
+    )
+    return profile.model_copy(update={"common_spread": _common_spread(profile, together)})
+
+
+def drift(baselines: Sequence[MachineRun]) -> float:
+    """Relative standard deviation of the same run's median step, repeated through the calibration."""
+    sizes = {(run.plan.workload.context_tokens, run.plan.workload.batch) for run in baselines}
+    spreads = []
+    for size in sizes:
+        same = [run for run in baselines if (run.plan.workload.context_tokens, run.plan.workload.batch) == size]
+        times = np.array([np.median(run.step_s) for run in same])
+        if len(times) > 2:
+            spreads.append(float(times.std() / times.mean()))
+    return max(spreads, default=0.0)
+
+
+def _common_spread(profile: OperationProfile, runs: Sequence[MachineRun]) -> float:
+    """Root mean square of relative errors of simulated steps that were fitted, less what operations explain."""
+    errors = [simulated_s(profile, run) / float(np.median(run.step_s)) - 1.0 for run in runs]
+    explained = [_explained(profile, run) for run in runs]
+    return float(np.sqrt(max(0.0, np.mean(np.square(errors)) - np.mean(explained))))
+
+
+def _explained(profile: OperationProfile, run: MachineRun) -> float:
+    """Relative variance of a step of which every operation's cost errs independently by its spread."""
+    from clo_calibration.comparison import price_run
+
+    priced = price_run(profile, run)
+    seconds: dict[str, float] = {}
+    spreads: dict[str, float] = {}
+    for task, places in priced.shape.places.items():
+        entry, spreads_of = priced.pricer.uncertainty(task.work, task.name)
+        spreads[entry] = spreads_of
+        seconds[entry] = seconds.get(entry, 0.0) + float(np.mean(priced.prices[task])) * len(places.layers)
+    total = sum(seconds.values())
+    return float(sum((seconds[entry] / total * spreads[entry]) ** 2 for entry in seconds))
+
+
+def _slowed(key: str, cost: OperationCost, slowed: dict[str, float]) -> OperationCost:
+    return cost.model_copy(update={"slowed": slowed.get(key, DEFAULT_SLOWED)})
+
+
+def _points(timed: Timed, cost: OperationCost) -> tuple[FitPoint, ...]:
+    return tuple(_point(rows, cost) for rows in timed.per_run().values())
+
+
+def _point(rows: Sequence[Observation], cost: OperationCost) -> FitPoint:
+    fitted = float(np.mean([predicted_s(row, cost.per_unit) for row in rows]))
+    return FitPoint(measured_s=float(np.mean([row.seconds for row in rows])), fitted_s=fitted)
+
+
+def _row(benchmark: HostBenchmark) -> BenchmarkRow:
+    rates = benchmark.amount / np.array(benchmark.seconds)
+    return BenchmarkRow(
+        name=benchmark.name,
+        parameters=benchmark.parameters,
+        unit=benchmark.unit,
+        per_second=float(np.median(rates)),
+        spread=float(np.std(rates) / np.mean(rates)),
+        samples=len(rates),
+    )
+
+
+def _machine(device: torch.device, benchmarks: Sequence[HostBenchmark], name: str) -> MachineSpec:
+    """This machine's memory with measured rates: on a CPU every link is a copy."""
+    rates = {row.name: row.per_second for row in map(_row, benchmarks) if not row.parameters}
+    found = local_machine(device)
+    copied = rates["copy"]
+    return found.with_fields(
+        name=name,
+        source="clo calibrate",
+        profile=f"{name}.json",
+        gpu=found.gpu.model_dump() | {"hbm_bytes_per_s": copied, "peak_flops_per_s": rates["matmul"]},
+        link={"h2d_bytes_per_s": copied, "d2h_bytes_per_s": copied},
+        host=found.host.model_dump() | {"memory_bytes_per_s": 2 * copied},
+    )
+
+
+def _json(data: object) -> str:
+    import json
+
+    return json.dumps(data, indent=1)

@@ -1,0 +1,137 @@
+"""What is run on a machine to learn its costs, and what is run to check them. Knows nothing about fitting.
+
+Calibration times every operation alone, and beside others, at the corners of a range of sizes. Validation runs designs
+at those sizes and at sizes and choices in between, from which nothing was fitted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from clo import presets
+from clo.engine.decoder import Decoder
+from clo.engine.measure import MachineRun, run_steps
+from clo.engine.network import Network
+from clo.engine.random_weights import random_prompt
+from clo.plan import DecodePlan
+from clo.specs import Cache, Design, OnMiss
+
+DESIGNS = (
+    "resident",
+    "resident-sparse",
+    "streamed",
+    "staged",
+    "lru-cpu",
+    "recall",
+    "resolve",
+    "clo-v1",
+    "clo-v2",
+    "clo",
+)
+
+Size = tuple[int, int, float]
+"""Context tokens, sequences, budget as a share of the context."""
+
+FITTED_SIZES: tuple[Size, ...] = ((512, 1, 0.1), (4096, 1, 0.1), (1024, 4, 0.2), (2048, 2, 0.05))
+HELD_OUT_SIZES: tuple[Size, ...] = ((768, 1, 0.15), (3072, 1, 0.07), (1536, 3, 0.1), (1024, 2, 0.12))
+BASELINE: Size = (2048, 1, 0.1)
+
+SPARE_TOKENS = 48
+"""Room for the tokens of a run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """One run: a design at a size. `alone`: nothing overlaps. `fitted`: costs may be learnt from it.
+
+    `turn` tells apart runs of the same that come back later on purpose.
+    """
+
+    design: Design
+    size: Size
+    alone: bool
+    fitted: bool
+    steps: int
+    turn: int = 0
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        context, batch, budget = self.size
+        how = " alone" if self.alone else ""
+        return f"{self.design.name}{how}, {batch} x {context} tokens, budget {budget:.0%}"
+
+    @property
+    def key(self) -> str:
+        """For file names: the same probe has the same key."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
+
+def local_design(name: str, budget: float, **changes: object) -> Design:
+    """A preset as it runs without a head profile: one threshold, slots for two budgets, threads this machine has."""
+    design = presets.load_design(name)
+    fields: dict[str, object] = {"transfer_threads": min(design.transfer_threads, os.cpu_count() or 1)}
+    if design.selects:
+        fields["budget_fraction"] = budget
+    if design.gated:
+        fields |= {"target_hit_rate": None, "gqa_fold": "mean"}
+    replaces = design.cache is Cache.HEAD_REUSE and design.on_miss is OnMiss.REPLACE
+    if design.offloads and design.selects and design.cache is not Cache.NONE and not replaces:
+        fields |= {"slot_pages": None, "slot_budgets": 2.0}
+    return design.with_fields(**fields | changes)
+
+
+def calibration_probes(designs: Sequence[str] = DESIGNS, *, steps: int = 8) -> list[Probe]:
+    """Every design at every fitted size, alone and beside others; the baseline comes back to show how calm it is."""
+    probes: list[Probe] = []
+    for number, name in enumerate(designs):
+        if number % 3 == 0:
+            probes.append(_probe("resident", BASELINE, alone=False, steps=steps, turn=number))
+        for size in FITTED_SIZES:
+            probes += [_probe(name, size, alone=alone, steps=steps) for alone in (True, False)]
+    return probes
+
+
+def validation_probes(designs: Sequence[str] = DESIGNS, *, steps: int = 8) -> list[Probe]:
+    """Half at the fitted sizes, half at others, where some choices of a design are others too."""
+    probes: list[Probe] = []
+    for size in (*FITTED_SIZES, *HELD_OUT_SIZES):
+        fitted = size in FITTED_SIZES
+        chosen = [local_design(name, size[2]) for name in designs]
+        if not fitted:
+            chosen += _variants(designs, size[2])
+        probes += [Probe(design=design, size=size, alone=False, fitted=fitted, steps=steps) for design in chosen]
+    return probes
+
+
+def _variants(designs: Sequence[str], budget: float) -> list[Design]:
+    """Designs that nothing was fitted from."""
+    changes: dict[str, dict[str, object]] = {
+        "clo": {"name": "clo, no prefetch", "prefetch_depth": 0},
+        "resolve": {"name": "resolve, one budget", "slot_budgets": 1.0},
+        "clo-v2": {"name": "clo-v2, tau 0.95", "tau": 0.95},
+    }
+    return [local_design(name, budget, **changed) for name, changed in changes.items() if name in designs]
+
+
+def _probe(name: str, size: Size, *, alone: bool, steps: int, turn: int = 0) -> Probe:
+    design = local_design(name, size[2])
+    return Probe(design=design, size=size, alone=alone, fitted=True, steps=steps, turn=turn)
+
+
+def run_probe(network: Network, probe: Probe) -> MachineRun:
+    """Decode; contexts are made up, so that a long one costs its memory only."""
+    context, batch, _ = probe.size
+    with Decoder(network, probe.design, max_new_tokens=SPARE_TOKENS, one_at_a_time=probe.alone) as decoder:
+        prompts = [random_prompt(network, context - probe.steps, seed=seed) for seed in range(batch)]
+        return run_steps(decoder, prompts, steps=probe.steps)
+
+
+def plan_of(network: Network, probe: Probe) -> DecodePlan:
+    """The plan that `run_probe` decodes under."""
+    context, batch, _ = probe.size
+    with Decoder(network, probe.design, max_new_tokens=SPARE_TOKENS) as decoder:
+        return decoder.make_plan([context - probe.steps] * batch)

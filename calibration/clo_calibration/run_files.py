@@ -1,0 +1,83 @@
+"""Measured decode steps as files: raw samples are kept, so that a fit can be made again and an interrupted job goes on.
+
+Knows nothing about what the samples are for.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clo.engine.measure import MachineRun
+from clo.errors import CloError
+from clo.files import write_whole
+from clo.plan import DecodePlan
+from clo.timeline import Span, Timeline
+from clo.traffic import Traffic
+
+COUNTS = (
+    "spec_heads",
+    "spec_pages",
+    "demand_heads",
+    "demand_pages",
+    "write_back_pages",
+    "requested_pages",
+    "reused_heads",
+)
+
+
+def save_run(path: Path, run: MachineRun) -> None:
+    """One `.npz`, whole or not at all."""
+    spans = [(step, span) for step, timeline in enumerate(run.timelines) for span in timeline.spans]
+    arrays = {
+        "title": np.array(run.timelines[0].title),
+        "step": np.array([step for step, _ in spans], dtype=np.int32),
+        "layer": np.array([span.layer for _, span in spans], dtype=np.int32),
+        "times": np.array([(span.start_s, span.end_s, span.num_bytes) for _, span in spans]),
+        "waits": np.array([";".join(f"{cause}={seconds!r}" for cause, seconds in span.waits) for _, span in spans]),
+        "heads": np.array(run.traffic.heads),
+        **{name: np.array([getattr(span, name) for _, span in spans]) for name in ("lane", "name", "part")},
+        **{f"traffic_{name}": getattr(run.traffic, name) for name in COUNTS},
+    }
+    write_whole(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def load_run(path: Path, plan: DecodePlan) -> MachineRun:
+    """Read back what `save_run` wrote of a run under `plan`. Raises `CloError` naming the file."""
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            arrays = {name: held[name] for name in held.files}
+        return _run_of(arrays, plan)
+    except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile):
+        raise CloError(f"{path}: no samples that clo wrote, or cut short: delete it") from None
+
+
+def _run_of(arrays: dict[str, np.ndarray], plan: DecodePlan) -> MachineRun:
+    by_step: dict[int, list[Span]] = {}
+    columns = (arrays[name].tolist() for name in ("step", "lane", "name", "part", "layer", "times", "waits"))
+    for step, lane, name, part, layer, (start, end, num_bytes), waits in zip(*columns, strict=True):
+        span = Span(
+            lane=lane,
+            name=name,
+            layer=layer,
+            part=part,
+            start_s=start,
+            end_s=end,
+            num_bytes=num_bytes,
+            waits=tuple(_wait(text) for text in waits.split(";") if text),
+        )
+        by_step.setdefault(step, []).append(span)
+    title = str(arrays["title"])
+    lanes = tuple(dict.fromkeys(arrays["lane"].tolist()))
+    timelines = tuple(Timeline(title=title, spans=tuple(by_step[step]), lanes=lanes) for step in sorted(by_step))
+    counts: dict[str, Any] = {name: arrays[f"traffic_{name}"] for name in COUNTS}
+    traffic = Traffic(heads=float(arrays["heads"]), overlap=float("nan"), **counts)
+    return MachineRun(plan, timelines, traffic)
+
+
+def _wait(text: str) -> tuple[str, float]:
+    cause, seconds = text.split("=")
+    return cause, float(seconds)
