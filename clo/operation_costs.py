@@ -45,7 +45,8 @@ class OperationCost(Cost):
     """`seconds = sum(per_unit[feature] * feature)`; features are those of `feature_values`."""
 
     per_unit: dict[str, NonNegativeFloat] = Field(description="seconds per unit of each feature")
-    slowed: NonNegativeFloat = Field(default=0.0, description="relative growth beside a busy lane; 1: twice as long")
+    slowed: NonNegativeFloat = Field(default=0.0, description="relative growth beside another lane of host_share 1")
+    host_share: NonNegativeFloat = Field(default=0.0, description="how much it slows others in turn")
 
 
 class BenchmarkRow(Spec):
@@ -78,9 +79,6 @@ class OperationProfile(Spec):
     model: ModelSpec
     fingerprint: dict[str, str] = Field(description="what the costs depend on: processor, threads, library versions")
     operations: dict[str, OperationCost]
-    host_share: dict[str, NonNegativeFloat] = Field(
-        default_factory=dict, description="how much a lane disturbs the others while it works, by lane"
-    )
     handover_s: NonNegativeFloat = Field(default=0.0, description="from the end of an operation to a lane it wakes")
     drift: NonNegativeFloat = Field(default=0.0, description="relative spread of one run, minutes apart")
     common_spread: NonNegativeFloat = Field(
@@ -219,15 +217,15 @@ class OperationPricer:
         return self.profile.common_spread
 
     def segment_demand(self, parts: Sequence[PricedPart], mean_bytes: float) -> Demand:
-        """How much others slow these operations, weighted by their time, and how much they slow others."""
+        """How much others slow these operations and how much they slow others, weighted by their time."""
         seconds = np.array([part.seconds for part in parts])
-        slowed = np.array([self._cost(part.work, part.name).slowed for part in parts])
-        total = float(seconds.sum())
-        mean = float(seconds @ slowed) / total if total else 0.0
-        return Demand(is_kernel=True, slowed=mean, host_share=self._host_share(parts[0].work))
-
-    def _host_share(self, work: Work) -> float:
-        return self.profile.host_share.get(work_kind(work), 0.0)
+        costs = [self._cost(part.work, part.name) for part in parts]
+        weights = seconds / seconds.sum() if seconds.sum() else np.full(len(parts), 1 / len(parts))
+        return Demand(
+            is_kernel=True,
+            slowed=float(weights @ [cost.slowed for cost in costs]),
+            host_share=float(weights @ [cost.host_share for cost in costs]),
+        )
 
     def _cost(self, work: Work, name: str) -> OperationCost:
         key = price_key(name, work, self.plan)
@@ -239,8 +237,6 @@ class OperationPricer:
         return cost
 
 
-def work_kind(work: Work) -> str:
-    """Kinds of work that disturb others alike."""
-    if isinstance(work, Gemm | DecodeAttention | StreamKernel):
-        return "kernel"
-    return {ZeroCopy: "gather", Copy: "copy", HostAction: "runtime", Submit: "runtime"}.get(type(work), "threads")
+def is_runtime(work: Work) -> bool:
+    """What the launching thread does, and flags: timed where it happens, never alone."""
+    return isinstance(work, HostAction | Submit)

@@ -26,6 +26,7 @@ from clo_calibration.comparison import simulated_s
 from clo_calibration.fingerprint import fingerprint
 from clo_calibration.host_benchmarks import HostBenchmark, host_benchmarks
 from clo_calibration.operation_fit import (
+    Interference,
     Observation,
     Timed,
     by_key,
@@ -39,9 +40,6 @@ from clo_calibration.probes import DESIGNS, Probe, calibration_probes, plan_of, 
 from clo_calibration.run_files import load_run, save_run
 
 Progress = Callable[[str, int, int], None]
-
-DEFAULT_SLOWED = 1.0
-"""Of operations that were never seen beside others: twice as long, as for one interpreter shared by two threads."""
 
 NOISY = 0.1
 """A baseline that varies more than this between its repeats was not measured on a quiet machine."""
@@ -133,8 +131,8 @@ def fit_profile(
     learnt = [(number, probe, run) for number, (probe, run) in enumerate(measured) if probe.fitted]
     alone = by_key(row for number, probe, run in learnt if probe.alone for row in observations(run, number))
     beside = by_key(row for number, probe, run in learnt if not probe.alone for row in observations(run, number))
-    runtime = {key: timed for key, timed in beside.items() if timed.rows[0].kind == "runtime"}
-    costs = fit_costs({key: timed for key, timed in alone.items() if timed.rows[0].kind != "runtime"} | runtime)
+    runtime = {key: timed for key, timed in beside.items() if timed.rows[0].is_runtime}
+    costs = fit_costs({key: timed for key, timed in alone.items() if not timed.rows[0].is_runtime} | runtime)
     together = [run for _, probe, run in learnt if not probe.alone]
     interference = fit_interference(beside, costs)
     profile = OperationProfile(
@@ -144,8 +142,7 @@ def fit_profile(
         machine=_machine(network.device, benchmarks, name),
         model=network.spec,
         fingerprint=here,
-        operations={key: _slowed(key, cost, interference.slowed) for key, cost in costs.items()},
-        host_share=interference.host_share,
+        operations={key: _beside_others(key, cost, interference) for key, cost in costs.items()},
         handover_s=handover_s(together),
         drift=drift([run for _, probe, run in learnt if probe.design.name == "resident" and not probe.alone]),
         benchmarks=tuple(_row(benchmark) for benchmark in benchmarks),
@@ -188,8 +185,14 @@ def _explained(profile: OperationProfile, run: MachineRun) -> float:
     return float(sum((seconds[entry] / total * spreads[entry]) ** 2 for entry in seconds))
 
 
-def _slowed(key: str, cost: OperationCost, slowed: dict[str, float]) -> OperationCost:
-    return cost.model_copy(update={"slowed": slowed.get(key, DEFAULT_SLOWED)})
+def _beside_others(key: str, cost: OperationCost, found: Interference) -> OperationCost:
+    """The cost on a lane, with what other lanes do to it."""
+    if key not in found.slowed:
+        return cost
+    per_unit = {feature: found.lane_factor[key] * seconds for feature, seconds in cost.per_unit.items()}
+    return cost.model_copy(
+        update={"per_unit": per_unit, "slowed": found.slowed[key], "host_share": found.host_share[key]}
+    )
 
 
 def _points(timed: Timed, cost: OperationCost) -> tuple[FitPoint, ...]:

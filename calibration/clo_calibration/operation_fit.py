@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq, nnls
+from scipy.optimize import least_squares, nnls
 
 from clo.engine.measure import MachineRun
-from clo.operation_costs import OperationCost, feature_values, price_key, work_kind
+from clo.operation_costs import OperationCost, feature_values, is_runtime, price_key
 from clo.profile import Source
-from clo.schedule import Lane, Op
-from clo.schedule.graph import record_step
+from clo.schedule import Op
+from clo.schedule.graph import hands_over, record_step
 from clo.schedule.ops import price_name
 from clo.timeline import Span, Timeline
 
@@ -26,19 +26,14 @@ Floats = NDArray[np.float64]
 OUTLIER = 3.0
 """Durations beyond so many medians of their run are counted as that: the operating system took the processor away."""
 
-MOST_SLOWED = 20.0
-"""No lane slows another more than so many times over."""
-
-KINDS = ("kernel", "gather", "copy", "threads", "runtime")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """One timed operation. `beside`: how much of its time each kind of work ran on other lanes."""
+    """One timed operation. `beside`: for how much of its time each price ran on other lanes."""
 
     run: int
     key: str
-    kind: str
+    is_runtime: bool
     features: dict[str, float]
     seconds: float
     beside: dict[str, float]
@@ -61,16 +56,17 @@ class Timed:
 def observations(run: MachineRun, number: int) -> Iterator[Observation]:
     """Every operation of every step, with what its time may depend on."""
     ops = {(node.lane.value, node.op.name, node.op.layer): node.op for node in record_step(run.plan).nodes}
+    keys = {place: price_key(price_name(op), op.work, run.plan) for place, op in ops.items()}
     for step, timeline in enumerate(run.timelines):
-        by_lane = _by_lane(timeline, ops)
+        by_lane = _by_lane(timeline, keys)
         for span in timeline.spans:
             op = ops.get((span.lane, span.name, span.layer))
             if op is None:
                 continue
             yield Observation(
                 run=number,
-                key=price_key(price_name(op), op.work, run.plan),
-                kind=work_kind(op.work),
+                key=keys[span.lane, span.name, span.layer],
+                is_runtime=is_runtime(op.work),
                 features={name: _at(value, step, op.layer) for name, value in _features(run, op).items()},
                 seconds=span.end_s - span.start_s,
                 beside=_beside(span, by_lane),
@@ -91,10 +87,10 @@ class _Busy:
 
     starts: Floats
     ends: Floats
-    kinds: tuple[str, ...]
+    keys: tuple[str, ...]
 
 
-def _by_lane(timeline: Timeline, ops: dict[tuple[str, str, int], Op]) -> dict[str, _Busy]:
+def _by_lane(timeline: Timeline, keys: dict[tuple[str, str, int], str]) -> dict[str, _Busy]:
     spans: dict[str, list[Span]] = {}
     for span in timeline.spans:
         spans.setdefault(span.lane, []).append(span)
@@ -102,14 +98,10 @@ def _by_lane(timeline: Timeline, ops: dict[tuple[str, str, int], Op]) -> dict[st
         lane: _Busy(
             np.array([span.start_s for span in found]),
             np.array([span.end_s for span in found]),
-            tuple(_kind(ops.get((span.lane, span.name, span.layer))) for span in found),
+            tuple(keys.get((span.lane, span.name, span.layer), "") for span in found),
         )
         for lane, found in spans.items()
     }
-
-
-def _kind(op: Op | None) -> str:
-    return work_kind(op.work) if op is not None else "runtime"
 
 
 def _beside(span: Span, by_lane: dict[str, _Busy]) -> dict[str, float]:
@@ -124,7 +116,7 @@ def _beside(span: Span, by_lane: dict[str, _Busy]) -> dict[str, float]:
         for at in range(first, last):
             shared = min(busy.ends[at], span.end_s) - max(busy.starts[at], span.start_s)
             if shared > 0:
-                shares[busy.kinds[at]] = shares.get(busy.kinds[at], 0.0) + shared / length
+                shares[busy.keys[at]] = shares.get(busy.keys[at], 0.0) + shared / length
     return shares
 
 
@@ -177,75 +169,79 @@ def predicted_s(row: Observation, per_unit: dict[str, float]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Interference:
-    """`slowed` by price, `host_share` by kind of disturbing work (a kernel's is 1)."""
+    """By price: how much other lanes slow it, how much it slows them, and how lanes differ from running alone."""
 
     slowed: dict[str, float]
     host_share: dict[str, float]
+    lane_factor: dict[str, float]
 
 
-def fit_interference(beside: dict[str, Timed], costs: dict[str, OperationCost], rounds: int = 8) -> Interference:
+PRIOR = {"slowed": (1.0, 1.0), "host_share": (1.0, 0.7), "lane_factor": (1.0, 0.1)}
+"""Median and relative width of what is expected before any overlap was seen, log-normal."""
+
+NOISE = 0.05
+"""Relative error of one run of one operation, against which the priors are weighed."""
+
+
+def fit_interference(beside: dict[str, Timed], costs: dict[str, OperationCost]) -> Interference:
     """From operations that ran beside others.
 
-    An operation that is disturbed by work of share g runs at the rate 1 / (1 + slowed * g); its rate over its time adds
-    up to the work it had to do, which is its time alone. The two sets of unknowns are solved in turn.
+    Beside an operation of share g, one that is slowed by s runs at the rate 1 / (1 + s g); its rate over its time adds
+    up to the work there was: its time alone, times a factor near 1 for running on a lane. One equation for each
+    operation and run, least squares, with log-normal priors for what was seldom seen.
     """
-    sums = {
-        key: _Work.of(timed.rows, costs[key].per_unit)
-        for key, timed in beside.items()
-        if key in costs and timed.rows[0].kind != "runtime"
-    }
-    shares = dict.fromkeys(KINDS, 1.0)
-    slowed = dict.fromkeys(sums, 1.0)
-    for _ in range(rounds):
-        slowed = {key: _root(lambda value, work=work: work.excess(value, shares)) for key, work in sums.items()}
-        for kind in KINDS[1:]:
-            touched = [(work, slowed[key]) for key, work in sums.items() if work.mostly_beside(kind)]
-            if touched:
-                shares[kind] = _root(
-                    lambda value, kind=kind, touched=touched: sum(
-                        work.excess(factor, shares | {kind: value}, only=kind) for work, factor in touched
-                    )
-                )
-    return Interference(slowed, shares)
+    keys = sorted(key for key, timed in beside.items() if key in costs and not timed.rows[0].is_runtime)
+    rows = [
+        _Overlap.of(keys.index(key), found, costs[key].per_unit, keys)
+        for key in keys
+        for found in beside[key].per_run().values()
+    ]
+    rows = [row for row in rows if row.alone > 0]
+    who = np.array([row.who for row in rows])
+    alone, free = np.array([row.alone for row in rows]), np.array([row.free for row in rows])
+    shared = np.array([row.shared for row in rows])
+
+    def errors(logs: Floats) -> Floats:
+        slowed, share, factor = np.exp(logs.reshape(3, -1))
+        work = free + (shared / (1.0 + slowed[who][:, None] * share)).sum(axis=1)
+        fits = (work / (factor[who] * alone) - 1.0) / NOISE
+        return np.concatenate([fits, ((logs.reshape(3, -1) - _PRIOR_LOGS) / _PRIOR_WIDTHS).ravel()])
+
+    start = np.repeat(_PRIOR_LOGS, len(keys), axis=1).ravel()
+    found = np.exp(least_squares(errors, start, loss="soft_l1").x.reshape(3, -1))
+    return Interference(*(dict(zip(keys, values.tolist(), strict=True)) for values in found))
+
+
+_PRIOR_LOGS = np.log([[PRIOR[name][0]] for name in ("slowed", "host_share", "lane_factor")])
+_PRIOR_WIDTHS = np.array([[PRIOR[name][1]] for name in ("slowed", "host_share", "lane_factor")])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Work:
-    """Observations of one price: `[n]` seconds, seconds alone, and `[n, kinds]` shares of time beside each kind."""
+class _Overlap:
+    """One operation in one run, seconds: work there was, time undisturbed, and time beside each other operation."""
 
-    seconds: Floats
-    alone: Floats
-    beside: Floats
+    who: int
+    alone: float
+    free: float
+    shared: Floats
 
     @classmethod
-    def of(cls, rows: Sequence[Observation], per_unit: dict[str, float]) -> _Work:
-        seconds = np.array([row.seconds for row in rows])
-        alone = np.array([predicted_s(row, per_unit) for row in rows])
-        beside = np.array([[row.beside.get(kind, 0.0) for kind in KINDS] for row in rows])
-        keep = seconds < OUTLIER * (1 + beside.sum(axis=1)) * np.maximum(alone, 1e-9)
-        return cls(seconds[keep], alone[keep], beside[keep])
-
-    def excess(self, slowed: float, shares: dict[str, float], only: str | None = None) -> float:
-        """Work done beyond the work there was, seconds: falls as `slowed` and `shares` grow."""
-        share = np.array([shares[kind] for kind in KINDS])
-        rows = self.beside[:, KINDS.index(only)] > 0.5 if only else np.ones(len(self.seconds), dtype=bool)
-        beside = self.beside[rows]
-        free = np.maximum(0.0, 1.0 - beside.sum(axis=1))
-        # lanes that disturb at the same time are taken as if they followed one another; they rarely are more than one
-        crowd = np.maximum(1.0, beside.sum(axis=1))[:, None]
-        rate = free + (beside / crowd / (1.0 + slowed * share * crowd)).sum(axis=1)
-        return float(self.seconds[rows] @ rate - self.alone[rows].sum())
-
-    def mostly_beside(self, kind: str) -> bool:
-        return int((self.beside[:, KINDS.index(kind)] > 0.5).sum()) >= 5
-
-
-def _root(excess: Any) -> float:
-    if excess(0.0) <= 0.0:
-        return 0.0
-    if excess(MOST_SLOWED) >= 0.0:
-        return MOST_SLOWED
-    return float(brentq(excess, 0.0, MOST_SLOWED, xtol=1e-3))
+    def of(cls, who: int, rows: Sequence[Observation], per_unit: dict[str, float], keys: Sequence[str]) -> _Overlap:
+        typical = float(np.median([row.seconds for row in rows]))
+        alone = free = 0.0
+        shared = np.zeros(len(keys))
+        number = {key: at for at, key in enumerate(keys)}
+        for row in rows:
+            if row.seconds > OUTLIER * typical:
+                continue
+            beside = {key: share for key, share in row.beside.items() if key in number}
+            total = sum(beside.values())
+            alone += predicted_s(row, per_unit)
+            free += row.seconds * max(0.0, 1.0 - total)
+            for key, share in beside.items():
+                # lanes that disturb at the same time are taken as if they followed one another
+                shared[number[key]] += row.seconds * share / max(1.0, total)
+        return cls(who, alone, free, shared)
 
 
 def handover_s(runs: Iterable[MachineRun]) -> float:
@@ -259,8 +255,8 @@ def _handovers(run: MachineRun, timeline: Timeline) -> Iterator[float]:
     spans = {(span.lane, span.name, span.layer): span for span in timeline.spans}
     for node in nodes:
         span = spans.get((node.lane.value, node.op.name, node.op.layer))
-        awaited = [nodes[wait.node] for wait in node.after if nodes[wait.node].lane is not Lane.LAUNCH]
-        if span is None or node.lane is Lane.LAUNCH or not awaited:
+        awaited = [nodes[wait.node] for wait in node.after if hands_over(nodes[wait.node].lane, wait.cause)]
+        if span is None or not awaited:
             continue
         ends = [spans.get((other.lane.value, other.op.name, other.op.layer)) for other in awaited]
         ready = max((other.end_s for other in ends if other is not None), default=0.0)

@@ -66,6 +66,8 @@ class _Task(NamedTuple):
     waits: tuple[_Wait, ...]
     run: Run
     poll: _Poll | None
+    late: Cause
+    """What its lane waited for if it had nothing to do until this was submitted."""
 
 
 @dataclass(slots=True)
@@ -77,7 +79,7 @@ class _Submitted:
     spans: list[Span] = field(default_factory=list)
     pending: dict[Lane, list[_Wait]] = field(default_factory=dict)
     graph: list[tuple[Lane, _Task]] | None = None
-    stalled: Cause = Cause.LAUNCH
+    late: dict[Lane, Cause] = field(default_factory=dict)
     failure: BaseException | None = None
     began_s: float = 0.0
     host_free_s: float = 0.0
@@ -230,7 +232,9 @@ class CpuMachine:
         token = Token(len(step.done))
         step.done.append(threading.Event())
         step.lane_of.append(lane)
-        task = _Task(token, op, tuple(step.pending.pop(lane, ())), run, poll)
+        # what is launched first on a lane after the launching thread was blocked came late because of that
+        late = step.late.pop(lane, Cause.LAUNCH)
+        task = _Task(token, op, tuple(step.pending.pop(lane, ())), run, poll, late)
         if self._one_at_a_time:
             step.host_free_s = self._run_task(step, lane, task, _Waited(step.host_free_s))
         elif step.graph is None:
@@ -254,6 +258,7 @@ class CpuMachine:
         self._flush()
         began = time.perf_counter()
         self._await(wait.token)
+        self._step.late = dict.fromkeys(Lane, wait.cause)
         self._step.host_free_s = time.perf_counter()
         self._host_span(wait.op, ((wait.cause.value, self._step.host_free_s - began),))
         if self._step.failure is not None:
@@ -311,7 +316,7 @@ class CpuMachine:
             free = max(free, step.began_s)
             waited = _Waited(free)
             if was_empty:
-                waited.until_now(Cause.LAUNCH)
+                waited.until_now(task.late)
             free = self._run_task(step, lane, task, waited)
 
     def _run_task(self, step: _Submitted, lane: Lane, task: _Task, waited: _Waited) -> float:

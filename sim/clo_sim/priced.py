@@ -17,6 +17,7 @@ from clo.errors import SpecError
 from clo.plan import DecodePlan
 from clo.pricing import Demand, PricedPart, Prices, Seconds, hbm_bytes
 from clo.schedule import Cause, Lane, Op, StepGraph, record_step
+from clo.schedule.graph import hands_over
 from clo.schedule.ops import price_name
 from clo.schedule.work import DecodeAttention, Gemm, StreamKernel, Work
 from clo.traffic import Traffic
@@ -185,8 +186,8 @@ class PricedStep:
 
     @cached_property
     def handovers(self) -> NDArray[np.float64]:
-        """`[segments]`, seconds: what it costs to begin after an operation on another lane of the device."""
-        handed = [any(wait.lane is not Lane.LAUNCH for wait in segment.after) for segment in self.segments]
+        """`[segments]`, seconds: what it costs to begin when another lane has come to an end."""
+        handed = [any(hands_over(wait.lane, wait.cause) for wait in segment.after) for segment in self.segments]
         return np.array(handed) * self.pricer.handover_s
 
     @cached_property
