@@ -25,7 +25,7 @@ ROOMS = {
     "sim": ("sim/clo_sim", {"clo", "simpy", "numpy"}),
     "calibration": (
         "calibration/clo_calibration",
-        {"clo", "clo_sim", "clo_kernels", "numpy", "pyarrow", "click", "torch", "simpy", "pydantic", "matplotlib"},
+        {"clo", "clo_sim", "clo_kernels", "numpy", "scipy", "torch", "pydantic", "pyarrow", "click"},
     ),
     "plots": ("plots/clo_plots", {"clo", "numpy", "pyarrow", "matplotlib"}),
     "cli": (

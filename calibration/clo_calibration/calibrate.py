@@ -6,6 +6,7 @@ about commands or figures.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
@@ -22,7 +23,7 @@ from clo.files import read_json, write_text
 from clo.operation_costs import BenchmarkRow, FitPoint, OperationCost, OperationProfile
 from clo.specs import MachineSpec, ModelSpec
 from clo.units import format_bytes
-from clo_calibration.comparison import simulated_s
+from clo_calibration.comparison import price_run, simulated_s
 from clo_calibration.fingerprint import fingerprint
 from clo_calibration.host_benchmarks import HostBenchmark, host_benchmarks
 from clo_calibration.operation_fit import (
@@ -111,8 +112,13 @@ def measure(
 
 def read_back(network: Network, probe: Probe, folder: Path, rounds: int) -> MachineRun:
     """The fastest steps of a probe's rounds."""
+    return fastest(rounds_of(network, probe, folder, rounds))
+
+
+def rounds_of(network: Network, probe: Probe, folder: Path, rounds: int) -> list[MachineRun]:
+    """A probe's rounds, each as it was."""
     plan = plan_of(network, probe)
-    return fastest([load_run(_file(folder, probe, number), plan) for number in range(rounds)])
+    return [load_run(_file(folder, probe, number), plan) for number in range(rounds)]
 
 
 def _file(folder: Path, probe: Probe, number: int) -> Path:
@@ -157,7 +163,7 @@ def drift(baselines: Sequence[MachineRun]) -> float:
     spreads = []
     for size in sizes:
         same = [run for run in baselines if (run.plan.workload.context_tokens, run.plan.workload.batch) == size]
-        times = np.array([np.median(run.step_s) for run in same])
+        times = np.array([float(np.median(run.step_s)) for run in same])
         if len(times) > 2:
             spreads.append(float(times.std() / times.mean()))
     return max(spreads, default=0.0)
@@ -165,15 +171,13 @@ def drift(baselines: Sequence[MachineRun]) -> float:
 
 def _common_spread(profile: OperationProfile, runs: Sequence[MachineRun]) -> float:
     """Root mean square of relative errors of simulated steps that were fitted, less what operations explain."""
-    errors = [simulated_s(profile, run) / float(np.median(run.step_s)) - 1.0 for run in runs]
-    explained = [_explained(profile, run) for run in runs]
-    return float(np.sqrt(max(0.0, np.mean(np.square(errors)) - np.mean(explained))))
+    errors = np.array([simulated_s(profile, run) / float(np.median(run.step_s)) - 1.0 for run in runs])
+    explained = np.array([_explained(profile, run) for run in runs])
+    return math.sqrt(max(0.0, float((errors**2).mean() - explained.mean())))
 
 
 def _explained(profile: OperationProfile, run: MachineRun) -> float:
     """Relative variance of a step of which every operation's cost errs independently by its spread."""
-    from clo_calibration.comparison import price_run
-
     priced = price_run(profile, run)
     seconds: dict[str, float] = {}
     spreads: dict[str, float] = {}

@@ -16,6 +16,7 @@ from clo.engine.decoder import Decoder
 from clo.engine.measure import MachineRun, run_steps
 from clo.engine.network import Network
 from clo.engine.random_weights import random_prompt
+from clo.errors import SpecError
 from clo.plan import DecodePlan
 from clo.specs import Cache, Design, OnMiss
 
@@ -32,6 +33,8 @@ DESIGNS = (
     "clo",
 )
 
+QUICK_DESIGNS = ("resident", "resolve", "clo")
+
 Size = tuple[int, int, float]
 """Context tokens, sequences, budget as a share of the context."""
 
@@ -41,6 +44,16 @@ BASELINE: Size = (2048, 1, 0.1)
 
 SPARE_TOKENS = 48
 """Room for the tokens of a run."""
+
+
+def named(designs: str | None) -> tuple[str, ...]:
+    """Presets from a comma-separated list, all if there is none. Raises `SpecError` for one that cannot be run."""
+    if designs is None:
+        return DESIGNS
+    chosen = tuple(name.strip() for name in designs.split(",") if name.strip())
+    if not chosen or not set(chosen) <= set(DESIGNS):
+        raise SpecError(f"--designs {designs}: choose from {', '.join(DESIGNS)}")
+    return chosen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +83,7 @@ class Probe:
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
 
-def local_design(name: str, budget: float, **changes: object) -> Design:
+def local_design(name: str, budget: float) -> Design:
     """A preset as it runs without a head profile: one threshold, slots for two budgets, threads this machine has."""
     design = presets.load_design(name)
     fields: dict[str, object] = {"transfer_threads": min(design.transfer_threads, os.cpu_count() or 1)}
@@ -81,7 +94,7 @@ def local_design(name: str, budget: float, **changes: object) -> Design:
     replaces = design.cache is Cache.HEAD_REUSE and design.on_miss is OnMiss.REPLACE
     if design.offloads and design.selects and design.cache is not Cache.NONE and not replaces:
         fields |= {"slot_pages": None, "slot_budgets": 2.0}
-    return design.with_fields(**fields | changes)
+    return design.with_fields(**fields)
 
 
 def calibration_probes(designs: Sequence[str] = DESIGNS, *, steps: int = 8) -> list[Probe]:
@@ -114,7 +127,7 @@ def _variants(designs: Sequence[str], budget: float) -> list[Design]:
         "resolve": {"name": "resolve, one budget", "slot_budgets": 1.0},
         "clo-v2": {"name": "clo-v2, tau 0.95", "tau": 0.95},
     }
-    return [local_design(name, budget, **changed) for name, changed in changes.items() if name in designs]
+    return [local_design(name, budget).with_fields(**changed) for name, changed in changes.items() if name in designs]
 
 
 def _probe(name: str, size: Size, *, alone: bool, steps: int, turn: int = 0) -> Probe:

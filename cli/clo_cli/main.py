@@ -21,6 +21,8 @@ COMMANDS = {
     "generate": "Text from a real model that decodes under a design.",
     "evaluate": "How good a real model's answers stay under designs.",
     "heads": "What a trace says about each head: importance, similarity, prefetchability.",
+    "calibrate": "Time every operation on this machine and fit its costs.",
+    "validate": "How far simulated steps are from real ones on this machine.",
     "record": "Record an attention trace from a real model.",
     "trace": "Show what is in an attention trace.",
     "plot": "Draw figures from a result, a sweep or a timeline.",

@@ -9,14 +9,21 @@ from contextlib import contextmanager
 from typing import Any
 
 
+def need_engine(doing: str, extra: str = "models", also: tuple[str, ...] = ()) -> None:
+    """Raises `NotFoundError` that says what to install if a library is missing for `doing` something."""
+    from clo.errors import NotFoundError
+
+    missing = [name for name in ("torch", "transformers", "triton", *also) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise NotFoundError(f'{doing} needs {", ".join(missing)}: pip install "clo-offload[{extra}]"')
+
+
 def load_for_decoding(name: str) -> tuple[Any, Any]:
     """A model and its tokenizer. Libraries stay quiet."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from clo.engine.record import load_model
-    from clo.errors import NotFoundError
 
-    if importlib.util.find_spec("triton") is None:
-        raise NotFoundError('decoding needs triton, which is made for Linux: pip install "clo-offload[models]"')
+    need_engine("decoding")
     return load_model(name)
 
 

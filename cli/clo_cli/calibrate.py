@@ -1,0 +1,100 @@
+"""`clo calibrate`: measures this machine and writes its profile. Knows nothing about how costs are fitted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from clo.operation_costs import OperationProfile
+
+
+@click.command()
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="What to measure.")
+@click.option("--out", type=click.Path(path_type=Path), default="profile.json", show_default=True, help="The profile.")
+@click.option("--model", default="smollm2-135m", show_default=True, help="Preset, TOML or config.json: only its shape.")
+@click.option("--layers", type=int, default=8, show_default=True, help="Use so many of its layers.")
+@click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any field of the model's shape.")
+@click.option("--designs", help="Comma-separated presets to learn from [default: all].")
+@click.option("--rounds", default=4, show_default=True, help="Repetitions, of which the fastest counts.")
+@click.option("--samples", type=click.Path(path_type=Path), help="Raw samples [default: a folder beside --out].")
+@click.option("--figure", type=click.Path(path_type=Path), help="Draw every fit over its points, with its residuals.")
+@click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON.")
+def calibrate(
+    device: str,
+    out: Path,
+    model: str,
+    layers: int,
+    settings: tuple[str, ...],
+    designs: str | None,
+    rounds: int,
+    samples: Path | None,
+    figure: Path | None,
+    as_json: bool,
+) -> None:
+    """Time every operation of the real decoder on this machine and fit what each costs.
+
+    \b
+    Operations are timed alone and beside others, with random weights; about 4 minutes on two cores. What is measured
+    is kept: an interrupted calibration goes on where it stopped.
+    \b
+    clo calibrate --out my-laptop.json --figure fits.png
+    clo validate --profile my-laptop.json
+    """
+    from clo.errors import SpecError
+    from clo.files import check_target, write_text
+
+    for path in (out, figure):
+        if path is not None:
+            check_target(path)
+    if rounds < 1:
+        raise SpecError(f"--rounds = {rounds}: must be at least 1")
+    profile = _calibrated(device, out, model, layers, settings, designs, rounds, samples)
+    write_text(out, profile.model_dump_json(indent=1))
+    if figure is not None:
+        from clo_plots.fits import plot_fits
+        from clo_plots.style import save_figure
+
+        save_figure(plot_fits(profile), figure)
+    if as_json:
+        click.echo(profile.model_dump_json(indent=1))
+        return
+    from clo_cli.calibration_tables import print_calibration
+
+    print_calibration(profile)
+    click.echo(f"profile: {out}")
+
+
+def _calibrated(
+    device: str,
+    out: Path,
+    model: str,
+    layers: int,
+    settings: tuple[str, ...],
+    designs: str | None,
+    rounds: int,
+    samples: Path | None,
+) -> OperationProfile:
+    from clo import presets
+    from clo.specs.overrides import apply, parse_overrides
+    from clo_cli.models import need_engine, progress_bar
+
+    changes = parse_overrides(settings, ("model",))
+    shape = apply(presets.load_model(model).with_fields(num_layers=layers), changes["model"], "model")
+    need_engine("calibrating", "calibrate", ("scipy",))
+    from clo_calibration.calibrate import calibrate as run
+    from clo_calibration.machines import device_of, half_the_cores
+    from clo_calibration.probes import named
+
+    with half_the_cores(), progress_bar() as progress:
+        return run(
+            shape,
+            samples=samples or out.with_suffix(".samples"),
+            name=out.stem,
+            device=device_of(device),
+            designs=named(designs),
+            rounds=rounds,
+            progress=progress,
+        )

@@ -1,0 +1,79 @@
+"""What `clo calibrate` and `clo validate` print. Knows nothing about how it was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from clo.units import US_PER_S
+from clo_cli.tables import console
+
+if TYPE_CHECKING:
+    from clo.operation_costs import OperationProfile
+
+QUIET = 0.1
+"""A baseline that varies more between its repeats was not measured on a quiet machine."""
+
+
+def print_calibration(profile: OperationProfile) -> None:
+    """Microbenchmarks, operations by their share, and how calm the machine was."""
+    out = console()
+    out.print(_benchmarks(profile))
+    out.print(_operations(profile))
+    out.print(
+        f"woken by another lane: {profile.handover_s * US_PER_S:.0f} us; spread of whole steps beyond that of their "
+        f"operations: {profile.common_spread:.1%}"
+    )
+    out.print(f"the same run, minutes apart: ± {profile.drift:.1%}")
+    if profile.drift > QUIET:
+        out.print("Something else kept this machine busy: calibrate again when it is quiet, in another --samples.")
+
+
+def _benchmarks(profile: OperationProfile) -> Table:
+    table = Table(title="Host", title_justify="left")
+    for column in ("what", "parameters", "rate", "spread"):
+        table.add_column(column, justify="left" if column in ("what", "parameters") else "right")
+    for row in profile.benchmarks:
+        parameters = ", ".join(f"{name} {value:g}" for name, value in row.parameters.items())
+        table.add_row(row.name, parameters, f"{row.per_second:.3g} {row.unit}/s", f"± {row.spread:.0%}")
+    return table
+
+
+def _operations(profile: OperationProfile) -> Table:
+    table = Table(title="Operations", title_justify="left")
+    table.add_column("operation")
+    for column in ("timed us", "spread", "slowed by others", "slows others", "samples"):
+        table.add_column(column, justify="right")
+    costs = profile.operations.items()
+    for name, cost in sorted(costs, key=lambda item: -_typical_s(profile, item[0])):
+        table.add_row(
+            name,
+            f"{_typical_s(profile, name) * US_PER_S:.0f}",
+            f"± {cost.spread:.0%}",
+            f"{1 + cost.slowed:.1f} x",
+            f"{cost.host_share:.1f}",
+            str(cost.samples),
+        )
+    return table
+
+
+def _typical_s(profile: OperationProfile, name: str) -> float:
+    points = profile.fits.get(name, ())
+    return sum(point.measured_s for point in points) / len(points) if points else 0.0
+
+
+def print_verdict(summary: Mapping[str, float], ablation: Mapping[str, float]) -> None:
+    """The numbers that decide."""
+    out = console()
+    out.print(
+        f"error of TPOT: median {summary['tpot_error_median']:.1%}, 90th percentile {summary['tpot_error_p90']:.1%}, "
+        f"worst {summary['tpot_error_worst']:.1%}, mean signed {summary['tpot_error_bias']:+.1%}"
+    )
+    out.print(
+        f"designs: rank correlation {summary['rank_correlation']:.2f}, regret at most {summary['regret']:.1%}; "
+        f"{summary['interval_coverage']:.0%} of the real steps lie in their 90% intervals"
+    )
+    parts = ", ".join(f"{name} {error:.1%}" for name, error in ablation.items() if name != "nothing")
+    out.print(f"median error with a part of the simulator left out: {parts}")

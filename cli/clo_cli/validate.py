@@ -1,0 +1,77 @@
+"""`clo validate`: how far simulation is from this machine. Knows nothing about how either is run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.option("--profile", "profile_path", type=click.Path(path_type=Path), required=True, help="From `clo calibrate`.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default="verdict", show_default=True, help="Folder for results."
+)
+@click.option("--designs", help="Comma-separated presets [default: all].")
+@click.option("--rounds", default=4, show_default=True, help="Repetitions, of which the fastest counts.")
+@click.option("--quick", is_flag=True, help="Three designs at two sizes: under a minute.")
+@click.option("--any-machine", is_flag=True, help="Go on with a profile of another machine.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def validate(
+    profile_path: Path,
+    out: Path,
+    designs: str | None,
+    rounds: int,
+    quick: bool,
+    any_machine: bool,
+    as_json: bool,
+) -> None:
+    """Run designs for real, simulate each on its own hits and misses, and say how far apart they are.
+
+    Half of the runs are at sizes, or with choices, from which nothing was fitted: the verdict is over these. Leaves
+    verdict.json, verdict.md, figures, and one step in both worlds for https://ui.perfetto.dev in --out.
+    """
+    from clo.errors import SpecError
+    from clo.files import check_target, write_text
+    from clo.operation_costs import load_operation_profile
+    from clo_cli.models import need_engine, progress_bar
+
+    if rounds < 1:
+        raise SpecError(f"--rounds = {rounds}: must be at least 1")
+    profile = load_operation_profile(profile_path)
+    check_target(out, folder=True)
+    need_engine("validating", "calibrate", ("scipy",))
+    from clo_calibration.machines import half_the_cores
+    from clo_calibration.probes import QUICK_DESIGNS, named
+    from clo_calibration.validate import validate as run
+    from clo_calibration.verdict import markdown
+    from clo_plots.style import save_figure
+    from clo_plots.verdicts import Judged, plot_ablation, plot_verdict
+
+    with half_the_cores(), progress_bar() as progress:
+        verdict = run(
+            profile,
+            samples=out / "samples",
+            designs=QUICK_DESIGNS if quick and designs is None else named(designs),
+            sizes=1 if quick else None,
+            rounds=min(rounds, 2) if quick else rounds,
+            any_machine=any_machine,
+            timeline=out / "step.json",
+            progress=progress,
+        )
+    summary = verdict.summary()
+    write_text(out / "verdict.json", verdict.model_dump_json(indent=1))
+    write_text(out / "verdict.md", markdown(verdict))
+    judged = [
+        Judged(point.real_s, point.simulated_s, point.low_s, point.high_s, point.fitted) for point in verdict.points
+    ]
+    save_figure(plot_verdict(judged), out / "verdict.png")
+    save_figure(plot_ablation(verdict.ablation()), out / "ablation.png")
+    if as_json:
+        click.echo(json.dumps(summary, indent=1))
+        return
+    from clo_cli.calibration_tables import print_verdict
+
+    print_verdict(summary, verdict.ablation())
+    click.echo(f"verdict: {out / 'verdict.md'}")
