@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ from clo.files import read_json
 from clo.plan import DecodePlan
 from clo.pricing import Demand, PricedPart, Seconds, value_of
 from clo.profile import Cost, InterferenceCost, Source
+from clo.schedule.graph import record_step
 from clo.schedule.work import (
     Amount,
     BarWrite,
@@ -157,7 +159,16 @@ def _features_of(work: Work, plan: DecodePlan) -> dict[str, Quantity]:
     if isinstance(work, Submit):
         return features | {"pages": work.descriptors}
     assert isinstance(work, HostAction)
-    return {"calls": float(work.count), "layers": float(plan.model.num_layers)}
+    runtime: dict[str, Quantity] = {"calls": float(work.count)}
+    if work.action == "graph_launch":
+        runtime["operations"] = float(graph_operations(plan))
+    return runtime
+
+
+@lru_cache(maxsize=64)
+def graph_operations(plan: DecodePlan) -> int:
+    """Operations that are submitted as one graph."""
+    return len(record_step(plan).nodes)
 
 
 def _stream_features(work: StreamKernel, plan: DecodePlan) -> dict[str, Quantity]:

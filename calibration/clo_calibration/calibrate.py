@@ -65,8 +65,8 @@ def calibrate(
     name: str,
     device: torch.device | None = None,
     designs: Sequence[str] = DESIGNS,
-    steps: int = 8,
-    rounds: int = 4,
+    steps: int = 6,
+    rounds: int = 3,
     progress: Progress = lambda *_: None,
 ) -> OperationProfile:
     """Measure, fit, and return the profile; raw samples go to the folder `samples` and are taken up from there.

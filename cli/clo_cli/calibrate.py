@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.option("--layers", type=int, default=8, show_default=True, help="Use so many of its layers.")
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any field of the model's shape.")
 @click.option("--designs", help="Comma-separated presets to learn from [default: all].")
-@click.option("--rounds", default=4, show_default=True, help="Repetitions, of which the fastest counts.")
+@click.option("--rounds", default=3, show_default=True, help="Repetitions, of which the fastest counts.")
 @click.option("--samples", type=click.Path(path_type=Path), help="Raw samples [default: a folder beside --out].")
 @click.option("--figure", type=click.Path(path_type=Path), help="Draw every fit over its points, with its residuals.")
 @click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON.")
@@ -37,7 +37,7 @@ def calibrate(
     """Time every operation of the real decoder on this machine and fit what each costs.
 
     \b
-    Operations are timed alone and beside others, with random weights; about 4 minutes on two cores. What is measured
+    Operations are timed alone and beside others, with random weights; about 3 minutes on two cores. What is measured
     is kept: an interrupted calibration goes on where it stopped.
     \b
     clo calibrate --out my-laptop.json --figure fits.png

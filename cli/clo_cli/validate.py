@@ -14,7 +14,7 @@ import click
     "--out", type=click.Path(path_type=Path), default="verdict", show_default=True, help="Folder for results."
 )
 @click.option("--designs", help="Comma-separated presets [default: all].")
-@click.option("--rounds", default=4, show_default=True, help="Repetitions, of which the fastest counts.")
+@click.option("--rounds", default=3, show_default=True, help="Repetitions, of which the fastest counts.")
 @click.option("--quick", is_flag=True, help="Three designs at two sizes: under a minute.")
 @click.option("--any-machine", is_flag=True, help="Go on with a profile of another machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")

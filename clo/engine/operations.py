@@ -84,6 +84,8 @@ class Operations:
             return tokens * self.plan.model.layer_token_bytes
         if isinstance(kv, OffloadedLayer) and name in ("gather_pages", "copy_pages", "copy_staged", "bar_write"):
             return int(kv.resolved[stage].num_fetched.sum()) * self.plan.page_bytes
+        if isinstance(kv, OffloadedLayer) and name == ("append_kv" if self._stores else "write_back"):
+            return kv.counts.written_back * self.plan.page_bytes
         return 0.0
 
     def _offloaded(self, layer: int) -> OffloadedLayer:

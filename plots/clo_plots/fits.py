@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from clo.operation_costs import FitPoint, OperationProfile
 from clo.units import US_PER_S
 from clo_plots.style import ACCENT, FAINT, GRID, SMALL_PT, new_figure
 
-COLUMNS = 5
+COLUMNS = 4
 BAND = 0.1
 """Within so much of what was timed a fit is drawn as good."""
 
@@ -38,11 +39,22 @@ def _fit(axes: Axes, name: str, points: tuple[FitPoint, ...]) -> None:
     low, high = min(timed + fitted) * 0.8, max(timed + fitted) * 1.25
     axes.plot([low, high], [low, high], color=FAINT, linewidth=0.8, zorder=1)
     axes.scatter(timed, fitted, s=7, color=ACCENT, zorder=2)
-    axes.set_xscale("log")
     axes.set_yscale("log")
+    _ticks(axes, timed)
+    axes.yaxis.set_major_locator(FixedLocator([min(fitted), max(fitted)]))
+    axes.yaxis.set_major_formatter("{x:.3g}")
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_title(f"{name} (µs)", fontsize=SMALL_PT - 1)
-    axes.tick_params(labelsize=SMALL_PT - 2, labelbottom=False)
-    axes.minorticks_off()
+    axes.tick_params(labelbottom=False)
+
+
+def _ticks(axes: Axes, timed: list[float]) -> None:
+    """A log axis with its ends written out: most panels span less than a decade."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator([min(timed), max(timed)]))
+    axes.xaxis.set_major_formatter("{x:.3g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.tick_params(labelsize=SMALL_PT - 2)
 
 
 def _residuals(axes: Axes, points: tuple[FitPoint, ...]) -> None:
@@ -52,6 +64,4 @@ def _residuals(axes: Axes, points: tuple[FitPoint, ...]) -> None:
     axes.scatter(timed[: len(left)], left, s=5, color=ACCENT, zorder=2)
     widest = max(25.0, *(abs(value) for value in left)) if left else 25.0
     axes.set_ylim(-1.1 * widest, 1.1 * widest)
-    axes.set_xscale("log")
-    axes.tick_params(labelsize=SMALL_PT - 2)
-    axes.minorticks_off()
+    _ticks(axes, timed)

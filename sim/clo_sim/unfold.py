@@ -11,7 +11,7 @@ import numpy as np
 import simpy
 
 from clo.pricing import Seconds, link_bytes
-from clo.schedule import Lane
+from clo.schedule import Cause, Lane
 from clo.schedule.work import Work
 from clo.timeline import Span, Timeline
 from clo_sim.clock import segment_times
@@ -71,13 +71,23 @@ def _named(waits: tuple[tuple[int, float], ...]) -> Waits:
     return tuple((CAUSES[cause].value, seconds) for cause, seconds in waits)
 
 
+def _with_handover(waits: Waits, seconds: float) -> Waits:
+    """Being woken belongs to what was waited for last."""
+    if seconds <= 0:
+        return waits
+    *others, (cause, waited) = waits or ((Cause.SYNC.value, 0.0),)
+    return (*others, (cause, waited + seconds))
+
+
 def _unfold(priced: PricedStep, step: int, ran: Ran) -> list[Span]:
     column, start, end, waits = ran
     segment = priced.segments[column]
     nodes = [priced.graph.nodes[node] for node in segment.nodes]
     alone = [_at(priced.seconds(node.op), step) for node in nodes]
-    total = sum(alone)
-    edges = start + (end - start) * np.cumsum([0.0, *alone]) / total if total else [start] * (len(nodes) + 1)
+    handover = float(priced.handovers[column])
+    total = handover + sum(alone)
+    edges = start + (end - start) * np.cumsum([handover, *alone]) / total if total else [start] * (len(nodes) + 1)
+    waits = _with_handover(waits, float(edges[0]) - start)
     spans = []
     for number, node in enumerate(nodes):
         spans.append(
