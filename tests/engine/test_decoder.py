@@ -224,11 +224,14 @@ class TestTraffic:
                 for token in tokens[90:]:
                     decoder.step(token[None])
                     assert decoder.timeline is not None
-                    moved = sum(span.num_bytes for span in decoder.timeline.spans)
+                    outward = [span for span in decoder.timeline.spans if span.name in ("append_kv", "write_back")]
+                    back, traffic = sum(span.num_bytes for span in outward), decoder.traffic
+                    moved = sum(span.num_bytes for span in decoder.timeline.spans) - back
+                    assert back == traffic.written_back_pages * traffic.page_bytes
                     if name == "streamed":
                         assert moved == 4 * 2 * 2 * 16 * 4 * (decoder.lengths[0] - 1)
                     else:
-                        assert moved == decoder.traffic.h2d_bytes
+                        assert moved == traffic.h2d_bytes
 
     def test_reuse_moves_less_than_resolve_and_resolve_less_than_refetching(self) -> None:
         model, tokens = small_model(), prompt(200)
