@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,12 +21,16 @@ _MARKERS = "osD^vP*Xp<>h"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DesignPoint:
-    """One design: what it keeps on the device and how long a step takes. A named one gets a marker and its name."""
+    """One design: what it keeps on the device and how long a step takes.
+
+    A named one gets a marker and its name, a finalist (simulated, not only tried on the clock) a marker.
+    """
 
     name: str
     kv_device_bytes: float
     tpot_s: float
     named: bool = False
+    finalist: bool = False
 
 
 def pareto_front(points: Iterable[DesignPoint]) -> tuple[DesignPoint, ...]:
@@ -49,7 +54,8 @@ def plot_pareto(points: Sequence[DesignPoint], *, title: str, memory_bytes: floa
         front, named = pareto_front(points), [point for point in points if point.named]
         _limits(axes, points, memory_bytes)
         line = _draw_front(axes, front)
-        _draw_swept(axes, [point for point in points if not point.named])
+        _draw_swept(axes, [point for point in points if not (point.named or point.finalist)])
+        _draw_finalists(axes, [point for point in points if point.finalist and not point.named])
         _draw_named(axes, named)
         limit = _draw_memory(axes, memory_bytes)
         if axes.get_legend_handles_labels()[0]:
@@ -111,6 +117,19 @@ def _draw_swept(axes: Axes, swept: Sequence[DesignPoint]) -> None:
             markeredgewidth=0,
             label="swept (on the clock: no contention)",
         )
+
+
+def _draw_finalists(axes: Axes, finalists: Sequence[DesignPoint]) -> None:
+    at = _positions(finalists)
+    if len(at):
+        style: dict[str, Any] = {
+            "color": ACCENT,
+            "markersize": 4.5,
+            "markeredgecolor": INK,
+            "markeredgewidth": 0.5,
+            "zorder": 3,
+        }
+        axes.plot(at[:, 0], at[:, 1], "o", **style, label="finalists (simulated)")
 
 
 def _draw_named(axes: Axes, named: Sequence[DesignPoint]) -> None:
