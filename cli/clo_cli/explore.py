@@ -220,9 +220,12 @@ def _print(scene: Scene, found: Exploration, searched: bool) -> None:
 
     load, machine, best = scene.workload, scene.machine, found.best
     question = f"{scene.model.name} on {machine.name}: {load.batch} x {load.context_tokens} tokens"
-    console().print(question, style="bold")
+    varied = sorted({field for one in found.candidates for field, _ in one.task.changes})
+    console().print(question + (f" (varied: {', '.join(varied)})" if varied else ""), style="bold")
     offloads = best.design.offloads
-    print_roofline(best, f"an exact design with {best.design.name}'s memory" if offloads else "this workload")
+    print_roofline(
+        best, f"an exact design with the memory of {found.winner.task.label}" if offloads else "this workload"
+    )
     elsewhere = bool(found.winner.task.changes)
     shown = {one.design.name: one for one in found.named_results}
     if found.candidates and not elsewhere:

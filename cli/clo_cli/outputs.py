@@ -158,6 +158,7 @@ def _points(found: Exploration) -> list[Any]:
             tpot_s=one.metrics["tpot_s"],
             named=role == "named",
             finalist=role == "finalist",
+            allowed=found.goals.allows(one),
         )
         for role, evaluations in roles
         for one in evaluations

@@ -120,20 +120,28 @@ def print_roofline(result: Result, what: str) -> None:
 
 
 def print_choices(choices: Choices) -> None:
-    """What each choice of the best design is worth."""
+    """What each choice of the best design is worth; in a narrow window notes stand below the table."""
+    out = console()
+    wide = out.width >= NARROW
     table = Table(title=f"One choice of {choices.best_name} changed at a time", title_justify="left")
     for name in ("choice", "chosen", "instead"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("TPOT", justify="right")
-    table.add_column("change", justify="right")
+        table.add_column(name, overflow="fold")
+    for name in ("TPOT", "change"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("note", overflow="fold")
+    notes: dict[str, int] = {}
     for row in sorted(choices.alternatives, key=lambda one: (one.field, one.tpot_s is None, one.tpot_s or 0.0)):
-        if row.tpot_s is None:
-            table.add_row(row.field, row.chosen, row.value, "-", "", _short(row.note))
-        else:
-            change = row.tpot_s / choices.best_tpot_s - 1
-            table.add_row(row.field, row.chosen, row.value, format_seconds(row.tpot_s), f"{change:+.1%}", row.note)
-    console().print(table)
+        note = _short(row.note) if row.tpot_s is None else row.note
+        shown = note if wide or not note else f"[{notes.setdefault(note, len(notes) + 1)}]"
+        times = ("-", "") if row.tpot_s is None else (format_seconds(row.tpot_s), _change(row.tpot_s, choices))
+        table.add_row(row.field, row.chosen, row.value, *times, shown)
+    out.print(table)
+    for note, number in notes.items():
+        out.print(f"  [{number}] {note}")
+
+
+def _change(tpot_s: float, choices: Choices) -> str:
+    return f"{tpot_s / choices.best_tpot_s - 1:+.1%}"
 
 
 def print_trials(found: Exploration) -> None:

@@ -14,8 +14,8 @@ from clo.errors import CloError
 from clo_plots.pareto import DesignPoint
 
 _COLUMNS = ("name", "named", "kv_device_bytes", "tpot_s")
-# a table may lack these: what they say is then true of no row
-_MARKS = ("finalist", "role")
+# a table may lack these
+_MARKS = ("finalist", "allowed", "role")
 _NEIGHBOUR = "choice"
 """The role of a design that was run only to price one choice of the winner."""
 
@@ -64,6 +64,7 @@ def _point(path: Path, row: Mapping[str, Any]) -> DesignPoint | None:
         name=str(name),
         named=bool(row["named"]),
         finalist=bool(row.get("finalist")),
+        allowed=row.get("allowed") is not False,
         kv_device_bytes=row["kv_device_bytes"],
         tpot_s=tpot_s,
     )

@@ -211,7 +211,9 @@ def _worth(laboratory: Laboratory, best: Result, changes: Changes, alternatives:
         Alternative(**row, tpot_s=None, note=task) if isinstance(task, str) else _priced(row, best, next(evaluations))
         for row, task in neighbours
     ]
-    return Choices(best_name=best.design.name, best_tpot_s=best.tpot_s, alternatives=tuple(rows))
+    return Choices(
+        best_name=Task(design=best.design, changes=changes).label, best_tpot_s=best.tpot_s, alternatives=tuple(rows)
+    )
 
 
 def _neighbour(design: Design, field: str, value: Any, changes: Changes) -> Task | str:

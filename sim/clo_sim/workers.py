@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import signal
 import tempfile
 import threading
@@ -171,6 +172,9 @@ class LocalPool:
         self._executor = self._folder = None
 
 
+_ADDRESS = re.compile(r"([a-z]+://)?[^/\s]+:\d+")
+
+
 class DaskPool:
     """The workers of a Dask cluster that is already there. Raises `CloError` where there is none at the address."""
 
@@ -189,6 +193,8 @@ class DaskPool:
 
     def _connect(self) -> Any:
         where = f"--cluster {self._address}"
+        if not _ADDRESS.fullmatch(self._address):
+            raise CloError(f"{where}: expected the address of a scheduler, e.g. tcp://10.0.0.1:8786")
         try:
             client = self._distributed.Client(self._address, timeout=10, set_as_default=False)
         except (OSError, ValueError, TypeError) as error:
