@@ -250,6 +250,7 @@ class TestShow:
         (["simulate", "--profile", "missing.json"], ["missing.json"]),
         (["simulate", "--timeline-step", "96"], ["--timeline-step = 96", "0 to 95"]),
         (["simulate", "--kv-memory-gb", "-1"], ["--kv-memory-gb = -1"]),
+        (["simulate", "--context", "16"], ["workload.context_tokens = 16: fits one page", "design.page_size = 16"]),
         (["explore", "--vary", "design.tau=9"], ["design.tau = 9"]),
         (["explore", "--vary", "tua=0.9"], ["--vary tua=0.9"]),
         (["explore", "--designs", "clo,nothing"], ["design 'nothing'"]),

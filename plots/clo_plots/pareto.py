@@ -23,8 +23,8 @@ _MARKERS = "osD^vP*Xp<>h"
 class DesignPoint:
     """One design: what it keeps on the device and how long a step takes.
 
-    A named one gets a marker and its name, a finalist (simulated, not only tried on the clock) a marker. One that is not
-    `allowed` breaks a bound that was asked for, and has no part in the front.
+    A named one gets a marker and its name, a finalist (simulated, not only tried on the clock) a marker. One that is
+    not `allowed` breaks a bound that was asked for, and has no part in the front.
     """
 
     name: str
