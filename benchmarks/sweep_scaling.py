@@ -39,7 +39,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def measure(scene: Scene, tasks: list[Task], num_workers: int) -> dict[str, float]:
-    """Elapsed seconds of `tasks` on warm workers, and CPU seconds of the busiest worker, of all, and of this process."""
+    """Elapsed seconds of `tasks` on warm workers, and CPU seconds of the busiest worker, of all, and our own."""
     pool, start = LocalPool(scene, num_workers), time.perf_counter()
     with Workers(scene, pool) as workers:
         warm = [Task(design=task.design, level="clock") for task in tasks[:1]] * 160

@@ -62,7 +62,7 @@ class HeadHistory:
 def policy_of(plan: DecodePlan, trace: AttentionTrace) -> Policy:
     """Scale a plan's page counts to the recorded context: the same shares of the context are kept and attended.
 
-    Raises `TraceError` when the trace does not hold what the design asks for.
+    Raises `TraceError` when the trace does not hold what the design asks for, `SpecError` for a context of one page.
     """
     header, design = trace.header, plan.design
     recorded = header.context_tokens // header.page_size

@@ -1,8 +1,8 @@
 """Where evaluations run: in this process, in worker processes of this machine, or on a Dask cluster.
 
 Results come as they end. A worker that dies takes only what it was working on with it, and that is handed to another.
-Processes and cluster are both `concurrent.futures` executors. (Not through joblib: by its source, 1.6, its Dask
-backend never reports a task whose workers died for good, so that a sweep would wait.) Knows nothing about which tasks are worth it.
+Processes and cluster are both `concurrent.futures` executors. (Not through joblib: by its source, 1.6, its Dask backend
+never reports a task whose workers died for good, so a sweep would wait.) Knows nothing about which tasks are worth it.
 """
 
 from __future__ import annotations
