@@ -6,6 +6,7 @@ on measurements.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from clo.errors import ProfileError
 from clo.files import read_json
 from clo.kernel_tables import DecodeAttentionTable, GemmTable
 from clo.specs.base import Spec, check_version, explain
+from clo.specs.overrides import apply
 
 SCHEMA_VERSION = 1
 
@@ -182,3 +184,17 @@ def load_profile(path: Path) -> Profile:
         return Profile.model_validate(data)
     except ValidationError as error:
         raise ProfileError(f"{path}: {explain(Profile, error)}") from None
+
+
+def with_costs(profile: Profile, changes: Mapping[tuple[str, ...], Any]) -> Profile:
+    """A profile with fields changed, by path: a cost that was set by hand is nobody's measurement any more.
+
+    Unless a source is set with it. Raises `SpecError` for unknown fields and bad values.
+    """
+    by_hand: dict[tuple[str, ...], str] = {}
+    for cost, *field in changes:
+        if field and field[0] not in Cost.model_fields:
+            by_hand[(cost, "source")] = "assumed"
+            if isinstance(getattr(profile, cost, None), Cost):
+                by_hand[(cost, "note")] = "set by hand"
+    return apply(profile, {**by_hand, **changes}, "profile")

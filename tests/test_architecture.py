@@ -22,7 +22,8 @@ ROOMS = {
         {"clo", "clo_kernels", "numpy", "torch", "transformers", "gguf", "tokenizers", "safetensors"},
     ),
     "kernels": ("kernels/clo_kernels", {"torch", "triton"}),
-    "sim": ("sim/clo_sim", {"clo", "simpy", "numpy"}),
+    # optuna and distributed come with extras: imported where they are used only
+    "sim": ("sim/clo_sim", {"clo", "simpy", "numpy", "optuna", "distributed"}),
     "calibration": (
         "calibration/clo_calibration",
         {"clo", "clo_sim", "clo_kernels", "numpy", "scipy", "torch", "pydantic", "pyarrow", "click"},
@@ -80,7 +81,7 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_simulation_needs_no_torch_and_no_figures() -> None:
-    heavy = {"torch", "transformers", "triton", "matplotlib", "pyarrow", "scipy", "pandas"}
+    heavy = {"torch", "transformers", "triton", "matplotlib", "pyarrow", "scipy", "pandas", "optuna", "distributed"}
     assert not loaded_by("import clo, clo_sim") & heavy
     run = "import clo_sim\nclo_sim.simulate(clo_sim.make_scene('smollm2-135m', context_tokens=4096, batch=1), 'clo')"
     assert not loaded_by(run) & heavy

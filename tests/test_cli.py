@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,10 @@ class TestExplore:
     def test_files_agree_with_what_was_printed(self, swept: tuple[Path, dict[str, Any]]) -> None:
         out, found = swept
         rows = pq.read_table(out / "sweep.parquet").to_pylist()
-        assert len(rows) == 6 + len(found["named"]) + len(found["finalists"])
+        by_role = Counter(row["role"] for row in rows)
+        assert by_role["candidate"] == 6
+        assert by_role["named"] == len(found["named"]) + len(found["not_run"])
+        assert by_role["finalist"] == len(found["finalists"])
         assert json.loads((out / "best.json").read_text())["tpot_s"] == found["best"]["tpot_s"]
         assert {path.name for path in out.iterdir()} >= {"pareto.png", "stalls.png", "timeline.png", "timeline.json"}
         assert not [path for path in out.iterdir() if path.name.startswith(".")]
@@ -246,6 +250,7 @@ class TestShow:
         (["simulate", "--profile", "missing.json"], ["missing.json"]),
         (["simulate", "--timeline-step", "96"], ["--timeline-step = 96", "0 to 95"]),
         (["simulate", "--kv-memory-gb", "-1"], ["--kv-memory-gb = -1"]),
+        (["simulate", "--context", "16"], ["workload.context_tokens = 16: fits one page", "design.page_size = 16"]),
         (["explore", "--vary", "design.tau=9"], ["design.tau = 9"]),
         (["explore", "--vary", "tua=0.9"], ["--vary tua=0.9"]),
         (["explore", "--designs", "clo,nothing"], ["design 'nothing'"]),

@@ -141,6 +141,25 @@ def make_choices() -> Choices:
     return Choices(best_name="clo", best_tpot_s=0.020, alternatives=(*ran, failed))
 
 
+def test_choices_that_tie_share_a_row_and_no_difference_is_neither_slower_nor_faster() -> None:
+    values = {"host": 0.021, "events": 0.021, "flags": 0.0211, "graph": 0.020}
+    tied = [Alternative(field="sync", chosen="none", value=v, tpot_s=s) for v, s in values.items()]
+    other = Alternative(field="cache", chosen="lru", value="none", tpot_s=0.021)
+    figure = plot_choices(Choices(best_name="clo", best_tpot_s=0.020, alternatives=(*tied, other)))
+    shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert shown == ["flags", "host, events", "graph", "none"]
+    assert words(figure).count("no difference") == 1
+
+
+def test_finalists_are_told_apart_from_the_swept() -> None:
+    points = [DesignPoint(name=str(n), kv_device_bytes=n * 1e9, tpot_s=1 / n, finalist=n > 3) for n in range(1, 6)]
+    figure = plot_pareto([*points, *make_points()], title="search")
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert any("finalists" in text for text in legend)
+    [drawn] = [line for line in figure.axes[0].lines if "finalists" in str(line.get_label())]
+    assert list(drawn.get_xdata()) == [4, 5]
+
+
 FIGURES = {
     "pareto": lambda: plot_pareto(make_points(), title="Llama-3-8B on H200", memory_bytes=124e9),
     "pareto of one": lambda: plot_pareto(make_points()[:1], title="one"),

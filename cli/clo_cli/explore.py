@@ -6,22 +6,24 @@ Knows nothing about how a step is run or drawn.
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from clo_cli.options import design_from, overrides_from, scene_from, scene_options
+from clo_cli.space import check_conflicts, space_from
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from clo.results import Result
     from clo.specs import Design
     from clo.specs.overrides import Overrides
     from clo_sim.explore import Exploration, Progress
+    from clo_sim.goals import Goals
     from clo_sim.scene import Scene
+    from clo_sim.workers import Workers
 
 
 @click.command()
@@ -32,21 +34,57 @@ if TYPE_CHECKING:
     "--vary",
     multiple=True,
     metavar="FIELD=V1,V2",
-    help="Design field and the values to try, e.g. design.slot_budgets=1,2,none. Repeat for a grid "
-    "[default: cache, slot_budgets, prefetch_depth, transfer, sync].",
+    help="A field and the values to try: design.slot_budgets=1,2,none, workload.batch=4,16, machine=h200,l40s, "
+    "machine.link.h2d_bytes_per_s=25e9,50e9. Repeat for a grid. With --evaluations also ranges: design.tau=0.5..0.95, "
+    "workload.batch=1..64:log [default: cache, slot_budgets, prefetch_depth, transfer, sync].",
+)
+@click.option(
+    "--evaluations",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Let an optimiser (Optuna) spend N evaluations instead of trying every combination.",
+)
+@click.option(
+    "--objective",
+    "objectives",
+    multiple=True,
+    metavar="METRIC",
+    help="What to improve, e.g. kv_device_bytes, tokens_per_s. Repeat for a trade-off [default: tpot_s].",
+)
+@click.option(
+    "--require",
+    "bounds",
+    multiple=True,
+    metavar="METRIC>=VALUE",
+    help="What the best must keep, e.g. 'overlap>=0.9' or 'kv_device_bytes<=60e9'. Repeat for more.",
 )
 @click.option("--no-sweep", is_flag=True, help="Compare the named designs only.")
 @click.option("--finalists", type=click.IntRange(1), default=5, show_default=True, help="Swept designs to simulate.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for results and figures.")
+@click.option("--parquet", type=click.Path(path_type=Path), help="Write every evaluation as a row of this table.")
+@click.option(
+    "--record",
+    type=click.Path(path_type=Path),
+    help="Keep each evaluation in this file as it ends, and take what is there from it: resumes a run.",
+)
+@click.option("--workers", type=click.IntRange(1), help="Processes to evaluate in [default: all cores, if it pays].")
+@click.option("--cluster", metavar="ADDRESS", help="Evaluate on a Dask cluster, e.g. tcp://scheduler:8786.")
 @click.option("--figures/--no-figures", default=True, show_default=True, help="Draw figures into --out.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def explore(
     designs: str | None,
     base: str,
     vary: tuple[str, ...],
+    evaluations: int | None,
+    objectives: tuple[str, ...],
+    bounds: tuple[str, ...],
     no_sweep: bool,
     finalists: int,
     out: Path | None,
+    parquet: Path | None,
+    record: Path | None,
+    workers: int | None,
+    cluster: str | None,
     figures: bool,
     as_json: bool,
     settings: tuple[str, ...],
@@ -56,11 +94,17 @@ def explore(
 
     Named designs are simulated side by side at equal device memory for KV. Then choices of one design are swept: the
     clock sifts all combinations, the simulator decides among the best, and each choice of the winner is changed alone.
+    (No level above the simulator yet: nothing runs an explored design on a real machine.)
 
     \b
     clo explore
     clo explore --batch 1 --context 32768 --machine l40s
     clo explore --vary design.slot_budgets=1,2,4,none --vary design.tau=0.7,0.8,0.9
+    clo explore --vary machine=h200,l40s --vary workload.batch=4,8,16 --objective tokens_per_s
+    clo explore --vary design.tau=0.5..0.95 --vary design.budget_fraction=0.02..0.2:log --evaluations 200 \\
+        --objective tpot_s --objective kv_device_bytes --require 'overlap>=0.85' --record search.jsonl --out out
+
+    Ctrl-C ends a run early: what was evaluated is printed and written all the same.
     """
     from clo.files import check_target
     from clo_sim.explore import DEFAULT_GRID
@@ -68,27 +112,65 @@ def explore(
 
     overrides = overrides_from(settings)
     scene, named = scene_from(options, overrides), _named(designs, overrides)
-    grid = {} if no_sweep else _grid(vary) or DEFAULT_GRID
+    space = {} if no_sweep else space_from(vary, scene) or DEFAULT_GRID
+    check_conflicts(space, overrides, options["profile"])
+    goals = _goals(objectives, bounds)
     if out is not None:
         check_target(out, folder=True)
-    with _progress(as_json) as progress:
+    if parquet is not None:
+        check_target(parquet)
+    with ExitStack() as held:
         found = run(
             scene,
             named=named,
             base=design_from(base, overrides),
-            grid=grid,
-            num_finalists=0 if no_sweep else finalists,
-            progress=progress,
+            space=space,
+            num_finalists=finalists,
+            budget=evaluations,
+            goals=goals,
+            record=held.enter_context(_record(record)) if record is not None else None,
+            workers=held.enter_context(_workers(scene, workers, cluster)),
+            seed=scene.workload.seed,
+            progress=held.enter_context(_progress(as_json)),
         )
-    best = found.best
-    if as_json:
-        click.echo(json.dumps(_as_json(found, best), indent=1))
-    else:
-        _print(scene, found, best, no_sweep)
-    if out is not None:
-        _write(out, scene, found, best, figures)
-        if not as_json:
-            click.echo(f"results{' and figures' if figures else ''} are in {out}/")
+    _report(found, scene, searched=evaluations is not None, as_json=as_json)
+    _write(found, scene, out, parquet, figures)
+    if out is not None and not as_json:
+        click.echo(f"results{' and figures' if figures and not found.interrupted else ''} are in {out}/")
+    if found.interrupted:
+        raise click.Abort
+
+
+def _goals(objectives: tuple[str, ...], bounds: tuple[str, ...]) -> Goals:
+    from clo.errors import SpecError
+    from clo_sim.goals import Bound, Goals, check_metric
+
+    try:
+        names = tuple(dict.fromkeys(check_metric(name) for name in objectives))
+    except SpecError as error:
+        raise SpecError(f"--objective: {error}") from None
+    try:
+        return Goals(objectives=names or ("tpot_s",), bounds=tuple(Bound.parse(text) for text in bounds))
+    except SpecError as error:
+        raise SpecError(f"--require: {error}") from None
+
+
+def _record(path: Path) -> Any:
+    from clo_sim.record import Record
+
+    return Record(path)
+
+
+def _workers(scene: Scene, count: int | None, cluster: str | None) -> Workers:
+    from clo.errors import SpecError
+    from clo_sim.workers import DaskPool, LocalPool, Workers, num_cores
+
+    if cluster is not None:
+        if count is not None:
+            raise SpecError("--workers and --cluster: a cluster has its own workers: give one of the two")
+        return Workers(scene, DaskPool(scene, cluster))
+    count = count or num_cores()
+    return Workers(scene, LocalPool(scene, count) if count > 1 else None)
 
 
 def _named(designs: str | None, overrides: Overrides) -> list[Design]:
@@ -110,31 +192,6 @@ def _named(designs: str | None, overrides: Overrides) -> list[Design]:
     return found
 
 
-def _grid(vary: tuple[str, ...]) -> dict[str, list[Any]]:
-    """`("design.tau=0.7,0.8",)` -> `{"tau": [0.7, 0.8]}`. Raises `SpecError` for anything but a design's field."""
-    from clo.errors import SpecError
-    from clo.specs import Design
-    from clo.specs.overrides import parse_value
-
-    grid: dict[str, list[Any]] = {}
-    for text in vary:
-        path, separator, values = text.partition("=")
-        field = path.strip().removeprefix("design.")
-        if not separator or field not in Design.model_fields or field in ("name", "description"):
-            raise SpecError(f"--vary {text}: expected design.FIELD=V1,V2 (fields: clo show designs clo)")
-        if field in grid:
-            raise SpecError(f"--vary {text}: design.{field} is varied twice: give all its values to one --vary")
-        tried = [value.strip() for value in values.split(",")]
-        if not all(tried):
-            raise SpecError(f"--vary {text}: a value is missing (none stands for no value)")
-        grid[field] = [parse_value(value) for value in tried]
-    for field, parsed in grid.items():
-        for value in parsed:
-            # a typo is an error, not an empty sweep; previous_step is valid with an LRU cache only
-            Design.parse({field: value} | ({"cache": "lru"} if value == "previous_step" else {}))
-    return grid
-
-
 @contextmanager
 def _progress(quiet: bool) -> Iterator[Progress | None]:
     """A bar on stderr while designs are tried."""
@@ -148,55 +205,93 @@ def _progress(quiet: bool) -> Iterator[Progress | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _print(scene: Scene, found: Exploration, best: Result, no_sweep: bool) -> None:
-    from clo_cli.tables import console, print_choices, print_designs, print_roofline, print_sources
+def _report(found: Exploration, scene: Scene, *, searched: bool, as_json: bool) -> None:
+    """Print what was found; of an interrupted run, what there is."""
+    if found.interrupted and not found.front:
+        click.echo(f"interrupted after {len(found.finished)} evaluations, before any design was simulated", err=True)
+    elif as_json:
+        click.echo(json.dumps(_as_json(found), indent=1))
+    else:
+        _print(scene, found, searched)
 
-    load, machine = scene.workload, scene.machine
+
+def _print(scene: Scene, found: Exploration, searched: bool) -> None:
+    from clo_cli.tables import console, print_choices, print_designs, print_roofline, print_sources, print_trials
+
+    load, machine, best = scene.workload, scene.machine, found.best
     question = f"{scene.model.name} on {machine.name}: {load.batch} x {load.context_tokens} tokens"
-    console().print(question, style="bold")
+    varied = sorted({field for one in found.candidates for field, _ in one.task.changes})
+    console().print(question + (f" (varied: {', '.join(varied)})" if varied else ""), style="bold")
     offloads = best.design.offloads
-    print_roofline(best, f"an exact design with {best.design.name}'s memory" if offloads else "this workload")
-    shown = {result.design.name: result for result in (*found.named, *([] if no_sweep else [best]))}
+    print_roofline(
+        best, f"an exact design with the memory of {found.winner.task.label}" if offloads else "this workload"
+    )
+    elsewhere = bool(found.winner.task.changes)
+    shown = {one.design.name: one for one in found.named_results}
+    if found.candidates and not elsewhere:
+        shown[best.design.name] = best
     print_designs(list(shown.values()), found.not_run, "Designs at equal device memory for KV, simulated")
-    if not no_sweep:
-        tried = [candidate for candidate in found.candidates if candidate.tpot_s is not None]
-        swept = f"{len(found.candidates)} swept ({len(tried)} can run, the best simulated) and {len(found.named)} named"
-        console().print(f"Best of {swept}: {best.design.name}: {_choices_of(best)}")
+    if found.candidates:
+        console().print(f"Best of {_swept(found)}: {found.winner.task.label}: {_choices_of(best)}")
+        for note in _notes(found):
+            console().print(f"  {note}")
+    if found.finalists and (searched or elsewhere or found.goals.bounds or len(found.goals.objectives) > 1):
+        print_trials(found)
     if found.choices is not None:
         print_choices(found.choices)
-    print_sources(shown.values())
+    print_sources([*shown.values(), best])
+
+
+def _swept(found: Exploration) -> str:
+    tried, ran = len(found.candidates), sum(one.runs for one in found.candidates)
+    return f"{tried} swept ({ran} can run, the best simulated) and {len(found.named_results)} named"
+
+
+def _notes(found: Exploration) -> Iterator[str]:
+    """What else a reader should know about the sweep."""
+    if found.goals.bounds:
+        kept = sum(found.goals.allows(one) for one in found.candidates)
+        yield f"{kept} of the swept keep {' and '.join(str(bound) for bound in found.goals.bounds)} on the clock"
+    if found.recalled:
+        yield f"{found.recalled} evaluations were taken from the record"
+    if found.interrupted:
+        yield "interrupted: not all was tried"
 
 
 def _choices_of(best: Result) -> str:
     design, size = best.design, f"{best.slot_pages} slots a head ({best.slot_pages / best.budget_pages:.1f} budgets)"
     if not design.offloads:
-        return "everything on the GPU"
+        return f"everything on the GPU: TPOT {best.tpot_s * 1e3:.2f} ms"
     return (
         f"cache {design.cache} of {size}, prefetch depth {design.prefetch_depth}, {design.transfer} transfer, "
         f"{design.sync} synchronisation: TPOT {best.tpot_s * 1e3:.2f} ms"
     )
 
 
-def _as_json(found: Exploration, best: Result) -> dict[str, Any]:
+def _as_json(found: Exploration) -> dict[str, Any]:
     return {
-        "best": best.model_dump(mode="json"),
-        "named": [result.model_dump(mode="json") for result in found.named],
-        "not_run": dict(found.not_run),
-        "finalists": [result.model_dump(mode="json") for result in found.finalists],
+        "best": found.best.model_dump(mode="json"),
+        "best_changes": dict(found.winner.task.changes),
+        "front": [
+            {"name": one.task.label, "executor": one.task.level, "metrics": dict(one.metrics)} for one in found.front
+        ],
+        "named": [result.model_dump(mode="json") for result in found.named_results],
+        "not_run": found.not_run,
+        "finalists": [result.model_dump(mode="json") for result in found.finalist_results],
         "num_candidates": len(found.candidates),
+        "num_from_record": found.recalled,
+        "interrupted": found.interrupted,
         "choices": found.choices.model_dump(mode="json") if found.choices else None,
     }
 
 
-def _write(out: Path, scene: Scene, found: Exploration, best: Result, figures: bool) -> None:
-    from clo.files import write_text
-    from clo_cli.outputs import draw_figures, write_sweep, write_timelines
+def _write(found: Exploration, scene: Scene, out: Path | None, parquet: Path | None, figures: bool) -> None:
+    """The tables always; what needs a winner and time to draw, of a run that was not interrupted."""
+    from clo_cli.outputs import write_results, write_sweep
 
-    write_text(out / "designs.json", json.dumps({"results": _as_json(found, best)["named"]}, indent=1))
-    best.save(out / "best.json")
-    write_sweep(out / "sweep.parquet", found)
-    if found.choices is not None:
-        found.choices.save(out / "choices.json")
-    timelines = write_timelines(out / "timeline.json", scene, found, best)
-    if figures:
-        draw_figures(out, scene, found, best, timelines)
+    if parquet is not None:
+        write_sweep(parquet, scene, found)
+    if out is not None:
+        write_sweep(out / "sweep.parquet", scene, found)
+        if not found.interrupted:
+            write_results(out, scene, found, figures)

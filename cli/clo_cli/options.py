@@ -54,6 +54,7 @@ def scene_from(options: dict[str, Any], overrides: Overrides) -> Scene:
     """Build and check everything but the design. Raises `CloError` on bad input."""
     from clo import presets
     from clo.errors import SpecError
+    from clo.profile import with_costs
     from clo.specs.overrides import apply
     from clo_sim.scene import Scene
 
@@ -67,7 +68,7 @@ def scene_from(options: dict[str, Any], overrides: Overrides) -> Scene:
     return Scene(
         model=model,
         machine=machine,
-        profile=_with_costs(profile, overrides["profile"]),
+        profile=with_costs(profile, overrides["profile"]),
         workload=workload,
         source=_source(options, workload),
         kv_memory_bytes=None if limit is None else limit * 1e9,
@@ -87,20 +88,6 @@ def _workload(options: dict[str, Any]) -> Any:
 
     names = ("context_tokens", "batch", "steps", "warmup_steps", "seed")
     return Workload.parse({name: options[name] for name in names if options[name] is not None})
-
-
-def _with_costs(profile: Any, changes: Any) -> Any:
-    """A cost that was set by hand is nobody's measurement any more, unless a source is set with it."""
-    from clo.profile import Cost
-    from clo.specs.overrides import apply
-
-    by_hand: dict[tuple[str, ...], str] = {}
-    for cost, *field in changes:
-        if field and field[0] not in Cost.model_fields:
-            by_hand[(cost, "source")] = "assumed"
-            if isinstance(getattr(profile, cost, None), Cost):
-                by_hand[(cost, "note")] = "set by hand"
-    return apply(profile, {**by_hand, **changes}, "profile")
 
 
 def _source(options: dict[str, Any], workload: Any) -> Any:

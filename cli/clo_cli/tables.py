@@ -14,6 +14,7 @@ from clo.units import GB, MS_PER_S, format_bytes, format_seconds
 if TYPE_CHECKING:
     from clo.choices import Choices
     from clo.results import Result
+    from clo_sim.explore import Exploration
 
 WIDE = 160
 """Columns when the output is not a terminal: wide enough that no table is folded."""
@@ -46,15 +47,27 @@ LEGEND = (
 )
 
 
-def design_table(results: Sequence[Result], title: str) -> Table:
-    """A row per design, fastest first."""
-    table = Table(title=title, title_justify="left", caption=LEGEND, caption_justify="left")
-    table.add_column("design", no_wrap=True)
-    for name in NUMBER_COLUMNS:
-        table.add_column(name, justify="right")
-    table.add_column("stalls on", overflow="fold", min_width=24)
+NARROW = 125
+"""A terminal with fewer columns gets `NARROW_COLUMNS` only."""
+NARROW_COLUMNS = ("TPOT", "of it KV\nGB", "overlap", "hit\nrate", "stall")
+_LONGEST_NAME = 44
+
+
+def design_table(results: Sequence[Result], title: str, width: int = WIDE) -> Table:
+    """A row per design, fastest first; what does not fit `width` columns of text is left out, and said to be."""
+    names = NUMBER_COLUMNS if width >= NARROW else NARROW_COLUMNS
+    legend = LEGEND if width >= NARROW else f"{LEGEND} A window of {NARROW} columns, or --json, shows more."
+    table = Table(title=title, title_justify="left", caption=legend, caption_justify="left")
+    # a word of a name is a choice: names break between choices
+    widest = max((len(result.design.name) for result in results), default=0)
+    table.add_column("design", min_width=min(widest, _LONGEST_NAME if width >= NARROW else 14))
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("stalls on", overflow="fold", min_width=24 if width >= NARROW else 12)
     for result in sorted(results, key=lambda one: one.tpot_s):
-        table.add_row(*_design_row(result))
+        name, *numbers, stalls = _design_row(result)
+        shown = dict(zip(NUMBER_COLUMNS, numbers, strict=True))
+        table.add_row(name, *(shown[column] for column in names), stalls)
     return table
 
 
@@ -91,7 +104,7 @@ def _short(reason: str) -> str:
 def print_designs(results: Sequence[Result], not_run: Mapping[str, str], title: str) -> None:
     """Print the table of designs, and those that cannot run with the reason."""
     out = console()
-    out.print(design_table(results, title))
+    out.print(design_table(results, title, out.width))
     for name, reason in not_run.items():
         out.print(f"  {name} does not run: {_short(reason)}")
 
@@ -107,20 +120,74 @@ def print_roofline(result: Result, what: str) -> None:
 
 
 def print_choices(choices: Choices) -> None:
-    """What each choice of the best design is worth."""
+    """What each choice of the best design is worth; in a narrow window notes stand below the table."""
+    out = console()
+    wide = out.width >= NARROW
     table = Table(title=f"One choice of {choices.best_name} changed at a time", title_justify="left")
     for name in ("choice", "chosen", "instead"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("TPOT", justify="right")
-    table.add_column("change", justify="right")
+        table.add_column(name, overflow="fold")
+    for name in ("TPOT", "change"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("note", overflow="fold")
+    notes: dict[str, int] = {}
     for row in sorted(choices.alternatives, key=lambda one: (one.field, one.tpot_s is None, one.tpot_s or 0.0)):
-        if row.tpot_s is None:
-            table.add_row(row.field, row.chosen, row.value, "-", "", _short(row.note))
-        else:
-            change = row.tpot_s / choices.best_tpot_s - 1
-            table.add_row(row.field, row.chosen, row.value, format_seconds(row.tpot_s), f"{change:+.1%}", row.note)
-    console().print(table)
+        note = _short(row.note) if row.tpot_s is None else row.note
+        shown = note if wide or not note else f"[{notes.setdefault(note, len(notes) + 1)}]"
+        times = ("-", "") if row.tpot_s is None else (format_seconds(row.tpot_s), _change(row.tpot_s, choices))
+        table.add_row(row.field, row.chosen, row.value, *times, shown)
+    out.print(table)
+    for note, number in notes.items():
+        out.print(f"  [{number}] {note}")
+
+
+def _change(tpot_s: float, choices: Choices) -> str:
+    return f"{tpot_s / choices.best_tpot_s - 1:+.1%}"
+
+
+def print_trials(found: Exploration) -> None:
+    """The finalists, simulated, best first: what was changed, objectives and bounds, and which make the front."""
+    names = dict.fromkeys((*found.goals.objectives, *(bound.metric for bound in found.goals.bounds), "tpot_s"))
+    table = Table(title="Finalists, simulated (*: none is better in every objective)", title_justify="left")
+    table.add_column("")
+    table.add_column("design", overflow="fold")
+    for name in names:
+        table.add_column(METRIC_NAMES.get(name, name), justify="right")
+    front = {id(one) for one in found.goals.front(found.finalists)}
+    allowed = found.goals.ranked(found.finalists)
+    for one in allowed:
+        values = [metric_text(name, one.metrics[name]) for name in names]
+        table.add_row("*" if id(one) in front else "", one.task.label, *values)
+    out = console()
+    out.print(table)
+    for one in found.finalists:
+        if one.runs and not found.goals.allows(one):
+            broken = [bound for bound in found.goals.bounds if bound.excess(one) > 0]
+            texts = (f"{bound} ({metric_text(bound.metric, one.metrics[bound.metric])})" for bound in broken)
+            out.print(f"  {one.task.label} breaks {', '.join(texts)} when simulated")
+
+
+METRIC_NAMES = {
+    "tpot_s": "TPOT",
+    "tpot_p99_s": "TPOT p99",
+    "tokens_per_s": "tokens/s",
+    "hit_rate": "hit rate",
+    "reuse_rate": "reuse",
+    "h2d_bytes_per_step": "h2d/step",
+    "device_bytes": "GPU mem",
+    "kv_device_bytes": "of it KV",
+    "host_bytes": "host mem",
+    "slot_pages": "slots",
+    "measured_share": "measured",
+}
+
+
+def metric_text(name: str, value: float) -> str:
+    """A metric as people read it."""
+    if name.endswith("_s") and not name.endswith("per_s"):
+        return format_seconds(value)
+    if "bytes" in name:
+        return format_bytes(value)
+    return f"{value:.1%}" if name in ("overlap", "hit_rate", "reuse_rate", "measured_share") else f"{value:.4g}"
 
 
 def print_sources(results: Iterable[Result]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 
@@ -11,17 +12,21 @@ from matplotlib.ticker import FuncFormatter, NullLocator, SymmetricalLogLocator
 
 from clo.choices import Alternative, Choices
 from clo.units import MS_PER_S, format_seconds
-from clo_plots.style import FASTER, FONT_PT, GRID, INK, SLOWER, SMALL_PT, new_figure
+from clo_plots.style import FAINT, FASTER, FONT_PT, GRID, INK, SLOWER, SMALL_PT, new_figure
 
 LINEAR_PERCENT = 10.0
 """Changes up to this are drawn to scale; where some go far beyond, the scale is logarithmic from here on."""
 _FAR_PERCENT = 100.0
 _LINE_CHARS = 130
+_TIE = 1e-9
 
 
 def plot_choices(choices: Choices) -> Figure:
-    """A dot per alternative, grouped by field; the field whose change costs or gains most is on top."""
-    rows, not_run = ranked(choices), [one for one in choices.alternatives if one.tpot_s is None]
+    """A dot per alternative, grouped by field; the field whose change costs or gains most is on top.
+
+    Values of a field that take exactly the same time share a row; what changes nothing is neither slower nor faster.
+    """
+    rows, not_run = without_ties(ranked(choices)), [one for one in choices.alternatives if one.tpot_s is None]
     small_print = _small_print(not_run)
     height = 0.95 + 0.2 * len(rows) + 0.13 * len(small_print)
     with new_figure(height, what="choices", empty=not rows) as figure:
@@ -51,6 +56,23 @@ def ranked(choices: Choices) -> list[Alternative]:
     for one in ran:
         largest[one.field] = max(largest.get(one.field, 0.0), effects[id(one)])
     return sorted(ran, key=lambda one: (-largest[one.field], one.field, -effects[id(one)]))
+
+
+def without_ties(rows: Sequence[Alternative]) -> list[Alternative]:
+    """Neighbours of one field with the same time as one alternative that names them all."""
+    merged: list[Alternative] = []
+    for row in rows:
+        last = merged[-1] if merged else None
+        if last is not None and last.field == row.field and _same(last.tpot_s or 0.0, row.tpot_s or 0.0):
+            merged[-1] = last.with_fields(value=f"{last.value}, {row.value}")
+        else:
+            merged.append(row)
+    return merged
+
+
+def _same(one_s: float, other_s: float) -> bool:
+    """Equal but for rounding: the steps are ordered alike, whatever the choice is called."""
+    return math.isclose(one_s, other_s, rel_tol=_TIE)
 
 
 def _scale(axes: Axes, percents: Sequence[float]) -> None:
@@ -100,10 +122,11 @@ def _head_group(axes: Axes, row: int, text: str, offset_pt: float) -> None:
 
 
 def _draw(axes: Axes, row: int, percent: float, seconds: float) -> None:
-    colour, marker = (SLOWER, "o") if percent > 0 else (FASTER, "D")
+    tie = abs(percent) < 100.0 * _TIE
+    colour, marker = (FAINT, "s") if tie else (SLOWER, "o") if percent > 0 else (FASTER, "D")
     axes.plot([0, percent], [row, row], color=colour, linewidth=1.4, solid_capstyle="butt")
     axes.plot([percent], [row], marker, color=colour, markersize=4.5, markeredgecolor=INK, markeredgewidth=0.4)
-    text = f"{_signed(percent)} %  ({_signed(seconds * MS_PER_S)} ms)"
+    text = "no difference" if tie else f"{_signed(percent)} %  ({_signed(seconds * MS_PER_S)} ms)"
     axes.text(1.02, row, text, transform=axes.get_yaxis_transform(), va="center_baseline", fontsize=FONT_PT - 0.5)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,12 +21,18 @@ _MARKERS = "osD^vP*Xp<>h"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DesignPoint:
-    """One design: what it keeps on the device and how long a step takes. A named one gets a marker and its name."""
+    """One design: what it keeps on the device and how long a step takes.
+
+    A named one gets a marker and its name, a finalist (simulated, not only tried on the clock) a marker. One that is
+    not `allowed` breaks a bound that was asked for, and has no part in the front.
+    """
 
     name: str
     kv_device_bytes: float
     tpot_s: float
     named: bool = False
+    finalist: bool = False
+    allowed: bool = True
 
 
 def pareto_front(points: Iterable[DesignPoint]) -> tuple[DesignPoint, ...]:
@@ -46,17 +53,21 @@ def plot_pareto(points: Sequence[DesignPoint], *, title: str, memory_bytes: floa
         axes = figure.add_subplot(xlabel="GPU memory for KV (GB)", ylabel="TPOT (ms, log scale)")
         # above the name of the memory line
         axes.set_title(title, pad=6 if memory_bytes is None else 14)
-        front, named = pareto_front(points), [point for point in points if point.named]
+        front = pareto_front([point for point in points if point.allowed] or points)
+        named = [point for point in points if point.named]
         _limits(axes, points, memory_bytes)
         line = _draw_front(axes, front)
-        _draw_swept(axes, [point for point in points if not point.named])
+        swept = [point for point in points if not (point.named or point.finalist)]
+        _draw_swept(axes, [point for point in swept if point.allowed])
+        _draw_excluded(axes, [point for point in swept if not point.allowed])
+        _draw_finalists(axes, [point for point in points if point.finalist and not point.named])
         _draw_named(axes, named)
         limit = _draw_memory(axes, memory_bytes)
         if axes.get_legend_handles_labels()[0]:
-            figure.legend(loc="outside lower center", ncols=3)
+            figure.legend(loc="outside lower center", ncols=2)
         figure.draw_without_rendering()
-        swept = _positions([point for point in points if not point.named])
-        avoid = np.vstack([_dense(axes, line), _dense(axes, limit), swept])
+        others = _positions([point for point in points if not point.named])
+        avoid = np.vstack([_dense(axes, line), _dense(axes, limit), others])
         label_markers(axes, [point.name for point in named], _positions(named), avoid, size_pt=FONT_PT)
         return figure
 
@@ -111,6 +122,26 @@ def _draw_swept(axes: Axes, swept: Sequence[DesignPoint]) -> None:
             markeredgewidth=0,
             label="swept (on the clock: no contention)",
         )
+
+
+def _draw_excluded(axes: Axes, excluded: Sequence[DesignPoint]) -> None:
+    at = _positions(excluded)
+    if len(at):
+        style: dict[str, Any] = {"color": FAINT, "markersize": 3.0, "markeredgewidth": 0.6, "markerfacecolor": "none"}
+        axes.plot(at[:, 0], at[:, 1], "o", **style, label="swept, breaks a bound asked for")
+
+
+def _draw_finalists(axes: Axes, finalists: Sequence[DesignPoint]) -> None:
+    at = _positions(finalists)
+    if len(at):
+        style: dict[str, Any] = {
+            "color": ACCENT,
+            "markersize": 4.5,
+            "markeredgecolor": INK,
+            "markeredgewidth": 0.5,
+            "zorder": 3,
+        }
+        axes.plot(at[:, 0], at[:, 1], "o", **style, label="finalists (simulated)")
 
 
 def _draw_named(axes: Axes, named: Sequence[DesignPoint]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,23 @@ from clo.errors import CloError
 from clo_plots.pareto import DesignPoint
 
 _COLUMNS = ("name", "named", "kv_device_bytes", "tpot_s")
+# a table may lack these
+_MARKS = ("finalist", "allowed", "role")
+_NEIGHBOUR = "choice"
+"""The role of a design that was run only to price one choice of the winner."""
 
 
 def load_points(path: Path) -> list[DesignPoint]:
-    """The designs of a sweep that could run. Raises `CloError` naming the file and the problem."""
+    """The designs of a sweep that could run, without the winner's neighbours.
+
+    Raises `CloError` naming the file and the problem.
+    """
     columns = _read(path)
     missing = [name for name in _COLUMNS if name not in columns]
     if missing:
         raise CloError(f"{path}: not a sweep: has no column {', '.join(missing)}")
-    points = [_point(path, *row) for row in zip(*(columns[name] for name in _COLUMNS), strict=True)]
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    points = [_point(path, row) for row in rows if row.get("role") != _NEIGHBOUR]
     return [point for point in points if point is not None]
 
 
@@ -29,7 +38,7 @@ def _read(path: Path) -> dict[str, list[Any]]:
     try:
         with path.open("rb") as file:
             table = pq.ParquetFile(file)
-            known = [name for name in _COLUMNS if name in table.schema_arrow.names]
+            known = [name for name in (*_COLUMNS, *_MARKS) if name in table.schema_arrow.names]
             columns: dict[str, list[Any]] = table.read(columns=known).to_pydict()
             return columns
     except OSError as error:
@@ -42,11 +51,20 @@ def _line(error: Exception) -> str:
     return str(error).split("\n", 1)[0]
 
 
-def _point(path: Path, name: Any, named: Any, kv_device_bytes: Any, tpot_s: Any) -> DesignPoint | None:
+def _point(path: Path, row: Mapping[str, Any]) -> DesignPoint | None:
     """A row without a time is a design that could not run; one whose numbers are none is an error."""
+    name, tpot_s = row["name"], row["tpot_s"]
     if tpot_s is None or tpot_s != tpot_s:
         return None
-    for column, value in (("kv_device_bytes", kv_device_bytes), ("tpot_s", tpot_s)):
+    for column in ("kv_device_bytes", "tpot_s"):
+        value = row[column]
         if not isinstance(value, float | int) or not 0 < value < math.inf:
             raise CloError(f"{path}: {name}: {column} = {value!r}: must be a number above 0")
-    return DesignPoint(name=str(name), named=bool(named), kv_device_bytes=kv_device_bytes, tpot_s=tpot_s)
+    return DesignPoint(
+        name=str(name),
+        named=bool(row["named"]),
+        finalist=bool(row.get("finalist")),
+        allowed=row.get("allowed") is not False,
+        kv_device_bytes=row["kv_device_bytes"],
+        tpot_s=tpot_s,
+    )

@@ -1,32 +1,34 @@
-"""Sweeps: named designs side by side, a grid of choices around one of them, and what each choice is worth.
+"""Sweeps: named designs side by side, many variations of one of them, and what each choice is worth.
 
-The clock sifts the grid, the simulator decides among the best. Knows nothing about files, figures or commands.
+The clock sifts the variations, the simulator decides among the best, a real machine (where the caller has one) has the
+last word. Knows nothing about files, figures or commands.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from clo.choices import Alternative, Choices
-from clo.errors import CloError, SpecError, TraceError
+from clo.errors import SpecError
 from clo.results import Result
-from clo.specs import Design, ResolveOn, Sync
-from clo_sim.clock import step_seconds
-from clo_sim.run import simulate
+from clo.specs import Design
+from clo_sim.evaluation import Evaluation, Measure, key_of, measure, question_digest
+from clo_sim.goals import Goals
+from clo_sim.record import Record
 from clo_sim.scene import Scene
-
-Grid = Mapping[str, Sequence[Any]]
-"""Values to try, by design field."""
+from clo_sim.search import Range, Space, check_optimiser, search
+from clo_sim.variation import Changes, Grid, Task, check_field, expand, vary
+from clo_sim.workers import Workers
 
 DEFAULT_GRID: Grid = {
-    "cache": ("lru", "head_reuse"),
-    "slot_budgets": (1, 2, None),
-    "prefetch_depth": (0, 1, 2),
-    "transfer": ("page_copies", "staged", "cpu_zero_copy", "gpu_zero_copy"),
-    "sync": ("host", "events", "flags", "graph"),
+    "design.cache": ("lru", "head_reuse"),
+    "design.slot_budgets": (1, 2, None),
+    "design.prefetch_depth": (0, 1, 2),
+    "design.transfer": ("page_copies", "staged", "cpu_zero_copy", "gpu_zero_copy"),
+    "design.sync": ("host", "events", "flags", "graph"),
 }
 """Cache policy and size (in budgets; none: all the memory there is), prefetch depth, transfer engine, synchronisation.
 
@@ -38,157 +40,201 @@ ALTERNATIVES: Grid = {
     "on_miss": ("replace", "diff"),
     "slot_budgets": (1, 1.5, 2, None),
     "prefetch_depth": (0, 1, 2),
-    "transfer": DEFAULT_GRID["transfer"],
-    "sync": DEFAULT_GRID["sync"],
+    "transfer": DEFAULT_GRID["design.transfer"],
+    "sync": DEFAULT_GRID["design.sync"],
     "resolve_on": ("gpu", "cpu"),
     "num_ctas": (4, 16, 64),
     "dense_layers": (0, 2, 4),
     "pinned_head_fraction": (0.0, 0.125),
 }
-"""Single changes that are tried on the best design, one at a time."""
+"""Single changes that are tried on the best design, one at a time, by the design's field."""
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
+Role = Literal["named", "candidate", "finalist", "measured", "choice"]
+"""Why a design was evaluated; a choice is the winner with one choice changed."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A design that was tried on the clock; `tpot_s` is none where it cannot run, `problem` says why."""
+Finished = tuple[Role, Evaluation]
 
-    design: Design
-    tpot_s: float | None = None
-    kv_device_bytes: float = 0.0
-    hit_rate: float = 0.0
-    overlap: float = 0.0
-    h2d_bytes_per_step: float = 0.0
-    slot_pages: int = 0
-    problem: str = ""
+
+class Laboratory:
+    """Evaluates tasks on workers, nothing twice, and keeps everything that ended with the role it played."""
+
+    def __init__(self, workers: Workers, record: Record | None = None, progress: Progress | None = None) -> None:
+        self._workers, self._record, self._progress = workers, record, progress
+        self._question = question_digest(workers.scene)
+        self._known: dict[str, Evaluation] = {}
+        self._total = 0
+        self.finished: list[Finished] = []
+        self.recalled = 0
+
+    def expect(self, count: int) -> None:
+        """Announce evaluations that `run` will be asked for, for the progress shown."""
+        self._total += count
+
+    def run(self, role: Role, tasks: Sequence[Task]) -> list[Evaluation]:
+        """The tasks' evaluations, in their order."""
+        found: dict[int, Evaluation] = {}
+        for number, task in enumerate(tasks):
+            known = self._recall(key_of(self._question, task))
+            if known is not None:
+                # it may have been evaluated under another name
+                found[number] = _renamed(known, task)
+                self._finish(role, found[number])
+        todo = [number for number in range(len(tasks)) if number not in found]
+        for place, evaluation in self._workers.run([tasks[number] for number in todo]):
+            found[todo[place]] = evaluation
+            self._keep(key_of(self._question, evaluation.task), evaluation)
+            self._finish(role, evaluation)
+        return [found[number] for number in range(len(tasks))]
+
+    def measure(self, tasks: Sequence[Task], run: Measure) -> list[Evaluation]:
+        """The tasks on a real machine, one after another."""
+        done = []
+        for task in tasks:
+            done.append(measure(self._workers.scene, task, run))
+            self._finish("measured", done[-1])
+        return done
+
+    def _recall(self, key: str) -> Evaluation | None:
+        if key not in self._known and self._record is not None and (recorded := self._record.get(key)) is not None:
+            self._known[key] = recorded
+            self.recalled += 1
+        return self._known.get(key)
+
+    def _keep(self, key: str, evaluation: Evaluation) -> None:
+        self._known[key] = evaluation
+        if self._record is not None:
+            self._record.add(key, evaluation)
+
+    def _finish(self, role: Role, evaluation: Evaluation) -> None:
+        self.finished.append((role, evaluation))
+        if self._progress is not None:
+            self._progress(len(self.finished), max(self._total, len(self.finished)))
+
+
+def _renamed(known: Evaluation, task: Task) -> Evaluation:
+    result = known.result and known.result.model_copy(update={"design": task.design})
+    return Evaluation(
+        task=task, metrics=known.metrics, assumptions=known.assumptions, problem=known.problem, result=result
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exploration:
-    """Named designs (simulated), the grid (on the clock), the best of it (simulated) and what its choices are worth."""
+    """Named designs (simulated), candidates (on the clock), the best of those (simulated), and what choices are worth.
 
-    named: tuple[Result, ...]
-    not_run: Mapping[str, str]
-    candidates: tuple[Candidate, ...]
-    finalists: tuple[Result, ...]
-    choices: Choices | None
+    `measured` are finalists on a real machine. Of an `interrupted` one, `finished` holds all there is.
+    """
+
+    goals: Goals
+    named: tuple[Evaluation, ...] = ()
+    candidates: tuple[Evaluation, ...] = ()
+    finalists: tuple[Evaluation, ...] = ()
+    measured: tuple[Evaluation, ...] = ()
+    choices: Choices | None = None
+    finished: tuple[Finished, ...] = ()
+    recalled: int = 0
+    interrupted: bool = False
+
+    @property
+    def not_run(self) -> dict[str, str]:
+        """Why named designs cannot run."""
+        return {one.task.label: one.problem for one in self.named if one.problem}
+
+    @property
+    def named_results(self) -> tuple[Result, ...]:
+        """Results of the named designs that run."""
+        return _results(self.named)
+
+    @property
+    def finalist_results(self) -> tuple[Result, ...]:
+        """Results of the finalists."""
+        return _results(self.finalists)
+
+    @property
+    def front(self) -> list[Evaluation]:
+        """What was simulated and is best in some trade-off of the objectives, the first objective's best first."""
+        return self.goals.front(self.measured or (*self.finalists, *self.named))
+
+    @property
+    def winner(self) -> Evaluation:
+        """The best by the first objective of everything on the last level. Raises `SpecError` when there is none."""
+        front = self.front
+        if front:
+            return front[0]
+        ran = [one for one in (*self.candidates, *self.finalists, *self.named) if one.runs]
+        if ran:
+            bounds = ", ".join(str(bound) for bound in self.goals.bounds)
+            raise SpecError(f"explore: none of the {len(ran)} designs that run keeps {bounds}")
+        problems = self.not_run.values() or {one.problem for one in self.candidates[:3]}
+        raise SpecError("explore: no design fits: " + "; ".join(problems))
 
     @property
     def best(self) -> Result:
-        """The fastest of everything simulated. Raises `SpecError` when nothing could run."""
-        simulated = (*self.finalists, *self.named)
-        if not simulated:
-            raise SpecError("explore: no design fits: " + "; ".join(self.not_run.values()))
-        return min(simulated, key=lambda result: result.tpot_s)
+        """The winner's result. Raises `SpecError` when there is no winner."""
+        result = self.winner.result
+        if result is None:
+            raise SpecError(f"explore: {self.winner.task.label} was not simulated")
+        return result
 
 
-def expand(base: Design, grid: Grid) -> list[Design]:
-    """Every combination of the grid's values on `base`, without contradictions and without twins.
-
-    Where no CPU takes part in a transfer, `host`, `events` and `flags` order the same step: the first stands for all.
-    """
-    designs: dict[Design, Design] = {}
-    for values in itertools.product(*grid.values()):
-        changes = dict(zip(grid, values, strict=True))
-        try:
-            design = vary(base, changes)
-        except SpecError:
-            continue
-        designs.setdefault(_ordered_as(design), design)
-    if not designs:
-        raise SpecError(f"explore: no combination of {', '.join(grid)} makes a valid design")
-    return list(designs.values())
+def _results(evaluations: Iterable[Evaluation]) -> tuple[Result, ...]:
+    return tuple(one.result for one in evaluations if one.result is not None)
 
 
-def _ordered_as(design: Design) -> Design:
-    """The same for all designs whose steps are the same."""
-    alike = design.sync is not Sync.GRAPH and not design.cpu_moves and design.resolve_on is ResolveOn.GPU
-    return design.with_fields(name="", sync=Sync.EVENTS if alike else design.sync)
-
-
-def vary(base: Design, changes: Mapping[str, Any]) -> Design:
-    """`base` with some fields changed and a name that says which."""
-    if "slot_budgets" in changes:
-        changes = {"slot_pages": None, **changes}
-    shown = [_shown(field, value) for field, value in changes.items() if getattr(base, field) != value]
-    return base.with_fields(**changes, name=" ".join([base.name, *(text for text in shown if text)]), description="")
-
-
-def _shown(field: str, value: Any) -> str:
-    if field == "slot_pages" and value is None:
-        return ""
-    return f"{field}={'all' if field == 'slot_budgets' and value is None else value}"
-
-
-def try_on_clock(scene: Scene, design: Design) -> Candidate:
-    """TPOT of `design` without contention, or why it cannot run."""
-    try:
-        plan = scene.plan(design)
-        priced = scene.priced(plan)
-    except (SpecError, TraceError) as error:
-        return Candidate(design=design, problem=str(error))
-    traffic = priced.traffic
-    return Candidate(
-        design=design,
-        tpot_s=float(step_seconds(priced).mean()),
-        kv_device_bytes=plan.memory.kv,
-        hit_rate=traffic.hit_rate,
-        overlap=traffic.overlap,
-        h2d_bytes_per_step=float(traffic.fetched_pages.sum(axis=1).mean()) * plan.page_bytes,
-        slot_pages=plan.slot_pages,
-    )
-
-
-def sweep(scene: Scene, designs: Iterable[Design], progress: Progress | None = None) -> tuple[Candidate, ...]:
+def sweep(scene: Scene, designs: Iterable[Design], progress: Progress | None = None) -> tuple[Evaluation, ...]:
     """Try designs on the clock, in order."""
-    todo = list(designs)
-    tried = []
-    for number, design in enumerate(todo, start=1):
-        tried.append(try_on_clock(scene, design))
-        if progress is not None:
-            progress(number, len(todo))
-    return tuple(tried)
-
-
-def compare(scene: Scene, designs: Iterable[Design]) -> tuple[tuple[Result, ...], dict[str, str]]:
-    """Simulate designs; those that cannot run are named with the reason."""
-    results, not_run = [], {}
-    for design in designs:
-        try:
-            results.append(simulate(scene, design))
-        except (SpecError, TraceError) as error:
-            not_run[design.name] = str(error)
-    return tuple(results), not_run
+    laboratory, tasks = Laboratory(Workers(scene), progress=progress), [Task(design=design) for design in designs]
+    laboratory.expect(len(tasks))
+    return tuple(laboratory.run("candidate", tasks))
 
 
 def worth_of_choices(scene: Scene, best: Result, alternatives: Grid = ALTERNATIVES) -> Choices:
     """Change one choice of the best design at a time and simulate."""
-    rows = []
+    return _worth(Laboratory(Workers(scene)), best, (), alternatives)
+
+
+def _worth(laboratory: Laboratory, best: Result, changes: Changes, alternatives: Grid = ALTERNATIVES) -> Choices:
+    neighbours: list[tuple[dict[str, str], Task | str]] = []
     for field, values in alternatives.items():
         chosen = getattr(best.design, field)
         for value in values:
             if value != chosen:
-                rows.append(_alternative(scene, best, field, chosen, value))
-    return Choices(best_name=best.design.name, best_tpot_s=best.tpot_s, alternatives=tuple(rows))
+                row = {"field": field, "chosen": _value_name(field, chosen), "value": _value_name(field, value)}
+                neighbours.append((row, _neighbour(best.design, field, value, changes)))
+    tasks = [task for _, task in neighbours if isinstance(task, Task)]
+    laboratory.expect(len(tasks))
+    evaluations = iter(laboratory.run("choice", tasks))
+    rows = [
+        Alternative(**row, tpot_s=None, note=task) if isinstance(task, str) else _priced(row, best, next(evaluations))
+        for row, task in neighbours
+    ]
+    return Choices(
+        best_name=Task(design=best.design, changes=changes).label, best_tpot_s=best.tpot_s, alternatives=tuple(rows)
+    )
 
 
-def _alternative(scene: Scene, best: Result, field: str, chosen: Any, value: Any) -> Alternative:
-    shown = {"field": field, "chosen": _value_name(field, chosen), "value": _value_name(field, value)}
+def _neighbour(design: Design, field: str, value: Any, changes: Changes) -> Task | str:
     try:
-        result = simulate(scene, vary(best.design, {field: value}))
-    except CloError as error:
-        return Alternative(**shown, tpot_s=None, note=str(error))
-    return Alternative(**shown, tpot_s=result.tpot_s, note=_quality_note(field, best, result))
+        return Task(design=vary(design, {field: value}), changes=changes, level="simpy")
+    except SpecError as error:
+        return str(error)
 
 
-def _quality_note(field: str, best: Result, other: Result) -> str:
+def _priced(row: Mapping[str, str], best: Result, other: Evaluation) -> Alternative:
+    note = other.problem or _quality_note(row["field"], best, other)
+    return Alternative(field=row["field"], chosen=row["chosen"], value=row["value"], tpot_s=other.tpot_s, note=note)
+
+
+def _quality_note(field: str, best: Result, other: Evaluation) -> str:
     """Whether the alternative also changes what is attended, so that time alone does not decide."""
     if field in ("dense_layers", "pinned_head_fraction"):
         return "changes the answers: another share of the heads attends in full"
-    if abs(other.overlap - best.overlap) > 0.005:
-        return f"changes the answers: overlap with the exact selection {other.overlap:.0%}, not {best.overlap:.0%}"
+    overlap = other.metrics["overlap"]
+    if abs(overlap - best.overlap) > 0.005:
+        return f"changes the answers: overlap with the exact selection {overlap:.0%}, not {best.overlap:.0%}"
     return ""
 
 
@@ -196,23 +242,109 @@ def _value_name(field: str, value: Any) -> str:
     return "all memory" if field == "slot_budgets" and value is None else str(value)
 
 
+def check_space(scene: Scene, space: Space) -> None:
+    """Whether every field exists and takes its values. Raises `CloError` that names field, value and rule."""
+    for field, values in space.items():
+        check_field(scene, field, values.ends if isinstance(values, Range) else values)
+
+
 def explore(
     scene: Scene,
     *,
     named: Iterable[Design],
     base: Design,
-    grid: Grid = DEFAULT_GRID,
+    space: Space = DEFAULT_GRID,
     num_finalists: int = 5,
+    budget: int | None = None,
+    goals: Goals | None = None,
+    workers: Workers | None = None,
+    record: Record | None = None,
+    measure: Measure | None = None,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> Exploration:
-    """Compare `named` designs, sweep `grid` around `base`, simulate the best, and price each choice of the winner."""
-    designs = expand(base, grid) if grid else []
-    results, not_run = compare(scene, named)
-    candidates = sweep(scene, designs, progress)
-    ranked = sorted((c for c in candidates if c.tpot_s is not None), key=lambda c: c.tpot_s or 0.0)
-    finalists, _ = compare(scene, [candidate.design for candidate in ranked[:num_finalists]])
-    swept = Exploration(named=results, not_run=not_run, candidates=candidates, finalists=finalists, choices=None)
-    if not (finalists or results):
-        return swept
-    choices = worth_of_choices(scene, swept.best) if grid and swept.best.design.offloads else None
-    return Exploration(named=results, not_run=not_run, candidates=candidates, finalists=finalists, choices=choices)
+    """Compare `named` designs, try `space` around `base`, simulate the best, and price each choice of the winner.
+
+    Without a `budget` all of the space is tried, else an optimiser spends so many evaluations on it. `workers` must be
+    of this `scene` (default: this process). With `measure` the finalists also run on a real machine. An interrupt
+    (Ctrl-C) ends it early, with what there is so far. Raises `CloError` for bad fields and values, before any work.
+    """
+    goals = goals or Goals()
+    check_space(scene, space)
+    if budget is None:
+        _values_of(space)
+    else:
+        check_optimiser(base, space, budget)
+    laboratory = Laboratory(workers or Workers(scene), record, progress)
+    stages = _Stages(laboratory, goals)
+    interrupted = False
+    try:
+        stages.compare(named)
+        if space:
+            stages.sift(base, space, budget, seed)
+            stages.decide(num_finalists, measure)
+            stages.price_choices()
+    except KeyboardInterrupt:
+        interrupted = True
+    return stages.exploration(interrupted)
+
+
+class _Stages:
+    """What is known after each stage of an exploration."""
+
+    def __init__(self, laboratory: Laboratory, goals: Goals) -> None:
+        self._laboratory, self._goals = laboratory, goals
+        self._found: dict[str, Any] = {}
+
+    def exploration(self, interrupted: bool = False) -> Exploration:
+        """What there is so far."""
+        laboratory = self._laboratory
+        return Exploration(
+            goals=self._goals,
+            finished=tuple(laboratory.finished),
+            recalled=laboratory.recalled,
+            interrupted=interrupted,
+            **self._found,
+        )
+
+    def compare(self, named: Iterable[Design]) -> None:
+        """Simulate the named designs."""
+        self._found["named"] = self._run("named", [Task(design=design, level="simpy") for design in named])
+
+    def sift(self, base: Design, space: Space, budget: int | None, seed: int) -> None:
+        """Try the space, or as much of it as the budget allows, on the clock."""
+        if budget is not None:
+            self._laboratory.expect(budget)
+            ask = partial(self._laboratory.run, "candidate")
+            found = search(base, space, budget, self._goals, ask, seed=seed)
+            self._found["candidates"] = tuple(found)
+            return
+        self._found["candidates"] = self._run("candidate", expand(base, _values_of(space)))
+
+    def decide(self, count: int, run: Measure | None) -> None:
+        """Simulate the best candidates, and run them on a machine if there is one."""
+        best = self._goals.ranked(self._found["candidates"])[:count]
+        self._found["finalists"] = self._run("finalist", [_on(one.task, "simpy") for one in best])
+        if run is not None:
+            self._found["measured"] = tuple(self._laboratory.measure([_on(one.task, "machine") for one in best], run))
+
+    def price_choices(self) -> None:
+        """Change one choice of the winner at a time."""
+        found = self.exploration()
+        if found.front and (best := found.winner.result) is not None and best.design.offloads:
+            self._found["choices"] = _worth(self._laboratory, best, found.winner.task.changes)
+
+    def _run(self, role: Role, tasks: list[Task]) -> tuple[Evaluation, ...]:
+        self._laboratory.expect(len(tasks))
+        return tuple(self._laboratory.run(role, tasks))
+
+
+def _on(task: Task, level: Any) -> Task:
+    return Task(design=task.design, changes=task.changes, level=level)
+
+
+def _values_of(space: Space) -> Grid:
+    for field, values in space.items():
+        if isinstance(values, Range):
+            raise SpecError(f"{field}={values}: a range is searched with a budget of evaluations (--evaluations)")
+    return {field: values for field, values in space.items() if not isinstance(values, Range)}

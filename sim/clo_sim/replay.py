@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from clo.errors import TraceError
+from clo.errors import SpecError, TraceError
 from clo.plan import DecodePlan
 from clo.specs import Cache, Design, GqaFold, OnMiss
 from clo.trace import AttentionTrace
@@ -62,10 +62,15 @@ class HeadHistory:
 def policy_of(plan: DecodePlan, trace: AttentionTrace) -> Policy:
     """Scale a plan's page counts to the recorded context: the same shares of the context are kept and attended.
 
-    Raises `TraceError` when the trace does not hold what the design asks for.
+    Raises `TraceError` when the trace does not hold what the design asks for, `SpecError` for a context of one page.
     """
     header, design = trace.header, plan.design
     recorded = header.context_tokens // header.page_size
+    if plan.num_pages == 1:
+        raise SpecError(
+            f"workload.context_tokens = {plan.workload.context_tokens}: fits one page (design.page_size = "
+            f"{design.page_size}), of which there is nothing to select: take more tokens, or design resident"
+        )
     budget = max(1, round(plan.budget_pages / plan.num_pages * recorded))
     if budget > header.max_budget_pages:
         raise TraceError(

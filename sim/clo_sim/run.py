@@ -5,6 +5,7 @@ Knows nothing about sweeps, files or commands.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -46,7 +47,7 @@ def summarise(scene: Scene, plan: DecodePlan, priced: PricedStep, times: StepTim
     traffic, tpot = priced.traffic, float(times.seconds.mean())
     ops, lanes = _op_totals(priced), {lane: float(busy.mean()) for lane, busy in times.lane_busy.items()}
     h2d_bytes = float(traffic.fetched_pages.sum(axis=1).mean()) * plan.page_bytes
-    shares = _source_shares(ops)
+    shares = source_shares(priced)
     return Result(
         executor=executor,
         model=plan.model.name,
@@ -80,10 +81,15 @@ def summarise(scene: Scene, plan: DecodePlan, priced: PricedStep, times: StepTim
         lane_busy_s={lane.value: seconds for lane, seconds in lanes.items()},
         ops=ops,
         roofline=roofline(plan, scene.source, h2d_bytes),
-        measured_share=sum(share for name, share in shares.items() if Source(name).is_measured),
+        measured_share=measured_share(shares),
         source_shares=shares,
-        assumptions=(*traffic.assumptions, *_table_notes(scene)),
+        assumptions=assumptions_of(scene, priced),
     )
+
+
+def assumptions_of(scene: Scene, priced: PricedStep) -> tuple[str, ...]:
+    """What traffic and kernel times take for granted, a line each."""
+    return (*priced.traffic.assumptions, *_table_notes(scene))
 
 
 def _table_notes(scene: Scene) -> tuple[str, ...]:
@@ -151,10 +157,20 @@ def _op_totals(priced: PricedStep) -> dict[str, OpTotal]:
     }
 
 
-def _source_shares(ops: dict[str, OpTotal]) -> dict[str, float]:
+def source_shares(priced: PricedStep) -> dict[str, float]:
     """Share of all busy time, on every lane, that rests on each kind of source."""
-    total = sum(op.seconds for op in ops.values())
-    shares: dict[str, float] = {}
-    for op in ops.values():
-        shares[op.source] = shares.get(op.source, 0.0) + op.seconds / total
-    return shares
+    seconds: dict[str, float] = {}
+    for work, places in priced.shape.places.items():
+        price, source = priced.prices[work], priced.pricer.source(work).value
+        if isinstance(price, float | int):
+            total = float(price) * len(places.layers)
+        else:
+            total = float(price.mean(axis=0)[places.layers].sum())
+        seconds[source] = seconds.get(source, 0.0) + total
+    busy = sum(seconds.values())
+    return {source: spent / busy for source, spent in seconds.items()}
+
+
+def measured_share(shares: Mapping[str, float]) -> float:
+    """The part of `source_shares` that somebody measured."""
+    return sum(share for source, share in shares.items() if Source(source).is_measured)
