@@ -160,8 +160,8 @@ def _op_totals(priced: PricedStep) -> dict[str, OpTotal]:
 def source_shares(priced: PricedStep) -> dict[str, float]:
     """Share of all busy time, on every lane, that rests on each kind of source."""
     seconds: dict[str, float] = {}
-    for work, places in priced.shape.places.items():
-        price, source = priced.prices[work], priced.pricer.source(work).value
+    for task, places in priced.shape.places.items():
+        price, source = priced.prices[task], priced.pricer.source(task.work, task.name).value
         if isinstance(price, float | int):
             total = float(price) * len(places.layers)
         else:
