@@ -101,7 +101,7 @@ def hbm_bytes(work: Work, traffic: Traffic) -> Seconds:
         return 2.0 * heads * work.kv_tokens * work.head_dim * work.kv_bytes_per_value
     if isinstance(work, StreamKernel):
         return value_of(work.num_bytes, traffic)
-    if isinstance(work, ZeroCopy | Copy):
+    if isinstance(work, ZeroCopy | Copy | BarWrite):
         return link_bytes(work, traffic)
     return 0.0
 
@@ -196,6 +196,7 @@ class Pricer:
             rate = self.bar_write_rate(work)
             return Demand(
                 h2d=min(1.0, rate / link.h2d_bytes_per_s),
+                hbm=min(1.0, rate / hbm),
                 host_memory=min(1.0, rate / self.machine.host.memory_bytes_per_s),
             )
         if isinstance(work, HostGather):

@@ -79,7 +79,7 @@ def designs() -> st.SearchStrategy[Design]:
 
     def build(choices: dict[str, Any]) -> Design | None:
         if choices["attend"] == "full":
-            choices = choices | {"pinned_head_fraction": 0.0}
+            choices = choices | {"pinned_head_fraction": 0.0, "transfer": "page_copies"}
         try:
             return tiny_design(4, **choices)
         except ValueError:
@@ -424,7 +424,11 @@ class TestLongRuns:
 
     @pytest.mark.parametrize("executor", ["clock", "simpy"])
     @pytest.mark.parametrize(
-        "design", [tiny_design(4, cache="lru"), tiny_design(4, attend="full", cache="none", slot_pages=None)]
+        "design",
+        [
+            tiny_design(4, cache="lru"),
+            tiny_design(4, attend="full", cache="none", slot_pages=None, transfer="page_copies"),
+        ],
     )
     def test_memory_does_not_grow_with_steps(self, design: Design, executor: str) -> None:
         self.peak_bytes(design, DISTINCT_STEPS, executor)  # what is loaded or remembered once is not counted

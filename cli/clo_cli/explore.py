@@ -92,8 +92,9 @@ def explore(
 ) -> None:
     """Find the fastest design for a workload, and why.
 
-    Named designs are simulated side by side at equal device memory for KV. Then choices of one design are swept: the
-    clock sifts all combinations, the simulator decides among the best, and each choice of the winner is changed alone.
+    Named designs are simulated side by side with the same device memory for KV to use. Then choices of one design are
+    swept: the clock sifts all combinations, the simulator decides among the best, and each choice of the winner is
+    changed alone.
     (No level above the simulator yet: nothing runs an explored design on a real machine.)
 
     \b
@@ -230,7 +231,7 @@ def _print(scene: Scene, found: Exploration, searched: bool) -> None:
     shown = {one.design.name: one for one in found.named_results}
     if found.candidates and not elsewhere:
         shown[best.design.name] = best
-    print_designs(list(shown.values()), found.not_run, "Designs at equal device memory for KV, simulated")
+    print_designs(list(shown.values()), found.not_run, "Designs with the same device memory for KV to use, simulated")
     if found.candidates:
         console().print(f"Best of {_swept(found)}: {found.winner.task.label}: {_choices_of(best)}")
         for note in _notes(found):

@@ -110,3 +110,7 @@ def _drop_output() -> None:
 def _refuse(message: str) -> int:
     click.echo(f"clo: error: {message}", err=True)
     return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -31,7 +31,7 @@ NUMBER_COLUMNS = (
     "PCIe\nused",
     "CPU threads\nbusy",
     "stall",
-    "roofline\nshare",
+    "of its\nroofline",
 )
 
 
@@ -43,7 +43,8 @@ def console() -> Console:
 
 LEGEND = (
     "overlap: attended pages that the selector would choose for the real query; hit rate: attended pages that needed "
-    "no transfer; PCIe used: bytes over the link's peak; stall: time the main stream did not compute."
+    "no transfer; PCIe used: bytes over the link's peak; stall: time the main stream did not compute; of its roofline: "
+    "the least time for what this design attends and moves, over its TPOT."
 )
 
 
@@ -224,11 +225,11 @@ def _headline(result: Result) -> dict[str, str]:
         "GPU memory": f"{format_bytes(result.device_bytes)}, of it KV {format_bytes(result.kv_device_bytes)}",
         "host memory": format_bytes(result.host_bytes),
         "pages": f"{result.num_pages} per head, budget {result.budget_pages}, slots {result.slot_pages}",
-        "hit rate": f"{result.hit_rate:.1%} of attended pages; {result.reuse_rate:.1%} of heads need no new selection",
+        "hit rate": f"{result.hit_rate:.1%} of attended pages; {result.reuse_rate:.1%} of heads selected nothing late",
         "overlap": f"{result.overlap:.1%} of the attended pages are what the selector would choose now",
         "host to device": f"{format_bytes(result.h2d_bytes_per_step)} a step, link {result.h2d_utilisation:.0%} busy",
         "CPU": f"launching {format_seconds(result.cpu_launch_s)}, transfer threads {threads} a step",
-        "roofline share": f"{result.roofline.seconds / result.tpot_s:.0%}",
+        "of its roofline": f"{result.roofline.seconds / result.tpot_s:.0%}",
     }
 
 

@@ -83,6 +83,7 @@ class _Submitted:
     failure: BaseException | None = None
     began_s: float = 0.0
     host_free_s: float = 0.0
+    rung: dict[Token, tuple[Lane, int]] = field(default_factory=dict)
     announced: dict[Token, list[tuple[Flag, int]]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -206,7 +207,9 @@ class CpuMachine:
         self._rung[lane] += 1
         doorbell, number = self._doorbells[lane], self._rung[lane]
         self._step.announce(token, doorbell, number)
-        return self._queue(Lane.POOL, runtime_op("doorbell", layer), _nothing, _Poll(doorbell, number, Cause.SYNC))
+        seen = self._queue(Lane.POOL, runtime_op("doorbell", layer), _nothing, _Poll(doorbell, number, Cause.SYNC))
+        self._step.rung[seen] = lane, number
+        return seen
 
     def flagged_work(self, seen: Token, op: Op) -> Token:
         """`op` on the transfer threads after `seen`."""
@@ -220,9 +223,10 @@ class CpuMachine:
         self.wait(Lane.H2D, submitted, Cause.HOST_WORK)
         return self._queue(Lane.H2D, op, self._run)
 
-    def wait_flag(self, lane: Lane, done: Token, layer: int, cause: Cause) -> Token:
-        """`lane` polls the ready flag, which shows this request's number once `done` is."""
-        ready, number = self._readies[lane], self._rung[lane]
+    def wait_flag(self, lane: Lane, seen: Token, done: Token, layer: int, cause: Cause) -> Token:
+        """`lane` polls the ready flag of the stream that rang, which shows the request's number once `done` is."""
+        stream, number = self._step.rung[seen]
+        ready = self._readies[stream]
         self._step.announce(done, ready, number)
         polls = runtime_op("ready_flag", layer)
         return self._launched(self._queue(lane, polls, _nothing, _Poll(ready, number, cause)), polls)

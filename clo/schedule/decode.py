@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from clo.plan import DecodePlan
 from clo.schedule.machine import Cause, HostWait, Lane, Machine, Step, Token
 from clo.schedule.ops import Stage, StepOps
-from clo.schedule.transfer import fetch, needs_host
+from clo.schedule.transfer import Arrival, fetch, needs_host, wait_for
 from clo.specs import Attend, Cache, ResolveOn, Sync
 
 
@@ -20,8 +20,8 @@ class _Flight:
     """What is under way while the step is being submitted, by the layer it is for."""
 
     chosen: dict[int, Token] = field(default_factory=dict)
-    arrived: dict[int, Token] = field(default_factory=dict)
-    speculated: Token | None = None
+    arrived: dict[int, Arrival] = field(default_factory=dict)
+    speculated: Arrival | None = None
     written_back: Token | None = None
 
 
@@ -42,9 +42,10 @@ def decode_step(plan: DecodePlan, m: Machine) -> Step:
 
 
 def _join(m: Machine, ops: StepOps, flight: _Flight) -> Step:
-    for token, cause in ((flight.written_back, Cause.ORDER), (flight.speculated, Cause.PREFETCH)):
-        if token is not None:
-            m.wait(Lane.MAIN, token, cause)
+    if flight.written_back is not None:
+        m.wait(Lane.MAIN, flight.written_back, Cause.ORDER)
+    if flight.speculated is not None:
+        wait_for(m, Lane.MAIN, flight.speculated, ops.last_layer, Cause.PREFETCH)
     sampled = m.launch(Lane.MAIN, ops.sample())
     yield HostWait(sampled, ops.host_action("read_back", ops.last_layer), Cause.SYNC)
 
@@ -96,7 +97,7 @@ def _attend(m: Machine, ops: StepOps, flight: _Flight, layer: int) -> Token:
         return m.launch(Lane.MAIN, ops.dense_attention(layer))
     arrived = flight.arrived.pop(layer, None)
     if arrived is not None:
-        m.wait(Lane.MAIN, arrived, Cause.PREFETCH)
+        wait_for(m, Lane.MAIN, arrived, layer, Cause.PREFETCH)
     pinned = ops.plan.pinned_heads_per_layer
     if pinned == ops.plan.model.num_kv_heads:
         return m.launch(Lane.MAIN, ops.pinned_attention(layer))
@@ -120,8 +121,12 @@ def _demand(m: Machine, ops: StepOps, flight: _Flight, layer: int) -> Step:
     chosen = _select(m, ops, Stage.DEMAND, layer, Lane.MAIN)
     if not plan.design.offloads:
         return
-    done = yield from fetch(m, ops, Stage.DEMAND, layer, chosen, Lane.MAIN, flight.arrived.get(layer))
-    m.wait(Lane.MAIN, done, Cause.DEMAND)
+    ahead = flight.arrived.pop(layer, None)
+    arrived = yield from fetch(m, ops, Stage.DEMAND, layer, chosen, Lane.MAIN, ahead)
+    if ahead is not None and ahead.seen is None:
+        # on a shared lane on-demand data queues behind what was prefetched: that part of the wait is the prefetch's
+        m.wait(Lane.MAIN, ahead.done, Cause.PREFETCH)
+    wait_for(m, Lane.MAIN, arrived, layer, Cause.DEMAND)
 
 
 def _select(m: Machine, ops: StepOps, stage: Stage, layer: int, stream: Lane) -> Token:
@@ -141,7 +146,7 @@ def _choose_ahead(m: Machine, ops: StepOps, flight: _Flight, target: int, projec
     if not ops.plan.design.selects:
         # the buffer of `target` is free once this projection ran: the attention that read it came before
         m.wait(Lane.H2D, projected, Cause.PREFETCH)
-        flight.arrived[target] = m.launch(Lane.H2D, ops.copy_pages(Stage.PREFETCH, target))
+        flight.arrived[target] = Arrival(m.launch(Lane.H2D, ops.copy_pages(Stage.PREFETCH, target)))
         return
     m.wait(Lane.PREFETCH, projected, Cause.ORDER)
     flight.chosen[target] = _select(m, ops, Stage.PREFETCH, target, Lane.PREFETCH)
@@ -165,4 +170,4 @@ def _first_streamed_layers(m: Machine, ops: StepOps, flight: _Flight) -> None:
     plan = ops.plan
     if plan.design.offloads and not plan.design.selects:
         for layer in range(min(plan.design.prefetch_depth, plan.model.num_layers)):
-            flight.arrived[layer] = m.launch(Lane.H2D, ops.copy_pages(Stage.PREFETCH, layer))
+            flight.arrived[layer] = Arrival(m.launch(Lane.H2D, ops.copy_pages(Stage.PREFETCH, layer)))

@@ -92,7 +92,7 @@ class _Recorder:
         submitted = self._add(Lane.POOL, submission(op), (Dependency(ready, Cause.HOST_WORK),))
         return self._add(Lane.H2D, op, (Dependency(submitted, Cause.HOST_WORK),))
 
-    def wait_flag(self, lane: Lane, done: Token, layer: int, cause: Cause) -> Token:
+    def wait_flag(self, lane: Lane, seen: Token, done: Token, layer: int, cause: Cause) -> Token:
         self.wait(lane, done, cause)
         return self.launch(lane, runtime_op("ready_flag", layer))
 

@@ -82,8 +82,8 @@ class Machine(Protocol):
     def flagged_copy(self, ready: Token, op: Op) -> Token:
         """The transfer threads hand a copy to the copy engine after `ready`."""
 
-    def wait_flag(self, lane: Lane, done: Token, layer: int, cause: Cause) -> Token:
-        """A small kernel on `lane` polls the ready flag that is published after `done`."""
+    def wait_flag(self, lane: Lane, seen: Token, done: Token, layer: int, cause: Cause) -> Token:
+        """A small kernel on `lane` polls the ready flag, which shows the number of the request `seen` after `done`."""
 
 
 @dataclass(frozen=True, slots=True)

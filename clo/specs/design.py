@@ -115,7 +115,9 @@ class Design(Spec):
     pinned_head_fraction: float = Field(
         default=0.0, ge=0, le=1, description="share of KV heads, those that would move most, kept whole on the device"
     )
-    dense_layers: NonNegativeInt = Field(default=2, description="first layers kept on the device, attended in full")
+    dense_layers: NonNegativeInt = Field(
+        default=2, description="first layers kept on the device, attended in full; streamed designs have none"
+    )
 
     prefetch_depth: int = Field(default=1, ge=0, le=2, description="layers ahead that transfers start")
     prefetch_query: PrefetchQuery = Field(default=PrefetchQuery.LAYER_AHEAD, description="what predicts the selection")
@@ -125,10 +127,10 @@ class Design(Spec):
     transfer_threads: PositiveInt = Field(default=8, description="CPU threads that gather, write or submit copies")
     sync: Sync = Field(default=Sync.GRAPH, description="who orders transfers and kernels")
 
-    @field_validator("slot_budgets", mode="before")
+    @field_validator("budget_pages", "target_hit_rate", "slot_pages", "slot_budgets", mode="before")
     @classmethod
-    def _fill_memory(cls, value: Any) -> Any:
-        return None if value in ("fit", "none", "") else value
+    def _left_open(cls, value: Any) -> Any:
+        return None if value in ("fit", "none", "null", "") else value
 
     @model_validator(mode="after")
     def _consistent(self) -> Design:
@@ -139,6 +141,15 @@ class Design(Spec):
         _require(
             self.attend is Attend.SPARSE or self.cache in (Cache.RESIDENT, Cache.NONE),
             f"attend = full needs every page in every step: cache must be resident or none, not {self.cache}",
+        )
+        streams = self.attend is Attend.FULL and self.offloads
+        _require(
+            not streams or self.transfer is Transfer.PAGE_COPIES,
+            f"attend = full streams whole layers by the copy engine: transfer must be page_copies, not {self.transfer}",
+        )
+        _require(
+            not streams or self.sync in (Sync.EVENTS, Sync.GRAPH),
+            f"attend = full has no page list that a host could wait for: sync must be events or graph, not {self.sync}",
         )
         _require(
             self.prefetch_query is PrefetchQuery.LAYER_AHEAD or self.cache is Cache.LRU,

@@ -30,10 +30,8 @@ def parse_overrides(settings: Iterable[str], roots: Iterable[str]) -> Overrides:
 
 
 def parse_value(text: str) -> Any:
-    """A JSON value, `none`, or the text itself."""
+    """A JSON value, or the text itself; fields that may be empty read `none` as that."""
     stripped = text.strip()
-    if stripped.lower() in ("none", "null"):
-        return None
     try:
         return json.loads(stripped)
     except (ValueError, RecursionError):

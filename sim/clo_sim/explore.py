@@ -234,7 +234,7 @@ def _quality_note(field: str, best: Result, other: Evaluation) -> str:
         return "changes the answers: another share of the heads attends in full"
     overlap = other.metrics["overlap"]
     if abs(overlap - best.overlap) > 0.005:
-        return f"changes the answers: overlap with the exact selection {overlap:.0%}, not {best.overlap:.0%}"
+        return f"changes the answers: overlap with a fresh selection {overlap:.0%}, not {best.overlap:.0%}"
     return ""
 
 

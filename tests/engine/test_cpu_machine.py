@@ -76,11 +76,13 @@ class TestOrder:
 
             def step() -> Step:
                 demand = machine.launch(Lane.MAIN, op("demand"))
-                moved = machine.flagged_work(machine.ring(demand, 0), op("move demand"))
-                ready = machine.wait_flag(Lane.MAIN, moved, 0, Cause.DEMAND)
+                seen = machine.ring(demand, 0)
+                moved = machine.flagged_work(seen, op("move demand"))
+                ready = machine.wait_flag(Lane.MAIN, seen, moved, 0, Cause.DEMAND)
                 ahead = machine.launch(Lane.PREFETCH, op("ahead"))
-                moved = machine.flagged_work(machine.ring(ahead, 1), op("move ahead"))
-                machine.wait_flag(Lane.PREFETCH, moved, 1, Cause.PREFETCH)
+                seen = machine.ring(ahead, 1)
+                moved = machine.flagged_work(seen, op("move ahead"))
+                machine.wait_flag(Lane.PREFETCH, seen, moved, 1, Cause.PREFETCH)
                 yield HostWait(ready, op("read_back"), Cause.SYNC)
 
             machine.execute(step())
