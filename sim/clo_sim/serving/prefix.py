@@ -7,14 +7,15 @@ its end.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 
 class PrefixCache:
-    """Names of the blocks that are held. Dicts keep insertion order: the first key is the next to go."""
+    """Names of the blocks that are held, in the order in which they will go."""
 
     def __init__(self) -> None:
-        self._blocks: dict[int, None] = {}
+        self._blocks: OrderedDict[int, None] = OrderedDict()
         self.evicted = 0
 
     def __len__(self) -> int:
@@ -43,11 +44,11 @@ class PrefixCache:
         """Evict until at most `limit` blocks are left."""
         known = self._blocks
         while len(known) > limit:
-            del known[next(iter(known))]
+            known.popitem(last=False)
             self.evicted += 1
 
     def _touch(self, blocks: Sequence[int]) -> None:
         known = self._blocks
         for block in reversed(blocks):
-            known.pop(block, None)
             known[block] = None
+            known.move_to_end(block)
