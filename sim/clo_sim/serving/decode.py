@@ -6,6 +6,7 @@ take the memory that the batch leaves, so more sequences mean smaller caches and
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from dataclasses import replace
 
@@ -33,7 +34,10 @@ Floats = NDArray[np.float64]
 
 
 class DecodePrices:
-    """Step times of one design in one scene. Each grid point is priced once, when it is first needed."""
+    """Step times of one design in one scene. Each grid point is priced once, when it is first needed.
+
+    `cpu_s` is what pricing has taken so far, CPU seconds of this process.
+    """
 
     def __init__(self, scene: Scene, design: Design, *, max_context: int, executor: Executor = "clock") -> None:
         self.scene = scene
@@ -41,6 +45,7 @@ class DecodePrices:
         self.executor = executor
         self.max_context = min(max_context, scene.model.max_positions)
         self.contexts = _context_nodes(self.max_context)
+        self.cpu_s = 0.0
         self._columns: dict[int, Floats] = {}
         self._clocks: dict[int, StepClock] = {}
 
@@ -84,7 +89,9 @@ class DecodePrices:
 
     def _column(self, batch: int) -> Floats:
         if batch not in self._columns:
+            start = time.process_time()
             self._columns[batch] = np.array([self.seconds(batch, context) for context in self.contexts])
+            self.cpu_s += time.process_time() - start
         return self._columns[batch]
 
     def _plan(self, batch: int, context_tokens: int) -> tuple[Scene, DecodePlan]:

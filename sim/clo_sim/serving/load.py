@@ -41,7 +41,9 @@ def generate(
     if not (rate_per_s > 0 and math.isfinite(rate_per_s)):
         raise RequestError(f"load rate = {rate_per_s:g} requests/s: must be positive and finite")
     if num_requests < 1 or not lengths:
-        raise RequestError(f"load of {num_requests} requests with {len(lengths)} lengths to draw from: needs one of each")
+        raise RequestError(
+            f"load of {num_requests} requests with {len(lengths)} lengths to draw from: needs one of each"
+        )
     rng = np.random.default_rng(seed)
     times = np.concatenate([[0.0], np.cumsum(_gaps(rng, arrivals, num_requests - 1))]) / rate_per_s
     drawn = rng.integers(0, len(lengths), size=num_requests)

@@ -55,7 +55,7 @@ class Fleet:
 
     machine: str
     design: str
-    gpus: int | None
+    gpus: int | None = None
     problem: str = ""
     failing: tuple[str, ...] = ()
     values: Mapping[str, float] = field(default_factory=dict)
@@ -77,24 +77,24 @@ def smallest_fleet(
     executor: Executor = "clock",
 ) -> Fleet:
     """The fewest GPUs of `scene.machine` that serve `trace` within `slo` under `design`, or why no number does."""
-    names = {"machine": scene.machine.name, "design": design.name}
+    fleet = Fleet(machine=scene.machine.name, design=design.name)
     try:
         costs = worker_costs(scene, design, trace, chunk_tokens=chunk_tokens, executor=executor)
     except CloError as error:
-        return Fleet(**names, gpus=None, problem=str(error))
+        return replace(fleet, problem=str(error))
     alone = alone_values(trace, costs, slo)
     hopeless = [term for term in slo.terms if alone[term.name] >= term.limit_s]
     if hopeless:
         worst = max(hopeless, key=lambda term: alone[term.name] / term.limit_s)
         failing = (worst.name, *(term.name for term in hopeless if term is not worst))
         problem = f"{worst.name} is {alone[worst.name]:.3g} s even for requests alone on an idle GPU"
-        return Fleet(**names, gpus=None, problem=problem, failing=failing, values=alone)
+        return replace(fleet, problem=problem, failing=failing, values=alone)
     best, last = _search(trace, costs, slo, settings, max_gpus)
     if best is None:
         problem = f"not with {last.gpus} GPUs: {', '.join(last.failing)} fails"
-        return Fleet(**names, gpus=None, problem=problem, failing=last.failing, values=last.values)
+        return replace(fleet, problem=problem, failing=last.failing, values=last.values)
     margin = max(best.values[term.name] / term.limit_s for term in slo.terms)
-    return Fleet(**names, gpus=best.gpus, values=best.values, margin=margin, result=best.result)
+    return replace(fleet, gpus=best.gpus, values=best.values, margin=margin, result=best.result)
 
 
 def with_head_room(
@@ -265,5 +265,3 @@ def _least_load(trace: RequestTrace, costs: WorkerCosts) -> float:
         for request, cached in zip(trace.requests, prefixes, strict=True)
     )
     return busy / NS_PER_S / trace.duration_s
-
-

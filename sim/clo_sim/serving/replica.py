@@ -166,7 +166,7 @@ class Replica:
         return sequence
 
     def _held_at_start(self, sequence: Sequence) -> int:
-        """Tokens that memory is taken for on admission: with the next token, or up to the end if none may be evicted."""
+        """Tokens that memory is taken for on admission: with the next one, or up to the end where nobody is evicted."""
         return sequence.target + 1 if self._grows else sequence.request.total_tokens
 
     def _reuse_prefix(self, sequence: Sequence) -> None:
@@ -365,5 +365,3 @@ class Replica:
         running = len(self._running) + (self._partial is not None)
         state = (len(self._waiting), running, self._device_used, self._host_used, prefix_bytes)
         self.tally.samples.append(Sample(self.now_ns, *state))
-
-

@@ -108,14 +108,14 @@ def read_requests(path: Path) -> RequestTrace:
         raise RequestError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise RequestError(f"{path}: not text: neither a Mooncake JSONL nor an Azure CSV trace") from None
-    except _BadLine as bad:
+    except _BadLineError as bad:
         raise RequestError(f"{path}:{bad.line}: {bad.problem}") from None
     if not requests:
         raise RequestError(f"{path}: no requests in it")
     return RequestTrace(path.stem, requests)
 
 
-class _BadLine(Exception):
+class _BadLineError(Exception):
     def __init__(self, line: int, problem: str) -> None:
         super().__init__(problem)
         self.line, self.problem = line, problem
@@ -127,7 +127,7 @@ def _in_order(rows: Iterator[tuple[int, Request]], path: Path) -> tuple[Request,
     for line, request in rows:
         if requests and request.arrival_ns < requests[-1].arrival_ns:
             back = (requests[-1].arrival_ns - request.arrival_ns) / NS_PER_S
-            raise _BadLine(line, f"arrives {back:g} s before the line above it: requests must be in order of time")
+            raise _BadLineError(line, f"arrives {back:g} s before the line above it: requests must be in order of time")
         requests.append(request)
     start = requests[0].arrival_ns if requests else 0
     return tuple(one._replace(arrival_ns=one.arrival_ns - start) for one in requests)
@@ -146,12 +146,12 @@ def _mooncake_request(line: int, text: str) -> Request:
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _BadLine(line, f"not JSON, or truncated: {error}") from None
+        raise _BadLineError(line, f"not JSON, or truncated: {error}") from None
     if not isinstance(row, dict):
-        raise _BadLine(line, f"a JSON object is expected, this is a {type(row).__name__}")
+        raise _BadLineError(line, f"a JSON object is expected, this is a {type(row).__name__}")
     for name in _MOONCAKE_FIELDS:
         if name not in row:
-            raise _BadLine(line, f"no field {name!r}: a Mooncake trace needs {', '.join(_MOONCAKE_FIELDS)}")
+            raise _BadLineError(line, f"no field {name!r}: a Mooncake trace needs {', '.join(_MOONCAKE_FIELDS)}")
     arrival = _number(line, "timestamp", row["timestamp"])
     inputs, outputs = (_count(line, name, row[name]) for name in _MOONCAKE_FIELDS[1:])
     return Request(round(arrival * NS_PER_MS), inputs, outputs, _blocks(line, row.get("hash_ids", []), inputs))
@@ -159,17 +159,17 @@ def _mooncake_request(line: int, text: str) -> Request:
 
 def _blocks(line: int, ids: Any, input_tokens: int) -> tuple[int, ...]:
     if not isinstance(ids, list) or not all(type(one) is int for one in ids):
-        raise _BadLine(line, "hash_ids: a list of whole numbers is expected")
+        raise _BadLineError(line, "hash_ids: a list of whole numbers is expected")
     full, covering = input_tokens // BLOCK_TOKENS, -(-input_tokens // BLOCK_TOKENS)
     if ids and not full <= len(ids) <= covering:
         blocks = f"{len(ids)} blocks of {BLOCK_TOKENS} tokens"
-        raise _BadLine(line, f"hash_ids: {blocks} do not make a prompt of input_length = {input_tokens}")
+        raise _BadLineError(line, f"hash_ids: {blocks} do not make a prompt of input_length = {input_tokens}")
     return tuple(ids)
 
 
 def _number(line: int, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise _BadLine(line, f"{name} = {value!r}: must be a number, zero or more")
+        raise _BadLineError(line, f"{name} = {value!r}: must be a number, zero or more")
     return value
 
 
@@ -179,7 +179,7 @@ MAX_TOKENS = 1 << 40
 
 def _count(line: int, name: str, value: Any) -> int:
     if type(value) is not int or not 0 <= value <= MAX_TOKENS:
-        raise _BadLine(line, f"{name} = {value!r}: must be a whole number of tokens, zero or more")
+        raise _BadLineError(line, f"{name} = {value!r}: must be a whole number of tokens, zero or more")
     return value
 
 
@@ -192,7 +192,7 @@ def _azure(lines: Iterator[str]) -> Iterator[tuple[int, Request]]:
     for name in _AZURE_COLUMNS:
         if name not in header:
             needs = f"an Azure trace needs {', '.join(_AZURE_COLUMNS)}; a Mooncake trace has a JSON object a line"
-            raise _BadLine(1, f"no column {name!r}: {needs}")
+            raise _BadLineError(1, f"no column {name!r}: {needs}")
     places = [header.index(name) for name in _AZURE_COLUMNS]
     for row in reader:
         if row:
@@ -201,12 +201,12 @@ def _azure(lines: Iterator[str]) -> Iterator[tuple[int, Request]]:
 
 def _azure_request(line: int, row: Sequence[str], places: Sequence[int], columns: int) -> Request:
     if len(row) != columns:
-        raise _BadLine(line, f"{len(row)} fields, but the header has {columns}")
+        raise _BadLineError(line, f"{len(row)} fields, but the header has {columns}")
     when, inputs, outputs = (row[place].strip() for place in places)
     lengths = [
         _count(line, name, _parsed(int, text)) for name, text in zip(_AZURE_COLUMNS[1:], (inputs, outputs), strict=True)
     ]
-    return Request(_timestamp_ns(line, when), *lengths)
+    return Request(_timestamp_ns(line, when), lengths[0], lengths[1])
 
 
 def _parsed(kind: Callable[[str], Any], text: str) -> Any:
@@ -223,5 +223,5 @@ def _timestamp_ns(line: int, text: str) -> int:
         seconds = (datetime.fromisoformat(whole) - datetime(1970, 1, 1)).total_seconds()
         nanoseconds = int(fraction[:9].ljust(9, "0"))
     except (ValueError, TypeError):
-        raise _BadLine(line, f"TIMESTAMP = {text!r}: must look like 2023-11-16 18:15:46.6805900") from None
+        raise _BadLineError(line, f"TIMESTAMP = {text!r}: must look like 2023-11-16 18:15:46.6805900") from None
     return round(seconds) * NS_PER_S + nanoseconds

@@ -30,7 +30,7 @@ class ServiceSettings:
 
     Routing on arrival: `least_loaded` (fewest unfinished requests), `round_robin`, or `prefix` (fewest prompt tokens
     left to prefill there, this request's included, after what the worker's prefix cache holds). Under pressure a worker
-    either admits on today's need and preempts the newest when memory runs out (`preempt`: the prompt is computed again),
+    either admits on today's need and preempts the newest when memory runs out (`preempt`: its prompt is computed anew),
     or admits only what fits to its end (`queue`: needs the answer's length in advance). `coalesce = False` takes every
     decode step by itself: slower, the same to the nanosecond.
     """
@@ -44,7 +44,9 @@ class ServiceSettings:
     def __post_init__(self) -> None:
         _require(self.gpus >= 1, f"gpus = {self.gpus}: must be at least 1")
         _require(1 <= self.max_batch <= MAX_BATCH, f"max_batch = {self.max_batch}: must be from 1 to {MAX_BATCH}")
-        _require(self.routing in get_args(Routing), f"routing = {self.routing!r}: one of {', '.join(get_args(Routing))}")
+        _require(
+            self.routing in get_args(Routing), f"routing = {self.routing!r}: one of {', '.join(get_args(Routing))}"
+        )
         _require(
             self.pressure in get_args(Pressure), f"pressure = {self.pressure!r}: one of {', '.join(get_args(Pressure))}"
         )

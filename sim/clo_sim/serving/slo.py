@@ -71,7 +71,9 @@ def _term(text: str) -> Term:
     found = _TERM.match(text)
     if found is None or found["metric"] not in get_args(Metric):
         metrics = ", ".join(get_args(Metric))
-        raise RequestError(f"--slo {text.strip()!r}: expected METRIC_pNN<LIMIT (or _mean, _max) with METRIC of {metrics}")
+        raise RequestError(
+            f"--slo {text.strip()!r}: expected METRIC_pNN<LIMIT (or _mean, _max) with METRIC of {metrics}"
+        )
     if found["statistic"] == "p0":
         raise RequestError(f"--slo {text.strip()!r}: no value is below p0: take p50, p95, p99, mean or max")
     limit = _LIMIT.match(found["limit"])
@@ -80,5 +82,7 @@ def _term(text: str) -> Term:
     except ValueError:
         seconds = math.nan
     if not (seconds > 0 and math.isfinite(seconds)):
-        raise RequestError(f"--slo {text.strip()!r}: the limit must be a positive time with its unit, such as 2s or 50ms")
+        raise RequestError(
+            f"--slo {text.strip()!r}: the limit must be a positive time with its unit, such as 2s or 50ms"
+        )
     return Term(cast(Metric, found["metric"]), found["statistic"], seconds)

@@ -3,8 +3,8 @@
 A service that keeps up has a backlog that comes back; one that does not gathers, as long as requests come, the share
 `1 - capacity / load` of them, so that every latency grows with the length of the run and says nothing. The number of
 unfinished requests is averaged over `WINDOWS` equal parts of the time of arrivals (the first one, which starts empty,
-is left out) and a straight line is fitted. It is unstable if the line rises by more than `MIN_SHARE` of the requests that
-arrive, by more than the mean backlog (it at least doubles and more), and its slope is beyond `MIN_T` standard errors.
+is left out) and a straight line is fitted. It is unstable if the line rises by more than `MIN_SHARE` of the arrivals,
+by more than the mean backlog (it trebles over the run), and its slope is beyond `MIN_T` standard errors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Everything one worker (a GPU with its share of the host) costs and holds, for one design. Knows nothing about time."""
+"""What one worker (a GPU with its share of the host) costs and holds under one design. Knows nothing about arrivals."""
 
 from __future__ import annotations
 
