@@ -57,10 +57,11 @@ def _lines(result: ServiceResult) -> list[str]:
         f"completed {result.completed}, rejected {result.rejected}{_reasons(result)}; arriving "
         f"{result.rate_per_s:.3g}/s, completing {result.completed_per_s:.3g}/s, "
         f"{result.output_tokens_per_s:.4g} tokens/s",
-        f"busy {result.busy_share:.0%} of the time (prefill {result.prefill_share:.0%}); decoding together "
-        f"{result.mean_running:.1f} on average, {result.peak_running} at most, of {result.mean_context_tokens:.0f} tokens",
-        f"KV needs at most: GPU {format_bytes(result.peak_device_bytes)} of {format_bytes(result.room_device_bytes)}, host "
-        f"{format_bytes(result.peak_host_bytes)} of {format_bytes(result.room_host_bytes)} per GPU; "
+        f"busy {result.busy_share:.0%} of the time (prefill {result.prefill_share:.0%}); decoding together: "
+        f"{result.mean_running:.1f} on average, {result.peak_running} at most, of "
+        f"{result.mean_context_tokens:.0f} tokens each",
+        f"KV needs at most {format_bytes(result.peak_device_bytes)} of {format_bytes(result.room_device_bytes)} on a "
+        f"GPU, {format_bytes(result.peak_host_bytes)} of {format_bytes(result.room_host_bytes)} on its host; "
         f"preemptions {result.preemptions}; prefix hits {result.prefix_hit_rate:.1%} of prompt tokens",
     ]
     if result.unstable:

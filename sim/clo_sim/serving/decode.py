@@ -2,6 +2,9 @@
 
 Knows nothing about requests. A batch of unequal contexts is priced as one of equal contexts with the same mean. Slots
 take the memory that the batch leaves, so more sequences mean smaller caches and more misses, as the design has it.
+
+Every priced batch size has a column of prices over contexts, up to the longest that memory holds. Between two columns,
+points with equal tokens in all are joined: caches are then as full, and what steps read grows alike.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from clo_sim.clock import step_seconds
 from clo_sim.run import Executor, summarise
 from clo_sim.scene import Scene
 from clo_sim.serving.clocks import StepClock
-from clo_sim.serving.memory import at_context, roomy, smallest_plan
+from clo_sim.serving.memory import at_context, memory_need, memory_room, roomy, smallest_plan
 from clo_sim.serving.requests import NS_PER_S
 from clo_sim.simulator import run_simpy
 
@@ -29,6 +32,9 @@ BUCKETS = 2048
 """At most so many different step times of one batch size, over all contexts."""
 SMALLEST_BUCKET = 6
 """Bucket width of at least 64 tokens, as a power of two."""
+
+SHORTEST = 128
+"""No context is priced as shorter than this."""
 
 Floats = NDArray[np.float64]
 
@@ -44,9 +50,9 @@ class DecodePrices:
         self.design = design
         self.executor = executor
         self.max_context = min(max_context, scene.model.max_positions)
-        self.contexts = _context_nodes(self.max_context)
+        self._need, self._room = memory_need(scene, design), memory_room(scene)
         self.cpu_s = 0.0
-        self._columns: dict[int, Floats] = {}
+        self._columns: dict[int, tuple[list[int], Floats]] = {}
         self._clocks: dict[int, StepClock] = {}
 
     def clock(self, batch: int) -> StepClock:
@@ -71,28 +77,41 @@ class DecodePrices:
     @property
     def num_priced(self) -> int:
         """Grid points priced so far."""
-        return len(self._columns) * len(self.contexts)
+        return sum(len(contexts) for contexts, _ in self._columns.values())
 
     def _interpolated(self, batch: int) -> StepClock:
         high = bisect_left(BATCHES, batch)
         if high == len(BATCHES):
             raise SpecError(f"max_batch: no step of {batch} sequences is priced, at most {BATCHES[-1]}")
-        column = self._column(BATCHES[high])
+        shift = max(SMALLEST_BUCKET, (self.max_context // BUCKETS).bit_length())
+        tokens = batch * ((np.arange((self.max_context >> shift) + 1) << shift) + (1 << shift) / 2)
+        seconds = self._at_tokens(BATCHES[high], tokens)
         if BATCHES[high] != batch:
             low = BATCHES[high - 1]
             weight = (batch - low) / (BATCHES[high] - low)
-            column = (1 - weight) * self._column(low) + weight * column
-        shift = max(SMALLEST_BUCKET, (self.max_context // BUCKETS).bit_length())
-        middles = (np.arange((self.max_context >> shift) + 1) << shift) + (1 << shift) / 2
-        steps = np.rint(np.interp(middles, self.contexts, column) * NS_PER_S).astype(np.int64)
-        return StepClock.of(steps.tolist(), shift=shift)
+            seconds = (1 - weight) * self._at_tokens(low, tokens) + weight * seconds
+        return StepClock.of(np.rint(seconds * NS_PER_S).astype(np.int64).tolist(), shift=shift)
 
-    def _column(self, batch: int) -> Floats:
+    def _at_tokens(self, batch: int, tokens: Floats) -> Floats:
+        """Step times of a priced batch size that holds so many tokens in all."""
         if batch not in self._columns:
             start = time.process_time()
-            self._columns[batch] = np.array([self.seconds(batch, context) for context in self.contexts])
+            contexts = self._nodes(batch)
+            self._columns[batch] = contexts, np.array([self.seconds(batch, context) for context in contexts])
             self.cpu_s += time.process_time() - start
-        return self._columns[batch]
+        return np.interp(tokens / batch, *self._columns[batch])
+
+    def _nodes(self, batch: int) -> list[int]:
+        """Contexts to price: powers of two up to the longest that the trace, the model and memory allow."""
+        longest = min(2 * self.max_context, self.scene.model.max_positions)
+        need, room = self._need, self._room
+        if need.device_per_token:
+            longest = min(longest, (room.device // batch - need.device_base) // need.device_per_token)
+        if need.host_per_token:
+            longest = min(longest, room.host // batch // need.host_per_token)
+        # close to the limit caches are small, and times rise ever faster
+        steep = [round(share * longest) for share in (0.75, 0.9)] if longest < self.max_context else []
+        return sorted({*_context_nodes(max(longest, SHORTEST)), *(one for one in steep if one > SHORTEST)})
 
     def _plan(self, batch: int, context_tokens: int) -> tuple[Scene, DecodePlan]:
         """The plan where it fits; elsewhere, for interpolation only, one with the smallest cache."""
@@ -106,7 +125,7 @@ class DecodePrices:
 
 
 def _context_nodes(longest: int) -> list[int]:
-    nodes, length = [], 128
+    nodes, length = [], SHORTEST
     while length < longest:
         nodes.append(length)
         length *= 2 if length >= 1024 else 4

@@ -18,6 +18,7 @@ from clo.specs import Design
 from clo_sim.run import Executor
 from clo_sim.scene import Scene
 from clo_sim.serving.metrics import ServiceResult, latency_values, summarise_service, term_value
+from clo_sim.serving.prefill import pairs_of
 from clo_sim.serving.prefix import PrefixCache
 from clo_sim.serving.records import Limits
 from clo_sim.serving.requests import NS_PER_S, RequestTrace
@@ -256,12 +257,13 @@ def _of_memory(tried: Attempt) -> bool:
 
 
 def _least_load(trace: RequestTrace, costs: WorkerCosts) -> float:
-    """GPUs that prefill alone keeps busy, with every prefix seen before cached: no fewer can keep up."""
+    """GPUs that prefill's computing alone keeps busy, with every prefix seen before cached: no fewer can keep up."""
     if not trace.duration_s:
         return 1.0
-    prefixes = _seen_prefixes(trace, costs)
-    busy = sum(
-        costs.prefill.dense_ns[-1] / costs.prefill.chunk_tokens * (request.input_tokens - cached)
-        for request, cached in zip(trace.requests, prefixes, strict=True)
-    )
+    prefill, prefixes = costs.prefill, _seen_prefixes(trace, costs)
+    token_ns = prefill.dense_ns[-1] / prefill.chunk_tokens
+    busy = 0.0
+    for request, cached in zip(trace.requests, prefixes, strict=True):
+        new = request.input_tokens - cached
+        busy += token_ns * new + prefill.pair_ns * pairs_of(cached, new)
     return busy / NS_PER_S / trace.duration_s

@@ -80,11 +80,17 @@ class Replica:
         self._steps_done = self._context_sum = self._admitted = 0
         self._device_used = self._host_used = 0
         self._grows = pressure == "preempt"
+        self._next_change_ns: int | None = None
         self._growth = (costs.need.device_per_token, costs.need.host_per_token) if self._grows else (0, 0)
 
     @property
     def next_change_ns(self) -> int:
         """No request finishes, and no prompt is prefilled, before this moment unless another one arrives."""
+        if self._next_change_ns is None:
+            self._next_change_ns = self._find_next_change()
+        return self._next_change_ns
+
+    def _find_next_change(self) -> int:
         if self._waiting or self._partial is not None:
             return self.now_ns
         if not self._running:
@@ -105,12 +111,14 @@ class Replica:
             self.tally.area_ns += self.now_ns - arrival
         elif not self.unfinished:
             self.now_ns = arrival
+        self._next_change_ns = None
         self.unfinished += 1
         self.waiting_tokens += sequence.target
         self._waiting.append(sequence)
 
     def advance(self, until_ns: int) -> None:
         """Run every iteration that begins before `until_ns`."""
+        self._next_change_ns = None
         while self.now_ns < until_ns and self.unfinished:
             if self._grows:
                 self._make_room()

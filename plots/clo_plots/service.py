@@ -1,0 +1,70 @@
+"""A service over time: who waits and runs, and the memory they take. Knows nothing about how it was simulated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from clo.units import GB
+from clo_plots.style import ACCENT, FASTER, INK, SLOWER, SMALL_PT, new_figure
+
+Samples = Sequence[Sequence[Mapping[str, float]]]
+
+
+def plot_service(result: Mapping[str, Any]) -> Figure:
+    """Requests, GPU memory and host memory of KV against time, a line for each worker; what there is is dashed.
+
+    `result` is what `clo serve-sim --json` prints. Raises `CloError` where it has no samples.
+    """
+    samples: Samples = [worker for worker in result["samples"] if worker]
+    with new_figure(5.2, what="service", empty=not samples) as figure:
+        requests, device, host = figure.subplots(3, sharex=True)
+        gpus = f"{result['gpus']} x {result['machine']}"
+        requests.set_title(f"{result['design']} on {gpus}: {result['trace']}, {result['rate_per_s']:.3g} requests/s")
+        _requests(requests, samples)
+        _memory(device, samples, ["device_bytes"], result["room_device_bytes"], "KV on a GPU (GB)")
+        _memory(host, samples, ["host_bytes", "prefix_bytes"], result["room_host_bytes"], "KV on a host (GB)")
+        host.set_xlabel("time (s)")
+        return figure
+
+
+def _columns(worker: Sequence[Mapping[str, float]], names: Sequence[str]) -> tuple[Any, Any]:
+    return (
+        np.array([sample["now_ns"] / 1e9 for sample in worker]),
+        np.array([sum(sample[name] for name in names) for sample in worker], dtype=float),
+    )
+
+
+def _requests(axes: Axes, samples: Samples) -> None:
+    for name, colour in (("running", ACCENT), ("waiting", SLOWER)):
+        for number, worker in enumerate(samples):
+            times, values = _columns(worker, [name])
+            label = name if number == 0 else None
+            axes.step(times, values, where="post", color=colour, linewidth=0.7, alpha=0.8, label=label)
+    axes.set_ylabel("requests on a GPU")
+    axes.set_ylim(bottom=0)
+    axes.grid(True, axis="y")
+    axes.legend(loc="upper right", ncols=2)
+
+
+def _memory(axes: Axes, samples: Samples, names: Sequence[str], room_bytes: float, label: str) -> None:
+    """All of it, and what sequences alone take where prefixes are kept beside them."""
+    for number, worker in enumerate(samples):
+        times, total = _columns(worker, names)
+        axes.plot(times, total / GB, color=ACCENT, linewidth=0.7, label="all KV" if number == 0 else None)
+        if len(names) > 1:
+            _, own = _columns(worker, names[:1])
+            axes.plot(times, own / GB, color=FASTER, linewidth=0.7, label="of sequences" if number == 0 else None)
+    axes.axhline(room_bytes / GB, color=INK, linewidth=0.9, linestyle=(0, (4, 2)))
+    axes.text(
+        1.0, room_bytes / GB, "room", transform=axes.get_yaxis_transform(), ha="right", va="top", fontsize=SMALL_PT
+    )
+    axes.set_ylabel(label)
+    axes.set_ylim(0, 1.08 * room_bytes / GB)
+    axes.grid(True, axis="y")
+    if len(names) > 1:
+        axes.legend(loc="center right")
