@@ -18,7 +18,7 @@ from clo_plots.style import FASTER, INK, SLOWER, SMALL_PT, new_figure
 LEAST, MOST = 0.5, 1.5
 """Ratios beyond these are drawn as these."""
 ONLY_RESIDENT = -1.0
-_BOUNDARIES = ("-", (0, (4, 2)))
+_BOUNDARIES: tuple[Any, ...] = ("-", (0, (4, 2)))
 
 
 def plot_crossover(found: Mapping[str, Any]) -> Figure:

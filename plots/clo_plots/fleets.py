@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -50,14 +51,13 @@ def plot_fleets(fleets: Sequence[Mapping[str, Any]]) -> Figure:
         corners = np.array([(point.cost, point.latency_s) for point in front])
         axes.step(corners[:, 0], corners[:, 1], where="post", color=ACCENT, linewidth=1.2, label="front")
         axes.plot(corners[:, 0], corners[:, 1], ".", color=SLOWER, markersize=5)
-        axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
-        axes.margins(0.1)
+        axes.margins(0.12)
         axes.grid(True)
         figure.legend(loc="outside lower center", ncols=5)
         figure.draw_without_rendering()
-        others = np.array([(point.cost, point.latency_s) for point in points])
-        label_markers(axes, [point.name for point in front], corners, others, size_pt=SMALL_PT)
+        others = [(point.cost, point.latency_s) for point in points]
+        steps = [(x, y) for (low, y), (high, _) in pairwise(corners) for x in np.linspace(low, high, 40)]
+        label_markers(axes, [point.name for point in front], corners, np.array([*others, *steps]), size_pt=SMALL_PT)
         return figure
 
 

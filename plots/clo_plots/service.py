@@ -12,6 +12,9 @@ from matplotlib.figure import Figure
 from clo.units import GB
 from clo_plots.style import ACCENT, FASTER, INK, SLOWER, SMALL_PT, new_figure
 
+BINS, FINE = 120, 10
+"""Bars over the time of a run, and looks into each."""
+
 Samples = Sequence[Sequence[Mapping[str, float]]]
 
 
@@ -40,15 +43,22 @@ def _columns(worker: Sequence[Mapping[str, float]], names: Sequence[str]) -> tup
 
 
 def _requests(axes: Axes, samples: Samples) -> None:
+    end = max(worker[-1]["now_ns"] for worker in samples) / 1e9
+    grid = np.linspace(0, end, BINS + 1)
     for name, colour in (("running", ACCENT), ("waiting", SLOWER)):
-        for number, worker in enumerate(samples):
-            times, values = _columns(worker, [name])
-            label = name if number == 0 else None
-            axes.step(times, values, where="post", color=colour, linewidth=0.7, alpha=0.8, label=label)
-    axes.set_ylabel("requests on a GPU")
+        total = sum(_binned(*_columns(worker, [name]), grid) for worker in samples)
+        axes.stairs(total, grid, color=colour, linewidth=1.0, label=name)
+    axes.set_ylabel("requests, all GPUs")
     axes.set_ylim(bottom=0)
     axes.grid(True, axis="y")
     axes.legend(loc="upper right", ncols=2)
+
+
+def _binned(times: Any, values: Any, grid: Any) -> Any:
+    """The mean of what was the latest sample, over fine steps of each bin."""
+    fine = np.linspace(grid[0], grid[-1], FINE * BINS, endpoint=False)
+    latest = np.searchsorted(times, fine, side="right") - 1
+    return np.where(latest >= 0, values[np.maximum(latest, 0)], 0.0).reshape(BINS, FINE).mean(axis=1)
 
 
 def _memory(axes: Axes, samples: Samples, names: Sequence[str], room_bytes: float, label: str) -> None:

@@ -84,7 +84,8 @@ class DecodePrices:
         if high == len(BATCHES):
             raise SpecError(f"max_batch: no step of {batch} sequences is priced, at most {BATCHES[-1]}")
         shift = max(SMALLEST_BUCKET, (self.max_context // BUCKETS).bit_length())
-        tokens = batch * ((np.arange((self.max_context >> shift) + 1) << shift) + (1 << shift) / 2)
+        middles = ((np.arange((self.max_context >> shift) + 1) << shift) + (1 << shift) / 2).astype(np.float64)
+        tokens = batch * middles
         seconds = self._at_tokens(BATCHES[high], tokens)
         if BATCHES[high] != batch:
             low = BATCHES[high - 1]
@@ -99,7 +100,7 @@ class DecodePrices:
             contexts = self._nodes(batch)
             self._columns[batch] = contexts, np.array([self.seconds(batch, context) for context in contexts])
             self.cpu_s += time.process_time() - start
-        return np.interp(tokens / batch, *self._columns[batch])
+        return np.asarray(np.interp(tokens / batch, *self._columns[batch]))
 
     def _nodes(self, batch: int) -> list[int]:
         """Contexts to price: powers of two up to the longest that the trace, the model and memory allow."""
