@@ -29,7 +29,7 @@ def plot_service(result: Mapping[str, Any]) -> Figure:
         gpus = f"{result['gpus']} x {result['machine']}"
         requests.set_title(f"{result['design']} on {gpus}: {result['trace']}, {result['rate_per_s']:.3g} requests/s")
         _requests(requests, samples)
-        _memory(device, samples, ["device_bytes"], result["room_device_bytes"], "KV on a GPU (GB)")
+        _memory(device, samples, ["device_bytes"], result["room_device_bytes"], "least KV on a GPU (GB)")
         _memory(host, samples, ["host_bytes", "prefix_bytes"], result["room_host_bytes"], "KV on a host (GB)")
         host.set_xlabel("time (s)")
         return figure
@@ -49,8 +49,8 @@ def _requests(axes: Axes, samples: Samples) -> None:
         total = sum(_binned(*_columns(worker, [name]), grid) for worker in samples)
         axes.stairs(total, grid, color=colour, linewidth=1.0, label=name)
     axes.set_ylabel("requests, all GPUs")
-    axes.set_ylim(bottom=0)
     axes.grid(True, axis="y")
+    axes.set_ylim(0, 1.25 * axes.get_ylim()[1])
     axes.legend(loc="upper right", ncols=2)
 
 
