@@ -177,6 +177,9 @@ class TestFleets:
         costs = worker_costs(scene, design, trace)
         met = [attempt(trace, costs, slo, ServiceSettings(gpus=gpus)).met for gpus in range(1, fleet.gpus + 2)]
         assert met == [False] * (fleet.gpus - 1) + [True, True]
+        for near in (1, fleet.gpus, fleet.gpus + 1, 40):
+            guided = smallest_fleet(scene, design, trace, slo, settings, near=near)
+            assert (guided.gpus, guided.values) == (fleet.gpus, fleet.values)
 
     def test_an_slo_no_fleet_meets_says_by_what_it_fails(self) -> None:
         trace = read_requests(MOONCAKE).first(20)

@@ -159,8 +159,15 @@ def _fleets(
     """The smallest fleet of every machine and design, best design of each machine first and with its head-room."""
     from clo_cli.plan_jobs import FleetJob, run_fleet
 
-    jobs = [FleetJob(question=question, machine=one, design=design) for one in machines for design in designs]
-    fleets = _run(run_fleet, jobs, workers, "fleets")
+    first = [FleetJob(question=question, machine=one, design=designs[0]) for one in machines]
+    known = _run(run_fleet, first, workers, f"fleets with {designs[0].name}")
+    near = {job.machine: fleet.gpus for job, fleet in zip(first, known, strict=True)}
+    others = [
+        FleetJob(question=question, machine=one, design=design, near=near[one])
+        for one in machines
+        for design in designs[1:]
+    ]
+    jobs, fleets = [*first, *others], [*known, *(_run(run_fleet, others, workers, "fleets") if others else [])]
     by_machine = {
         one: sorted(
             (pair for pair in zip(jobs, fleets, strict=True) if pair[0].machine == one), key=lambda pair: _rank(pair[1])

@@ -40,12 +40,13 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetJob:
-    """One design on one machine type; with a `fleet`, the load that it bears."""
+    """One design on one machine type; with a `fleet`, the load that it bears. `near` is a guess at the GPUs."""
 
     question: Question
     machine: str
     design: Design
     fleet: Fleet | None = None
+    near: int | None = None
 
 
 def run_fleet(job: FleetJob) -> Fleet:
@@ -57,7 +58,7 @@ def run_fleet(job: FleetJob) -> Fleet:
     given = (scene, job.design, ask.trace, ask.slo, ask.service)
     if job.fleet is not None:
         return with_head_room(job.fleet, *given, **ask.prices)
-    return smallest_fleet(*given, max_gpus=ask.max_gpus, **ask.prices)
+    return smallest_fleet(*given, max_gpus=ask.max_gpus, near=job.near, **ask.prices)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

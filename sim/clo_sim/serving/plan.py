@@ -75,9 +75,13 @@ def smallest_fleet(
     *,
     chunk_tokens: int = 2048,
     max_gpus: int = MAX_GPUS,
+    near: int | None = None,
     executor: Executor = "clock",
 ) -> Fleet:
-    """The fewest GPUs of `scene.machine` that serve `trace` within `slo` under `design`, or why no number does."""
+    """The fewest GPUs of `scene.machine` that serve `trace` within `slo` under `design`, or why no number does.
+
+    `near` is a guess, such as what another design needs: it saves runs and changes nothing else.
+    """
     fleet = Fleet(machine=scene.machine.name, design=design.name)
     try:
         costs = worker_costs(scene, design, trace, chunk_tokens=chunk_tokens, executor=executor)
@@ -90,7 +94,7 @@ def smallest_fleet(
         failing = (worst.name, *(term.name for term in hopeless if term is not worst))
         problem = f"{worst.name} is {alone[worst.name]:.3g} s even for requests alone on an idle GPU"
         return replace(fleet, problem=problem, failing=failing, values=alone)
-    best, last = _search(trace, costs, slo, settings, max_gpus)
+    best, last = _search(trace, costs, slo, settings, max_gpus, near)
     if best is None:
         problem = f"not with {last.gpus} GPUs: {', '.join(last.failing)} fails"
         return replace(fleet, problem=problem, failing=last.failing, values=last.values)
@@ -227,21 +231,29 @@ def _is_strictest(term: Term, slo: Slo) -> bool:
 
 
 def _search(
-    trace: RequestTrace, costs: WorkerCosts, slo: Slo, settings: ServiceSettings, max_gpus: int
+    trace: RequestTrace, costs: WorkerCosts, slo: Slo, settings: ServiceSettings, max_gpus: int, near: int | None
 ) -> tuple[Attempt | None, Attempt]:
     """The smallest fleet that meets the SLO, if any up to `max_gpus`, and the largest that does not."""
 
     def tried(gpus: int) -> Attempt:
         return attempt(trace, costs, slo, replace(settings, gpus=gpus))
 
-    gpus = min(max_gpus, max(1, math.floor(_least_load(trace, costs))))
-    found, failed = tried(gpus), None
-    while not found.met and gpus < max_gpus and not _of_memory(found):
-        failed, gpus = found, min(2 * gpus, max_gpus)
-        found = tried(gpus)
-    if not found.met:
-        return None, found
-    low = failed.gpus if failed else 0
+    start = near or math.floor(_least_load(trace, costs))
+    # near a known answer the bracket grows from one, else it doubles
+    found, step = tried(min(max_gpus, max(1, start))), 1 if near else max(1, start)
+    low, failed = 0, None
+    while not found.met:
+        if found.gpus == max_gpus or _of_memory(found):
+            return None, found
+        low, failed = found.gpus, found
+        found, step = tried(min(max_gpus, found.gpus + step)), 2 * step
+    step = 1
+    while failed is None and found.gpus > 1:
+        lower, step = tried(max(1, found.gpus - step)), 2 * step
+        if lower.met:
+            found = lower
+        else:
+            low, failed = lower.gpus, lower
     while found.gpus - low > 1:
         middle = tried((low + found.gpus) // 2)
         if middle.met:
