@@ -61,7 +61,8 @@ def _lines(result: ServiceResult) -> list[str]:
         f"{result.mean_running:.1f} on average, {result.peak_running} at most, of "
         f"{result.mean_context_tokens:.0f} tokens each",
         f"KV needs at most {format_bytes(result.peak_device_bytes)} of {format_bytes(result.room_device_bytes)} on a "
-        f"GPU, {format_bytes(result.peak_host_bytes)} of {format_bytes(result.room_host_bytes)} on its host; "
+        f"GPU, {format_bytes(result.peak_host_bytes)} of {format_bytes(result.room_host_bytes)} on its host, prefixes "
+        f"{format_bytes(result.peak_prefix_bytes)} in what that leaves; "
         f"preemptions {result.preemptions}; prefix hits {result.prefix_hit_rate:.1%} of prompt tokens",
     ]
     if result.unstable:

@@ -63,7 +63,8 @@ class ServiceResult:
     """One service under one load. Of an unstable one, TTFT and E2E are left out: they depend on the run's length.
 
     `goodput_per_s` counts completed requests whose own TTFT, TPOT and E2E are within the SLO's limits, over the time of
-    the run; none without an SLO. `slo_met` is by term. Memory is per worker: peaks of the fullest.
+    the run; none without an SLO. `slo_met` is by term. Memory is per worker: peaks of the fullest,
+    on the host apart for sequences and for the prefixes in what they leave.
     """
 
     trace: str
@@ -100,6 +101,7 @@ class ServiceResult:
     peak_device_bytes: int
     room_device_bytes: int
     peak_host_bytes: int
+    peak_prefix_bytes: int
     room_host_bytes: int
     iterations: int
     measured_share: float | None
@@ -171,6 +173,7 @@ def summarise_service(
         peak_device_bytes=max(tally.peak_device_bytes for tally in tallies),
         room_device_bytes=run.costs.room.device,
         peak_host_bytes=max(tally.peak_host_bytes for tally in tallies),
+        peak_prefix_bytes=max(tally.peak_prefix_bytes for tally in tallies),
         room_host_bytes=run.costs.room.host,
         iterations=_total(tallies, "iterations"),
         measured_share=_measured_share(run, tallies) if with_measured_share else None,

@@ -63,4 +63,5 @@ class Tally:
     preemptions: int = 0
     peak_device_bytes: int = 0
     peak_host_bytes: int = 0
+    peak_prefix_bytes: int = 0
     peak_running: int = 0

@@ -232,6 +232,8 @@ class Replica:
         sequence.emitted += 1
         if self.prefixes is not None:
             self.prefixes.add(sequence.blocks, self._prefix_limit())
+            held = len(self.prefixes) * self.costs.block_bytes
+            self.tally.peak_prefix_bytes = max(self.tally.peak_prefix_bytes, held)
         left = request.output_tokens - sequence.emitted
         if left:
             heappush(self._running, (self._steps_done + left, sequence))
@@ -355,14 +357,13 @@ class Replica:
 
     def _note_peaks(self) -> None:
         """Peaks so far; prefixes make way for what the sequences have grown by."""
-        tally, host = self.tally, self._host_used
+        tally = self.tally
         if self.prefixes is not None:
             self.prefixes.shrink(self._prefix_limit())
-            host += len(self.prefixes) * self.costs.block_bytes
         if self._device_used > tally.peak_device_bytes:
             tally.peak_device_bytes = self._device_used
-        if host > tally.peak_host_bytes:
-            tally.peak_host_bytes = host
+        if self._host_used > tally.peak_host_bytes:
+            tally.peak_host_bytes = self._host_used
 
     def _sample(self) -> None:
         """Keep the state, not more often than asked for."""
