@@ -265,8 +265,8 @@ class TestCommands:
 
     def test_plan(self, tmp_path: Path) -> None:
         text = run("plan", "--requests", MOONCAKE, "--slo", "ttft_p95<4s, tpot_p95<50ms", "--machines", "h200",
-                   "--designs", "resident,resident-sparse", "--price", "h200=3.5", "--jobs", 1, "--no-map", "--out", tmp_path,
-                   "--json")  # fmt: skip
+                   "--designs", "resident,resident-sparse", "--price", "h200=3.5", "--jobs", 1, "--no-map",
+                   "--out", tmp_path, "--json")  # fmt: skip
         found = json.loads(text)
         best = next(one for one in found["fleets"] if one["best"])
         assert best["cost_per_hour"] == pytest.approx(3.5 * best["gpus"])
