@@ -25,6 +25,7 @@ test-long: $(VENV)/.dev
 
 bench: $(VENV)/.base
 	$(BIN)/python benchmarks/steps.py
+	$(BIN)/python benchmarks/serving.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -13,6 +13,10 @@ class TraceError(CloError, ValueError):
     """An attention trace that is corrupt, truncated, of a newer schema, or does not fit the request."""
 
 
+class RequestError(CloError, ValueError):
+    """A request trace with a line that cannot be read, a load that cannot be generated, an SLO that says nothing."""
+
+
 class ProfileError(CloError, ValueError):
     """A profile that is corrupt, of a newer schema, or lacks a cost that the design needs."""
 

@@ -128,7 +128,7 @@ def make_plan(
     budget = _budget_pages(design, workload)
     pinned = round(design.pinned_head_fraction * model.num_kv_heads) if design.offloads else 0
     fixed = _fixed_memory(model, machine, design, workload, pinned)
-    room = _kv_room(model, machine, kv_memory_bytes) - fixed.kv
+    room = kv_room(model, machine, kv_memory_bytes) - fixed.kv
     page_row_bytes = _slot_row_bytes(model, design, workload, pinned)
     slots = _slot_pages(design, workload, budget, room, page_row_bytes)
     memory = _with_slots(fixed, slots * page_row_bytes)
@@ -172,7 +172,8 @@ def _budget_pages(design: Design, workload: Workload) -> int:
     return design.budget_pages or max(1, round(design.budget_fraction * pages))
 
 
-def _kv_room(model: ModelSpec, machine: MachineSpec, kv_memory_bytes: float | None) -> float:
+def kv_room(model: ModelSpec, machine: MachineSpec, kv_memory_bytes: float | None = None) -> float:
+    """Device bytes that weights and reserve leave for KV, at most `kv_memory_bytes`. Raises `SpecError` if none."""
     free = machine.gpu.memory_bytes - machine.reserve_bytes - model.weight_bytes
     if free <= 0:
         raise SpecError(

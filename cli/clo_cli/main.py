@@ -18,6 +18,8 @@ COMMANDS = {
     "explore": "Compare designs, sweep their choices, and show what each choice is worth.",
     "simulate": "Run one design in simulation: metrics, and a timeline if asked.",
     "show": "List models, machines, designs, profiles and traces, each with its source.",
+    "serve-sim": "Serve a trace of requests in simulation: latencies, goodput, memory.",
+    "plan": "The smallest fleet and best design for a load and an SLO; when offloading helps.",
     "generate": "Text from a real model that decodes under a design.",
     "evaluate": "How good a real model's answers stay under designs.",
     "heads": "What a trace says about each head: importance, similarity, prefetchability.",
@@ -38,7 +40,8 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(importlib.import_module(f"clo_cli.{cmd_name}"), cmd_name)
+        name = cmd_name.replace("-", "_")
+        command: click.Command = getattr(importlib.import_module(f"clo_cli.{name}"), name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -1,0 +1,345 @@
+"""`clo plan`: fleets, designs, cost and head-room for a load under an SLO, and when offloading helps.
+
+Knows nothing about how a service is simulated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from clo_cli.options import design_from, overrides_from
+from clo_cli.serve_options import serve_options, service_from, serving_scene, trace_from
+
+if TYPE_CHECKING:
+    from clo.specs import Design
+    from clo_cli.plan_jobs import Question
+    from clo_sim.serving import RequestTrace
+    from clo_sim.serving.crossover import CrossoverMap
+    from clo_sim.serving.plan import Attempt, Fleet
+
+Job = TypeVar("Job")
+Done = TypeVar("Done")
+
+MACHINES = "h200,h100,a100,l40s"
+DESIGNS = "resident,resident-sparse,streamed,lru-cpu,resolve,clo"
+RESIDENT = ("resident", "resident-sparse")
+CURVE = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25)
+"""Latency is drawn at these multiples of the load that the fleet bears."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Priced:
+    """A fleet with what it costs; costs are none where no price was given. `best`: the best design of its machine."""
+
+    fleet: Fleet
+    best: bool = False
+    cost_per_hour: float | None = None
+    cost_per_million: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: numbers that are infinite are left out."""
+        data = asdict(self.fleet) | {"best": self.best, "cost_per_hour": self.cost_per_hour}
+        data["cost_per_million_output_tokens"] = self.cost_per_million
+        data["margin"] = None if math.isinf(self.fleet.margin) else self.fleet.margin
+        data["result"] = None if self.fleet.result is None else self.fleet.result.as_dict()
+        return data
+
+
+@click.command()
+@serve_options
+@click.option("--slo", "slo_text", required=True, help='Such as "ttft_p95<2s, tpot_p95<50ms".')
+@click.option("--machines", default=MACHINES, show_default=True, help="Comma-separated presets or TOML files.")
+@click.option("--designs", default=DESIGNS, show_default=True, help="Comma-separated presets or TOML files.")
+@click.option("--price", multiple=True, metavar="MACHINE=DOLLARS", help="Per GPU and hour, e.g. h200=3.5. Repeat.")
+@click.option("--max-gpus", type=click.IntRange(1), default=256, show_default=True, help="Largest fleet to try.")
+@click.option("--map/--no-map", "with_map", default=True, show_default=True, help="When does offloading help?")
+@click.option("--map-machine", help="Machine type of the map [default: the best fleet's].")
+@click.option("--map-output-tokens", type=click.IntRange(1), help="Answers of the map [default: the trace's mean].")
+@click.option("--map-reuse", type=click.FloatRange(0, 1), help="Share of a prompt found cached [default: as served].")
+@click.option("--jobs", type=click.IntRange(1), help="Processes [default: one per core].")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for plan.json and figures.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def plan(
+    slo_text: str,
+    machines: str,
+    designs: str,
+    price: tuple[str, ...],
+    max_gpus: int,
+    with_map: bool,
+    map_machine: str | None,
+    map_output_tokens: int | None,
+    map_reuse: float | None,
+    jobs: int | None,
+    out: Path | None,
+    as_json: bool,
+    settings: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Find the smallest fleet and the best design on each machine type for a load under an SLO.
+
+    Prints GPUs, cost (with your prices), head-room until the SLO breaks and by which term, and over which contexts and
+    loads offloading beats keeping everything on the GPU.
+
+    \b
+    clo plan --requests trace.jsonl --slo "ttft_p95<6s, tpot_p95<50ms" --price h200=3.5 --price l40s=1
+    clo plan --requests trace.csv --slo "e2e_p99<30s" --machines h200 --designs resident,resolve,clo --out plan
+    """
+    from clo.files import check_target
+    from clo_cli.plan_jobs import Question
+    from clo_sim.serving import parse_slo
+
+    overrides, slo = overrides_from(settings), parse_slo(slo_text)
+    machine_names = _listed(machines, "--machines")
+    prices = _prices(price, machine_names)
+    chosen = {name: design_from(name, overrides) for name in _listed(designs, "--designs")}
+    for name in (*machine_names, *([map_machine] if map_machine else [])):
+        serving_scene(options, overrides, name)
+    service = service_from(options, gpus=1)
+    if out is not None:
+        check_target(out, folder=True)
+    question = Question(
+        options=options,
+        overrides=overrides,
+        trace=trace_from(options),
+        slo=slo,
+        service=service,
+        max_gpus=max_gpus,
+    )
+    workers = jobs or os.cpu_count() or 1
+    fleets = _fleets(question, machine_names, list(chosen.values()), workers)
+    priced = [_with_price(one, prices, machine, question.trace) for machine, one in fleets]
+    best = _overall(priced)
+    found: dict[str, Any] = {"priced": priced, "curve": None, "map": None}
+    if best is not None and out is not None:
+        found["curve"] = _curve(question, machine_names, best, chosen, workers)
+    if with_map:
+        where = map_machine or (best.fleet.machine if best else machine_names[0])
+        found["map"] = _map(question, where, list(chosen.values()), best, map_output_tokens, map_reuse, workers)
+    _report(question, found, best, out, as_json)
+
+
+def _listed(text: str, option: str) -> list[str]:
+    from clo.errors import SpecError
+
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise SpecError(f"{option}: name at least one")
+    return list(dict.fromkeys(names))
+
+
+def _prices(given: Sequence[str], machines: Sequence[str]) -> dict[str, float]:
+    from clo.errors import SpecError
+
+    prices = {}
+    for text in given:
+        name, _, dollars = text.partition("=")
+        try:
+            value = float(dollars)
+        except ValueError:
+            value = math.nan
+        if name not in machines or not (value > 0 and math.isfinite(value)):
+            raise SpecError(
+                f"--price {text}: expected MACHINE=DOLLARS per GPU and hour, MACHINE of {', '.join(machines)}"
+            )
+        prices[name] = value
+    return prices
+
+
+def _fleets(
+    question: Question, machines: Sequence[str], designs: Sequence[Design], workers: int
+) -> list[tuple[str, Priced]]:
+    """The smallest fleet of every machine and design, best design of each machine first and with its head-room."""
+    from clo_cli.plan_jobs import FleetJob, run_fleet
+
+    first = [FleetJob(question=question, machine=one, design=designs[0]) for one in machines]
+    known = _run(run_fleet, first, workers, f"fleets with {designs[0].name}")
+    near = {job.machine: fleet.gpus for job, fleet in zip(first, known, strict=True)}
+    others = [
+        FleetJob(question=question, machine=one, design=design, near=near[one])
+        for one in machines
+        for design in designs[1:]
+    ]
+    jobs, fleets = [*first, *others], [*known, *(_run(run_fleet, others, workers, "fleets") if others else [])]
+    by_machine = {
+        one: sorted(
+            (pair for pair in zip(jobs, fleets, strict=True) if pair[0].machine == one), key=lambda pair: _rank(pair[1])
+        )
+        for one in machines
+    }
+    leaders = [pairs[0] for pairs in by_machine.values() if pairs[0][1].gpus is not None]
+    again = [FleetJob(question=question, machine=job.machine, design=job.design, fleet=fleet) for job, fleet in leaders]
+    with_room = _run(run_fleet, again, workers, "head-room") if again else []
+    rooms = {job.machine: fleet for job, fleet in zip(again, with_room, strict=True)}
+    listed = []
+    for machine, pairs in by_machine.items():
+        for place, (_, fleet) in enumerate(pairs):
+            leads = place == 0 and machine in rooms
+            listed.append((machine, Priced(fleet=rooms[machine] if leads else fleet, best=leads)))
+    return listed
+
+
+def _rank(fleet: Fleet) -> tuple[float, float]:
+    """Fewer GPUs, then more distance to the limits; what cannot be done comes last."""
+    return (math.inf if fleet.gpus is None else fleet.gpus, fleet.margin)
+
+
+def _with_price(one: Priced, prices: dict[str, float], machine: str, trace: RequestTrace) -> Priced:
+    from dataclasses import replace
+
+    fleet = one.fleet
+    if fleet.gpus is None or machine not in prices or fleet.result is None:
+        return one
+    per_hour = fleet.gpus * prices[machine]
+    per_million = per_hour / 3600 / fleet.result.output_tokens_per_s * 1e6
+    return replace(one, cost_per_hour=per_hour, cost_per_million=per_million)
+
+
+def _overall(priced: Iterable[Priced]) -> Priced | None:
+    """The cheapest of the machines' best fleets; without prices for all of them, the one with the fewest GPUs."""
+    able = [one for one in priced if one.best]
+    if not able:
+        return None
+    if all(one.cost_per_hour is not None for one in able):
+        return min(able, key=lambda one: one.cost_per_hour or 0.0)
+    return min(able, key=lambda one: _rank(one.fleet))
+
+
+def _run(work: Callable[[Job], Done], jobs: Sequence[Job], workers: int, what: str) -> list[Done]:
+    from clo_cli.bars import progress_bar
+    from clo_cli.plan_jobs import in_order, run_all
+
+    with progress_bar() as bar:
+        task = bar.add_task(what, total=len(jobs))
+        done = []
+        for numbered in run_all(work, jobs, workers):
+            done.append(numbered)
+            bar.advance(task)
+    return in_order(done)
+
+
+def _machine_name(question: Question, given: str) -> str:
+    """How reports call a machine type that was given as a preset or file."""
+    return serving_scene(question.options, question.overrides, given).machine.name
+
+
+def _curve(
+    question: Question, machines: Sequence[str], best: Priced, designs: dict[str, Design], workers: int
+) -> list[tuple[float, Attempt]]:
+    from clo_cli.plan_jobs import CurveJob, run_curve
+
+    fleet = best.fleet
+    machine = next(
+        one
+        for one in machines
+        if serving_scene(question.options, question.overrides, one).machine.name == fleet.machine
+    )
+    design = next(one for one in designs.values() if one.name == fleet.design)
+    jobs = [
+        CurveJob(
+            question=question,
+            machine=machine,
+            design=design,
+            gpus=fleet.gpus or 1,
+            multipliers=(share * (fleet.head_room or 1.0),),
+        )
+        for share in CURVE
+    ]
+    return [point for points in _run(run_curve, jobs, workers, "latency against load") for point in points]
+
+
+def _map(
+    question: Question,
+    machine: str,
+    designs: Sequence[Design],
+    best: Priced | None,
+    output_tokens: int | None,
+    reuse: float | None,
+    workers: int,
+) -> CrossoverMap | None:
+    """One job per offloading design; their maps share the resident ones."""
+    from dataclasses import replace
+
+    from clo import presets
+    from clo_cli.plan_jobs import MapJob, run_map
+    from clo_sim.serving.crossover import contexts_up_to
+
+    offloading = [design for design in designs if design.offloads]
+    if not offloading:
+        return None
+    served = best.fleet.result if best is not None else None
+    answer = output_tokens or max(1, round(question.trace.mean_output_tokens))
+    longest = serving_scene(question.options, question.overrides, machine).model.max_positions - answer
+    jobs = [
+        MapJob(
+            question=question,
+            machine=machine,
+            residents=tuple(presets.load_design(name) for name in RESIDENT),
+            designs=(design,),
+            contexts=contexts_up_to(min(262144, longest)),
+            output_tokens=answer,
+            reused_share=reuse if reuse is not None else (served.prefix_hit_rate if served else 0.0),
+        )
+        for design in offloading
+    ]
+    maps = _run(run_map, jobs, workers, "map")
+    cells = {name: rows for one in maps for name, rows in one.cells.items()}
+    return replace(maps[0], cells=cells)
+
+
+def _report(question: Question, found: dict[str, Any], best: Priced | None, out: Path | None, as_json: bool) -> None:
+    from clo_cli.serve_tables import print_fleets, print_map
+
+    data = _as_dict(question, found)
+    if out is not None:
+        _save(data, found, best, out)
+    if as_json:
+        click.echo(json.dumps(data, indent=1))
+        return
+    trace = question.trace
+    title = f"{len(trace)} requests of {trace.name}, {trace.rate_per_s:.3g}/s, {question.options['model']}"
+    print_fleets(found["priced"], str(question.slo), title)
+    if found["map"] is not None:
+        print_map(found["map"])
+    if out is not None:
+        click.echo(f"plan and figures: {out}")
+
+
+def _as_dict(question: Question, found: dict[str, Any]) -> dict[str, Any]:
+    trace = question.trace
+    curve = found["curve"]
+    return {
+        "slo": str(question.slo),
+        "trace": trace.name,
+        "requests": len(trace),
+        "rate_per_s": trace.rate_per_s,
+        "fleets": [one.as_dict() for one in found["priced"]],
+        "latency_against_load": curve
+        and [
+            {"multiplier": multiplier, "values": dict(one.values), "met": one.met, "unstable": one.result.unstable}
+            for multiplier, one in curve
+        ],
+        "map": found["map"] and found["map"].as_dict(),
+    }
+
+
+def _save(data: dict[str, Any], found: dict[str, Any], best: Priced | None, out: Path) -> None:
+    from clo.files import write_text
+    from clo_plots import plot_crossover, plot_fleets, plot_load, save_figure
+
+    write_text(out / "plan.json", json.dumps(data, indent=1))
+    if found["map"] is not None:
+        save_figure(plot_crossover(data["map"]), out / "crossover.png")
+    if best is not None and data["latency_against_load"]:
+        name = f"{best.fleet.design} on {best.fleet.gpus} x {best.fleet.machine}"
+        save_figure(
+            plot_load(data["latency_against_load"], data["slo"], data["rate_per_s"], title=name), out / "load.png"
+        )
+        save_figure(plot_fleets(data["fleets"]), out / "fleets.png")

@@ -1,0 +1,156 @@
+"""Readable tables of a service and of fleets. Units are converted here. Knows nothing about how they came about."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from clo.units import format_bytes, format_seconds
+from clo_cli.tables import console
+
+if TYPE_CHECKING:
+    from clo_cli.plan import Priced
+    from clo_sim.serving import ServiceResult
+    from clo_sim.serving.crossover import CrossoverMap
+    from clo_sim.serving.metrics import Latency
+
+_STATISTICS = ("mean", "p50", "p90", "p95", "p99", "max")
+_LATENCIES = {
+    "TTFT (arrival to first token)": "ttft_s",
+    "TPOT (mean gap of a request)": "tpot_s",
+    "ITL (every gap)": "itl_s",
+    "E2E (arrival to last token)": "e2e_s",
+}
+
+
+def print_service(result: ServiceResult) -> None:
+    """One service in full."""
+    out = console()
+    gpus = f"{result.gpus} x {result.machine}" + (" (replicas)" if result.gpus > 1 else "")
+    out.print(f"{result.design} on {gpus}: {result.model}, {result.requests} requests of {result.trace}")
+    for line in _lines(result):
+        out.print(line)
+    table = Table(title="Latency", title_justify="left")
+    table.add_column("")
+    for name in _STATISTICS:
+        table.add_column(name, justify="right")
+    for title, field in _LATENCIES.items():
+        table.add_row(title, *_row(getattr(result, field), bool(result.unstable)))
+    out.print(table)
+    _print_slo(result)
+    if result.measured_share is not None:
+        share = f"{result.measured_share:.0%} of the busy time"
+        out.print(f"Measured kernel times account for {share}; the rest is literature or assumed (docs/serving.md).")
+
+
+def _row(latency: Latency, unstable: bool) -> list[str]:
+    values = [getattr(latency, name) for name in _STATISTICS]
+    missing = "unstable" if unstable else "-"
+    return [missing if value is None else format_seconds(value) for value in values]
+
+
+def _lines(result: ServiceResult) -> list[str]:
+    lines = [
+        f"completed {result.completed}, rejected {result.rejected}{_reasons(result)}; arriving "
+        f"{result.rate_per_s:.3g}/s, completing {result.completed_per_s:.3g}/s, "
+        f"{result.output_tokens_per_s:.4g} tokens/s",
+        f"busy {result.busy_share:.0%} of the time (prefill {result.prefill_share:.0%}); decoding together: "
+        f"{result.mean_running:.1f} on average, {result.peak_running} at most, of "
+        f"{result.mean_context_tokens:.0f} tokens each",
+        f"KV needs at most {format_bytes(result.peak_device_bytes)} of {format_bytes(result.room_device_bytes)} on a "
+        f"GPU, {format_bytes(result.peak_host_bytes)} of {format_bytes(result.room_host_bytes)} on its host, prefixes "
+        f"{format_bytes(result.peak_prefix_bytes)} in what that leaves; "
+        f"preemptions {result.preemptions}; prefix hits {result.prefix_hit_rate:.1%} of prompt tokens",
+    ]
+    if result.unstable:
+        lines.append(
+            f"UNSTABLE: about {result.excess_share:.0%} of the load stays behind for as long as requests come, so TTFT "
+            "and E2E depend on how long that is. More GPUs, a lower --rate-scale or another design."
+        )
+    elif result.unstable is None:
+        lines.append("Too few requests to tell whether the service keeps up with this load.")
+    if result.requests_per_cpu_s is not None:
+        lines.append(f"simulated {result.requests_per_cpu_s:,.0f} requests per CPU second")
+    return lines
+
+
+def _reasons(result: ServiceResult) -> str:
+    if not result.rejected_by:
+        return ""
+    return " (" + ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in result.rejected_by.items()) + ")"
+
+
+def _print_slo(result: ServiceResult) -> None:
+    if not result.slo:
+        return
+    out = console()
+    held = ", ".join(f"{name} {'holds' if met else 'FAILS'}" for name, met in result.slo_met.items())
+    out.print(f"SLO {result.slo}: {held}; goodput {result.goodput_per_s:.3g} requests/s within every limit")
+
+
+def print_fleets(fleets: Sequence[Priced], slo: str, title: str) -> None:
+    """Every machine and design: GPUs, cost, the SLO's values, head-room; best design of each machine first."""
+    out = console()
+    priced = any(one.cost_per_million is not None for one in fleets)
+    table = Table(title=title, title_justify="left")
+    for name in ("machine", "design"):
+        table.add_column(name, no_wrap=True)
+    for name in ("GPUs", f"{slo}\nworst term at", "head-room", "$/h", "$ per million\noutput tokens"):
+        table.add_column(name, justify="right")
+    table.add_column("note", overflow="fold")
+    for one in fleets:
+        table.add_row(*_fleet_row(one))
+    out.print(table)
+    if not priced:
+        out.print("No prices given: no costs. Give yours, in $ per GPU and hour: --price h200=... --price l40s=...")
+
+
+def _fleet_row(one: Priced) -> list[str]:
+    fleet = one.fleet
+    if fleet.gpus is None:
+        return [fleet.machine, fleet.design, "-", "", "", "", "", fleet.problem]
+    values = ", ".join(f"{name} {format_seconds(value)}" for name, value in fleet.values.items())
+    head = "" if fleet.head_room is None else f"{fleet.head_room:.2f}x"
+    breaks = f"; beyond its head-room {fleet.breaks_by} fails first" if fleet.breaks_by else ""
+    best = "BEST here: " if one.best else ""
+    return [
+        fleet.machine,
+        fleet.design,
+        str(fleet.gpus),
+        f"{fleet.margin:.0%}",
+        head,
+        "" if one.cost_per_hour is None else f"{one.cost_per_hour:.2f}",
+        "" if one.cost_per_million is None else f"{one.cost_per_million:.3g}",
+        f"{best}{values}{breaks}",
+    ]
+
+
+def print_map(found: CrossoverMap) -> None:
+    """Mean time of a request under the best offloading design, over that of the exact resident one, cell by cell."""
+    out = console()
+    table = Table(
+        title=f"When offloading helps: {found.model} on one {found.machine}, answers of {found.output_tokens} tokens, "
+        f"{found.reused_share:.0%} of a prompt cached",
+        title_justify="left",
+        caption=f"mean E2E of the best of {', '.join(found.offloading)} over that of {found.residents[0]} (below 1: "
+        "offloading is faster); *: also faster than resident-sparse; only: resident does not keep up; -: neither does",
+        caption_justify="left",
+    )
+    table.add_column("requests/s \\ tokens", justify="right")
+    for context in found.contexts:
+        table.add_column(str(context), justify="right")
+    for row in reversed(range(len(found.rates_per_s))):
+        cells = [_map_cell(found, row, column) for column in range(len(found.contexts))]
+        table.add_row(f"{found.rates_per_s[row]:.3g}", *cells)
+    out.print(table)
+
+
+def _map_cell(found: CrossoverMap, row: int, column: int) -> str:
+    ratio = found.ratio(row, column)
+    if math.isnan(ratio):
+        return "-"
+    text = "only" if ratio == 0 else "resident" if math.isinf(ratio) else f"{ratio:.2f}"
+    return text + ("*" if found.ratio(row, column, found.residents[-1]) < 1 else "")

@@ -1,0 +1,109 @@
+"""What a chunk of prefill takes. Knows nothing about requests or decoding.
+
+A simplification, with these parts:
+
+- dense layers: the profile's GEMM table at as many rows as the chunk has tokens (measured), and the bytes of norms and
+  activations over device memory;
+- attention: 4 x query heads x head_dim flops for each pair of a new token and one before it, at `ATTENTION_EFFICIENCY`
+  of the datasheet rate (no table of measured prefill attention is used);
+- link: offloaded layers read the prompt's earlier KV back from the host, layer by layer, chunk after chunk; what the
+  prefix cache holds of the layers on the GPU comes once; new KV goes out. Both directions are taken to overlap with
+  compute perfectly: a chunk takes the longest of compute, way in and way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+
+from clo.plan import dense_layers
+from clo.specs import Design
+from clo_sim.scene import Scene
+from clo_sim.serving.requests import NS_PER_S
+
+ATTENTION_EFFICIENCY = 0.6
+"""Share of the dense bf16 rate that causal prefill attention reaches.
+
+FlashAttention-2 reports 50 to 73% on A100, FlashAttention-3 up to 75% on H100 (literature, not measured here).
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillPrices:
+    """Prices of a worker's chunks. `dense_ns[n]` is the time of the dense layers for n tokens; others are per token.
+
+    `pair_ns` is for one new token attending to one other; `in_ns` for a token read back by the offloaded layers,
+    `cached_in_ns` for a token of a prefix hit that the other layers load; `out_ns` for a new token that leaves.
+    """
+
+    dense_ns: Sequence[int]
+    head_ns: int = 0
+    pair_ns: float = 0.0
+    in_ns: float = 0.0
+    cached_in_ns: float = 0.0
+    out_ns: float = 0.0
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens a chunk holds at most."""
+        return len(self.dense_ns) - 1
+
+    def chunk_ns(self, tokens: int, pairs: float, read_back: int, cached: int, finished: int) -> int:
+        """A chunk of `tokens` that makes `pairs`, reads `read_back` earlier tokens, and ends `finished` prompts."""
+        compute = self.dense_ns[tokens] + pairs * self.pair_ns + finished * self.head_ns
+        inward = read_back * self.in_ns + cached * self.cached_in_ns
+        return int(max(compute, inward, tokens * self.out_ns))
+
+    def alone_ns(self, input_tokens: int, cached: int = 0) -> int:
+        """A prompt with nothing else in its chunks, of which the first `cached` tokens are there already."""
+        total, start = 0, cached
+        while start < input_tokens:
+            tokens = min(self.chunk_tokens, input_tokens - start)
+            pairs = pairs_of(start, tokens)
+            first = cached if start == cached else 0
+            total += self.chunk_ns(tokens, pairs, start, first, int(start + tokens == input_tokens))
+            start += tokens
+        return total
+
+
+def pairs_of(start: int, tokens: int) -> float:
+    """Pairs of a token in `[start, start + tokens)` and one not after it, half a pair for itself."""
+    return tokens * (start + 0.5 * tokens)
+
+
+def prefill_prices(scene: Scene, design: Design, *, chunk_tokens: int, keeps_prefixes: bool) -> PrefillPrices:
+    """Prices of chunks of up to `chunk_tokens`; a service that keeps prefixes sends every new token's KV out."""
+    model, link = scene.model, scene.machine.link
+    resident = dense_layers(model, design) if design.offloads else model.num_layers
+    pinned = round(design.pinned_head_fraction * model.num_kv_heads) / model.num_kv_heads if design.offloads else 0.0
+    offloaded = (model.num_layers - resident) * model.layer_token_bytes * (1 - pinned)
+    leaving = model.kv_bytes_per_token if keeps_prefixes else (model.num_layers - resident) * model.layer_token_bytes
+    flops = 4.0 * model.num_query_heads * model.head_dim * model.num_layers
+    return PrefillPrices(
+        dense_ns=_dense_ns(scene, chunk_tokens),
+        head_ns=round(scene.profile.gemm.seconds(1, model.vocab_size, model.hidden_size) * NS_PER_S),
+        pair_ns=flops / (ATTENTION_EFFICIENCY * scene.machine.gpu.peak_flops_per_s) * NS_PER_S,
+        in_ns=offloaded / link.h2d_bytes_per_s * NS_PER_S,
+        cached_in_ns=(model.kv_bytes_per_token - offloaded) / link.h2d_bytes_per_s * NS_PER_S,
+        out_ns=leaving / link.d2h_bytes_per_s * NS_PER_S,
+    )
+
+
+def _dense_ns(scene: Scene, chunk_tokens: int) -> list[int]:
+    """GEMMs and element-wise kernels of all layers for 0, 1, ... tokens; more tokens never take less."""
+    model, profile = scene.model, scene.profile
+    hidden, attended = model.hidden_size, model.num_query_heads * model.head_dim
+    tokens = np.arange(1, chunk_tokens + 1, dtype=np.float64)
+    shapes = ((model.qkv_width, hidden), (hidden, attended), (2 * model.intermediate_size, hidden))
+    products = (*shapes, (hidden, model.intermediate_size))
+    gemms = sum(profile.gemm.seconds(tokens, n, k) for n, k in products)
+    # two norms read and write the hidden state twice each, rotary embedding the queries, the activation three widths
+    values = 8 * hidden + 2 * attended + 2 * model.layer_token_bytes / 2 + 3 * model.intermediate_size
+    small = profile.elementwise
+    rate = small.efficiency * scene.machine.gpu.hbm_bytes_per_s
+    elementwise = 4 * small.latency_s + tokens * values * 2.0 / rate
+    seconds = model.num_layers * (gemms + elementwise)
+    return [0, *accumulate(np.rint(seconds * NS_PER_S).astype(np.int64).tolist(), max)]

@@ -1,0 +1,60 @@
+"""What one worker (a GPU with its share of the host) costs and holds under one design. Knows nothing about arrivals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from clo.specs import Design
+from clo_sim.run import Executor
+from clo_sim.scene import Scene
+from clo_sim.serving.clocks import StepClock
+from clo_sim.serving.decode import BATCHES, DecodePrices
+from clo_sim.serving.memory import MemoryNeed, MemoryRoom, memory_need, memory_room
+from clo_sim.serving.prefill import PrefillPrices, prefill_prices
+from clo_sim.serving.requests import RequestTrace
+
+MAX_BATCH = BATCHES[-1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerCosts:
+    """Prices and memory of a worker. `clock(batch)` prices decode steps, `prefill` chunks of prompts.
+
+    `block_bytes` is a prefix block in host memory; `max_tokens` the longest sequence the model accepts.
+    """
+
+    clock: Callable[[int], StepClock]
+    prefill: PrefillPrices
+    need: MemoryNeed
+    room: MemoryRoom
+    max_tokens: int
+    block_bytes: int = 0
+    decode_prices: DecodePrices | None = None
+
+
+def worker_costs(
+    scene: Scene,
+    design: Design,
+    trace: RequestTrace,
+    *,
+    chunk_tokens: int = 2048,
+    keeps_prefixes: bool | None = None,
+    executor: Executor = "clock",
+) -> WorkerCosts:
+    """Costs of `design` in `scene` for the contexts of `trace`; decode steps are priced as they are needed.
+
+    `keeps_prefixes` (default: where the trace names prefixes) sends prompts to a prefix cache in host memory. Raises
+    `SpecError` where the model does not fit one GPU, or the design not the shortest context.
+    """
+    prices = DecodePrices(scene, design, max_context=trace.max_total_tokens + 1, executor=executor)
+    keeps = trace.has_prefixes if keeps_prefixes is None else keeps_prefixes
+    return WorkerCosts(
+        clock=prices.clock,
+        prefill=prefill_prices(scene, design, chunk_tokens=chunk_tokens, keeps_prefixes=keeps),
+        need=memory_need(scene, design),
+        room=memory_room(scene),
+        max_tokens=scene.model.max_positions,
+        block_bytes=int(trace.block_tokens * scene.model.kv_bytes_per_token) if keeps else 0,
+        decode_prices=prices,
+    )

@@ -1,0 +1,42 @@
+"""Workers with round costs: a given step time, prompts that cost nothing unless asked, memory that counts tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from clo_sim.serving import Request, RequestTrace, WorkerCosts
+from clo_sim.serving.clocks import StepClock
+from clo_sim.serving.memory import MemoryNeed, MemoryRoom
+from clo_sim.serving.prefill import PrefillPrices
+
+PLENTY = 10**15
+
+
+def toy_costs(
+    *,
+    step_ns: int = 1_000_000,
+    clock: Callable[[int], StepClock] | None = None,
+    token_ns: int = 0,
+    chunk_tokens: int = 64,
+    device_tokens: int = PLENTY,
+    host_tokens: int = PLENTY,
+    block_tokens: int = 0,
+    max_tokens: int = PLENTY,
+) -> WorkerCosts:
+    """A token takes a byte of either memory; with `block_tokens`, prompts are kept as prefixes."""
+    flat = StepClock.of([step_ns], shift=50)
+    return WorkerCosts(
+        clock=clock or (lambda batch: flat),
+        prefill=PrefillPrices(dense_ns=[token_ns * tokens for tokens in range(chunk_tokens + 1)]),
+        need=MemoryNeed(device_base=0, device_per_token=1, host_per_token=1),
+        room=MemoryRoom(device=device_tokens, host=host_tokens),
+        max_tokens=max_tokens,
+        block_bytes=block_tokens,
+    )
+
+
+def trace_of(
+    rows: Sequence[tuple[int, int, int] | tuple[int, int, int, tuple[int, ...]]], block_tokens: int = 4
+) -> RequestTrace:
+    """Requests from (arrival_ns, input, output[, prefix blocks])."""
+    return RequestTrace("toy", tuple(Request(*row) for row in rows), block_tokens)
