@@ -19,7 +19,10 @@ import clo_sim
 from clo import presets
 from clo_sim.scene import Scene
 from clo_sim.variation import Task
-from clo_sim.workers import LocalPool, Workers
+from clo_sim.workers import TYPICAL_S, WORTH_STARTING_S, LocalPool, Workers
+
+ENOUGH_TO_START = 1 + int(WORTH_STARTING_S / TYPICAL_S["clock"])
+"""Evaluations on the clock that workers are started for."""
 
 
 def tasks_of(count: int, level: str) -> list[Task]:
@@ -42,7 +45,7 @@ def measure(scene: Scene, tasks: list[Task], num_workers: int) -> dict[str, floa
     """Elapsed seconds of `tasks` on warm workers, and CPU seconds of the busiest worker, of all, and our own."""
     pool, start = LocalPool(scene, num_workers), time.perf_counter()
     with Workers(scene, pool) as workers:
-        warm = [Task(design=task.design, level="clock") for task in tasks[:1]] * 160
+        warm = [Task(design=task.design, level="clock") for task in tasks[:1]] * ENOUGH_TO_START
         assert len(list(workers.run(warm))) == len(warm)
         started, own = time.perf_counter(), time.process_time()
         before = {pid: cpu_seconds(pid) for pid in pool.pids}

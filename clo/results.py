@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import PositiveFloat, ValidationError, field_validator
+from pydantic import Field, PositiveFloat, ValidationError, field_validator
 
 from clo.errors import CloError
 from clo.files import read_json, write_text
@@ -39,7 +39,8 @@ class Roofline(Spec):
 class Result(Spec):
     """One design on one machine under one workload. All times are means per decode step unless named otherwise.
 
-    `busy_s` (main stream, by part), `contention_s` and `stall_s` (main stream, by cause) add up to `tpot_s`.
+    `busy_s` (main stream, by part), `contention_s` and `stall_s` (main stream, by cause) add up to `tpot_s`. `None`:
+    not known of a machine that was run and not simulated.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -56,11 +57,11 @@ class Result(Spec):
     tokens_per_s: float
     hit_rate: float
     reuse_rate: float
-    overlap: float
+    overlap: float | None = None
     h2d_bytes_per_step: float
     d2h_bytes_per_step: float
-    h2d_utilisation: float
-    hbm_bytes_per_step: float
+    h2d_utilisation: float | None = None
+    hbm_bytes_per_step: float | None = None
     cpu_launch_s: float
     cpu_threads_s: float
     device_bytes: float
@@ -76,10 +77,16 @@ class Result(Spec):
     contention_s: float
     lane_busy_s: dict[str, float]
     ops: dict[str, OpTotal]
-    roofline: Roofline
+    roofline: Roofline | None = None
     measured_share: float
     source_shares: dict[str, float]
     assumptions: tuple[str, ...] = ()
+    intervals: dict[str, tuple[float, float]] = Field(
+        default_factory=dict, description="90% prediction intervals by name, seconds, where they were asked for"
+    )
+    interval_share: float | None = Field(
+        default=None, description="share of busy time that rests on costs whose spread is known: only these vary"
+    )
 
     @field_validator("schema_version")
     @classmethod

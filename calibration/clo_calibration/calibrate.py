@@ -17,12 +17,11 @@ import torch
 from clo.engine.decoder import local_machine
 from clo.engine.measure import MachineRun, fastest
 from clo.engine.network import Network
-from clo.engine.random_weights import random_model
-from clo.errors import CloError, SpecError
+from clo.engine.random_weights import checked, random_model
+from clo.errors import CloError
 from clo.files import read_json, write_text
 from clo.operation_costs import BenchmarkRow, FitPoint, OperationCost, OperationProfile
 from clo.specs import MachineSpec, ModelSpec
-from clo.units import format_bytes
 from clo_calibration.comparison import price_run, simulated_s
 from clo_calibration.fingerprint import fingerprint
 from clo_calibration.host_benchmarks import HostBenchmark, host_benchmarks
@@ -48,14 +47,7 @@ NOISY = 0.1
 
 def network_of(model: ModelSpec, device: torch.device) -> Network:
     """Random weights in single precision. Raises `SpecError` where the machine cannot hold them."""
-    needed = model.weight_bytes / model.weight_bytes_per_value * 4
-    memory = local_machine(device).gpu.memory_bytes
-    if needed > 0.8 * memory:
-        raise SpecError(
-            f"model {model.name}: its weights take {format_bytes(needed)} in single precision, this machine has "
-            f"{format_bytes(memory)} of memory: choose a smaller model, or lower model.num_layers"
-        )
-    return Network(random_model(model, device=device), model.name)
+    return Network(random_model(checked(model, device), device=device), model.name)
 
 
 def calibrate(

@@ -20,6 +20,7 @@ COMMANDS = {
     "show": "List models, machines, designs, profiles and traces, each with its source.",
     "serve-sim": "Serve a trace of requests in simulation: latencies, goodput, memory.",
     "plan": "The smallest fleet and best design for a load and an SLO; when offloading helps.",
+    "run": "Decode on this machine, reported like a simulation.",
     "generate": "Text from a real model that decodes under a design.",
     "evaluate": "How good a real model's answers stay under designs.",
     "heads": "What a trace says about each head: importance, similarity, prefetchability.",

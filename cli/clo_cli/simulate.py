@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from clo_cli.options import design_from, overrides_from, scene_from, scene_options
+
+if TYPE_CHECKING:
+    from clo.results import Result
 
 
 @click.command()
@@ -23,6 +26,7 @@ from clo_cli.options import design_from, overrides_from, scene_from, scene_optio
 @click.option("--timeline", type=click.Path(path_type=Path), help="Write one step as Chrome trace JSON (Perfetto).")
 @click.option("--timeline-step", type=int, default=0, show_default=True, help="Which measured step.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result as JSON.")
+@click.option("--intervals", is_flag=True, help="Add 90% prediction intervals from the spread of costs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def simulate(
     design_name: str,
@@ -30,6 +34,7 @@ def simulate(
     timeline: Path | None,
     timeline_step: int,
     out: Path | None,
+    intervals: bool,
     as_json: bool,
     settings: tuple[str, ...],
     **options: Any,
@@ -53,6 +58,8 @@ def simulate(
     for path in targets:
         check_target(path)
     result = run(scene, design, executor="clock" if executor == "clock" else "simpy")
+    if intervals:
+        result = _with_intervals(result, scene, design, executor)
     if timeline is not None:
         _write_timeline(timeline, scene, design, executor, timeline_step)
     if out is not None:
@@ -65,6 +72,19 @@ def simulate(
         print_result(result)
         if timeline is not None:
             click.echo(f"timeline of step {timeline_step}: {timeline} (open in https://ui.perfetto.dev)")
+
+
+def _with_intervals(result: Result, scene: Any, design: Any, executor: str) -> Result:
+    from clo_sim.clock import run_clock
+    from clo_sim.intervals import predict
+    from clo_sim.simulator import run_simpy
+
+    def run(priced: Any, contention: Any = None) -> Any:
+        return run_clock(priced) if executor == "clock" else run_simpy(priced, contention=contention)
+
+    found = predict(scene.priced(scene.plan(design)), run=run)
+    spans = {name: (interval.low, interval.high) for name, interval in found.intervals.items()}
+    return result.with_fields(intervals=spans, interval_share=found.known_share)
 
 
 def _check_step(step: int, steps: int) -> None:

@@ -79,15 +79,20 @@ def _design_row(result: Result) -> list[str]:
         f"{result.tokens_per_s:.0f}" if result.tokens_per_s >= 10 else f"{result.tokens_per_s:.2g}",
         f"{result.device_bytes / GB:.0f}",
         f"{result.kv_device_bytes / GB:.0f}",
-        f"{result.overlap:.0%}",
+        _share(result.overlap),
         f"{result.hit_rate:.1%}",
         f"{result.h2d_bytes_per_step / GB:.2f}",
-        f"{result.h2d_utilisation:.0%}",
+        _share(result.h2d_utilisation),
         f"{result.cpu_threads_s / result.tpot_s:.0%}",
         f"{result.total_stall_s / result.tpot_s:.0%}",
-        f"{result.roofline.seconds / result.tpot_s:.0%}",
+        _share(result.roofline.seconds / result.tpot_s if result.roofline else None),
         stall_text(result),
     ]
+
+
+def _share(value: float | None) -> str:
+    """A dash for what is not known of a machine."""
+    return "-" if value is None else f"{value:.0%}"
 
 
 def stall_text(result: Result) -> str:
@@ -111,8 +116,10 @@ def print_designs(results: Sequence[Result], not_run: Mapping[str, str], title: 
 
 
 def print_roofline(result: Result, what: str) -> None:
-    """The least that must move, before any measured or simulated number."""
+    """The least that must move, before any measured or simulated number, if that is known."""
     roof = result.roofline
+    if roof is None:
+        return
     console().print(
         f"Roofline of {what}: {format_bytes(roof.hbm_bytes)} of device memory take {format_seconds(roof.hbm_s)}, "
         f"{format_bytes(roof.h2d_bytes)} over the host link take {format_seconds(roof.h2d_s)}, "
@@ -219,18 +226,29 @@ def print_result(result: Result) -> None:
 def _headline(result: Result) -> dict[str, str]:
     spread = f"median {format_seconds(result.tpot_p50_s)}, p99 {format_seconds(result.tpot_p99_s)}"
     threads = format_seconds(result.cpu_threads_s)
-    return {
+    fields = {
         "TPOT": f"{format_seconds(result.tpot_s)} ({spread})",
         "tokens/s": f"{result.tokens_per_s:.1f}",
         "GPU memory": f"{format_bytes(result.device_bytes)}, of it KV {format_bytes(result.kv_device_bytes)}",
         "host memory": format_bytes(result.host_bytes),
         "pages": f"{result.num_pages} per head, budget {result.budget_pages}, slots {result.slot_pages}",
         "hit rate": f"{result.hit_rate:.1%} of attended pages; {result.reuse_rate:.1%} of heads selected nothing late",
-        "overlap": f"{result.overlap:.1%} of the attended pages are what the selector would choose now",
-        "host to device": f"{format_bytes(result.h2d_bytes_per_step)} a step, link {result.h2d_utilisation:.0%} busy",
+        "host to device": f"{format_bytes(result.h2d_bytes_per_step)} a step",
         "CPU": f"launching {format_seconds(result.cpu_launch_s)}, transfer threads {threads} a step",
-        "of its roofline": f"{result.roofline.seconds / result.tpot_s:.0%}",
     }
+    if "tpot_s" in result.intervals:
+        low, high = result.intervals["tpot_s"]
+        fields["TPOT interval"] = (
+            f"{format_seconds(low)} to {format_seconds(high)} with 90% probability, if the costs without a known "
+            f"spread ({1 - (result.interval_share or 0.0):.0%} of busy time) are exact"
+        )
+    if result.overlap is not None:
+        fields["overlap"] = f"{result.overlap:.1%} of the attended pages are what the selector would choose now"
+    if result.h2d_utilisation is not None:
+        fields["host to device"] += f", link {result.h2d_utilisation:.0%} busy"
+    if result.roofline is not None:
+        fields["of its roofline"] = f"{result.roofline.seconds / result.tpot_s:.0%}"
+    return fields
 
 
 def _time_table(result: Result) -> Table:

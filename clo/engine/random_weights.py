@@ -9,12 +9,30 @@ from typing import Any
 
 import torch
 
-from clo.engine.decoder import Prompt
+from clo.engine.decoder import Prompt, local_machine
 from clo.engine.network import Network
+from clo.errors import SpecError
 from clo.specs import ModelSpec
+from clo.units import format_bytes
 
 WEIGHT_SCALE = 0.02
 KEY_SCALE = 1.0
+
+
+SINGLE_PRECISION_BYTES = 4
+MOST_OF_MEMORY = 0.8
+
+
+def checked(spec: ModelSpec, device: torch.device | str = "cpu") -> ModelSpec:
+    """`spec`, if this machine can hold its weights in single precision. Raises `SpecError` that says what is needed."""
+    needed = spec.weight_bytes / spec.weight_bytes_per_value * SINGLE_PRECISION_BYTES
+    memory = local_machine(torch.device(device)).gpu.memory_bytes
+    if needed > MOST_OF_MEMORY * memory:
+        raise SpecError(
+            f"model {spec.name}: its weights take {format_bytes(needed)} in single precision, this machine has "
+            f"{format_bytes(memory)} of memory: choose a smaller model, or lower model.num_layers"
+        )
+    return spec
 
 
 def random_model(

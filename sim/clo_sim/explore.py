@@ -233,7 +233,7 @@ def _quality_note(field: str, best: Result, other: Evaluation) -> str:
     if field in ("dense_layers", "pinned_head_fraction"):
         return "changes the answers: another share of the heads attends in full"
     overlap = other.metrics["overlap"]
-    if abs(overlap - best.overlap) > 0.005:
+    if best.overlap is not None and abs(overlap - best.overlap) > 0.005:
         return f"changes the answers: overlap with a fresh selection {overlap:.0%}, not {best.overlap:.0%}"
     return ""
 

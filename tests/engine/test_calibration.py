@@ -21,9 +21,11 @@ from clo.engine.decoder import Decoder
 from clo.engine.measure import MachineRun, fastest, run_steps
 from clo.engine.network import Network
 from clo.engine.random_weights import random_model, random_prompt
+from clo.engine.run import result_of
 from clo.errors import CloError, EngineError, ProfileError, SpecError
 from clo.operation_costs import OperationPricer, OperationProfile, feature_values, load_operation_profile, price_key
 from clo.presets import load_model
+from clo.results import Result, load_result
 from clo.schedule import Lane, record_step
 from clo.schedule.ops import price_name
 from clo.specs import Design
@@ -437,3 +439,43 @@ class TestEndToEnd:
         assert found.low_s <= found.simulated_s <= found.high_s
         assert found.lanes["main stream"].real_s > 0
         assert found.operations["attention"].simulated_s > 0
+
+
+class TestRun:
+    def test_busy_time_and_stalls_add_up(self, runs: dict[str, tuple[MachineRun, MachineRun]]) -> None:
+        for _, run in runs.values():
+            result = result_of(run)
+            assert sum(result.busy_s.values()) + result.total_stall_s == pytest.approx(result.tpot_s, rel=1e-3)
+            assert result.tpot_s == pytest.approx(float(run.step_s.mean()))
+            # a streamed layer moves the tokens there are, not whole pages
+            assert result.h2d_bytes_per_step == pytest.approx(
+                float(run.traffic.fetched_pages.sum(axis=1).mean()) * run.plan.page_bytes, rel=0.06
+            )
+            assert load_result_of(result) == result
+
+    def test_the_command_writes_what_a_simulation_writes(self, tmp_path: Path) -> None:
+        out, step = tmp_path / "r.json", tmp_path / "t.json"
+        small = ["run", "--layers", "2", "--context", "200", "--steps", "2", "--design", "resolve"]
+        done = CliRunner().invoke(clo, [*small, "--json", "--out", str(out), "--timeline", str(step)])
+        assert done.exit_code == 0, done.output
+        result = load_result(out)
+        assert json.loads(done.stdout)["tpot_s"] == result.tpot_s
+        assert (result.executor, result.workload.steps, result.roofline) == ("machine", 2, None)
+        assert load_chrome_trace(step)[0].seconds > 0
+        assert "TPOT" in CliRunner().invoke(clo, small).stdout
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--context", "0"], "--context = 0"),
+            (["--model", "llama-3-70b"], "in single precision"),
+            (["--weights", "smollm2-135m", "--layers", "2"], "--layers 2: real weights"),
+        ],
+    )
+    def test_bad_input_is_refused(self, arguments: list[str], message: str) -> None:
+        with pytest.raises(CloError, match=message):
+            CliRunner().invoke(clo, ["run", *arguments], catch_exceptions=False, standalone_mode=False)
+
+
+def load_result_of(result: Result) -> Result:
+    return Result.model_validate_json(result.model_dump_json())

@@ -1,0 +1,122 @@
+"""`clo run`: decode steps of a real decoder, reported like simulated ones. Knows nothing about how it decodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from clo_cli.options import design_from, overrides_from
+
+if TYPE_CHECKING:
+    from clo.engine.measure import MachineRun
+    from clo.specs import Design
+
+
+@click.command()
+@click.option(
+    "--model", default="smollm2-135m", show_default=True, help="A shape: preset, TOML, config.json or folder."
+)
+@click.option("--weights", help="Real weights: smollm2-135m, a model folder or a hub name [default: random ones].")
+@click.option("--layers", type=int, help="Use so many of the layers (random weights only).")
+@click.option("--design", "design_name", default="clo", show_default=True, help="Preset or TOML file.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any field of the design: design.tau=0.9."
+)
+@click.option("--context", default=2048, show_default=True, help="Tokens per sequence before the first step.")
+@click.option("--batch", default=1, show_default=True, help="Sequences decoded together.")
+@click.option("--steps", default=16, show_default=True, help="Decode steps to measure, after two more.")
+@click.option("--timeline", type=click.Path(path_type=Path), help="Write the median step as Chrome trace JSON.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the result as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def run(
+    model: str,
+    weights: str | None,
+    layers: int | None,
+    design_name: str,
+    settings: tuple[str, ...],
+    context: int,
+    batch: int,
+    steps: int,
+    timeline: Path | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Really decode under a design on this machine, and print where a step's time goes.
+
+    \b
+    The result and the timeline are those of `clo simulate`. Contexts are made up, and so are weights unless
+    --weights names some: a shape of any size needs no download.
+    \b
+    clo run --model smollm2-135m --design resolve --context 4096 --timeline step.json
+    clo run --model llama-3-8b --layers 2 --design clo
+    """
+    from clo.errors import SpecError
+    from clo.files import check_target
+
+    design = design_from(design_name, overrides_from(settings))
+    for name, value in (("--context", context), ("--batch", batch), ("--steps", steps)):
+        if value < 1:
+            raise SpecError(f"{name} = {value}: must be at least 1")
+    if weights and layers:
+        raise SpecError(f"--layers {layers}: real weights have their own layers: leave it out, or --weights")
+    for path in (timeline, out):
+        if path is not None:
+            check_target(path)
+    measured = _measured(model, weights, layers, design, context, batch, steps)
+    _report(measured, timeline, out, as_json)
+
+
+def _measured(
+    model: str, weights: str | None, layers: int | None, design: Design, context: int, batch: int, steps: int
+) -> MachineRun:
+    from clo_cli.models import need_engine
+
+    need_engine("decoding")
+    from clo.engine.decoder import Decoder
+    from clo.engine.measure import run_steps
+    from clo.engine.random_weights import random_prompt
+
+    network = _network(model, weights, layers)
+    with Decoder(network, _without_profile(design), max_new_tokens=steps + 4) as decoder:
+        prompts = [random_prompt(network, context, seed=seed) for seed in range(batch)]
+        return run_steps(decoder, prompts, steps=steps)
+
+
+def _without_profile(design: Design) -> Design:
+    """Head profiles come from traces of real weights: without one, one threshold and equal weights."""
+    return design.with_fields(target_hit_rate=None, gqa_fold="mean") if design.gated else design
+
+
+def _network(model: str, weights: str | None, layers: int | None) -> Any:
+    from clo import presets
+    from clo.engine.network import Network
+    from clo.engine.random_weights import checked, random_model
+    from clo_cli.models import load_for_decoding
+
+    if weights:
+        return Network(load_for_decoding(weights)[0])
+    shape = presets.load_model(model)
+    if layers is not None:
+        shape = shape.with_fields(num_layers=layers)
+    return Network(random_model(checked(shape)), shape.name)
+
+
+def _report(measured: MachineRun, timeline: Path | None, out: Path | None, as_json: bool) -> None:
+    from clo.engine.run import median_step, result_of
+    from clo.timeline import save_chrome_trace
+
+    result = result_of(measured)
+    if timeline is not None:
+        save_chrome_trace(timeline, [median_step(measured)])
+    if out is not None:
+        result.save(out)
+    if as_json:
+        click.echo(result.model_dump_json(indent=1))
+        return
+    from clo_cli.tables import print_result
+
+    print_result(result)
+    if timeline is not None:
+        click.echo(f"timeline of the median step: {timeline} (open in https://ui.perfetto.dev)")
