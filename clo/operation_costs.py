@@ -86,6 +86,9 @@ class OperationProfile(Spec):
     common_spread: NonNegativeFloat = Field(
         default=0.0, description="relative spread of whole steps beyond what the spreads of operations explain"
     )
+    steps_s: dict[str, float] = Field(
+        default_factory=dict, description="median steps of the runs that were fitted, by design and size"
+    )
     benchmarks: tuple[BenchmarkRow, ...] = ()
     fits: dict[str, tuple[FitPoint, ...]] = Field(default_factory=dict, description="what costs were fitted to")
 

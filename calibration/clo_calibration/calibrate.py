@@ -143,6 +143,7 @@ def fit_profile(
         operations={key: _beside_others(key, cost, interference) for key, cost in costs.items()},
         handover_s=handover_s(together),
         drift=drift([run for _, probe, run in learnt if probe.design.name == "resident" and not probe.alone]),
+        steps_s={probe.place: float(np.median(run.step_s)) for _, probe, run in learnt if not probe.alone},
         benchmarks=tuple(_row(benchmark) for benchmark in benchmarks),
         fits={key: _points(timed, costs[key]) for key, timed in (alone | runtime).items() if key in costs},
     )

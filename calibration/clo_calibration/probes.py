@@ -78,6 +78,12 @@ class Probe:
         return f"{self.design.name}{how}, {batch} x {context} tokens, budget {budget:.0%}"
 
     @property
+    def place(self) -> str:
+        """Design and size, whenever it is run."""
+        context, batch, budget = self.size
+        return f"{self.design.name}, {batch} x {context}, {budget:g}"
+
+    @property
     def key(self) -> str:
         """For file names: the same probe has the same key."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]

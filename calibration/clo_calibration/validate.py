@@ -90,6 +90,7 @@ def point_of(profile: OperationProfile, probe: Probe, run: MachineRun, disturbed
         budget_fraction=budget,
         fitted=probe.fitted,
         real_s=float(np.median(run.step_s)),
+        calibrated_s=profile.steps_s.get(probe.place) if probe.fitted else None,
         disturbed_s=disturbed_s,
         simulated_s=without["nothing"],
         low_s=interval.low,

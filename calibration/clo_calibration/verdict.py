@@ -32,6 +32,7 @@ class Point(Spec):
     budget_fraction: float
     fitted: bool
     real_s: float
+    calibrated_s: float | None = None
     disturbed_s: float
     simulated_s: float
     low_s: float
@@ -92,8 +93,14 @@ class Verdict(Spec):
             "rank_correlation": float(np.mean([_rank_correlation(group) for group in self.groups()])),
             "regret": float(max(_regret(group) for group in self.groups())),
             "interval_coverage": float(np.mean([point.is_covered for point in self.judged])),
+            "slower_than_calibrated": self.slower_than_calibrated(),
             "disturbance": float(np.median([point.disturbed_s / point.real_s - 1.0 for point in self.points])),
         }
+
+    def slower_than_calibrated(self) -> float:
+        """How much longer the very runs take now from which costs were fitted: what no simulation could foresee."""
+        again = [point.real_s / point.calibrated_s - 1.0 for point in self.points if point.calibrated_s]
+        return float(np.median(again)) if again else 0.0
 
     def groups(self) -> list[list[Point]]:
         """Judged points of one size, where designs can be chosen among."""
@@ -162,6 +169,7 @@ def markdown(verdict: Verdict) -> str:
         f"| rank correlation of designs | {summary['rank_correlation']:.2f} |",
         f"| regret of the simulation's choice, worst size | {summary['regret']:.1%} |",
         f"| real steps inside their 90% intervals | {summary['interval_coverage']:.0%} |",
+        f"| the fitted runs, repeated now, take longer by | {summary['slower_than_calibrated']:+.1%} |",
         f"| baseline, minutes apart | ± {verdict.drift:.1%} |",
         f"| disturbed by others: a typical round against the fastest | +{summary['disturbance']:.1%} |",
         "",

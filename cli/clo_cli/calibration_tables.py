@@ -75,5 +75,9 @@ def print_verdict(summary: Mapping[str, float], ablation: Mapping[str, float]) -
         f"designs: rank correlation {summary['rank_correlation']:.2f}, regret at most {summary['regret']:.1%}; "
         f"{summary['interval_coverage']:.0%} of the real steps lie in their 90% intervals"
     )
+    slower = summary["slower_than_calibrated"]
+    out.print(f"the runs that costs were fitted from, repeated now, take {slower:+.1%} longer")
+    if abs(slower) > QUIET / 2:
+        out.print("The machine is not what it was when calibrated: calibrate and validate again when it is quiet.")
     parts = ", ".join(f"{name} {error:.1%}" for name, error in ablation.items() if name != "nothing")
     out.print(f"median error with a part of the simulator left out: {parts}")
