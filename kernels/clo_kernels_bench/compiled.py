@@ -1,6 +1,9 @@
-"""Compiles every kernel for a GPU that need not be there; run as a script, without the interpreter.
+"""Compiles every kernel for GPUs that need not be there; run as a script, without the interpreter.
 
-Prints {"kernel:arch": {"ptx": ..., "spills": bytes or null}} as JSON.
+    python compiled.py 80 90
+
+prints {"kernel:architecture": {"ptx", "registers", "shared_bytes", "spill_bytes"}} as JSON; registers and spills are
+null where Triton's copies of ptxas are not found or too old for its PTX.
 """
 
 import json
@@ -9,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -26,7 +30,7 @@ from clo_kernels.sparse_decode_attention import attend_split_kernel, merge_split
 from clo_kernels.wait_ready import wait_ready_kernel
 
 # kernel, dtypes of pointers ("/16": aligned, as torch allocates) and numbers, constants, warps
-KERNELS = {
+KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
     "hit_test": (
         hit_test_kernel,
         "*bf16/16 *bf16/16 *fp32/16 *fp32/16 *u8/16 i32",
@@ -82,40 +86,55 @@ KERNELS = {
 }
 
 
-def compiled(kernel, types, constants, num_warps, arch, *, ones=False):
+def compiled(
+    kernel: Any, types: str, constants: dict[str, Any], num_warps: int, architecture: int, *, ones: bool = False
+) -> Any:
     """With `ones`, every number is 1: Triton then makes it a constant, which is no tensor."""
     names = [name for name in kernel.arg_names if name not in constants]
-    types = dict(zip(names, types.split(), strict=True))
+    kinds = dict(zip(names, types.split(), strict=True))
     if ones:
-        constants = {**constants, **{name: 1 for name, kind in types.items() if kind == "i32"}}
+        constants = {**constants, **{name: 1 for name, kind in kinds.items() if kind == "i32"}}
     signature = {
-        name: "constexpr" if name in constants else types[name].removesuffix("/16") for name in kernel.arg_names
+        name: "constexpr" if name in constants else kinds[name].removesuffix("/16") for name in kernel.arg_names
     }
-    aligned = [i for i, name in enumerate(kernel.arg_names) if types.get(name, "").endswith("/16")]
+    aligned = [i for i, name in enumerate(kernel.arg_names) if kinds.get(name, "").endswith("/16")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps, "num_stages": 2})
+    target = GPUTarget("cuda", architecture, 32)
+    return triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": 2})
 
 
-def spilled_bytes(ptx):
-    """As ptxas reports it; None where Triton's copies of it are not found or too old for its PTX."""
-    target = re.search(r"\.target (\w+)", ptx).group(1)
+def assembled(ptx: str) -> dict[str, int | None]:
+    """Registers of a thread and bytes spilled, as ptxas reports them."""
+    target = re.findall(r"\.target (\w+)", ptx)[0]
     for ptxas in sorted((Path(triton.__file__).parent / "backends" / "nvidia" / "bin").glob("ptxas*")):
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "kernel.ptx"
             source.write_text(ptx)
-            command = [ptxas, "-v", f"--gpu-name={target}", source, "-o", source.with_suffix(".cubin")]
+            command = [str(ptxas), "-v", f"--gpu-name={target}", str(source), "-o", f"{source}.cubin"]
             run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode == 0:
-            return sum(int(n) for n in re.findall(r"(\d+) bytes spill", run.stdout + run.stderr))
-    return None
+            said = run.stdout + run.stderr
+            spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
+            return {"registers": int(re.findall(r"Used (\d+) registers", said)[0]), "spill_bytes": spilled}
+    return {"registers": None, "spill_bytes": None}
+
+
+def main(architectures: list[int]) -> None:
+    """Compile for all of them and print."""
+    result: dict[str, dict[str, Any]] = {}
+    for name, (kernel, types, constants, num_warps) in KERNELS.items():
+        compiled(kernel, types, constants, num_warps, architectures[-1], ones=True)
+        for architecture in architectures:
+            done = compiled(kernel, types, constants, num_warps, architecture)
+            ptx = done.asm["ptx"]
+            result[f"{name}:{architecture}"] = {
+                "ptx": ptx,
+                "shared_bytes": done.metadata.shared,
+                **assembled(ptx),
+            }
+    json.dump(result, sys.stdout)
 
 
 if __name__ == "__main__":
-    result = {}
-    for name, (kernel, types, constants, num_warps) in KERNELS.items():
-        compiled(kernel, types, constants, num_warps, 90, ones=True)
-        for arch in (80, 90):
-            ptx = compiled(kernel, types, constants, num_warps, arch).asm["ptx"]
-            result[f"{name}:{arch}"] = {"ptx": ptx, "spills": spilled_bytes(ptx)}
-    json.dump(result, sys.stdout)
+    main([int(argument) for argument in sys.argv[1:]])
