@@ -45,6 +45,8 @@ def verdict(name: str, case: str, operation: Callable[..., Any], arguments: Argu
     mirror = {key: on_cpu(value) for key, value in arguments.items()}
     try:
         operation(**arguments)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # some outputs are in host memory
         getattr(reference, name)(**mirror)
         for path, found, wanted in pairs(arguments, mirror):
             _compare(path, found.cpu(), wanted)

@@ -12,6 +12,7 @@ from clo_kernels_bench.correctness import cases, on_cpu, pairs
 from clo_kernels_bench.problems import Sizes
 from clo_kernels_bench.timing import graph_of
 from tests.kernels.helpers import DEVICE, TOLERANCE
+from tests.kernels.test_ring_doorbell import synchronize
 
 REPLAYS = 1000 if DEVICE == "cuda" else 6
 DTYPE = torch.float16
@@ -87,9 +88,8 @@ def change_doorbell(given):
 
 def change_wait(given):
     given["sequence"] += 1
-    torch.cuda.synchronize() if DEVICE == "cuda" else None
-    # every third number is late
-    given["ready"].copy_(given["sequence"].cpu() - (int(given["sequence"]) % 3 == 0))
+    number = int(given["sequence"])
+    given["ready"][0] = number - 1 if number % 3 == 0 else number  # every third is late
 
 
 CHANGES = {
@@ -105,24 +105,27 @@ CHANGES = {
 }
 
 
+def assert_agree(path, found, expected):
+    within = {**TOLERANCE[DTYPE], "equal_nan": True}
+    torch.testing.assert_close(found, expected, **within, msg=lambda text: f"{path}: {text}")
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_replays_see_what_changed(name):
     operation, given = cases(SIZES)[name]
     if name == "resolve_pages":
         given = {**given, "table": PageTable.empty(*SIZES.rows, SIZES.slots, SIZES.num_pages, DEVICE)}
     replay = graph_of([lambda: operation(**given)]).replay if DEVICE == "cuda" else lambda: operation(**given)
-    tolerance = TOLERANCE[DTYPE] | {"equal_nan": True}
     mirror = {key: on_cpu(value) for key, value in given.items()}
     for _ in range(REPLAYS):
         CHANGES[name](given)
         for _, tensor, copy in pairs(given, mirror):
             copy.copy_(tensor)
         replay()
+        synchronize()
         getattr(reference, name)(**mirror)
         for path, found, expected in pairs(given, mirror):
-            torch.testing.assert_close(
-                found.cpu(), expected, **tolerance, msg=lambda text, path=path: f"{path}: {text}"
-            )
+            assert_agree(path, found.cpu(), expected)
 
 
 def test_every_operation_is_replayed():
