@@ -27,7 +27,14 @@ from clo_kernels.ring_doorbell import ring_doorbell_kernel
 from clo_kernels.score_pages import fold_scores_kernel, page_logits_kernel
 from clo_kernels.select_pages import select_pages_kernel
 from clo_kernels.sparse_decode_attention import attend_split_kernel, merge_splits_kernel
+from clo_kernels.token_logits import hash_query_kernel, token_logits_kernel
 from clo_kernels.wait_ready import wait_ready_kernel
+
+APPEND = "*bf16/16 *bf16/16 *i32/16 *bf16/16 *bf16/16 *bf16/16 *i32/16 *bf16/16 *{}/16 *fp32/16" + 7 * " i32"
+APPENDED: dict[str, Any] = {"DIM": 128, "DIM_PAD": 128, "PAGE": 16, "BLOCK": 16}
+TOKEN_LOGITS: dict[str, Any] = {
+    "GROUP": 8, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "PAGE": 16, "PAGE_PAD": 16, "BLOCK": 4, "DOT": tl.bfloat16,
+}  # fmt: skip
 
 # kernel, dtypes of pointers ("/16": aligned, as torch allocates) and numbers, constants, warps
 KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
@@ -58,15 +65,20 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
     "attend_split": (
         attend_split_kernel,
         "*bf16/16 *bf16/16 *bf16/16 *bf16/16 *bf16/16 *i32/16 *i32/16 *i32/16 *fp32/16 *fp32/16 fp32" + 8 * " i32",
-        {"GROUP": 8, "GROUP_PAD": 16, "DIM": 128, "PAGE": 16, "BLOCK": 64, "DOT": tl.bfloat16},
+        {"GROUP": 8, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "PAGE": 16, "BLOCK": 64, "DOT": tl.bfloat16},
         4,
     ),
-    "merge_splits": (merge_splits_kernel, "*fp32/16 *fp32/16 *bf16/16 i32", {"DIM": 128, "SPLITS_PAD": 32}, 2),
+    "merge_splits": (
+        merge_splits_kernel,
+        "*fp32/16 *fp32/16 *bf16/16 i32",
+        {"DIM": 128, "DIM_PAD": 128, "SPLITS_PAD": 32},
+        2,
+    ),
     "select_pages": (select_pages_kernel, "*fp32/16 *i32/16 *u8/16 *i32/16 i32 i32 i32", {"BLOCK": 4096}, 8),
     "page_logits": (
         page_logits_kernel,
         "*bf16/16 *bf16/16 *i32/16 *u8/16 *fp32/16 *fp32/16 *fp32/16 fp32 i32 i32 i32",
-        {"GROUP": 8, "DIM": 128, "VECTORS": 2, "BLOCK": 32},
+        {"GROUP": 8, "DIM": 128, "DIM_PAD": 128, "VECTORS": 2, "BLOCK": 32},
         4,
     ),
     "fold_scores": (
@@ -75,12 +87,27 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
         {"GROUP": 8, "BLOCKS_PAD": 256, "BLOCK": 1024},
         4,
     ),
-    "append_kv": (
-        append_kv_kernel,
-        "*bf16/16 *bf16/16 *i32/16 *bf16/16 *bf16/16 *bf16/16 *i32/16 *bf16/16 *bf16/16" + 7 * " i32",
-        {"DIM": 128, "PAGE": 16, "VECTORS": 2, "BLOCK": 16},
+    "token_logits_4bit": (
+        token_logits_kernel,
+        "*bf16/16 *i32/16 *fp32/16 *i32/16 *i32/16 *u8/16 *fp32/16 *fp32/16 *fp32/16 fp32 i32 i32 i32",
+        TOKEN_LOGITS | {"HASHED": False},
         4,
     ),
+    "token_logits_hash": (
+        token_logits_kernel,
+        "*bf16/16 *i32/16 *fp32/16 *i32/16 *i32/16 *u8/16 *fp32/16 *fp32/16 *fp32/16 fp32 i32 i32 i32",
+        TOKEN_LOGITS | {"HASHED": True},
+        4,
+    ),
+    "hash_query": (
+        hash_query_kernel,
+        "*bf16/16 *fp32/16 *i32/16 *fp32/16",
+        {"GROUP": 8, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128},
+        4,
+    ),
+    "append_kv": (append_kv_kernel, APPEND.format("bf16"), APPENDED | {"KIND": "page_minmax"}, 4),
+    "append_kv_4bit": (append_kv_kernel, APPEND.format("i32"), APPENDED | {"KIND": "key_4bit"}, 4),
+    "append_kv_hash": (append_kv_kernel, APPEND.format("i32"), APPENDED | {"KIND": "sign_hash"}, 4),
     "ring_doorbell": (ring_doorbell_kernel, "*i64/16 *i32/16 *i32/16 *i64/16 i32", {"BLOCK": 1024}, 4),
     "wait_ready": (wait_ready_kernel, "*i64/16 *i64/16 *i64/16 i32", {}, 1),
 }
