@@ -45,7 +45,9 @@ def folded_cosine(
     return torch.where(anchored, folded, -torch.inf)
 
 
-def resolve_pages(selection: torch.Tensor, missed: torch.Tensor, table: PageTable, *, out: Resolved) -> Resolved:
+def resolve_pages(
+    selection: torch.Tensor, missed: torch.Tensor, table: PageTable, *, replace: bool = False, out: Resolved
+) -> Resolved:
     """See `clo_kernels.resolve_pages`."""
     out.fetch_pages.fill_(NO_PAGE)
     out.fetch_slots.fill_(NO_SLOT)
@@ -55,9 +57,13 @@ def resolve_pages(selection: torch.Tensor, missed: torch.Tensor, table: PageTabl
         slot_of_page, page_of_slot, last_use = table.slot_of_page[row], table.page_of_slot[row], table.last_use[row]
         wanted = {p: rank for rank, p in enumerate(selection[row].tolist()) if 0 <= p < len(slot_of_page)}
         if missed[row]:
+            if replace:
+                slot_of_page.fill_(NO_SLOT)
+                page_of_slot.fill_(NO_PAGE)
             absent = [p for p in wanted if slot_of_page[p] == NO_SLOT]
             in_use = {int(slot_of_page[p]) for p in wanted}
-            free = [slot for slot in last_use.argsort().tolist() if slot not in in_use]
+            oldest_first = range(len(last_use)) if replace else last_use.argsort().tolist()
+            free = [slot for slot in oldest_first if slot not in in_use]
             newest = int(last_use.max())
             for order, (page, slot) in enumerate(zip(absent, sorted(free[: len(absent)]), strict=True)):
                 if page_of_slot[slot] != NO_PAGE:

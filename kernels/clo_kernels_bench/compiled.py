@@ -47,7 +47,13 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
     "resolve_pages": (
         resolve_pages_kernel,
         "*i32/16 *u8/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 i32 i32 i32",
-        {"BUDGET_PAD": 1024, "BLOCK": 2048},
+        {"BUDGET_PAD": 1024, "BLOCK": 2048, "REPLACE": False},
+        8,
+    ),
+    "resolve_pages_replace": (
+        resolve_pages_kernel,
+        "*i32/16 *u8/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 i32 i32 i32",
+        {"BUDGET_PAD": 1024, "BLOCK": 2048, "REPLACE": True},
         8,
     ),
     "gather_pages": (
