@@ -18,6 +18,8 @@ from clo_kernels.layout import INT32, PageTable, Resolved
 
 MAX_BUDGET = 16384
 SLOT_BLOCK = 2048
+SEARCH_WAYS = 8
+"""Parts into which a look at all stamps cuts the range of the threshold: 11 looks find it among 2**32 values."""
 
 
 @triton.jit
@@ -36,6 +38,7 @@ def resolve_pages_kernel(
     num_pages,
     BUDGET_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    WAYS: tl.constexpr,
     REPLACE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -81,15 +84,18 @@ def resolve_pages_kernel(
             # smallest stamp such that enough slots are as old: all stamps are different
             low = oldest.to(tl.int64)
             high = newest.to(tl.int64)
+            way = tl.arange(0, WAYS)
             while low < high:
-                middle = low + (high - low) // 2
-                count = tl.full([], 0, tl.int32)
+                border = low + (high - low) * (way + 1) // WAYS  # the last is `high`
+                count = tl.zeros([WAYS], tl.int32)
                 for start in range(0, num_slots, BLOCK):
                     at = start + tl.arange(0, BLOCK)
                     age = tl.load(last_use + at, mask=at < num_slots, other=2147483647)
-                    count += tl.sum((age <= middle).to(tl.int32), 0)
-                low = tl.where(count >= num_absent, low, middle + 1)
-                high = tl.where(count >= num_absent, middle, high)
+                    as_old = (age[None, :] <= border.to(tl.int32)[:, None]) & (at < num_slots)[None, :]
+                    count += tl.sum(as_old.to(tl.int32), 1)
+                enough = count >= num_absent
+                low = tl.max(tl.where(enough, low, border + 1), 0)
+                high = tl.min(tl.where(enough, border, high), 0)
 
             freed_before = tl.full([], 0, tl.int32)
             for start in range(0, num_slots, BLOCK):
@@ -158,6 +164,7 @@ def resolve_pages(
                 table.slot_of_page.shape[2],
                 BUDGET_PAD=triton.next_power_of_2(budget),
                 BLOCK=min(SLOT_BLOCK, triton.next_power_of_2(num_slots)),
+                WAYS=SEARCH_WAYS,
                 REPLACE=replace,
                 num_warps=8,
             )

@@ -18,6 +18,7 @@ from clo_kernels_bench.peaks import Peaks
 from clo_kernels_bench.problems import RECENT, SINKS, Sizes
 from clo_kernels_bench.timing import Call, copies_beyond_cache, graph_samples
 
+SPLITS = (4, 16, 64)
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 
 
@@ -33,13 +34,13 @@ def attended_bytes(sizes: Sizes) -> float:
     return float(rows * attended_tokens(sizes) * 2 * sizes.head_dim * sizes.dtype.itemsize)
 
 
-def attention_calls(sizes: Sizes, copies: int) -> list[Call]:
+def attention_calls(sizes: Sizes, copies: int, num_splits: int | None = None) -> list[Call]:
     """One call for each copy of the KV."""
 
     def call() -> Call:
         query, kv, selected = problems.random_query(sizes), problems.device_kv(sizes), problems.random_slots(sizes)
         lengths, out = problems.lengths(sizes), torch.empty_like(query)
-        return lambda: sparse_decode_attention(query, kv, selected, lengths, out=out)
+        return lambda: sparse_decode_attention(query, kv, selected, lengths, num_splits=num_splits, out=out)
 
     return [call() for _ in range(copies)]
 
@@ -92,6 +93,9 @@ def attention_figures(
             limit=f"device memory, {peaks.hbm / 1e12:.2f} TB/s in this run",
         )
         yield replace(base, samples_us=graph_samples(attention_calls(sizes, copies)))
+        for splits in () if quick else SPLITS:
+            calls = attention_calls(sizes, copies, splits)
+            yield replace(base, case=case | {"splits": splits}, samples_us=graph_samples(calls))
         for backend, packed in itertools.product(BACKENDS, (True, False)):
             name = backend.name.lower().removesuffix("_attention") + (", packed" if packed else ", gqa")
             try:

@@ -47,25 +47,25 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
     "resolve_pages": (
         resolve_pages_kernel,
         "*i32/16 *u8/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 i32 i32 i32",
-        {"BUDGET_PAD": 1024, "BLOCK": 2048, "REPLACE": False},
+        {"BUDGET_PAD": 1024, "BLOCK": 2048, "WAYS": 8, "REPLACE": False},
         8,
     ),
     "resolve_pages_replace": (
         resolve_pages_kernel,
         "*i32/16 *u8/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 i32 i32 i32",
-        {"BUDGET_PAD": 1024, "BLOCK": 2048, "REPLACE": True},
+        {"BUDGET_PAD": 1024, "BLOCK": 2048, "WAYS": 8, "REPLACE": True},
         8,
     ),
     "gather_pages": (
         gather_pages_kernel,
         "*i32/16 *i32/16 *i32/16 *i32/16 *i32/16 i32 i32 i32 i32 i32",
-        {"PAGE_WORDS": 2048, "CHUNK": 2048, "ROWS_PAD": 128},
+        {"PAGE_WORDS": 2048, "CHUNK": 2048, "ITEMS": 4, "ROWS_PAD": 128},
         8,
     ),
     "gather_pages_chunked": (
         gather_pages_kernel,
         "*i32/16 *i32/16 *i32/16 *i32/16 *i32/16 i32 i32 i32 i32 i32",
-        {"PAGE_WORDS": 8192, "CHUNK": 4096, "ROWS_PAD": 128},
+        {"PAGE_WORDS": 8192, "CHUNK": 4096, "ITEMS": 2, "ROWS_PAD": 128},
         8,
     ),
     "attend_split": (
@@ -80,7 +80,7 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
         {"DIM": 128, "DIM_PAD": 128, "SPLITS_PAD": 32},
         2,
     ),
-    "select_pages": (select_pages_kernel, "*fp32/16 *i32/16 *u8/16 *i32/16 i32 i32 i32", {"BLOCK": 4096}, 8),
+    "select_pages": (select_pages_kernel, "*fp32/16 *i32/16 *u8/16 *i32/16 i32 i32 i32", {"BLOCK": 4096, "WAYS": 8}, 8),
     "page_logits": (
         page_logits_kernel,
         "*bf16/16 *bf16/16 *i32/16 *u8/16 *fp32/16 *fp32/16 *fp32/16 fp32 i32 i32 i32",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,7 @@ import torch
 
 from clo_kernels.hit_test import hit_test
 from clo_kernels.layout import Resolved
+from clo_kernels.page_index import IndexKind, entry_shape, hash_planes, page_index
 from clo_kernels.resolve_pages import resolve_pages
 from clo_kernels.score_pages import score_pages
 from clo_kernels.select_pages import select_pages
@@ -21,6 +23,8 @@ from clo_kernels_bench.timing import Call, copies_beyond_cache, graph_samples
 
 LAYERS = 32
 GOAL_US = 10.0
+MAX_INDEXED_PAGES = 16 * 1024
+"""An index of single tokens is made from all of its keys at once."""
 
 
 class _Gate:
@@ -76,12 +80,16 @@ def selection_figures(device: torch.device, peaks: Peaks, *, quick: bool) -> Ite
     for thousand in (8, 64) if quick else (8, 16, 32, 64):
         num_pages = thousand * 1024
         sizes = Sizes(device=device, num_pages=num_pages, budget=num_pages // 10, slots=num_pages // 10)
-        for name, vectors in (("page_minmax", 2), ("page_mean", 1)):
-            num_bytes = float(sizes.kv_heads * num_pages * vectors * sizes.head_dim * sizes.dtype.itemsize)
+        for kind in IndexKind:
+            if kind.of_tokens and num_pages > MAX_INDEXED_PAGES:
+                continue
+            entry = math.prod(entry_shape(kind, sizes.page_size, sizes.head_dim))
+            num_bytes = float(sizes.kv_heads * num_pages * entry * (4 if kind.of_tokens else sizes.dtype.itemsize))
+            copies = copies_beyond_cache(num_bytes, device)
             yield Figure(
                 operation="score_pages",
-                case={"index": name, "pages": num_pages},
-                samples_us=graph_samples(_score_calls(sizes, vectors, copies_beyond_cache(num_bytes, device))),
+                case={"index": str(kind), "pages": num_pages},
+                samples_us=graph_samples(_score_calls(sizes, kind, copies)),
                 num_bytes=num_bytes,
                 limit_us=peaks.memory_us(num_bytes),
                 limit=limit,
@@ -97,14 +105,16 @@ def selection_figures(device: torch.device, peaks: Peaks, *, quick: bool) -> Ite
         )
 
 
-def _score_calls(sizes: Sizes, vectors: int, copies: int) -> list[Call]:
+def _score_calls(sizes: Sizes, kind: IndexKind, copies: int) -> list[Call]:
     missed, counts = problems.everyone(sizes), problems.candidates(sizes)
+    planes = hash_planes(sizes.head_dim).to(sizes.device) if kind is IndexKind.SIGN_HASH else None
+    keys = torch.randn((*sizes.rows, sizes.num_pages, sizes.page_size, sizes.head_dim), device=sizes.device)
+    first = page_index(keys if kind.of_tokens else keys.to(sizes.dtype), kind, planes)
+    del keys
 
     def call() -> Call:
-        query = problems.random_query(sizes)
-        shape = (*sizes.rows, sizes.num_pages, vectors, sizes.head_dim)
-        index = torch.randn(shape, device=sizes.device, dtype=sizes.dtype)
-        return lambda: score_pages(query, index, counts, missed)
+        query, index = problems.random_query(sizes), first.clone()
+        return lambda: score_pages(query, index, counts, missed, planes=planes)
 
     return [call() for _ in range(copies)]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from clo_kernels.page_index import IndexKind
 from clo_kernels_bench import attention, correctness, problems, run, selection, transfers
 from clo_kernels_bench.figures import Figure, Report, Verdict
 from clo_kernels_bench.peaks import Peaks
@@ -165,8 +166,8 @@ class TestSections:
         figures = list(
             attention.attention_figures(torch.device("cpu"), Peaks(h2d=1, hbm=1), quick=False, note=notes.append)
         )
-        assert sum(f.operation == "sparse_decode_attention" for f in figures) == 5
-        assert len(figures) + len(notes) == 5 * (1 + 2 * len(attention.BACKENDS))
+        assert sum(f.operation == "sparse_decode_attention" for f in figures) == 5 * 4
+        assert len(figures) + len(notes) == 5 * (4 + 2 * len(attention.BACKENDS))
 
     def test_gate_and_resolve(self):
         figures = list(selection.resolve_figures(torch.device("cpu"), quick=False))
@@ -184,6 +185,7 @@ class TestSections:
     def test_scores_and_selection(self):
         figures = list(selection.selection_figures(torch.device("cpu"), Peaks(h2d=1, hbm=1e9), quick=False))
         assert {f.operation for f in figures} == {"score_pages", "select_pages"}
+        assert {f.case["index"] for f in figures if f.operation == "score_pages"} == set(IndexKind)
 
 
 def test_chained_selections_share_what_they_should():
