@@ -67,7 +67,7 @@ def test_figures_reach_the_summary(gpu: ModuleType, tmp_path: Path) -> None:
     summary = gpu.summary({"device": "test"}, [], tmp_path)
     bench = json.loads((tmp_path / "bench.json").read_text())
     assert f"{bench['figures'][0]['median_us']:.2f}" in summary
-    assert "27 of 27 agree" in summary
+    assert "39 of 39 agree" in summary
 
 
 def test_steps_fit_eight_minutes_and_their_files_exist(gpu: ModuleType) -> None:

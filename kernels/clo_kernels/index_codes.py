@@ -11,10 +11,13 @@ def pack_4bit(keys, inside, DIM_PAD: tl.constexpr):
     """Words [tokens, DIM_PAD / 8], and those of step and lowest value [tokens], of float32 keys [tokens, DIM_PAD]."""
     low16 = tl.min(tl.where(inside, keys, float("inf")), 1).to(tl.float16)
     low = low16.to(tl.float32)
-    step16 = ((tl.max(tl.where(inside, keys, float("-inf")), 1) - low) / 15).to(tl.float16)
+    high = tl.max(tl.where(inside, keys, float("-inf")), 1)
+    # rounded as on a CPU: a plain division is approximate
+    step16 = tl.div_rn(high - low, tl.full([keys.shape[0]], 15.0, tl.float32)).to(tl.float16)
     step = step16.to(tl.float32)
     some = step > 0
-    code = tl.floor((keys - low[:, None]) / tl.where(some, step, 1.0)[:, None] + 0.5)
+    divisor = tl.broadcast_to(tl.where(some, step, 1.0)[:, None], keys.shape)
+    code = tl.floor(tl.div_rn(keys - low[:, None], divisor) + 0.5)
     code = tl.minimum(tl.maximum(code, 0.0), 15.0)
     code = tl.where(inside & some[:, None], code, 0.0).to(tl.int32)
     eight = tl.reshape(code, [code.shape[0], DIM_PAD // 8, 8])

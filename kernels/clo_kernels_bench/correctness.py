@@ -16,6 +16,7 @@ from clo_kernels.append_kv import append_kv
 from clo_kernels.gather_pages import gather_pages
 from clo_kernels.hit_test import hit_test
 from clo_kernels.layout import Resolved
+from clo_kernels.page_index import IndexKind, entry_shape, hash_planes, page_index
 from clo_kernels.resolve_pages import resolve_pages
 from clo_kernels.ring_doorbell import ring_doorbell
 from clo_kernels.score_pages import score_pages
@@ -36,8 +37,11 @@ def verdicts(device: torch.device) -> Iterator[Verdict]:
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         sizes = Sizes(device=device, batch=2, kv_heads=2, head_dim=64, num_pages=64, budget=12, slots=20, dtype=dtype)
+        label = str(dtype).removeprefix("torch.")
         for name, (operation, arguments) in cases(sizes).items():
-            yield verdict(name, str(dtype).removeprefix("torch."), operation, arguments)
+            yield verdict(name, label, operation, arguments)
+        for name, variant, operation, arguments in variants(sizes):
+            yield verdict(name, f"{label}, {variant}", operation, arguments)
 
 
 def verdict(name: str, case: str, operation: Callable[..., Any], arguments: Arguments) -> Verdict:
@@ -153,6 +157,24 @@ def cases(sizes: Sizes) -> dict[str, tuple[Callable[..., Any], Arguments]]:
         "ring_doorbell": (ring_doorbell, _doorbell_arguments(sizes.device)),
         "wait_ready": (wait_ready, _waiting_arguments(sizes.device)),
     }
+
+
+def variants(sizes: Sizes) -> Iterator[tuple[str, str, Callable[..., Any], Arguments]]:
+    """Operation, variant, and the call: indexes of single tokens, and whole-set replacement."""
+    given = cases(sizes)
+    keys = torch.randn((*sizes.rows, sizes.num_pages, sizes.page_size, sizes.head_dim))
+    for kind in (IndexKind.KEY_4BIT, IndexKind.SIGN_HASH):
+        planes = hash_planes(sizes.head_dim) if kind is IndexKind.SIGN_HASH else None
+        index = page_index(keys, kind, planes).to(sizes.device)
+        known = {"index": index, "planes": None if planes is None else planes.to(sizes.device)}
+        yield "score_pages", str(kind), score_pages, {**given["score_pages"][1], **known}
+    # a sign hash is left out: the side of a key that lies in a plane is a matter of rounding
+    words = torch.full(
+        (*sizes.rows, sizes.num_pages, *entry_shape(IndexKind.KEY_4BIT, sizes.page_size, sizes.head_dim)), -7
+    )
+    index = words.to(sizes.device, torch.int32)
+    yield "append_kv", str(IndexKind.KEY_4BIT), append_kv, {**given["append_kv"][1], "index": index}
+    yield "resolve_pages", "replace", resolve_pages, {**given["resolve_pages"][1], "replace": True}
 
 
 def _hit_test_arguments(sizes: Sizes) -> Arguments:
