@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         save=lambda: _write(options.out, report),
     )
     print(*("", "left out:", *report.left_out) if report.left_out else (), sep="\n")
-    return 1 if report.failed_operations or any("Error" in reason for reason in report.left_out) else 0
+    return 1 if report.failed_operations or report.failed else 0
 
 
 def _write(path: Path | None, report: Report) -> None:

@@ -93,6 +93,9 @@ class Report:
     left_out: list[str] = field(default_factory=list)
     """Sections that failed or for which no time was left, each with the reason."""
 
+    failed: list[str] = field(default_factory=list)
+    """Sections that broke off with an error."""
+
     @property
     def failed_operations(self) -> frozenset[str]:
         """Operations that have no right to a figure."""
@@ -112,6 +115,7 @@ class Report:
             "kernels": [dict(kernel) for kernel in self.kernels],
             "figures": [figure.as_json() for figure in self.figures],
             "left_out": list(self.left_out),
+            "failed": list(self.failed),
         }
 
 

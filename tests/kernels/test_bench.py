@@ -38,7 +38,8 @@ def test_a_run_without_a_gpu_says_so_and_writes_every_operation(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "no CUDA device" in done.stdout
     found = json.loads((tmp_path / "bench.json").read_text())
-    assert set(found) == {"schema", "environment", "quick", "note", "correctness", "kernels", "figures", "left_out"}
+    names = {"schema", "environment", "quick", "note", "correctness", "kernels", "figures", "left_out", "failed"}
+    assert set(found) == names
     assert found["environment"]["device"] == "cpu"
     assert {"date", "torch", "triton", "python"} <= set(found["environment"])
     assert "no CUDA device" in found["note"]
@@ -92,6 +93,7 @@ def test_a_section_that_fails_keeps_what_it_has():
     run._run_section(report, "section", section, float("inf"), lambda text: None)
     assert len(report.figures) == 1
     assert report.left_out == ["section: RuntimeError: out of memory"]
+    assert report.failed == ["section"]
 
 
 def test_what_changes_a_result_is_noticed():
