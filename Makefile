@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
 
-.PHONY: run test test-long bench lint profiles clean
+.PHONY: run test test-long bench gpu lint profiles clean
 
 run: $(VENV)/.base
 	$(BIN)/clo explore --out out
@@ -26,6 +26,10 @@ test-long: $(VENV)/.dev
 bench: $(VENV)/.base
 	$(BIN)/python benchmarks/steps.py
 	$(BIN)/python benchmarks/serving.py
+
+# On a CUDA machine, with the Python that has torch, Triton and pytest there: nothing is installed.
+gpu:
+	@$(PYTHON) benchmarks/gpu.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -94,8 +94,9 @@ def dense_layers(model: ModelSpec, design: Design) -> int:
 def index_bytes_per_head(model: ModelSpec, design: Design, workload: Workload) -> float:
     """Device bytes of the selector's index for one KV head of one sequence.
 
-    Page min/max holds two vectors a page, page mean one; 4-bit keys half a byte a key element; sign-hash codes 128 bits
-    a token; the exact selector is an oracle that keeps every key on the device.
+    Page min/max holds two vectors a page, page mean one; 4-bit keys half a byte a key element, and a step and an offset
+    of two bytes a token; sign-hash codes 128 bits a token; the exact selector is an oracle that keeps every key on the
+    device.
     """
     if not design.selects:
         return 0.0
@@ -105,7 +106,7 @@ def index_bytes_per_head(model: ModelSpec, design: Design, workload: Workload) -
         Selector.EXACT: tokens * vector,
         Selector.PAGE_MINMAX: pages * 2 * vector,
         Selector.PAGE_MEAN: pages * vector,
-        Selector.KEY_4BIT: tokens * model.head_dim / 2,
+        Selector.KEY_4BIT: tokens * (model.head_dim / 2 + 4),
         Selector.SIGN_HASH: tokens * 16.0,
     }
     return sizes[design.selector]

@@ -230,12 +230,12 @@ class TestPlan:
     @pytest.mark.parametrize(
         ("selector", "share"),
         [
-            # of the 512 bytes a token takes: its key (256), two vectors a page, one vector a page, 64 codes of half a
-            # byte, 128 bits
+            # of the 512 bytes a token takes: its key (256), two vectors a page, one vector a page, 128 codes of half
+            # a byte with a step and an offset, 128 bits
             ("exact", 1 / 2),
             ("page_minmax", 1 / 16),
             ("page_mean", 1 / 32),
-            ("key_4bit", 1 / 8),
+            ("key_4bit", 68 / 512),
             ("sign_hash", 1 / 32),
         ],
     )

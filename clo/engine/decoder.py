@@ -20,14 +20,12 @@ from clo.errors import EngineError, SpecError
 from clo.plan import DecodePlan, make_plan
 from clo.schedule import Op, decode_step
 from clo.schedule.ops import Stage
-from clo.specs import Attend, Design, GpuSpec, GqaFold, HostSpec, LinkSpec, MachineSpec, Selector, Workload
+from clo.specs import Attend, Design, GpuSpec, GqaFold, HostSpec, LinkSpec, MachineSpec, Workload
 from clo.timeline import Timeline
 
 PREFILL_CHUNK_TOKENS = 512
 DEFAULT_SLOT_BUDGETS = 2.0
 """Cache size where a design leaves it to the memory: a CPU's "device" has no size of its own."""
-
-ENGINE_SELECTORS = (Selector.EXACT, Selector.PAGE_MINMAX, Selector.PAGE_MEAN)
 
 Sampler = Callable[[torch.Tensor], torch.Tensor]
 """Logits `[batch, vocab_size]` to tokens `[batch]`."""
@@ -287,10 +285,7 @@ def _settings(plan: DecodePlan, heads: HeadProfile, layer: int) -> HeadSettings:
 
 
 def check_design(design: Design, heads: HeadProfile | None) -> None:
-    """Raise `SpecError` for what needs a head profile that is not given, or a selector that is only simulated."""
-    if design.selects and design.selector not in ENGINE_SELECTORS:
-        known = ", ".join(ENGINE_SELECTORS)
-        raise SpecError(f"design.selector = {design.selector}: only simulated so far; the decoder knows {known}")
+    """Raise `SpecError` for what needs a head profile that is not given, or whole layers where heads are streamed."""
     if design.gated and design.target_hit_rate is not None and (heads is None or heads.tau is None):
         raise SpecError("design.target_hit_rate: thresholds per head come from a head profile: give one, or set tau")
     if design.gated and design.gqa_fold is GqaFold.IMPORTANCE and (heads is None or heads.importance is None):

@@ -16,6 +16,7 @@ from clo.plan import DecodePlan
 from clo.schedule.ops import Stage
 from clo.specs import Cache, OnMiss, Selector
 from clo_kernels.layout import INT32, NO_PAGE, NO_SLOT, DeviceKV, PageTable, Resolved, ring_rows, window_start
+from clo_kernels.page_index import IndexKind, entry_shape, hash_planes, page_index
 
 NEVER = float("-inf")
 """The threshold of a head that never selects."""
@@ -159,7 +160,11 @@ class OffloadedLayer:
             recent_tokens=self.design.recent_window_tokens,
         )
         self.attended_kv = _with_window(self.kv, self.design.recent_window_tokens + 1)
-        self.index = torch.zeros((*rows, self.num_pages, self._index_vectors, shape.head_dim), **on_device)
+        entry = entry_shape(self.index_kind, self.page_size, shape.head_dim)
+        kept = {"dtype": INT32 if self.index_kind.of_tokens else shape.dtype, "device": shape.device}
+        self.index = torch.zeros((*rows, self.num_pages, *entry), **kept)
+        hashed = self.index_kind is IndexKind.SIGN_HASH
+        self.planes = hash_planes(shape.head_dim).to(shape.device) if hashed else None
         self.table = PageTable.empty(*rows, self.num_slots, self.num_pages, str(shape.device))
         self.anchor = torch.zeros((shape.batch, shape.num_query_heads, shape.head_dim), **on_device)
         self.tau = heads.tau.to(shape.device, torch.float32).clone()
@@ -177,8 +182,10 @@ class OffloadedLayer:
         self._leaving: list[tuple[int, int]] = []
 
     @property
-    def _index_vectors(self) -> int:
-        return 2 if self.design.selector is Selector.PAGE_MINMAX else 1
+    def index_kind(self) -> IndexKind:
+        """What the index holds of a page; the exact selector does not read it."""
+        selector = self.design.selector
+        return IndexKind.PAGE_MEAN if selector is Selector.EXACT else IndexKind(selector.value)
 
     @property
     def _fetches_everything(self) -> bool:
@@ -196,7 +203,7 @@ class OffloadedLayer:
         pages = both[:, :, :start].unflatten(2, (full, self.page_size)) if full else None
         if pages is not None:
             self.host_pages[sequence, :full] = pages.permute(2, 0, 1, 3, 4).to("cpu")
-            self.index[sequence, :, :full] = page_index(pages[:, 0], self._index_vectors)
+            self.index[sequence, :, :full] = page_index(pages[:, 0], self.index_kind, self.planes)
         if self.design.selector is Selector.EXACT:
             self._remember_keys(sequence, keys)
         count = min(self.kv.sinks.shape[3], tokens)
@@ -237,13 +244,14 @@ class OffloadedLayer:
         self._leaving = [(b, before // size) for b, (before, after) in enumerate(starts) if after > before]
         self.counts.written_back += len(self._leaving) * (self.shape.num_kv_heads - len(self.heads.pinned))
         if store:
-            self.kernels.append_kv(key, value, lengths, self.kv, self.host_pages, self.index)
+            self.kernels.append_kv(key, value, lengths, self.kv, self.host_pages, self.index, planes=self.planes)
             self._keep_on_device()
             return
-        self.kernels.append_kv(key, value, lengths, self.kv, self.host_pages[:, :0], self.index[:, :, :0].contiguous())
+        nowhere = self.host_pages[:, :0], self.index[:, :, :0].contiguous()
+        self.kernels.append_kv(key, value, lengths, self.kv, *nowhere, planes=self.planes)
         for sequence, page in self._leaving:
-            entry = page_index(self._window_page(sequence, page)[:, :1], self._index_vectors)
-            self.index[sequence, :, page] = entry[:, 0]
+            keys = self._window_page(sequence, page)[:, 0]
+            self.index[sequence, :, page] = page_index(keys, self.index_kind, self.planes)
 
     def _keep_on_device(self) -> None:
         """Where nothing is offloaded, the page that leaves the window is a slot's from now on: its own."""
@@ -285,7 +293,13 @@ class OffloadedLayer:
             self._score_exactly(stage, query, lengths, candidates)
         else:
             self.kernels.score_pages(
-                query, self.index, candidates, missed, scale=self.shape.scale, out=self.scores[stage]
+                query,
+                self.index,
+                candidates,
+                missed,
+                scale=self.shape.scale,
+                planes=self.planes,
+                out=self.scores[stage],
             )
 
     def candidates(self, lengths: torch.Tensor) -> torch.Tensor:
@@ -317,25 +331,16 @@ class OffloadedLayer:
         if self.design.cache is Cache.RESIDENT:
             self.slots_attended.copy_(self.selection)
         elif self._fetches_everything:
-            self._place_all(stage)
+            self._look_up(stage, replace=True)
 
     def resolve(self, stage: Stage) -> None:
         """What of the selection is resident, what leaves, what is to be fetched."""
         if not self._fetches_everything:
-            self.kernels.resolve_pages(self.chosen[stage], self.missed[stage], self.table, out=self.resolved[stage])
-            self.slots_attended = self.resolved[stage].slots
-            self.counts.fetched[stage] += int(self.resolved[stage].num_fetched.sum())
+            self._look_up(stage, replace=False)
 
-    def _place_all(self, stage: Stage) -> None:
-        """The n-th selected page goes into the n-th slot."""
-        out, missed = self.resolved[stage], self.missed[stage][..., None]
-        wanted = self.selection != NO_PAGE
-        slot = torch.arange(self.budget, dtype=INT32, device=self.selection.device)
-        out.slots.copy_(torch.where(wanted, slot, NO_SLOT))
-        # pages ascend and padding comes last: what is to be fetched is a prefix
-        out.fetch_pages.copy_(torch.where(missed & wanted, self.selection, NO_PAGE))
-        out.fetch_slots.copy_(torch.where(missed & wanted, slot, NO_SLOT))
-        out.num_fetched.copy_((missed & wanted).sum(-1))
+    def _look_up(self, stage: Stage, *, replace: bool) -> None:
+        chosen, missed, out = self.chosen[stage], self.missed[stage], self.resolved[stage]
+        self.kernels.resolve_pages(chosen, missed, self.table, replace=replace, out=out)
         self.slots_attended = out.slots
         self.counts.fetched[stage] += int(out.num_fetched.sum())
 
@@ -369,13 +374,6 @@ class OffloadedLayer:
 
 
 Layer = DenseLayer | StreamedLayer | OffloadedLayer
-
-
-def page_index(keys: torch.Tensor, vectors: int) -> torch.Tensor:
-    """Index entries `[..., vectors, head_dim]` of pages of keys `[..., page_size, head_dim]`: min and max, or mean."""
-    if vectors == 2:
-        return torch.stack([keys.amin(-2), keys.amax(-2)], -2)
-    return keys.float().mean(-2, keepdim=True).to(keys.dtype)
 
 
 def _pinned_rows(pinned: tuple[int, ...], shape: LayerShape) -> torch.Tensor:

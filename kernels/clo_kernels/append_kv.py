@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 
 from clo_kernels import reference
-from clo_kernels.checks import FLOATS, check_host_tensor, check_tensor, require
+from clo_kernels.checks import FLOATS, check_host_tensor, check_tensor
 from clo_kernels.dispatch import on_device, runs_kernel
+from clo_kernels.index_codes import pack_4bit, sign_word
 from clo_kernels.layout import INT32, DeviceKV
+from clo_kernels.page_index import check_index
 
 TOKEN_BLOCK = 32
 
@@ -29,6 +31,7 @@ def append_kv_kernel(
     pinned_row,
     host_pages,
     index,
+    planes,
     num_kv_heads,
     num_sinks,
     ring_tokens,
@@ -37,8 +40,9 @@ def append_kv_kernel(
     recent_tokens,
     num_pages,
     DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
     PAGE: tl.constexpr,
-    VECTORS: tl.constexpr,
+    KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # sequence * num_kv_heads + KV head
@@ -46,28 +50,29 @@ def append_kv_kernel(
     head = row % num_kv_heads
     length = tl.load(lengths + sequence)
     token = length - 1
-    dim = tl.arange(0, DIM)
-    new_key = tl.load(key + row * DIM + dim)
-    new_value = tl.load(value + row * DIM + dim)
+    dim = tl.arange(0, DIM_PAD)
+    column = dim < DIM
+    new_key = tl.load(key + row * DIM + dim, mask=column, other=0.0)
+    new_value = tl.load(value + row * DIM + dim, mask=column, other=0.0)
     pin = tl.load(pinned_row + head)
     if pin >= 0:
         base = (sequence * num_pinned + pin) * 2 * max_tokens
         if (token >= 0) & (token < max_tokens):
-            tl.store(pinned + (base + token) * DIM + dim, new_key)
-            tl.store(pinned + (base + max_tokens + token) * DIM + dim, new_value)
+            tl.store(pinned + (base + token) * DIM + dim, new_key, mask=column)
+            tl.store(pinned + (base + max_tokens + token) * DIM + dim, new_value, mask=column)
     elif token >= 0:
         base = row * 2 * ring_tokens
         before = tl.maximum(token - recent_tokens, 0) // PAGE
         after = tl.maximum(length - recent_tokens, 0) // PAGE
         if (after > before) & (before < num_pages):
             page = (sequence * num_pages + before) * num_kv_heads + head
-            low = tl.full([DIM], float("inf"), tl.float32)
-            high = tl.full([DIM], float("-inf"), tl.float32)
-            total = tl.zeros([DIM], tl.float32)
+            low = tl.full([DIM_PAD], float("inf"), tl.float32)
+            high = tl.full([DIM_PAD], float("-inf"), tl.float32)
+            total = tl.zeros([DIM_PAD], tl.float32)
             first = before * PAGE % ring_tokens
             for start in range(0, PAGE, BLOCK):
                 lane = start + tl.arange(0, BLOCK)
-                inside = (lane < PAGE)[:, None] & (dim < DIM)[None, :]
+                inside = (lane < PAGE)[:, None] & column[None, :]
                 at = (base + first + lane)[:, None] * DIM + dim[None, :]
                 to = (page * 2 * PAGE + lane)[:, None] * DIM + dim[None, :]
                 keys = tl.load(window + at, mask=inside, other=0.0)
@@ -75,24 +80,39 @@ def append_kv_kernel(
                 values = tl.load(window + at + tl.cast(ring_tokens, tl.int64) * DIM, mask=inside, other=0.0)
                 tl.store(host_pages + to + PAGE * DIM, values, mask=inside)
                 exact = keys.to(tl.float32)
-                low = tl.minimum(low, tl.min(tl.where(inside, exact, float("inf")), 0))
-                high = tl.maximum(high, tl.max(tl.where(inside, exact, float("-inf")), 0))
-                total += tl.sum(exact, 0)
-            entry = index + (row * num_pages + before) * VECTORS * DIM + dim
+                if KIND == "key_4bit":
+                    words, scales = pack_4bit(exact, inside, DIM_PAD)
+                    word = tl.arange(0, DIM_PAD // 8)
+                    WORDS: tl.constexpr = DIM // 8 + 1
+                    at = ((row * num_pages + before) * PAGE + lane) * WORDS
+                    held = (lane < PAGE)[:, None] & (word < DIM // 8)[None, :]
+                    tl.store(index + at[:, None] + word[None, :], words, mask=held)
+                    tl.store(index + at + DIM // 8, scales, mask=lane < PAGE)
+                elif KIND == "sign_hash":
+                    at = ((row * num_pages + before) * PAGE + lane) * 4
+                    for word in range(4):
+                        tl.store(index + at + word, sign_word(exact, planes, word, dim, DIM), mask=lane < PAGE)
+                elif KIND == "page_minmax":
+                    low = tl.minimum(low, tl.min(tl.where(inside, exact, float("inf")), 0))
+                    high = tl.maximum(high, tl.max(tl.where(inside, exact, float("-inf")), 0))
+                else:
+                    total += tl.sum(exact, 0)
             kind = index.dtype.element_ty
-            if VECTORS == 2:
-                tl.store(entry, low.to(kind))
-                tl.store(entry + DIM, high.to(kind))
-            else:
-                tl.store(entry, (total / PAGE).to(kind))
+            if KIND == "page_minmax":
+                entry = index + (row * num_pages + before) * 2 * DIM + dim
+                tl.store(entry, low.to(kind), mask=column)
+                tl.store(entry + DIM, high.to(kind), mask=column)
+            elif KIND == "page_mean":
+                entry = index + (row * num_pages + before) * DIM + dim
+                tl.store(entry, (total / PAGE).to(kind), mask=column)
         # the ring is a page larger than the window: this row is none of those that leave
         to = base + token % ring_tokens
-        tl.store(window + to * DIM + dim, new_key)
-        tl.store(window + (to + ring_tokens) * DIM + dim, new_value)
+        tl.store(window + to * DIM + dim, new_key, mask=column)
+        tl.store(window + (to + ring_tokens) * DIM + dim, new_value, mask=column)
         if token < num_sinks:
             to = row * 2 * num_sinks + token
-            tl.store(sinks + to * DIM + dim, new_key)
-            tl.store(sinks + (to + num_sinks) * DIM + dim, new_value)
+            tl.store(sinks + to * DIM + dim, new_key, mask=column)
+            tl.store(sinks + (to + num_sinks) * DIM + dim, new_value, mask=column)
 
 
 def append_kv(
@@ -102,13 +122,15 @@ def append_kv(
     kv: DeviceKV,
     host_pages: torch.Tensor,
     index: torch.Tensor,
+    *,
+    planes: torch.Tensor | None = None,
 ) -> None:
     """Store `key` and `value` [batch, num_kv_heads, head_dim] as token `lengths - 1` of each sequence.
 
     `lengths` is int32 [batch], the new token included; nothing happens where it is 0. `host_pages` [batch, num_pages,
-    num_kv_heads, 2, page_size, head_dim] is pinned (or on the device); `index` [batch, num_kv_heads, num_pages, 2 or 1,
-    head_dim] holds minimum and maximum, or the mean, of a page's keys. A pinned head's tokens go nowhere else. A page
-    or token beyond the room for it is dropped: the caller makes sure that sequences fit.
+    num_kv_heads, 2, page_size, head_dim] is pinned (or on the device); `index` [batch, num_kv_heads, num_pages, *entry]
+    has one of the layouts in `page_index`, and `planes` are those of a sign hash. A pinned head's tokens go nowhere
+    else. A page or token beyond the room for it is dropped: the caller makes sure that sequences fit.
     """
     kv.check(key.device, key.dtype)
     batch, heads, _, _, page_size, head_dim = kv.slots.shape
@@ -118,10 +140,11 @@ def append_kv(
     check_tensor("host_pages", host_pages, (batch, -1, heads, 2, page_size, head_dim), key.dtype)
     check_host_tensor("host_pages", host_pages, key.device)
     num_pages = host_pages.shape[1]
-    check_tensor("index", index, (batch, heads, num_pages, -1, head_dim), key.dtype, key.device)
-    require(index.shape[3] in (1, 2), f"index: {index.shape[3]} vectors a page, expected 2 (minimum, maximum) or 1")
+    kind = check_index(index, (batch, heads), head_dim, planes, key.device)
+    expected = (batch, heads, num_pages, page_size if kind.of_tokens else -1, -1)
+    check_tensor("index", index, expected, INT32 if kind.of_tokens else key.dtype)
     if not runs_kernel(key):
-        reference.append_kv(key, value, lengths, kv, host_pages, index)
+        reference.append_kv(key, value, lengths, kv, host_pages, index, planes=planes)
     elif batch:
         with on_device(key):
             append_kv_kernel[(batch * heads,)](
@@ -134,6 +157,7 @@ def append_kv(
                 kv.pinned_row,
                 host_pages,
                 index,
+                index if planes is None else planes,
                 heads,
                 kv.sinks.shape[3],
                 kv.ring_tokens,
@@ -142,8 +166,10 @@ def append_kv(
                 kv.recent_tokens,
                 num_pages,
                 DIM=head_dim,
+                DIM_PAD=triton.next_power_of_2(head_dim),
                 PAGE=page_size,
-                VECTORS=index.shape[3],
-                BLOCK=min(TOKEN_BLOCK, triton.next_power_of_2(page_size)),
+                KIND=str(kind),
+                # a matrix product takes 16 rows
+                BLOCK=max(16 if planes is not None else 1, min(TOKEN_BLOCK, triton.next_power_of_2(page_size))),
                 num_warps=4,
             )

@@ -39,9 +39,10 @@ def check_host_tensor(name: str, tensor: torch.Tensor, device: torch.device) -> 
 
 
 def check_head_dim(name: str, head_dim: int) -> None:
-    """Kernels hold a head vector in a block: powers of two from 16 to 256."""
+    """Kernels hold a head vector in a block and read it 16 bytes at a time."""
     require(
-        head_dim in (16, 32, 64, 128, 256), f"{name}: head_dim = {head_dim}, expected a power of two from 16 to 256"
+        16 <= head_dim <= 256 and head_dim % 8 == 0,
+        f"{name}: head_dim = {head_dim}, expected a multiple of 8 from 16 to 256",
     )
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from clo_kernels.layout import NO_PAGE, NO_SLOT, DeviceKV, PageTable, Resolved, window_start
+from clo_kernels.layout import INT32, NO_PAGE, NO_SLOT, DeviceKV, PageTable, Resolved, window_start
+from clo_kernels.page_index import check_index, page_index, token_products
 
 
 def hit_test(
@@ -44,7 +45,9 @@ def folded_cosine(
     return torch.where(anchored, folded, -torch.inf)
 
 
-def resolve_pages(selection: torch.Tensor, missed: torch.Tensor, table: PageTable, *, out: Resolved) -> Resolved:
+def resolve_pages(
+    selection: torch.Tensor, missed: torch.Tensor, table: PageTable, *, replace: bool = False, out: Resolved
+) -> Resolved:
     """See `clo_kernels.resolve_pages`."""
     out.fetch_pages.fill_(NO_PAGE)
     out.fetch_slots.fill_(NO_SLOT)
@@ -54,9 +57,13 @@ def resolve_pages(selection: torch.Tensor, missed: torch.Tensor, table: PageTabl
         slot_of_page, page_of_slot, last_use = table.slot_of_page[row], table.page_of_slot[row], table.last_use[row]
         wanted = {p: rank for rank, p in enumerate(selection[row].tolist()) if 0 <= p < len(slot_of_page)}
         if missed[row]:
+            if replace:
+                slot_of_page.fill_(NO_SLOT)
+                page_of_slot.fill_(NO_PAGE)
             absent = [p for p in wanted if slot_of_page[p] == NO_SLOT]
             in_use = {int(slot_of_page[p]) for p in wanted}
-            free = [slot for slot in last_use.argsort().tolist() if slot not in in_use]
+            oldest_first = range(len(last_use)) if replace else last_use.argsort().tolist()
+            free = [slot for slot in oldest_first if slot not in in_use]
             newest = int(last_use.max())
             for order, (page, slot) in enumerate(zip(absent, sorted(free[: len(absent)]), strict=True)):
                 if page_of_slot[slot] != NO_PAGE:
@@ -137,15 +144,20 @@ def score_pages(
     missed: torch.Tensor,
     *,
     scale: float,
+    planes: torch.Tensor | None = None,
     out: torch.Tensor,
 ) -> torch.Tensor:
     """See `clo_kernels.score_pages`."""
     grouped = query.float().unflatten(1, (index.shape[1], -1))
     for b, h in missed.nonzero().tolist():
         pages = slice(1, int(num_candidates[b]) + 1)
-        # one product for each of the page's vectors; with minimum and maximum, the larger one bounds every key's
-        products = grouped[b, h, :, None, None] * index[b, h, pages].float()
-        logits = products.amax(2).sum(-1) * scale
+        if index.dtype == INT32:
+            # the attention that falls on a page is that of its tokens
+            logits = (token_products(grouped[b, h], index[b, h, pages], planes) * scale).logsumexp(-1)
+        else:
+            # one product for each of the page's vectors; with minimum and maximum, the larger one bounds every key's
+            products = grouped[b, h, :, None, None] * index[b, h, pages].float()
+            logits = products.amax(2).sum(-1) * scale
         out[b, h] = -torch.inf
         out[b, h, pages] = logits.softmax(-1).mean(0)
     return out
@@ -158,9 +170,12 @@ def append_kv(
     kv: DeviceKV,
     host_pages: torch.Tensor,
     index: torch.Tensor,
+    *,
+    planes: torch.Tensor | None = None,
 ) -> None:
     """See `clo_kernels.append_kv`."""
     new, size = torch.stack([key, value], 2), kv.page_size
+    kind = check_index(index, (len(lengths), -1), key.shape[2], planes, key.device)
     pins = kv.pinned_row.tolist()
     for b, length in enumerate(lengths.tolist()):
         token = length - 1
@@ -173,9 +188,7 @@ def append_kv(
             if moves:
                 page = kv.window[b, h].roll(-(leaving % kv.ring_tokens), 1)[:, :size]
                 host_pages[b, leaving // size, h] = page.to(host_pages.device)
-                keys = page[0].float()
-                entry = torch.stack([keys.amin(0), keys.amax(0)] if index.shape[3] == 2 else [keys.mean(0)])
-                index[b, h, leaving // size] = entry.to(index.dtype)
+                index[b, h, leaving // size] = page_index(page[0], kind, planes)
             kv.window[b, h, :, token % kv.ring_tokens] = new[b, h]
             if token < kv.sinks.shape[3]:
                 kv.sinks[b, h, :, token] = new[b, h]

@@ -1,7 +1,8 @@
 """Which selected pages are resident, which slots are freed for the others, and what to fetch where.
 
 Keeps the page table. A page that is resident stays in its slot; the least recently used slots are freed, never one that
-the selection uses. Does not know how pages were selected or who fetches them. Not yet run on a GPU.
+the selection uses. Or a head that missed replaces its whole set. Does not know how pages were selected or who fetches
+them. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from clo_kernels.layout import INT32, PageTable, Resolved
 
 MAX_BUDGET = 16384
 SLOT_BLOCK = 2048
+SEARCH_WAYS = 8
+"""Parts into which a look at all stamps cuts the range of the threshold: 11 looks find it among 2**32 values."""
 
 
 @triton.jit
@@ -35,6 +38,8 @@ def resolve_pages_kernel(
     num_pages,
     BUDGET_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    WAYS: tl.constexpr,
+    REPLACE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     page_of_slot += row * num_slots
@@ -47,7 +52,7 @@ def resolve_pages_kernel(
     page = tl.load(selection + mine, mask=inside, other=-1)
     wanted = inside & (page >= 0) & (page < num_pages)
     slot = tl.load(slot_of_page + page, mask=wanted, other=-1)
-    absent = wanted & (slot < 0)
+    absent = wanted if REPLACE else wanted & (slot < 0)
     place = tl.cumsum(absent.to(tl.int32), 0) - 1
     num_absent = tl.sum(absent.to(tl.int32), 0) * tl.load(missed + row).to(tl.int32)
     tl.store(num_fetched + row, num_absent)
@@ -63,22 +68,34 @@ def resolve_pages_kernel(
             oldest = tl.minimum(oldest, tl.min(tl.load(last_use + at, mask=at < num_slots, other=2147483647), 0))
         stamp = newest + (budget - rank)  # the first of the selection leaves last
         tl.debug_barrier()  # all stamps are read
-        tl.store(last_use + slot, stamp, mask=wanted & (slot >= 0))
-        tl.debug_barrier()  # what is in use is stamped
+        if REPLACE:
+            for start in range(0, num_slots, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                leaving = tl.load(page_of_slot + at, mask=at < num_slots, other=-1)
+                tl.store(slot_of_page + leaving, tl.full([BLOCK], -1, tl.int32), mask=leaving >= 0)
+                tl.store(page_of_slot + at, tl.full([BLOCK], -1, tl.int32), mask=at < num_slots)
+            tl.debug_barrier()  # every slot is free
+            slot = place
+        else:
+            tl.store(last_use + slot, stamp, mask=wanted & (slot >= 0))
+            tl.debug_barrier()  # what is in use is stamped
 
-        if num_absent > 0:
+        if (num_absent > 0) & (not REPLACE):
             # smallest stamp such that enough slots are as old: all stamps are different
             low = oldest.to(tl.int64)
             high = newest.to(tl.int64)
+            way = tl.arange(0, WAYS)
             while low < high:
-                middle = low + (high - low) // 2
-                count = tl.full([], 0, tl.int32)
+                border = low + (high - low) * (way + 1) // WAYS  # the last is `high`
+                count = tl.zeros([WAYS], tl.int32)
                 for start in range(0, num_slots, BLOCK):
                     at = start + tl.arange(0, BLOCK)
                     age = tl.load(last_use + at, mask=at < num_slots, other=2147483647)
-                    count += tl.sum((age <= middle).to(tl.int32), 0)
-                low = tl.where(count >= num_absent, low, middle + 1)
-                high = tl.where(count >= num_absent, middle, high)
+                    as_old = (age[None, :] <= border.to(tl.int32)[:, None]) & (at < num_slots)[None, :]
+                    count += tl.sum(as_old.to(tl.int32), 1)
+                enough = count >= num_absent
+                low = tl.max(tl.where(enough, low, border + 1), 0)
+                high = tl.min(tl.where(enough, border, high), 0)
 
             freed_before = tl.full([], 0, tl.int32)
             for start in range(0, num_slots, BLOCK):
@@ -92,22 +109,30 @@ def resolve_pages_kernel(
             tl.debug_barrier()  # the freed slots are listed
             arriving = tl.load(fetch_slots + place, mask=absent, other=-1)
             slot = tl.where(absent, arriving, slot)
-            tl.store(fetch_pages + row * budget + place, page, mask=absent)
-            tl.store(page_of_slot + slot, page, mask=absent)
-            tl.store(slot_of_page + page, slot, mask=absent)
-            tl.store(last_use + slot, stamp, mask=absent)
+        if REPLACE:
+            tl.store(fetch_slots + place, slot, mask=absent)
+        tl.store(fetch_pages + row * budget + place, page, mask=absent)
+        tl.store(page_of_slot + slot, page, mask=absent)
+        tl.store(slot_of_page + page, slot, mask=absent)
+        tl.store(last_use + slot, stamp, mask=absent)
     tl.store(out_slots + mine, tl.where(wanted, slot, -1), mask=inside)
 
 
 def resolve_pages(
-    selection: torch.Tensor, missed: torch.Tensor, table: PageTable, *, out: Resolved | None = None
+    selection: torch.Tensor,
+    missed: torch.Tensor,
+    table: PageTable,
+    *,
+    replace: bool = False,
+    out: Resolved | None = None,
 ) -> Resolved:
     """Look `selection` up in `table`; for heads that missed, make room for what is not resident.
 
     `selection` is int32 [batch, num_kv_heads, budget], NO_PAGE anywhere, no page twice; pages outside the table count
     as NO_PAGE. `missed` is bool [batch, num_kv_heads]: other heads fetch nothing and their stamps stay. Of two pages
     used in the same step, the one later in the selection leaves first. The n-th page to fetch gets the n-th freed slot,
-    in the order of slots. Every element of the result is written.
+    in the order of slots. With `replace`, all pages of a head that missed leave, and all of its selection is fetched:
+    the n-th page into slot n. Every element of the result is written.
     """
     check_tensor("selection", selection, (-1, -1, -1), INT32)
     batch, heads, budget = selection.shape
@@ -121,7 +146,7 @@ def resolve_pages(
     out.check((batch, heads), selection.device)
     require(out.slots.shape == selection.shape, f"out: budget {out.slots.shape[2]}, expected {budget}")
     if not runs_kernel(selection):
-        return reference.resolve_pages(selection, missed, table, out=out)
+        return reference.resolve_pages(selection, missed, table, replace=replace, out=out)
     if batch * heads:
         with on_device(selection):
             resolve_pages_kernel[(batch * heads,)](
@@ -139,6 +164,8 @@ def resolve_pages(
                 table.slot_of_page.shape[2],
                 BUDGET_PAD=triton.next_power_of_2(budget),
                 BLOCK=min(SLOT_BLOCK, triton.next_power_of_2(num_slots)),
+                WAYS=SEARCH_WAYS,
+                REPLACE=replace,
                 num_warps=8,
             )
     return out

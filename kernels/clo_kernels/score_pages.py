@@ -1,9 +1,10 @@
 """Scores pages by the index of their keys, for the heads that missed.
 
 An index of two vectors a page, elementwise minimum and maximum, bounds the page's largest query-key product; one of one
-vector, the mean, estimates it. A query head's logits become shares of a softmax over the candidates; a group's shares
-are averaged. Two launches: logits with each block's softmax statistics, then the fold. Does not know how many pages
-will be selected. Not yet run on a GPU.
+vector, the mean, estimates it; one of single tokens (`token_logits`) estimates the attention that falls on the page. A
+query head's logits become shares of a softmax over the candidates; a group's shares are averaged. Two launches: logits
+with each block's softmax statistics, then the fold. Does not know how many pages will be selected. Not yet run on a
+GPU.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import triton
 import triton.language as tl
 
 from clo_kernels import reference
-from clo_kernels.checks import FLOATS, check_head_dim, check_tensor, group_size, require
+from clo_kernels.checks import FLOATS, check_tensor, group_size, require
 from clo_kernels.dispatch import on_device, runs_kernel
 from clo_kernels.layout import INT32
+from clo_kernels.page_index import check_index
+from clo_kernels.token_logits import launch_token_logits, pages_of_block
 
 LOGIT_BLOCK = 32
 FOLD_BLOCK = 1024
@@ -36,6 +39,7 @@ def page_logits_kernel(
     num_blocks,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
     VECTORS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -44,14 +48,15 @@ def page_logits_kernel(
     if tl.load(missed + row) != 0:
         page = block * BLOCK + tl.arange(0, BLOCK)
         candidate = (page >= 1) & (page <= tl.load(num_candidates + row // num_kv_heads)) & (page < num_pages)
-        dim = tl.arange(0, DIM)
+        dim = tl.arange(0, DIM_PAD)
         at = ((row * num_pages + page) * VECTORS * DIM)[:, None] + dim[None, :]
-        first = tl.load(index + at, mask=candidate[:, None], other=0.0).to(tl.float32)
+        inside = candidate[:, None] & (dim < DIM)[None, :]
+        first = tl.load(index + at, mask=inside, other=0.0).to(tl.float32)
         if VECTORS == 2:
-            second = tl.load(index + at + DIM, mask=candidate[:, None], other=0.0).to(tl.float32)
+            second = tl.load(index + at + DIM, mask=inside, other=0.0).to(tl.float32)
         for member in range(GROUP):
             head = row * GROUP + member
-            q = tl.load(query + head * DIM + dim).to(tl.float32)[None, :]
+            q = tl.load(query + head * DIM + dim, mask=dim < DIM, other=0.0).to(tl.float32)[None, :]
             if VECTORS == 2:
                 logit = tl.sum(tl.maximum(q * first, q * second), 1) * scale
             else:
@@ -102,20 +107,20 @@ def score_pages(
     missed: torch.Tensor,
     *,
     scale: float | None = None,
+    planes: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Scores, float32 [batch, num_kv_heads, num_pages]; -inf for pages that are no candidates.
 
-    `query` is [batch, num_query_heads, head_dim]; `index` [batch, num_kv_heads, num_pages, 2 or 1, head_dim]: minimum
-    and maximum, or mean, of a page's keys. Pages 1 to `num_candidates` (int32 [batch]) are candidates. Rows of heads
-    that did not miss (bool [batch, num_kv_heads]) are left as they are. `scale` is 1 / sqrt(head_dim) by default.
+    `query` is [batch, num_query_heads, head_dim]; `index` [batch, num_kv_heads, num_pages, *entry] one of the layouts
+    in `page_index`, and `planes` float32 [128, head_dim] those of a sign hash. Pages 1 to `num_candidates` (int32
+    [batch]) are candidates. Rows of heads that did not miss (`missed`, bool [batch, num_kv_heads]) are left as they
+    are. `scale` is 1 / sqrt(head_dim) by default.
     """
     check_tensor("query", query, (-1, -1, -1), FLOATS)
     batch, num_query_heads, head_dim = query.shape
-    check_head_dim("query", head_dim)
-    check_tensor("index", index, (batch, -1, -1, -1, head_dim), FLOATS, query.device)
+    kind = check_index(index, (batch, -1), head_dim, planes, query.device)
     _, heads, num_pages, vectors, _ = index.shape
-    require(vectors in (1, 2), f"index: {vectors} vectors a page, expected 2 (minimum, maximum) or 1 (mean)")
     require(num_pages > 0, f"index: {num_pages} pages, expected at least one")
     group = group_size(num_query_heads, heads)
     check_tensor("num_candidates", num_candidates, (batch,), INT32, query.device)
@@ -125,39 +130,38 @@ def score_pages(
     check_tensor("out", out, (batch, heads, num_pages), torch.float32, query.device)
     scale = head_dim**-0.5 if scale is None else scale
     if not runs_kernel(query):
-        return reference.score_pages(query, index, num_candidates, missed, scale=scale, out=out)
+        return reference.score_pages(query, index, num_candidates, missed, scale=scale, planes=planes, out=out)
     if batch == 0:
         return out
-    num_blocks = triton.cdiv(num_pages, LOGIT_BLOCK)
-    logits, peaks, totals = (
+    num_blocks = triton.cdiv(num_pages, pages_of_block(vectors) if kind.of_tokens else LOGIT_BLOCK)
+    statistics = tuple(
         torch.empty(batch * num_query_heads, width, dtype=torch.float32, device=query.device)
         for width in (num_pages, num_blocks, num_blocks)
     )
-    mask = missed.view(torch.uint8)
     with on_device(query):
-        page_logits_kernel[(batch * heads, num_blocks)](
-            query,
-            index,
-            num_candidates,
-            mask,
-            logits,
-            peaks,
-            totals,
-            scale,
-            heads,
-            num_pages,
-            num_blocks,
-            GROUP=group,
-            DIM=head_dim,
-            VECTORS=vectors,
-            BLOCK=LOGIT_BLOCK,
-            num_warps=4,
-        )
+        if kind.of_tokens:
+            launch_token_logits(query, index, planes, num_candidates, missed, statistics, scale)
+        else:
+            page_logits_kernel[(batch * heads, num_blocks)](
+                query,
+                index,
+                num_candidates,
+                missed.view(torch.uint8),
+                *statistics,
+                scale,
+                heads,
+                num_pages,
+                num_blocks,
+                GROUP=group,
+                DIM=head_dim,
+                DIM_PAD=triton.next_power_of_2(head_dim),
+                VECTORS=vectors,
+                BLOCK=LOGIT_BLOCK,
+                num_warps=4,
+            )
         fold_scores_kernel[(batch * heads, triton.cdiv(num_pages, FOLD_BLOCK))](
-            mask,
-            logits,
-            peaks,
-            totals,
+            missed.view(torch.uint8),
+            *statistics,
             out,
             num_pages,
             num_blocks,

@@ -1,7 +1,7 @@
 """The best pages of the heads that missed, among the candidates of each sequence.
 
-Finds the score of the last page chosen by bisection over bit patterns, so a row of any length takes one program and no
-sort. Does not know what the scores mean. Not yet run on a GPU.
+Finds the score of the last page chosen by cutting the range of bit patterns in eight again and again, so a row of any
+length takes one program and no sort. Does not know what the scores mean. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from clo_kernels.dispatch import on_device, runs_kernel
 from clo_kernels.layout import INT32
 
 PAGE_BLOCK = 4096
+SEARCH_WAYS = 8
+"""Parts into which a look at all scores cuts the range of the threshold: 11 looks find it among all bit patterns."""
 
 
 @triton.jit
@@ -38,6 +40,7 @@ def select_pages_kernel(
     num_pages,
     budget,
     BLOCK: tl.constexpr,
+    WAYS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     if tl.load(missed + row) != 0:
@@ -49,14 +52,17 @@ def select_pages_kernel(
         # the largest key that enough candidates reach
         low = tl.full([], -2147483648, tl.int64)
         high = tl.full([], 2147483647, tl.int64)
+        way = tl.arange(0, WAYS)
         while low < high:
-            middle = high - (high - low) // 2
-            reaching = tl.full([], 0, tl.int32)
+            border = high - (high - low) * (way + 1) // WAYS  # the last is `low`
+            reaching = tl.zeros([WAYS], tl.int32)
             for start in range(0, candidates + 1, BLOCK):
                 key, candidate = _load_keys(scores, start + tl.arange(0, BLOCK), candidates)
-                reaching += tl.sum((candidate & (key >= middle)).to(tl.int32), 0)
-            low = tl.where(reaching >= take, middle, low)
-            high = tl.where(reaching >= take, high, middle - 1)
+                reaches = candidate[None, :] & (key[None, :] >= border.to(tl.int32)[:, None])
+                reaching += tl.sum(reaches.to(tl.int32), 1)
+            enough = reaching >= take
+            low = tl.max(tl.where(enough, border, low), 0)
+            high = tl.min(tl.where(enough, high, border - 1), 0)
 
         above = tl.full([], 0, tl.int32)
         for start in range(0, candidates + 1, BLOCK):
@@ -110,6 +116,7 @@ def select_pages(
                 num_pages,
                 budget,
                 BLOCK=min(PAGE_BLOCK, triton.next_power_of_2(num_pages)),
+                WAYS=SEARCH_WAYS,
                 num_warps=8,
             )
     return selection

@@ -24,11 +24,12 @@ TRITON_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.fl
 
 
 @triton.jit
-def _attend(query, keys, values, row, valid, dim, scale, peak, total, acc, DOT: tl.constexpr):
+def _attend(query, keys, values, row, valid, dim, scale, peak, total, acc, DIM: tl.constexpr, DOT: tl.constexpr):
     """One block of tokens, whose vectors start `row` elements into `keys` and `values`; scores are in powers of two."""
     at = row[:, None] + dim[None, :]
-    key = tl.load(keys + at, mask=valid[:, None], other=0.0).to(DOT)
-    value = tl.load(values + at, mask=valid[:, None], other=0.0).to(DOT)
+    inside = valid[:, None] & (dim < DIM)[None, :]
+    key = tl.load(keys + at, mask=inside, other=0.0).to(DOT)
+    value = tl.load(values + at, mask=inside, other=0.0).to(DOT)
     score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
     score = tl.where(valid[None, :], score, float("-inf"))
     higher = tl.maximum(peak, tl.max(score, 1))
@@ -63,6 +64,7 @@ def attend_split_kernel(
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     DOT: tl.constexpr,
@@ -74,14 +76,15 @@ def attend_split_kernel(
     length = tl.load(lengths + sequence)
     start = tl.maximum(length - recent_tokens, 0) // PAGE * PAGE
     pin = tl.load(pinned_row + row % num_kv_heads)
-    dim = tl.arange(0, DIM)
+    dim = tl.arange(0, DIM_PAD)
     lane = tl.arange(0, BLOCK)
     member = tl.arange(0, GROUP_PAD)
     head = row * GROUP + member
-    q = tl.load(query + head[:, None] * DIM + dim[None, :], mask=(member < GROUP)[:, None], other=0.0).to(DOT)
+    given = (member < GROUP)[:, None] & (dim < DIM)[None, :]
+    q = tl.load(query + head[:, None] * DIM + dim[None, :], mask=given, other=0.0).to(DOT)
     peak = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
-    acc = tl.zeros([GROUP_PAD, DIM], tl.float32)
+    acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
 
     if pin >= 0:
         base = (sequence * num_pinned + pin) * 2 * max_tokens * DIM
@@ -89,7 +92,7 @@ def attend_split_kernel(
         for first in range(split * BLOCK, length, num_splits * BLOCK):
             token = first + lane
             at = base + token.to(tl.int64) * DIM
-            peak, total, acc = _attend(q, pinned, values, at, token < length, dim, scale, peak, total, acc, DOT)
+            peak, total, acc = _attend(q, pinned, values, at, token < length, dim, scale, peak, total, acc, DIM, DOT)
     else:
         base = row * 2 * num_sinks * DIM
         last_sink = tl.minimum(num_sinks, start)
@@ -97,43 +100,45 @@ def attend_split_kernel(
             token = first + lane
             at = base + token.to(tl.int64) * DIM
             values = sinks + num_sinks * DIM
-            peak, total, acc = _attend(q, sinks, values, at, token < last_sink, dim, scale, peak, total, acc, DOT)
+            peak, total, acc = _attend(q, sinks, values, at, token < last_sink, dim, scale, peak, total, acc, DIM, DOT)
         for first in range(split * BLOCK, num_selected * PAGE, num_splits * BLOCK):
             token = first + lane
             entry = token // PAGE
             slot = tl.load(selected + row * num_selected + entry, mask=entry < num_selected, other=-1)
             at = ((row * num_slots + slot) * 2 * PAGE + token % PAGE) * DIM
             values = slots + PAGE * DIM
-            peak, total, acc = _attend(q, slots, values, at, slot >= 0, dim, scale, peak, total, acc, DOT)
+            peak, total, acc = _attend(q, slots, values, at, slot >= 0, dim, scale, peak, total, acc, DIM, DOT)
         base = row * 2 * ring_tokens * DIM
         for first in range(start + split * BLOCK, length, num_splits * BLOCK):
             token = first + lane
             at = base + (token % ring_tokens).to(tl.int64) * DIM
             values = window + ring_tokens * DIM
-            peak, total, acc = _attend(q, window, values, at, token < length, dim, scale, peak, total, acc, DOT)
+            peak, total, acc = _attend(q, window, values, at, token < length, dim, scale, peak, total, acc, DIM, DOT)
 
     some = total > 0
     scaled = acc / tl.where(some, total, 1.0)[:, None]
     lse = tl.where(some, peak + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
     place = head * num_splits + split
-    tl.store(partial + place[:, None] * DIM + dim[None, :], scaled, mask=(member < GROUP)[:, None])
+    tl.store(partial + place[:, None] * DIM + dim[None, :], scaled, mask=given)
     tl.store(partial_lse + place, lse, mask=member < GROUP)
 
 
 @triton.jit
-def merge_splits_kernel(partial, partial_lse, out, num_splits, DIM: tl.constexpr, SPLITS_PAD: tl.constexpr):
+def merge_splits_kernel(
+    partial, partial_lse, out, num_splits, DIM: tl.constexpr, DIM_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr
+):
     head = tl.program_id(0).to(tl.int64)  # sequence * num_query_heads + query head
     split = tl.arange(0, SPLITS_PAD)
-    dim = tl.arange(0, DIM)
+    dim = tl.arange(0, DIM_PAD)
     inside = split < num_splits
     lse = tl.load(partial_lse + head * num_splits + split, mask=inside, other=float("-inf"))
     peak = tl.max(lse, 0)
     weight = tl.exp2(lse - tl.where(peak == float("-inf"), 0.0, peak))
     at = (head * num_splits + split)[:, None] * DIM + dim[None, :]
-    share = tl.load(partial + at, mask=inside[:, None], other=0.0) * weight[:, None]
+    share = tl.load(partial + at, mask=inside[:, None] & (dim < DIM)[None, :], other=0.0) * weight[:, None]
     total = tl.sum(weight, 0)
     merged = tl.sum(share, 0) / tl.where(total > 0, total, 1.0)
-    tl.store(out + head * DIM + dim, merged.to(out.dtype.element_ty))
+    tl.store(out + head * DIM + dim, merged.to(out.dtype.element_ty), mask=dim < DIM)
 
 
 def sparse_decode_attention(
@@ -196,6 +201,7 @@ def sparse_decode_attention(
             GROUP=group,
             GROUP_PAD=max(16, triton.next_power_of_2(group)),
             DIM=head_dim,
+            DIM_PAD=triton.next_power_of_2(head_dim),
             PAGE=page_size,
             BLOCK=block_tokens(query),
             # the interpreter cannot multiply bfloat16 matrices
@@ -209,6 +215,7 @@ def sparse_decode_attention(
             out,
             num_splits,
             DIM=head_dim,
+            DIM_PAD=triton.next_power_of_2(head_dim),
             SPLITS_PAD=triton.next_power_of_2(num_splits),
             num_warps=2,
         )
@@ -217,7 +224,8 @@ def sparse_decode_attention(
 
 def block_tokens(query: torch.Tensor) -> int:
     """Tokens of a block: 16 to 64, as many as fit."""
-    return max(16, min(64, BLOCK_BYTES // (int(query.shape[-1]) * int(query.element_size()))))
+    padded = int(triton.next_power_of_2(query.shape[-1]))
+    return max(16, min(64, BLOCK_BYTES // (padded * int(query.element_size()))))
 
 
 def default_splits(query: torch.Tensor, kv: DeviceKV, selected: torch.Tensor) -> int:

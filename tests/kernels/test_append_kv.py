@@ -2,12 +2,15 @@
 
 from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
 
 from clo_kernels import reference
 from clo_kernels.append_kv import append_kv
 from clo_kernels.layout import window_start
+from clo_kernels.page_index import IndexKind, entry_shape, hash_planes
+from tests.kernels import oracle
 from tests.kernels.helpers import DEVICE, TOLERANCE, cases
 from tests.kernels.sequences import empty_kv, lay_out
 
@@ -18,6 +21,7 @@ CASES = cases(
     (1, 2, 1, 128, 2),
     (64, 10, 0, 16, 2),
     (3, 7, 3, 32, 1),
+    (8, 9, 2, 80, 2),
 )
 
 
@@ -78,6 +82,31 @@ def test_growing_equals_laying_out_at_once(page_size, recent, sinks, dim, vector
     assert all(rest[1].isnan().all() for rest in (kv.window, kv.sinks, kv.pinned, host, index))
 
 
+@pytest.mark.parametrize("append", [append_kv, reference.append_kv], ids=["kernel", "reference"])
+@cases("page_size dim", (16, 64), (1, 128), (3, 80), (64, 16))
+@pytest.mark.parametrize("kind", [IndexKind.KEY_4BIT, IndexKind.SIGN_HASH])
+def test_index_of_single_tokens(kind, page_size, dim, append):
+    """A page that leaves is known to half a step, or by the side of each plane that its keys lie on."""
+    full, kv, host, _ = setup(page_size, 10, 1, dim, 1)
+    planes = hash_planes(dim).to(DEVICE) if kind is IndexKind.SIGN_HASH else None
+    index = torch.full((2, 3, host.shape[1], *entry_shape(kind, page_size, dim)), 77, dtype=torch.int32, device=DEVICE)
+    for token in range(full.shape[3]):
+        lengths = torch.full((2,), token + 1, dtype=torch.int32, device=DEVICE)
+        new = (full[:, :, side, token].contiguous() for side in (0, 1))
+        append(*new, lengths, kv, host, index, planes=planes)
+    gone = window_start(full.shape[3], 10, page_size) // page_size
+    keys = full[:, ::2, 0, : gone * page_size].unflatten(2, (gone, page_size)).double().cpu().numpy()
+    entries = index[:, ::2, :gone].cpu().numpy()
+    if kind is IndexKind.KEY_4BIT:
+        found, step = oracle.keys_of(entries)
+        assert (np.abs(found - keys) <= 0.52 * step + 1e-3 * np.abs(keys).max()).all()
+    else:
+        sides = keys @ planes.double().cpu().numpy().T
+        assert (oracle.bits_of(entries) == (sides > 0))[np.abs(sides) > 1e-4].all()
+    assert (index[:, :, gone:] == 77).all()
+    assert (index[:, 1] == 77).all()
+
+
 def test_only_the_new_token_is_written_while_no_page_leaves():
     full, kv, host, index = setup(16, 20, 4, 64, 2)
     grow(append_kv, full, range(50), kv, host, index)
@@ -106,11 +135,18 @@ def test_what_does_not_fit_is_dropped():
     [
         ({"value": torch.zeros(1, 2, 32)}, r"value: shape \[1, 2, 32\], expected \[1, 2, 64\]"),
         ({"host_pages": torch.zeros(1, 5, 2, 2, 8, 64)}, "host_pages: shape"),
-        ({"index": torch.zeros(1, 2, 4, 2, 64)}, r"index: shape \[1, 2, 4, 2, 64\], expected \[1, 2, 5, 'any', 64\]"),
+        (
+            {"index": torch.zeros(1, 2, 4, 2, 64)},
+            r"index: .* expected \[1, 2, 5, 'any', 'any'\]",
+        ),
+        (
+            {"index": torch.zeros(1, 2, 5, 4, 9).int()},
+            r"index: .* expected \[1, 2, 5, 16, 'any'\]",
+        ),
         ({"index": torch.zeros(1, 2, 5, 3, 64)}, "index: 3 vectors a page"),
         ({"lengths": torch.zeros(1)}, "lengths: dtype torch.float32, expected torch.int32"),
     ],
-    ids=["value", "page-size", "index-pages", "vectors", "lengths"],
+    ids=["value", "page-size", "index-pages", "index-tokens", "vectors", "lengths"],
 )
 def test_refuses(change, message):
     arguments = {

@@ -11,6 +11,9 @@ import torch
 from clo_kernels import dispatch, hit_test, reference
 from tests.kernels.helpers import DEVICE
 
+# nothing that a second run would show
+SLOW = ("test_ptx.py", "test_bench.py", "test_sanitizer.py", Path(__file__).name)
+
 
 def test_the_kernel_runs_here_and_not_the_reference(monkeypatch):
     if not dispatch.runs_kernel(torch.zeros(1, device=DEVICE)):
@@ -24,7 +27,7 @@ def test_the_kernel_runs_here_and_not_the_reference(monkeypatch):
 def test_wrappers_run_the_reference_on_the_cpu_without_the_interpreter():
     """All tests of operations again, where a launch would fail: there is no GPU for it."""
     folder = Path(__file__).parent
-    files = [str(path) for path in folder.glob("test_*.py") if path.name not in ("test_ptx.py", Path(__file__).name)]
+    files = [str(path) for path in folder.glob("test_*.py") if path.name not in SLOW]
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "0",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "compile_ptx.py"
+SCRIPT = Path(__file__).parents[2] / "kernels" / "clo_kernels_bench" / "compiled.py"
 ARCHS = [80, 90]
 
 
@@ -18,7 +18,9 @@ def compiled(tmp_path_factory):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    run = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, ARCHS)], env=environment, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout)
 
@@ -33,13 +35,15 @@ def narrow_loads_of_pages(ptx):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize(("kernel", "loads"), [("gather_pages", 2), ("gather_pages_chunked", 4)])
-def test_pages_are_read_and_written_16_bytes_at_a_time(compiled, kernel, loads, arch):
-    """A chunk of n bytes over 256 threads is n / 4096 loads of 16 bytes in each."""
+@pytest.mark.parametrize("kernel", ["gather_pages", "gather_pages_chunked"])
+def test_pages_are_read_and_written_16_bytes_at_a_time(compiled, kernel, arch):
+    """Four pages of 8 KiB, or two chunks of 16 KiB, over 256 threads: eight loads of 16 bytes in each, then stores."""
     ptx = compiled[f"{kernel}:{arch}"]["ptx"]
-    assert len(wide_loads(ptx)) == loads
+    assert len(wide_loads(ptx)) == 8
     assert not narrow_loads_of_pages(ptx)
-    assert len(re.findall(r"st\.global[.\w:]*\.v(?:4\.b32|2\.b64)", ptx)) == loads
+    last_load = max(m.start() for m in re.finditer(r"ld\.global[.\w:]*\.v(?:4\.b32|2\.b64)", ptx))
+    assert last_load < min(m.start() for m in re.finditer(r"st\.global[.\w:]*\.v(?:4\.b32|2\.b64)", ptx))
+    assert len(re.findall(r"st\.global[.\w:]*\.v(?:4\.b32|2\.b64)", ptx)) == 8
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -77,7 +81,10 @@ def test_attention_uses_tensor_cores_and_loads_ahead_16_bytes_at_a_time(compiled
     assert re.search(r"cp\.async\.cg\.shared\.global[^;]*0x10\b", ptx)
 
 
-def test_no_kernel_spills(compiled):
-    if all(kernel["spills"] is None for kernel in compiled.values()):
+def test_registers_and_shared_memory_are_reported_and_nothing_spills(compiled):
+    if all(kernel["registers"] is None for kernel in compiled.values()):
         pytest.skip("needs ptxas")
-    assert {name: kernel["spills"] for name, kernel in compiled.items() if kernel["spills"]} == {}
+    assert {name: kernel["spill_bytes"] for name, kernel in compiled.items() if kernel["spill_bytes"]} == {}
+    assert all(0 < kernel["registers"] <= 255 for kernel in compiled.values())
+    # two programs of attention fit a multiprocessor of an A100 (164 KiB) side by side
+    assert all(kernel["shared_bytes"] <= 82 * 1024 for kernel in compiled.values())

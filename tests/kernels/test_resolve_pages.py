@@ -100,6 +100,56 @@ def test_histories(batch, heads, budget, slots, pages, padding, slot_block, monk
         run_and_check(random_selection(batch, heads, budget, pages, padding), missed, table)
 
 
+@cases(
+    "batch heads budget slots pages padding",
+    (1, 1, 1, 1, 1, 0),
+    (3, 2, 5, 5, 17, 0.3),
+    (1, 3, 7, 20, 33, 0),
+    (2, 2, 6, 9, 30, 1),
+)
+@pytest.mark.parametrize("slot_block", [4, 4096], ids=["blocks-of-4", "one-block"])
+@pytest.mark.parametrize("resolve", [resolve_pages, reference.resolve_pages], ids=["kernel", "reference"])
+def test_replacing_whole_sets(resolve, batch, heads, budget, slots, pages, padding, slot_block, monkeypatch):
+    """Of a head that missed nothing is left but its selection, in slots 0, 1, 2, ..., all of it fetched."""
+    monkeypatch.setattr(module, "SLOT_BLOCK", slot_block)
+    table = PageTable.empty(batch, heads, slots, pages, DEVICE)
+    resolve_pages(
+        random_selection(batch, heads, budget, pages, 0), torch.rand(batch, heads, device=DEVICE) < 0.8, table
+    )
+    for _ in range(4):
+        selection, missed = random_selection(batch, heads, budget, pages, padding), torch.rand(batch, heads) < 0.6
+        before, out = copied(table), poisoned(selection)
+        resolve(selection, missed.to(DEVICE), table, replace=True, out=out)
+        for row in ((b, h) for b in range(batch) for h in range(heads)):
+            wanted, held = selection[row].tolist(), before.page_of_slot[row].tolist()
+            fetched = [page for page in wanted if page != NO_PAGE] if missed[row] else []
+            rest, none = budget - len(fetched), slots - len(fetched)
+            assert out.num_fetched[row] == len(fetched)
+            assert out.fetch_pages[row].tolist() == fetched + [NO_PAGE] * rest
+            assert out.fetch_slots[row].tolist() == [*range(len(fetched)), *[NO_SLOT] * rest]
+            now = fetched + [NO_PAGE] * none if missed[row] else held
+            assert table.page_of_slot[row].tolist() == now
+            assert out.slots[row].tolist() == [now.index(p) if p != NO_PAGE and p in now else NO_SLOT for p in wanted]
+            places = {page: slot for slot, page in enumerate(now) if page != NO_PAGE}
+            assert table.slot_of_page[row].tolist() == [places.get(page, NO_SLOT) for page in range(pages)]
+            assert len(set(table.last_use[row].tolist())) == slots
+            if not missed[row]:
+                assert torch.equal(before.last_use[row], table.last_use[row])
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_replaced_sets_are_those_of_the_reference(replace):
+    table = PageTable.empty(2, 2, 9, 30, DEVICE)
+    mirror = copied(table)
+    for step in range(8):  # diffs and replacements of one table may follow each other
+        selection, missed = random_selection(2, 2, 6, 30, 0.2), torch.rand(2, 2, device=DEVICE) < 0.6
+        found, expected = poisoned(selection), poisoned(selection)
+        resolve_pages(selection, missed, table, replace=(step % 2 == 0) == replace, out=found)
+        reference.resolve_pages(selection, missed, mirror, replace=(step % 2 == 0) == replace, out=expected)
+        for name, tensor in (tensors(expected) | tensors(mirror)).items():
+            assert torch.equal((tensors(found) | tensors(table))[name], tensor), name
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.data())
 def test_rules_hold_for_any_history(data):

@@ -1,11 +1,17 @@
 """`score_pages` against the formula in float64, and the bound against the keys it must bound."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 
 from clo_kernels import reference
 from clo_kernels import score_pages as module
+from clo_kernels.page_index import IndexKind, hash_planes
+from clo_kernels.page_index import page_index as index_of
 from clo_kernels.score_pages import score_pages
+from tests.kernels import oracle
 from tests.kernels.helpers import DEVICE, TOLERANCE, by_dtype, cases
 
 MARKER = -12345.0
@@ -37,6 +43,7 @@ def exact(query, index, candidates, scale):
     ((60, 0, 33), 2, 3, 64, 70),
     ((1, 32, 31), 1, 7, 128, 33),
     ((130,), 2, 8, 128, 131),
+    ((40, 7), 1, 3, 80, 42),
 )
 def test_agrees_with_float64(candidates, heads, group, dim, pages, vectors, dtype, monkeypatch):
     monkeypatch.setattr(module, "FOLD_BLOCK", 64)
@@ -58,6 +65,56 @@ def test_agrees_with_float64(candidates, heads, group, dim, pages, vectors, dtyp
         torch.testing.assert_close(out.double(), expected, **TOLERANCE[torch.float32])
 
 
+@by_dtype
+@pytest.mark.parametrize("kind", [IndexKind.KEY_4BIT, IndexKind.SIGN_HASH])
+@cases(
+    "candidates heads group dim pages page_size",
+    ((20,), 1, 1, 64, 22, 16),
+    ((60, 0, 33), 2, 3, 64, 70, 1),
+    ((1, 9, 8), 1, 7, 128, 10, 3),
+    ((9,), 2, 8, 80, 11, 64),
+    ((5,), 1, 20, 16, 7, 100),
+)
+def test_index_of_single_tokens_agrees_with_numpy(candidates, heads, group, dim, pages, page_size, kind, dtype):
+    batch, scale = len(candidates), 2 * dim**-0.5
+    keys = torch.randn(batch, heads, pages, page_size, dim) + torch.randn(dim)
+    planes = hash_planes(dim, seed=3) if kind is IndexKind.SIGN_HASH else None
+    index = index_of(keys, kind, planes)
+    query = torch.randn(batch, heads * group, dim).to(dtype)
+    missed = torch.rand(batch, heads) < 0.6
+    missed[0, 0] = True
+    expected = np.full((batch, heads, pages), -np.inf)
+    for b, h in itertools.product(range(batch), range(heads)):
+        if not missed[b, h]:
+            expected[b, h] = MARKER
+        elif candidates[b]:
+            theirs = query[b, h * group : (h + 1) * group].double().numpy()
+            inside = slice(1, candidates[b] + 1)
+            normals = None if planes is None else planes.double().numpy()
+            expected[b, h, inside] = oracle.page_scores(theirs, index[b, h, inside].numpy(), scale, normals)
+        index[b, h, 0] = index[b, h, candidates[b] + 1 :] = 0x7E007E00  # NaN where scales are
+    counts = torch.tensor(candidates, dtype=torch.int32, device=DEVICE)
+    given = (query.to(DEVICE), index.to(DEVICE), counts, missed.to(DEVICE))
+    for score in (score_pages, reference.score_pages):
+        out = torch.full((batch, heads, pages), MARKER, device=DEVICE)
+        score(*given, scale=scale, planes=None if planes is None else planes.to(DEVICE), out=out)
+        torch.testing.assert_close(out.double().cpu(), torch.from_numpy(expected), rtol=2e-4, atol=1e-6)
+
+
+def test_an_index_of_single_tokens_finds_the_pages_that_attention_falls_on():
+    keys, query = torch.randn(1, 1, 501, 1, 64), 2 * torch.randn(1, 2, 64)
+    yes, counts = torch.ones(1, 1, dtype=torch.bool), torch.tensor([500], dtype=torch.int32)
+    exact = (query[0] @ keys[0, 0, 1:].flatten(0, 1).T / 8).softmax(-1).mean(0)
+    best, found = set(exact.topk(50).indices.tolist()), {}
+    for kind in (IndexKind.KEY_4BIT, IndexKind.SIGN_HASH):
+        planes = hash_planes(64) if kind is IndexKind.SIGN_HASH else None
+        given = (query.to(DEVICE), index_of(keys, kind, planes).to(DEVICE), counts.to(DEVICE), yes.to(DEVICE))
+        scores = score_pages(*given, planes=None if planes is None else planes.to(DEVICE))[0, 0, 1:]
+        found[kind] = len(best & set(scores.topk(50).indices.tolist()))
+    assert found[IndexKind.KEY_4BIT] >= 45
+    assert found[IndexKind.SIGN_HASH] >= 15  # by chance it would be 5
+
+
 def test_minmax_bounds_every_key_of_the_page():
     """With one query head the scores order pages as the bounds do: a page whose best key is far above wins."""
     keys = 0.01 * torch.randn(1, 1, 20, 16, 64, device=DEVICE)
@@ -73,11 +130,17 @@ def test_minmax_bounds_every_key_of_the_page():
     ("change", "message"),
     [
         ({"index": torch.zeros(1, 2, 5, 3, 64)}, "index: 3 vectors a page, expected 2"),
+        ({"index": torch.zeros(1, 2, 5, 4, 8).int()}, "index: 8 a row, expected 9 of key_4bit with head_dim = 64"),
+        (
+            {"index": torch.zeros(1, 2, 5, 4, 4).int(), "planes": torch.zeros(128, 32)},
+            r"planes: shape \[128, 32\], expected \[128, 64\]",
+        ),
+        ({"planes": torch.zeros(128, 64)}, "planes go with an int32 index"),
         ({"index": torch.zeros(1, 3, 5, 2, 64)}, "num_query_heads = 4 must be a multiple of num_kv_heads = 3"),
         ({"missed": torch.zeros(1, 2)}, "missed: dtype torch.float32, expected torch.bool"),
         ({"out": torch.zeros(1, 2, 4)}, r"out: shape \[1, 2, 4\], expected \[1, 2, 5\]"),
     ],
-    ids=["vectors", "heads", "mask", "out"],
+    ids=["vectors", "words", "planes", "planes-of-floats", "heads", "mask", "out"],
 )
 def test_refuses(change, message):
     arguments = {

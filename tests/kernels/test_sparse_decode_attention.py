@@ -55,6 +55,8 @@ def check(query, kv, selected, lengths, full, tokens, num_splits=None, scale=Non
     ((401,), 2, 8, 128, 64, 3, 4),
     ((20, 21, 36), 1, 2, 64, 16, 2, 5),
     ((133, 90, 1), 2, 1, 64, 3, 7, 2),
+    ((140, 30), 2, 3, 80, 16, 3, 2),
+    ((90,), 1, 4, 96, 4, 5, 1),
 )
 def test_agrees_with_full_attention_over_the_attended_tokens(
     lengths, heads, group, dim, page_size, budget, splits, dtype
@@ -116,9 +118,9 @@ def test_reference_agrees_with_float64():
         ({"num_splits": 0}, f"num_splits = 0, expected 1 to {module.MAX_SPLITS}"),
         ({"recent_tokens": 17}, "window: 32 rows, expected a multiple of page_size = 16 that is at least .* = 33"),
         ({"sinks": torch.zeros(1, 2, 2, 17, 64)}, "num_sinks = 17 must fit the first page of 16 tokens"),
-        ({"slots": torch.zeros(1, 2, 3, 2, 16, 48)}, "slots: head_dim = 48, expected a power of two"),
+        ({"slots": torch.zeros(1, 2, 3, 2, 16, 50)}, "slots: head_dim = 50, expected a multiple of 8 from 16 to 256"),
     ],
-    ids=["group", "head-dim", "dtype", "lengths", "splits", "ring", "sinks", "power-of-two"],
+    ids=["group", "head-dim", "dtype", "lengths", "splits", "ring", "sinks", "multiple-of-8"],
 )
 def test_refuses(change, message):
     kv = empty_kv(1, 2, 3, 16, 64, sinks=4, recent=16, max_tokens=1, dtype=torch.float32)

@@ -1,0 +1,210 @@
+"""Everything that needs a GPU, in one command and one folder: `make gpu`, or `python3 benchmarks/gpu.py`.
+
+Runs each step of STEPS as a process of its own, with a time limit of its own, in the Python that runs this: torch,
+Triton and pytest must be there, nothing is installed. A step that fails, or that lacks a package, does not stop the
+others. The folder is out/gpu/<device>-<date>/ unless `--out` names one:
+
+    environment.json   the machine and the versions
+    summary.md         what passed, and every figure beside its limit; written anew after each step
+    log.txt            what the steps printed
+    *.xml, *.json      results of tests (JUnit) and of benches
+
+Without a CUDA device: one line, exit code 2. Exit code 1 if a step failed. More steps go into STEPS, most wanted first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = (".", "sim", "kernels", "calibration", "plots", "cli")
+PROBE = """
+import json, platform, sys, torch
+found = {"python": sys.version, "platform": platform.platform(), "torch": torch.__version__, "cuda": torch.version.cuda}
+for name in ("triton", "numpy", "transformers", "hypothesis", "pytest"):
+    try:
+        found[name] = __import__(name).__version__
+    except ImportError:
+        found[name] = None
+if torch.cuda.is_available():
+    p = torch.cuda.get_device_properties(0)
+    found |= {"device": p.name, "capability": [p.major, p.minor], "memory_bytes": p.total_memory,
+              "multiprocessors": p.multi_processor_count}
+print(json.dumps(found))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A command of this Python. {out} and {seconds} are filled in; `needs` are packages it cannot do without."""
+
+    name: str
+    command: tuple[str, ...]
+    limit_s: float
+    needs: tuple[str, ...] = ()
+
+
+PYTEST = ("-m", "pytest", "-m", "not long and not model", "--durations=10", "-p", "no:cacheprovider")
+STEPS = (
+    Step("bench", ("kernels/bench.py", "--out", "{out}/bench.json", "--seconds", "{seconds}"), 190, ("triton",)),
+    Step(
+        "kernel-tests",
+        (*PYTEST, "tests/kernels", "--ignore=tests/kernels/test_sanitizer.py", "--junitxml={out}/kernel-tests.xml"),
+        150,
+        ("pytest", "hypothesis", "triton"),
+    ),
+    Step(
+        "engine-tests",
+        (*PYTEST, "tests/engine", "--junitxml={out}/engine-tests.xml"),
+        90,
+        ("pytest", "transformers", "pydantic", "triton"),
+    ),
+    Step("memory-checker", (*PYTEST, "tests/kernels/test_sanitizer.py", "-rs"), 60, ("pytest", "triton")),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a step ended."""
+
+    step: str
+    result: str
+    seconds: float
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the steps."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="results folder (default out/gpu/<device>-<date>)")
+    parser.add_argument("--minutes", type=float, default=8, help="time for everything (default 8)")
+    parser.add_argument("--only", nargs="+", choices=[step.name for step in STEPS], help="only these steps")
+    options = parser.parse_args(arguments)
+    environment = probe()
+    if isinstance(environment, str):
+        print(f"make gpu: {environment}", file=sys.stderr)
+        return 2
+    now = datetime.datetime.now(datetime.UTC)
+    environment["date"] = now.isoformat(timespec="seconds")
+    environment["packages_missing"] = sorted({n for step in STEPS for n in step.needs if not installed(n)})
+    device = re.sub(r"\W+", "-", str(environment["device"])).strip("-").lower()
+    out = (options.out or ROOT / "out" / "gpu" / f"{device}-{now:%Y%m%d-%H%M%S}").resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "environment.json").write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
+    steps = [step for step in STEPS if not options.only or step.name in options.only]
+    outcomes = run_steps(steps, out, environment, seconds=60 * options.minutes)
+    print(f"\nresults: {out}")
+    return 1 if any(outcome.result.startswith("failed") for outcome in outcomes) else 0
+
+
+def probe() -> dict[str, object] | str:
+    """The machine, or why there is nothing to run on it."""
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
+        return f"{sys.executable} cannot use torch ({reason[0]}): name another with make gpu PYTHON=..."
+    found: dict[str, object] = json.loads(done.stdout)
+    return found if "device" in found else f"no CUDA device that torch {found['torch']} of {sys.executable} can use"
+
+
+def installed(package: str) -> bool:
+    """Whether this Python can import it."""
+    return importlib.util.find_spec(package) is not None
+
+
+def run_steps(steps: Sequence[Step], out: Path, environment: dict[str, object], *, seconds: float) -> list[Outcome]:
+    """One after another while time is left; the summary is whole after each."""
+    end, outcomes = time.monotonic() + seconds, []
+    for step in steps:
+        print(f"\n== {step.name}", flush=True)
+        missing = [name for name in step.needs if not installed(name)]
+        left = min(step.limit_s, end - time.monotonic())
+        if missing:
+            outcome = Outcome(step.name, f"skipped: not installed: {', '.join(missing)}", 0.0)
+        elif left < 5:
+            outcome = Outcome(step.name, "skipped: no time left", 0.0)
+        else:
+            outcome = run_step(step, out, left)
+        print(f"{step.name}: {outcome.result} after {outcome.seconds:.0f} s", flush=True)
+        outcomes.append(outcome)
+        (out / "summary.md").write_text(summary(environment, outcomes, out), encoding="utf-8")
+    return outcomes
+
+
+def run_step(step: Step, out: Path, limit_s: float) -> Outcome:
+    """One process group, ended when its time is over. What it prints goes to the log and to the terminal."""
+    values = {"out": str(out), "seconds": f"{max(1.0, limit_s - 30):.0f}"}
+    command = [sys.executable, *(part.format(**values) for part in step.command)]
+    if "pytest" in step.command and installed("xdist"):
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
+    paths = [str(ROOT / folder) for folder in SOURCES]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    begun, log = time.monotonic(), out / "log.txt"
+    with log.open("ab") as stream:
+        stream.write(f"\n== {step.name}: {' '.join(command)}\n".encode())
+        stream.flush()
+        at = stream.tell()
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=variables, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            result = "passed" if process.wait(limit_s) == 0 else f"failed: exit code {process.returncode}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            result = f"failed: not done after {limit_s:.0f} s"
+    said = log.read_bytes()[at:].decode(errors="replace")
+    print("\n".join(said.splitlines()[-40:]), flush=True)
+    return Outcome(step.name, result, time.monotonic() - begun)
+
+
+def summary(environment: dict[str, object], outcomes: Sequence[Outcome], out: Path) -> str:
+    """For people: the steps, then every figure of the bench."""
+    lines = [f"# {environment.get('device')}", ""]
+    lines += [f"- {name}: {value}" for name, value in environment.items()]
+    lines += ["", "| Step | Result | Seconds |", "|---|---|---|"]
+    lines += [f"| {outcome.step} | {outcome.result} | {outcome.seconds:.0f} |" for outcome in outcomes]
+    if (out / "bench.json").exists():
+        lines += ["", *bench_lines(json.loads((out / "bench.json").read_text(encoding="utf-8")))]
+    return "\n".join(lines) + "\n"
+
+
+def bench_lines(bench: dict[str, list[dict[str, object]]]) -> list[str]:
+    """The bench's verdicts and figures as tables."""
+    wrong = [f"{v['operation']} ({v['case']}): {v['detail']}" for v in bench["correctness"] if not v["passed"]]
+    lines = [f"Correctness: {len(bench['correctness']) - len(wrong)} of {len(bench['correctness'])} agree."]
+    lines += [f"- wrong: {line}" for line in wrong] + [f"- left out: {line}" for line in bench["left_out"]]
+    lines += ["", "| Operation | Case | Median us | Min | p90 | GB/s | Limit us | Share | Limit |", "|" + "---|" * 9]
+    for figure in bench["figures"]:
+        case = figure["case"]
+        assert isinstance(case, dict)
+        cells = [
+            figure["operation"],
+            ", ".join(f"{name} {value}" for name, value in case.items()),
+            *(_number(figure[key], 1.0) for key in ("median_us", "min_us", "p90_us")),
+            _number(figure["bytes_per_s"], 1e9),
+            _number(figure["limit_us"], 1.0),
+            _number(figure["share_of_limit"], 1.0),
+            figure["limit"],
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def _number(value: object, unit: float) -> str:
+    return f"{value / unit:.2f}" if isinstance(value, int | float) else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""Compiles every kernel for GPUs that need not be there; run as a script, without the interpreter.
+
+    python compiled.py 80 90
+
+prints {"kernel:architecture": {"ptx", "registers", "shared_bytes", "spill_bytes"}} as JSON; registers and spills are
+null where Triton's copies of ptxas are not found or too old for its PTX.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from clo_kernels.append_kv import append_kv_kernel
+from clo_kernels.gather_pages import gather_pages_kernel
+from clo_kernels.hit_test import hit_test_kernel
+from clo_kernels.resolve_pages import resolve_pages_kernel
+from clo_kernels.ring_doorbell import ring_doorbell_kernel
+from clo_kernels.score_pages import fold_scores_kernel, page_logits_kernel
+from clo_kernels.select_pages import select_pages_kernel
+from clo_kernels.sparse_decode_attention import attend_split_kernel, merge_splits_kernel
+from clo_kernels.token_logits import hash_query_kernel, token_logits_kernel
+from clo_kernels.wait_ready import wait_ready_kernel
+
+APPEND = "*bf16/16 *bf16/16 *i32/16 *bf16/16 *bf16/16 *bf16/16 *i32/16 *bf16/16 *{}/16 *fp32/16" + 7 * " i32"
+APPENDED: dict[str, Any] = {"DIM": 128, "DIM_PAD": 128, "PAGE": 16, "BLOCK": 16}
+TOKEN_LOGITS: dict[str, Any] = {
+    "GROUP": 8, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "PAGE": 16, "PAGE_PAD": 16, "BLOCK": 4, "DOT": tl.bfloat16,
+}  # fmt: skip
+
+# kernel, dtypes of pointers ("/16": aligned, as torch allocates) and numbers, constants, warps
+KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
+    "hit_test": (
+        hit_test_kernel,
+        "*bf16/16 *bf16/16 *fp32/16 *fp32/16 *u8/16 i32",
+        {"GROUP": 7, "GROUP_PAD": 8, "DIM": 128, "DIM_PAD": 128, "FOLD": "importance"},
+        1,
+    ),
+    "resolve_pages": (
+        resolve_pages_kernel,
+        "*i32/16 *u8/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 i32 i32 i32",
+        {"BUDGET_PAD": 1024, "BLOCK": 2048, "WAYS": 8, "REPLACE": False},
+        8,
+    ),
+    "resolve_pages_replace": (
+        resolve_pages_kernel,
+        "*i32/16 *u8/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 i32 i32 i32",
+        {"BUDGET_PAD": 1024, "BLOCK": 2048, "WAYS": 8, "REPLACE": True},
+        8,
+    ),
+    "gather_pages": (
+        gather_pages_kernel,
+        "*i32/16 *i32/16 *i32/16 *i32/16 *i32/16 i32 i32 i32 i32 i32",
+        {"PAGE_WORDS": 2048, "CHUNK": 2048, "ITEMS": 4, "ROWS_PAD": 128},
+        8,
+    ),
+    "gather_pages_chunked": (
+        gather_pages_kernel,
+        "*i32/16 *i32/16 *i32/16 *i32/16 *i32/16 i32 i32 i32 i32 i32",
+        {"PAGE_WORDS": 8192, "CHUNK": 4096, "ITEMS": 2, "ROWS_PAD": 128},
+        8,
+    ),
+    "attend_split": (
+        attend_split_kernel,
+        "*bf16/16 *bf16/16 *bf16/16 *bf16/16 *bf16/16 *i32/16 *i32/16 *i32/16 *fp32/16 *fp32/16 fp32" + 8 * " i32",
+        {"GROUP": 8, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "PAGE": 16, "BLOCK": 64, "DOT": tl.bfloat16},
+        4,
+    ),
+    "merge_splits": (
+        merge_splits_kernel,
+        "*fp32/16 *fp32/16 *bf16/16 i32",
+        {"DIM": 128, "DIM_PAD": 128, "SPLITS_PAD": 32},
+        2,
+    ),
+    "select_pages": (select_pages_kernel, "*fp32/16 *i32/16 *u8/16 *i32/16 i32 i32 i32", {"BLOCK": 4096, "WAYS": 8}, 8),
+    "page_logits": (
+        page_logits_kernel,
+        "*bf16/16 *bf16/16 *i32/16 *u8/16 *fp32/16 *fp32/16 *fp32/16 fp32 i32 i32 i32",
+        {"GROUP": 8, "DIM": 128, "DIM_PAD": 128, "VECTORS": 2, "BLOCK": 32},
+        4,
+    ),
+    "fold_scores": (
+        fold_scores_kernel,
+        "*u8/16 *fp32/16 *fp32/16 *fp32/16 *fp32/16 i32 i32",
+        {"GROUP": 8, "BLOCKS_PAD": 256, "BLOCK": 1024},
+        4,
+    ),
+    "token_logits_4bit": (
+        token_logits_kernel,
+        "*bf16/16 *i32/16 *fp32/16 *i32/16 *i32/16 *u8/16 *fp32/16 *fp32/16 *fp32/16 fp32 i32 i32 i32",
+        TOKEN_LOGITS | {"HASHED": False},
+        4,
+    ),
+    "token_logits_hash": (
+        token_logits_kernel,
+        "*bf16/16 *i32/16 *fp32/16 *i32/16 *i32/16 *u8/16 *fp32/16 *fp32/16 *fp32/16 fp32 i32 i32 i32",
+        TOKEN_LOGITS | {"HASHED": True},
+        4,
+    ),
+    "hash_query": (
+        hash_query_kernel,
+        "*bf16/16 *fp32/16 *i32/16 *fp32/16",
+        {"GROUP": 8, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128},
+        4,
+    ),
+    "append_kv": (append_kv_kernel, APPEND.format("bf16"), APPENDED | {"KIND": "page_minmax"}, 4),
+    "append_kv_4bit": (append_kv_kernel, APPEND.format("i32"), APPENDED | {"KIND": "key_4bit"}, 4),
+    "append_kv_hash": (append_kv_kernel, APPEND.format("i32"), APPENDED | {"KIND": "sign_hash"}, 4),
+    "ring_doorbell": (ring_doorbell_kernel, "*i64/16 *i32/16 *i32/16 *i64/16 i32", {"BLOCK": 1024}, 4),
+    "wait_ready": (wait_ready_kernel, "*i64/16 *i64/16 *i64/16 i32", {}, 1),
+}
+
+
+def compiled(
+    kernel: Any, types: str, constants: dict[str, Any], num_warps: int, architecture: int, *, ones: bool = False
+) -> Any:
+    """With `ones`, every number is 1: Triton then makes it a constant, which is no tensor."""
+    names = [name for name in kernel.arg_names if name not in constants]
+    kinds = dict(zip(names, types.split(), strict=True))
+    if ones:
+        constants = {**constants, **{name: 1 for name, kind in kinds.items() if kind == "i32"}}
+    signature = {
+        name: "constexpr" if name in constants else kinds[name].removesuffix("/16") for name in kernel.arg_names
+    }
+    aligned = [i for i, name in enumerate(kernel.arg_names) if kinds.get(name, "").endswith("/16")]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    target = GPUTarget("cuda", architecture, 32)
+    return triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": 2})
+
+
+def assembled(ptx: str) -> dict[str, int | None]:
+    """Registers of a thread and bytes spilled, as ptxas reports them."""
+    target = re.findall(r"\.target (\w+)", ptx)[0]
+    for ptxas in sorted((Path(triton.__file__).parent / "backends" / "nvidia" / "bin").glob("ptxas*")):
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "kernel.ptx"
+            source.write_text(ptx)
+            command = [str(ptxas), "-v", f"--gpu-name={target}", str(source), "-o", f"{source}.cubin"]
+            run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode == 0:
+            said = run.stdout + run.stderr
+            spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
+            return {"registers": int(re.findall(r"Used (\d+) registers", said)[0]), "spill_bytes": spilled}
+    return {"registers": None, "spill_bytes": None}
+
+
+def main(architectures: list[int]) -> None:
+    """Compile for all of them and print."""
+    result: dict[str, dict[str, Any]] = {}
+    for name, (kernel, types, constants, num_warps) in KERNELS.items():
+        compiled(kernel, types, constants, num_warps, architectures[-1], ones=True)
+        for architecture in architectures:
+            done = compiled(kernel, types, constants, num_warps, architecture)
+            ptx = done.asm["ptx"]
+            result[f"{name}:{architecture}"] = {
+                "ptx": ptx,
+                "shared_bytes": done.metadata.shared,
+                **assembled(ptx),
+            }
+    json.dump(result, sys.stdout)
+
+
+if __name__ == "__main__":
+    main([int(argument) for argument in sys.argv[1:]])

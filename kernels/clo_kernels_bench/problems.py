@@ -1,0 +1,135 @@
+"""Inputs of the operations, of the sizes that a layer of a model has. Random, never zeros: zeros hide what is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from clo_kernels.layout import INT32, NO_PAGE, NO_SLOT, DeviceKV, PageTable, Resolved, ring_rows
+
+SINKS, RECENT = 4, 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """One layer's attention: by default that of Llama-3-8B, with 131,072 tokens in pages of 16."""
+
+    device: torch.device
+    batch: int = 1
+    kv_heads: int = 8
+    group: int = 4
+    head_dim: int = 128
+    page_size: int = 16
+    num_pages: int = 8192
+    budget: int = 819
+    slots: int = 1638
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Sequences and KV heads."""
+        return self.batch, self.kv_heads
+
+    @property
+    def page_bytes(self) -> int:
+        """Keys and values of a page of one KV head."""
+        return 2 * self.page_size * self.head_dim * int(self.dtype.itemsize)
+
+
+def random_query(sizes: Sizes) -> torch.Tensor:
+    """[batch, num_query_heads, head_dim]"""
+    shape = (sizes.batch, sizes.kv_heads * sizes.group, sizes.head_dim)
+    return torch.randn(shape, device=sizes.device).to(sizes.dtype)
+
+
+def candidates(sizes: Sizes) -> torch.Tensor:
+    """All pages but those of the sinks and the window are candidates, int32 [batch]."""
+    window_pages = -(-RECENT // sizes.page_size) + 1
+    return torch.full((sizes.batch,), sizes.num_pages - 1 - window_pages, dtype=INT32, device=sizes.device)
+
+
+def everyone(sizes: Sizes, missed: bool = True) -> torch.Tensor:
+    """A miss mask, bool [batch, num_kv_heads]."""
+    return torch.full(sizes.rows, missed, dtype=torch.bool, device=sizes.device)
+
+
+def selections(sizes: Sizes, steps: int, changed: float = 0.4) -> list[torch.Tensor]:
+    """Selections of consecutive steps, int32 [batch, num_kv_heads, budget]: a share of the pages is new in each.
+
+    Adjacent steps of a real model have about 0.6 of their pages in common.
+    """
+    count = sizes.batch * sizes.kv_heads
+    new = round(changed * sizes.budget)
+    order = torch.rand(count, sizes.num_pages - 1).argsort(1).to(INT32) + 1
+    chosen, others = order[:, : sizes.budget], order[:, sizes.budget :]
+    result = []
+    for _ in range(steps):
+        result.append(chosen.sort(1).values.view(*sizes.rows, -1).to(sizes.device).contiguous())
+        leaving, arriving = chosen[:, :new], others[:, :new]
+        chosen = torch.cat([chosen[:, new:], arriving], 1)
+        others = torch.cat([others[:, new:], leaving], 1)
+    return result
+
+
+def page_table(sizes: Sizes) -> PageTable:
+    """Empty, on the device."""
+    return PageTable.empty(*sizes.rows, sizes.slots, sizes.num_pages, str(sizes.device))
+
+
+def device_kv(sizes: Sizes) -> DeviceKV:
+    """Filled with random keys and values; no pinned heads."""
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn((*sizes.rows, *shape), device=sizes.device, dtype=sizes.dtype)
+
+    return DeviceKV(
+        sinks=random(2, SINKS, sizes.head_dim),
+        window=random(2, ring_rows(RECENT, sizes.page_size), sizes.head_dim),
+        slots=random(sizes.slots, 2, sizes.page_size, sizes.head_dim),
+        pinned=torch.empty((sizes.batch, 0, 2, 1, sizes.head_dim), device=sizes.device, dtype=sizes.dtype),
+        pinned_row=torch.full((sizes.kv_heads,), -1, dtype=INT32, device=sizes.device),
+        recent_tokens=RECENT,
+    )
+
+
+def random_slots(sizes: Sizes) -> torch.Tensor:
+    """Slots of the attended pages, in no order: int32 [batch, num_kv_heads, budget]."""
+    count = sizes.batch * sizes.kv_heads
+    order = torch.rand(count, sizes.slots, device=sizes.device).argsort(1).to(INT32)
+    return order[:, : sizes.budget].view(*sizes.rows, -1).contiguous()
+
+
+def lengths(sizes: Sizes) -> torch.Tensor:
+    """Every sequence fills its pages, int32 [batch]."""
+    return torch.full((sizes.batch,), sizes.num_pages * sizes.page_size, dtype=INT32, device=sizes.device)
+
+
+def fetch_list(sizes: Sizes, per_head: int) -> Resolved:
+    """`per_head` random pages of every KV head, into as many slots from the first on."""
+    count = sizes.batch * sizes.kv_heads
+    pages = torch.rand(count, sizes.num_pages, device=sizes.device).argsort(1)[:, :per_head].to(INT32)
+    slots = torch.arange(per_head, dtype=INT32, device=sizes.device).expand(*sizes.rows, per_head).contiguous()
+    return Resolved(
+        slots=slots,
+        fetch_pages=pages.view(*sizes.rows, per_head).contiguous(),
+        fetch_slots=slots.clone(),
+        num_fetched=torch.full(sizes.rows, per_head, dtype=INT32, device=sizes.device),
+    )
+
+
+def host_pages(sizes: Sizes) -> torch.Tensor:
+    """Random pages [batch, num_pages, num_kv_heads, 2, page_size, head_dim], pinned where there is a GPU."""
+    shape = (sizes.batch, sizes.num_pages, sizes.kv_heads, 2, sizes.page_size, sizes.head_dim)
+    pages = torch.randn(shape).to(sizes.dtype)
+    return pages.pin_memory() if sizes.device.type == "cuda" else pages
+
+
+def empty_selection(sizes: Sizes) -> torch.Tensor:
+    """Nothing selected yet."""
+    return torch.full((*sizes.rows, sizes.budget), NO_PAGE, dtype=INT32, device=sizes.device)
+
+
+def no_slots(sizes: Sizes) -> torch.Tensor:
+    """Nothing attended but sinks and window."""
+    return torch.full((*sizes.rows, sizes.budget), NO_SLOT, dtype=INT32, device=sizes.device)

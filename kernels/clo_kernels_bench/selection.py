@@ -1,0 +1,131 @@
+"""The index path of a layer: hit test, scores, selection, resolve. Small kernels, one after another in a graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from clo_kernels.hit_test import hit_test
+from clo_kernels.layout import Resolved
+from clo_kernels.page_index import IndexKind, entry_shape, hash_planes, page_index
+from clo_kernels.resolve_pages import resolve_pages
+from clo_kernels.score_pages import score_pages
+from clo_kernels.select_pages import select_pages
+from clo_kernels_bench import problems
+from clo_kernels_bench.figures import Figure
+from clo_kernels_bench.peaks import Peaks
+from clo_kernels_bench.problems import Sizes
+from clo_kernels_bench.timing import Call, copies_beyond_cache, graph_samples
+
+LAYERS = 32
+GOAL_US = 10.0
+MAX_INDEXED_PAGES = 16 * 1024
+"""An index of single tokens is made from all of its keys at once."""
+
+
+class _Gate:
+    """A layer whose first heads drift in every step and whose other heads do not."""
+
+    def __init__(self, sizes: Sizes, miss_share: float) -> None:
+        drifting = round(miss_share * sizes.kv_heads) * sizes.group
+        self.query, self.tau = problems.random_query(sizes), torch.full((sizes.kv_heads,), 0.8, device=sizes.device)
+        self.anchor = self.query.clone()
+        self.turned = self.query.clone()
+        self.turned[:, :drifting] *= -1
+        self.missed = problems.everyone(sizes)
+
+    def calls(self) -> list[Call]:
+        """Two steps: there and back, so that the drifting heads miss in both."""
+        return [partial(hit_test, query, self.anchor, self.tau, out=self.missed) for query in (self.turned, self.query)]
+
+
+def _resolve_calls(sizes: Sizes, missed: torch.Tensor, steps: int) -> list[Call]:
+    table, chain = problems.page_table(sizes), problems.selections(sizes, steps)
+    out = Resolved.like(chain[0])
+    return [partial(resolve_pages, selection, missed, table, out=out) for selection in chain]
+
+
+def _layer(sizes: Sizes, miss_share: float) -> list[tuple[Call, Call]]:
+    """Two steps of a layer: gate, then resolve."""
+    gate = _Gate(sizes, miss_share)
+    return list(zip(gate.calls(), _resolve_calls(sizes, gate.missed, 2), strict=True))
+
+
+def resolve_figures(device: torch.device, *, quick: bool) -> Iterator[Figure]:
+    """`hit_test` and `resolve_pages` of 32 layers in one graph, together and alone."""
+    for batch in (1,) if quick else (1, 16):
+        sizes = Sizes(device=device, batch=batch)
+        for share in (0.25,) if quick else (0.0, 0.25, 1.0):
+            case = {"batch": batch, "missed": share, "budget": sizes.budget, "slots": sizes.slots}
+            layers = [_layer(sizes, share) for _ in range(LAYERS)]
+            calls = [call for step in range(2) for layer in layers for call in layer[step]]
+            pair = tuple(2 * sample for sample in graph_samples(calls))
+            figure = Figure(operation="hit_test + resolve_pages", case=case, samples_us=pair)
+            yield replace(figure, limit_us=GOAL_US, limit="goal, a layer at batch 1") if batch == 1 else figure
+            gates = [call for _ in range(LAYERS) for call in _Gate(sizes, share).calls()]
+            yield Figure(operation="hit_test", case=case, samples_us=graph_samples(gates))
+            mask = problems.everyone(sizes, missed=False)
+            mask[:, : round(share * sizes.kv_heads)] = True
+            resolves = [call for _ in range(LAYERS) for call in _resolve_calls(sizes, mask, 2)]
+            yield Figure(operation="resolve_pages", case=case, samples_us=graph_samples(resolves))
+
+
+def selection_figures(device: torch.device, peaks: Peaks, *, quick: bool) -> Iterator[Figure]:
+    """`score_pages` and `select_pages` with every head missed, at 8K to 64K pages; the budget is a tenth."""
+    limit = f"device memory, {peaks.hbm / 1e12:.2f} TB/s in this run"
+    for thousand in (8, 64) if quick else (8, 16, 32, 64):
+        num_pages = thousand * 1024
+        sizes = Sizes(device=device, num_pages=num_pages, budget=num_pages // 10, slots=num_pages // 10)
+        for kind in IndexKind:
+            if kind.of_tokens and num_pages > MAX_INDEXED_PAGES:
+                continue
+            entry = math.prod(entry_shape(kind, sizes.page_size, sizes.head_dim))
+            num_bytes = float(sizes.kv_heads * num_pages * entry * (4 if kind.of_tokens else sizes.dtype.itemsize))
+            copies = copies_beyond_cache(num_bytes, device)
+            yield Figure(
+                operation="score_pages",
+                case={"index": str(kind), "pages": num_pages},
+                samples_us=graph_samples(_score_calls(sizes, kind, copies)),
+                num_bytes=num_bytes,
+                limit_us=peaks.memory_us(num_bytes),
+                limit=limit,
+            )
+        num_bytes = float(sizes.kv_heads * num_pages * 4)
+        yield Figure(
+            operation="select_pages",
+            case={"pages": num_pages, "budget": sizes.budget},
+            samples_us=graph_samples(_select_calls(sizes, 16)),
+            num_bytes=num_bytes,
+            limit_us=peaks.memory_us(num_bytes),
+            limit=limit,
+        )
+
+
+def _score_calls(sizes: Sizes, kind: IndexKind, copies: int) -> list[Call]:
+    missed, counts = problems.everyone(sizes), problems.candidates(sizes)
+    planes = hash_planes(sizes.head_dim).to(sizes.device) if kind is IndexKind.SIGN_HASH else None
+    keys = torch.randn((*sizes.rows, sizes.num_pages, sizes.page_size, sizes.head_dim), device=sizes.device)
+    first = page_index(keys if kind.of_tokens else keys.to(sizes.dtype), kind, planes)
+    del keys
+
+    def call() -> Call:
+        query, index = problems.random_query(sizes), first.clone()
+        return lambda: score_pages(query, index, counts, missed, planes=planes)
+
+    return [call() for _ in range(copies)]
+
+
+def _select_calls(sizes: Sizes, copies: int) -> list[Call]:
+    missed, counts = problems.everyone(sizes), problems.candidates(sizes)
+
+    def call() -> Call:
+        # shares of a softmax, as score_pages writes them
+        scores = (2 * torch.randn((*sizes.rows, sizes.num_pages), device=sizes.device)).softmax(-1)
+        selection = problems.empty_selection(sizes)
+        return lambda: select_pages(scores, counts, missed, selection)
+
+    return [call() for _ in range(copies)]

@@ -1,0 +1,76 @@
+"""Times of device work and of host calls. Knows no operation.
+
+Device work is recorded into a CUDA graph and its replays are timed with events, behind a short sleep on the device: the
+launching thread is then never what is measured. Calls in one graph rotate over their own data, more than the L2 holds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from clo_kernels_bench.figures import scaled
+
+Call = Callable[[], object]
+SLEEP_CYCLES = 400_000
+"""About 0.2 ms: longer than launching a graph takes."""
+
+
+def graph_of(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    """One graph of all calls; each runs once before, which compiles its kernels."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def graph_samples(calls: Sequence[Call], *, repeats: int = 20) -> tuple[float, ...]:
+    """Microseconds of one call inside a graph of `calls`, one sample a replay."""
+    return scaled(event_samples(graph_of(calls).replay, repeats=repeats), len(calls))
+
+
+def event_samples(call: Call, *, repeats: int = 20, warmups: int = 3) -> tuple[float, ...]:
+    """Microseconds between two events around `call` on the current stream."""
+    for _ in range(warmups):
+        call()
+    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    torch.cuda.synchronize()
+    for start, end in pairs:
+        torch.cuda._sleep(SLEEP_CYCLES)
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return tuple(start.elapsed_time(end) * 1e3 for start, end in pairs)
+
+
+def host_samples(call: Call, *, calls: int, repeats: int = 20, after: Call = lambda: None) -> tuple[float, ...]:
+    """Microseconds of the calling thread for one of `calls` calls in a row; `after` each row, outside the time."""
+    call()
+    after()
+    samples = []
+    for _ in range(repeats):
+        begun = time.perf_counter_ns()
+        for _ in range(calls):
+            call()
+        samples.append((time.perf_counter_ns() - begun) / 1e3)
+        after()
+    return scaled(samples, calls)
+
+
+def copies_beyond_cache(num_bytes: float, device: torch.device, *, at_most: int = 32) -> int:
+    """How many calls with data of their own read four times what the L2 holds, so that a call finds none of its own."""
+    if device.type == "cpu":
+        return 1
+    cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
+    return int(max(1, min(at_most, -(-4 * cache // max(1, num_bytes)))))

@@ -1,0 +1,126 @@
+"""`gather_pages`: how near it comes to a copy engine, and what it costs a kernel that runs beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from clo_kernels.gather_pages import gather_pages
+from clo_kernels_bench import problems
+from clo_kernels_bench.attention import attention_calls
+from clo_kernels_bench.figures import Figure, scaled
+from clo_kernels_bench.peaks import Peaks
+from clo_kernels_bench.problems import Sizes
+from clo_kernels_bench.timing import SLEEP_CYCLES, Call, event_samples, graph_of, graph_samples
+
+KIB = 1024
+HOST_BYTES = 1 << 30
+LAUNCH_BYTES = 64 << 20
+SMALLER_BYTES = tuple(mib << 20 for mib in (1, 2, 4, 8, 16, 32))
+PAGE_KIB = (4, 8, 16, 32, 64)
+PROGRAMS = (1, 2, 4, 8, 16, 32)
+
+
+def pinned_storage(device: torch.device) -> torch.Tensor:
+    """Random bytes in pinned host memory. One allocation: torch rounds pinned sizes up to powers of two."""
+    storage = torch.empty(HOST_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    storage.copy_(torch.randint(0, 255, (HOST_BYTES,), dtype=torch.uint8, device=device))
+    return storage
+
+
+def paged(storage: torch.Tensor, page_kib: int, device: torch.device) -> tuple[Sizes, torch.Tensor]:
+    """The storage as pages of eight KV heads: with bfloat16 keys and values of 128 elements, 512 bytes a token."""
+    page_size = page_kib * KIB // 512
+    sizes = Sizes(device=device, page_size=page_size, num_pages=HOST_BYTES // (8 * page_kib * KIB))
+    shape = (1, sizes.num_pages, sizes.kv_heads, 2, page_size, sizes.head_dim)
+    return sizes, storage.view(torch.bfloat16).view(shape)
+
+
+def gather_calls(
+    storage: torch.Tensor, device: torch.device, page_kib: int, programs: int, launch_bytes: int, lists: int = 4
+) -> list[Call]:
+    """Launches of `launch_bytes` each, every one with random pages of its own."""
+    sizes, pages = paged(storage, page_kib, device)
+    per_head = max(1, launch_bytes // (sizes.kv_heads * sizes.page_bytes))
+    slots = torch.empty((*sizes.rows, per_head, *pages.shape[3:]), dtype=pages.dtype, device=device)
+
+    def call(seed: int) -> Call:
+        torch.manual_seed(seed)
+        fetch = problems.fetch_list(sizes, per_head)
+        return lambda: gather_pages(pages, slots, fetch, num_programs=programs)
+
+    return [call(seed) for seed in range(lists)]
+
+
+def gather_figures(storage: torch.Tensor, device: torch.device, peaks: Peaks, *, quick: bool) -> Iterator[Figure]:
+    """Pages and programs; then the bytes of a launch, at 8 KiB and 16 programs."""
+    shapes = [(page, programs, LAUNCH_BYTES) for page in PAGE_KIB for programs in PROGRAMS]
+    if quick:
+        shapes = [(page, programs, LAUNCH_BYTES) for page in (8, 64) for programs in (4, 16)]
+    shapes += [(8, 16, num_bytes) for num_bytes in (SMALLER_BYTES[::3] if quick else SMALLER_BYTES)]
+    for page_kib, programs, launch_bytes in shapes:
+        num_bytes = launch_bytes if programs >= 4 else launch_bytes // 4
+        yield Figure(
+            operation="gather_pages",
+            case={"page_KiB": page_kib, "programs": programs, "MiB": num_bytes >> 20},
+            samples_us=graph_samples(gather_calls(storage, device, page_kib, programs, num_bytes), repeats=10),
+            num_bytes=float(num_bytes),
+            limit_us=peaks.copy_us(num_bytes),
+            limit=f"pinned copy, {peaks.h2d / 1e9:.1f} GB/s in this run",
+        )
+
+
+def interference_figures(storage: torch.Tensor, device: torch.device, *, quick: bool) -> Iterator[Figure]:
+    """Attention of eight sequences beside nothing, a copy engine, and gathers of several program counts.
+
+    The limit is the time beside nothing. A sample counts only if the transfer ran from before attention until after it.
+    """
+    sizes = Sizes(device=device, batch=8, slots=819)
+    calls = attention_calls(sizes, copies=1) * 16
+    attention = graph_of(calls)
+    alone = Figure(
+        operation="sparse_decode_attention beside a transfer",
+        case={"transfer": "nothing"},
+        samples_us=scaled(event_samples(attention.replay), len(calls)),
+    )
+    yield alone
+    room = 3 * alone.median_us * len(calls)  # the transfer is to last this long
+    there = torch.empty(HOST_BYTES // 4, dtype=torch.uint8, device=device)
+    here = storage[: HOST_BYTES // 4]
+    transfers: dict[str, Call] = {"copy engine": lambda: there.copy_(here, non_blocking=True)}
+    for programs in (8, 32) if quick else (4, 8, 16, 32, 64):
+        gathers = gather_calls(storage, device, 8, programs, LAUNCH_BYTES)
+        transfers[f"gather, {programs} programs"] = graph_of(gathers).replay
+    for name, transfer in transfers.items():
+        once = min(event_samples(transfer, repeats=3))
+        samples = beside(attention.replay, transfer, times=int(room // once) + 2, repeats=5 if quick else 10)
+        if samples:
+            yield replace(
+                alone,
+                case={"transfer": name},
+                samples_us=scaled(samples, len(calls)),
+                limit_us=alone.median_us,
+                limit="the same beside nothing",
+            )
+
+
+def beside(work: Call, transfer: Call, *, times: int, repeats: int) -> tuple[float, ...]:
+    """Microseconds of `work` while another stream does `transfer` `times` over; samples not covered are dropped."""
+    other, samples = torch.cuda.Stream(), []
+    for _ in range(repeats):
+        start, end, covered = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        torch.cuda.synchronize()
+        with torch.cuda.stream(other):
+            for _ in range(times):
+                transfer()
+            covered.record()
+        torch.cuda._sleep(SLEEP_CYCLES)
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        if end.elapsed_time(covered) > 0:
+            samples.append(start.elapsed_time(end) * 1e3)
+    return tuple(samples)

@@ -1,0 +1,200 @@
+"""The bench: what it writes without a GPU, that wrong code gets no figure, and that its problems are valid calls."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from clo_kernels.page_index import IndexKind
+from clo_kernels_bench import attention, correctness, problems, run, selection, transfers
+from clo_kernels_bench.figures import Figure, Report, Verdict
+from clo_kernels_bench.peaks import Peaks
+from tests.kernels.helpers import DEVICE
+
+ROOT = Path(__file__).parents[2]
+OPERATIONS = {
+    "hit_test",
+    "score_pages",
+    "select_pages",
+    "resolve_pages",
+    "gather_pages",
+    "sparse_decode_attention",
+    "append_kv",
+    "ring_doorbell",
+    "wait_ready",
+}
+
+
+def bench(*arguments):
+    command = [sys.executable, str(ROOT / "kernels" / "bench.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": "", "HOME": "/tmp"})
+
+
+def test_a_run_without_a_gpu_says_so_and_writes_every_operation(tmp_path):
+    done = bench("--quick", "--out", str(tmp_path / "bench.json"))
+    assert done.returncode == 0, done.stderr
+    assert "no CUDA device" in done.stdout
+    found = json.loads((tmp_path / "bench.json").read_text())
+    names = {"schema", "environment", "quick", "note", "correctness", "kernels", "figures", "left_out", "failed"}
+    assert set(found) == names
+    assert found["environment"]["device"] == "cpu"
+    assert {"date", "torch", "triton", "python"} <= set(found["environment"])
+    assert "no CUDA device" in found["note"]
+    assert {verdict["operation"] for verdict in found["correctness"]} == OPERATIONS
+    assert all(verdict["passed"] for verdict in found["correctness"])
+    assert {figure["operation"] for figure in found["figures"]} == OPERATIONS
+    for figure in found["figures"]:
+        samples = sorted(figure["samples_us"])
+        assert len(samples) == 3
+        assert samples[0] == figure["min_us"] <= figure["median_us"] == samples[1] <= figure["p90_us"] == samples[2]
+        assert figure["limit_us"] is None
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--seconds", "0"], "--seconds 0: must be positive"), (["--out", "/no/such/x.json"], "no folder /no/such")],
+    ids=["seconds", "folder"],
+)
+def test_refuses(arguments, message):
+    done = bench(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_summary_of_samples():
+    figure = Figure(
+        operation="x", case={}, samples_us=tuple(map(float, range(1, 11))), num_bytes=11e3, limit_us=2.75, limit="y"
+    )
+    assert (figure.median_us, figure.p90_us) == (5.5, 9.0)
+    assert figure.bytes_per_s == pytest.approx(2e9)
+    assert figure.share_of_limit == pytest.approx(0.5)
+
+
+def test_a_wrong_operation_gets_no_figure():
+    report = Report({}, True, "")
+    report.correctness = [Verdict("hit_test", "float32", False), Verdict("resolve_pages", "float32", True)]
+    names = ["hit_test + resolve_pages", "resolve_pages"]
+    figures = [Figure(operation=name, case={}, samples_us=(1.0,)) for name in names]
+    run._run_section(report, "section", lambda: iter(figures), float("inf"), lambda text: None)
+    assert [figure.operation for figure in report.figures] == ["resolve_pages"]
+    assert report.left_out == ["hit_test + resolve_pages: no figure, since hit_test is wrong"]
+
+
+def test_a_section_that_fails_keeps_what_it_has():
+    def section():
+        yield Figure(operation="x", case={}, samples_us=(1.0,))
+        raise RuntimeError("out of memory")
+
+    report = Report({}, True, "")
+    run._run_section(report, "section", section, float("inf"), lambda text: None)
+    assert len(report.figures) == 1
+    assert report.left_out == ["section: RuntimeError: out of memory"]
+    assert report.failed == ["section"]
+
+
+def test_what_changes_a_result_is_noticed():
+    sizes = problems.Sizes(
+        device=torch.device(DEVICE), batch=2, kv_heads=2, head_dim=64, num_pages=64, budget=12, slots=20,
+        dtype=torch.float32,
+    )  # fmt: skip
+    select, arguments = correctness.cases(sizes)["select_pages"]
+
+    def wrong(**given):
+        select(**given)[0, 0, 3] += 1
+
+    assert correctness.verdict("select_pages", "x", select, arguments).passed
+    found = correctness.verdict("select_pages", "x", wrong, {**arguments, "selection": problems.empty_selection(sizes)})
+    assert (found.passed, found.detail) == (False, "selection differs")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the bench itself runs there")
+class TestSections:
+    """Sections that need a GPU for their times only: here every call runs once, at small sizes."""
+
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch):
+        def once(calls, **_):
+            for call in calls:
+                call()
+            return (1.0, 2.0, 3.0)
+
+        class Graph:
+            def __init__(self, calls):
+                self.replay = lambda: once(calls)
+
+        def sizes(**changes):
+            chosen = {"kv_heads": 2, "head_dim": 16, "dtype": torch.float32} | changes
+            for name, most in {"num_pages": 64, "budget": 12, "slots": 24}.items():
+                chosen[name] = min(chosen.get(name, most), most)
+            return problems.Sizes(**chosen)
+
+        for operation in (
+            attention.sparse_decode_attention,
+            transfers.gather_pages,
+            selection.hit_test,
+            selection.resolve_pages,
+            selection.score_pages,
+            selection.select_pages,
+        ):
+            # the interpreter would take minutes
+            monkeypatch.setitem(operation.__globals__, "runs_kernel", lambda tensor: False)
+        for module in (attention, selection):
+            monkeypatch.setattr(module, "Sizes", sizes)
+        monkeypatch.setattr(selection, "LAYERS", 2)
+        monkeypatch.setattr(transfers, "HOST_BYTES", 4 << 20)
+        monkeypatch.setattr(transfers, "LAUNCH_BYTES", 1 << 20)
+        monkeypatch.setattr(transfers, "SMALLER_BYTES", (1 << 19,))
+        for module in (attention, selection, transfers):
+            monkeypatch.setattr(module, "graph_samples", once)
+        monkeypatch.setattr(transfers, "graph_of", Graph)
+        monkeypatch.setattr(transfers, "event_samples", lambda call, **_: once([call]))
+        monkeypatch.setattr(transfers, "beside", lambda work, transfer, **_: once([work, transfer]))
+        monkeypatch.setattr(transfers, "attention_calls", lambda given, copies: [lambda: None])
+
+    def test_gathers(self):
+        device, peaks = torch.device("cpu"), Peaks(h2d=5e10, hbm=4e12)
+        storage = transfers.pinned_storage(device)
+        figures = [f for f in transfers.gather_figures(storage, device, peaks, quick=False) if f.num_bytes == 1 << 20]
+        assert len(figures) == len(transfers.PAGE_KIB) * 4
+        assert all(f.limit_us == pytest.approx(2**20 / 5e10 * 1e6) for f in figures)
+        assert len(list(transfers.interference_figures(storage, device, quick=False))) == 7
+
+    def test_attention(self):
+        notes = []
+        figures = list(
+            attention.attention_figures(torch.device("cpu"), Peaks(h2d=1, hbm=1), quick=False, note=notes.append)
+        )
+        assert sum(f.operation == "sparse_decode_attention" for f in figures) == 5 * 4
+        assert len(figures) + len(notes) == 5 * (4 + 2 * len(attention.BACKENDS))
+
+    def test_gate_and_resolve(self):
+        figures = list(selection.resolve_figures(torch.device("cpu"), quick=False))
+        assert len(figures) == 2 * 3 * 3
+        assert [f.limit_us for f in figures if f.operation == "hit_test + resolve_pages"] == [10.0] * 3 + [None] * 3
+
+    def test_drifting_heads_miss_in_every_step(self):
+        sizes = selection.Sizes(device=torch.device("cpu"), kv_heads=4)
+        gate = selection._Gate(sizes, 0.5)
+        for _ in range(2):
+            for call in gate.calls():
+                call()
+                assert gate.missed.tolist() == [[True, True, False, False]]
+
+    def test_scores_and_selection(self):
+        figures = list(selection.selection_figures(torch.device("cpu"), Peaks(h2d=1, hbm=1e9), quick=False))
+        assert {f.operation for f in figures} == {"score_pages", "select_pages"}
+        assert {f.case["index"] for f in figures if f.operation == "score_pages"} == set(IndexKind)
+
+
+def test_chained_selections_share_what_they_should():
+    sizes = problems.Sizes(device=torch.device("cpu"), kv_heads=2, num_pages=101, budget=20)
+    first, second, *_ = problems.selections(sizes, 3, changed=0.4)
+    for head in range(2):
+        pages = set(first[0, head].tolist())
+        assert len(pages) == 20
+        assert 0 not in pages
+        assert len(pages & set(second[0, head].tolist())) == 12

@@ -1,0 +1,43 @@
+"""Operations under CUDA's memory checker, where there is a GPU and a checker that can watch it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.helpers import needs_gpu
+
+SCRIPT = Path(__file__).with_name("sanitized.py")
+CHECKER = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+FAULTY = 86
+
+
+def command(*operations):
+    return [sys.executable, str(SCRIPT), *operations]
+
+
+def environment():
+    # every tensor an allocation of its own: the checker sees its ends
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+
+def test_what_is_watched_runs_and_agrees():
+    done = subprocess.run(command(), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("passed=True") == 9
+
+
+@needs_gpu
+@pytest.mark.skipif(CHECKER is None, reason="needs compute-sanitizer")
+@pytest.mark.parametrize(("tool", "operations"), [("memcheck", []), ("racecheck", ["resolve_pages"])])
+def test_the_checker_finds_nothing(tool, operations):
+    watched = [CHECKER, "--tool", tool, "--error-exitcode", str(FAULTY), *command(*operations)]
+    done = subprocess.run(watched, env=environment(), capture_output=True, text=True, timeout=240)
+    said = done.stdout + done.stderr
+    if "Device not supported" in said or "not supported on this" in said:
+        pytest.skip("compute-sanitizer cannot watch this device")
+    assert done.returncode == 0, said[-4000:]
+    assert "ERROR SUMMARY: 0 errors" in said or "RACECHECK SUMMARY: 0 hazards" in said
