@@ -87,7 +87,7 @@ def test_growing_equals_laying_out_at_once(page_size, recent, sinks, dim, vector
 @pytest.mark.parametrize("kind", [IndexKind.KEY_4BIT, IndexKind.SIGN_HASH])
 def test_index_of_single_tokens(kind, page_size, dim, append):
     """A page that leaves is known to half a step, or by the side of each plane that its keys lie on."""
-    full, kv, host, _ = setup(page_size, 10, 1, dim, 1)
+    full, kv, host, _ = setup(page_size, 10, 1, dim, 1, tokens=2 * page_size + 15)
     planes = hash_planes(dim).to(DEVICE) if kind is IndexKind.SIGN_HASH else None
     index = torch.full((2, 3, host.shape[1], *entry_shape(kind, page_size, dim)), 77, dtype=torch.int32, device=DEVICE)
     for token in range(full.shape[3]):
