@@ -36,8 +36,8 @@ def print_answers(records: list[dict[str, Any]], against: str | None) -> None:
     out = console()
     out.print(table)
     out.print(
-        "agreement: generated tokens until the first that differs; selects: heads that chose anew; of refetching: bytes "
-        "moved, as a share of fetching all that is attended in every step"
+        "agreement: generated tokens until the first that differs; selects: heads that chose anew; of refetching: "
+        "bytes moved, as a share of fetching all that is attended in every step"
     )
 
 

@@ -73,8 +73,8 @@ class InlineDecoder:
         """Decode one token a sequence, `[batch]`; logits `[batch, vocab_size]` of the next."""
         if int(self._lengths.max()) >= self.plan.workload.context_tokens + self.max_new_tokens:
             raise EngineError(f"decoder: max_new_tokens = {self.max_new_tokens} tokens have been decoded")
-        for layer in self.layers:
-            layer.counts.reset()
+        for kv in self.layers:
+            kv.counts.reset()
         network = self.network
         with torch.inference_mode():
             self._lengths = self._lengths + 1

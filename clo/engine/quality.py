@@ -64,7 +64,7 @@ def paired(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def compared(records: Sequence[dict[str, Any]], against: str) -> list[dict[str, Any]]:
-    """The records with `against`, `delta_against` and `delta_against_se`: the change of NLL from the design so named."""
+    """The records with `against`, `delta_against` and `delta_against_se`: the change of NLL from that design."""
     (other,) = [record["delta_nll_by_text"] for record in records if record["design"] == against]
     found = []
     for record in records:

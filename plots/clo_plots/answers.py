@@ -22,7 +22,7 @@ _COLOURS = (ACCENT, SLOWER, FASTER, "#CC79A7", "#56B4E9", "#E69F00")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One design: bytes moved as a share of fetching all that is attended, change of NLL in nats, its standard error."""
+    """One design: bytes moved, as a share of fetching all that is attended; change of NLL and standard error, nats."""
 
     name: str
     share: float
@@ -87,7 +87,11 @@ def plot_answers(answers: Answers) -> Figure:
             figure.legend(loc="outside lower center", ncols=4)
         figure.draw_without_rendering()
         label_markers(
-            axes, [point.setting for point in answers.points], _at(answers.points), _bars(answers.points), size_pt=SMALL_PT
+            axes,
+            [point.setting for point in answers.points],
+            _at(answers.points),
+            _bars(answers.points),
+            size_pt=SMALL_PT,
         )
         return figure
 
@@ -126,8 +130,6 @@ def _at(points: Sequence[Answer]) -> np.ndarray:
 def _bars(points: Sequence[Answer]) -> np.ndarray:
     """Points along the error bars, for labels to keep off."""
     spots = [
-        (point.share, point.delta_nll + part * point.delta_nll_se)
-        for point in points
-        for part in np.linspace(-1, 1, 9)
+        (point.share, point.delta_nll + part * point.delta_nll_se) for point in points for part in np.linspace(-1, 1, 9)
     ]
     return np.array(spots, float).reshape(-1, 2)
