@@ -119,6 +119,7 @@ def _frame(axes: Axes, points: Sequence[Answer]) -> None:
     at = _at(points)
     axes.set_xscale("log")
     axes.set_xlim(at[:, 0].min() / 1.4, at[:, 0].max() * 1.4)
+    axes.tick_params(axis="x", which="both", length=3, pad=3)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
     axes.xaxis.set_minor_formatter(lambda value, _: f"{value:.2g}" if f"{value:.0e}"[0] in "25" else "")
 
