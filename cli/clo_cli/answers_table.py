@@ -26,7 +26,7 @@ def print_answers(records: list[dict[str, Any]], against: str | None) -> None:
     from clo_cli.tables import console
 
     table = Table(title=f"Answers at {records[0]['context_tokens']} tokens, against full attention")
-    table.add_column("design")
+    table.add_column("design", no_wrap=True)
     for name in COLUMNS:
         table.add_column(name, justify="right")
         if name == COLUMNS[0] and against is not None:

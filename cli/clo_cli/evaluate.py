@@ -18,7 +18,7 @@ from clo_cli.options import design_from, overrides_from
 @click.option("--taus", help="Try designs that reuse heads at each of these thresholds: 0.7,0.8,0.9.")
 @click.option("--pools", help="Try designs that keep pages at each of these cache sizes, in budgets: 1,2,4.")
 @click.option("--vary", "varied", multiple=True, metavar="FIELD=A,B", help="Try designs at each value of any field.")
-@click.option("--controls", is_flag=True, help="Add what head reuse must beat: a clock, and sinks and window only.")
+@click.option("--controls", metavar="DESIGN", help="Add what this one must beat: a clock, and sinks and window only.")
 @click.option("--against", help="Also compare with this one of the designs, text by text.")
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Change a field: design.slot_budgets=1.")
 @click.option("--context", default=1024, show_default=True, help="Tokens of each prompt.")
@@ -106,10 +106,11 @@ def _variants(options: dict[str, Any]) -> list[Any]:
         if not values:
             raise SpecError(f"--vary = {given!r}: FIELD=A,B is expected")
         variants = _spread(variants, lambda design: design.selects, field, values.split(","), f" {field}=")
-    against = options["against"]
-    if against is not None and against not in [design.name for design in variants]:
-        known = ", ".join(design.name for design in variants)
-        raise SpecError(f"--against = {against!r}: none of the designs ({known})")
+    for option in ("against", "controls"):
+        chosen = options[option]
+        if chosen is not None and chosen not in [design.name for design in variants]:
+            known = ", ".join(design.name for design in variants)
+            raise SpecError(f"--{option} = {chosen!r}: none of the designs ({known})")
     return variants
 
 
@@ -162,9 +163,8 @@ def _evaluate(designs: list[Any], options: dict[str, Any]) -> dict[str, Any]:
         Contender(name=design.name, design=design, heads=with_heads(design, model, options["trace_path"])[1])
         for design in designs
     ]
-    if options["controls"]:
-        added = [control for contender in contenders for control in controls_of(contender, network.spec)]
-        contenders += list({control.name: control for control in added}.values())
+    for contender in [one for one in contenders if one.name == options["controls"]]:
+        contenders += controls_of(contender, network.spec)
     with progress_bar() as progress:
         found = run(network, tokenizer, words, contenders, settings, progress)
     records = [quality.as_record() for quality in found]
