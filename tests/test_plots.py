@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pyarrow as pa
@@ -31,6 +32,7 @@ from clo.schedule.machine import Cause, Lane, Part
 from clo.specs import Design, Workload
 from clo.timeline import Span, Timeline, save_chrome_trace
 from clo_cli.plot import detect, plot
+from clo_plots.answers import Answer, Answers, parse_answers, plot_answers
 from clo_plots.choices import plot_choices, ranked
 from clo_plots.pareto import DesignPoint, pareto_front, plot_pareto
 from clo_plots.stalls import plot_stalls, scale_limit_s, segments
@@ -160,6 +162,16 @@ def test_finalists_are_told_apart_from_the_swept() -> None:
     assert list(drawn.get_xdata()) == [4, 5]
 
 
+def make_answers(*names: str) -> Answers:
+    shares = {"resolve 1x": 0.42, "clo 1x tau=0.7": 0.13, "clo 1x tau=0.8": 0.21, "clo 1x tau=0.9": 0.3, "staged": 1.0}
+    points = [
+        Answer(name=name, share=share, delta_nll=0.05 - 0.1 * share, delta_nll_se=0.01)
+        for name, share in shares.items()
+        if not names or name in names
+    ]
+    return Answers(title="smollm2-135m, 4096 tokens, 12 texts (topics)", points=tuple(points))
+
+
 FIGURES = {
     "pareto": lambda: plot_pareto(make_points(), title="Llama-3-8B on H200", memory_bytes=124e9),
     "pareto of one": lambda: plot_pareto(make_points()[:1], title="one"),
@@ -169,6 +181,8 @@ FIGURES = {
     "timeline": lambda: plot_timelines(make_timelines()),
     "timeline of one": lambda: plot_timelines(make_timelines()[:1]),
     "timeline window": lambda: plot_timelines(make_timelines(), start_s=0.0, duration_s=5e-3),
+    "answers": lambda: plot_answers(make_answers()),
+    "answers of one": lambda: plot_answers(make_answers("staged")),
     "choices": lambda: plot_choices(make_choices()),
     "small choices": lambda: plot_choices(make_choices().with_fields(alternatives=make_choices().alternatives[1:3])),
 }
@@ -218,6 +232,7 @@ def _shown(figure: Figure) -> list[Text]:
         lambda: plot_stalls([]),
         lambda: plot_timelines([]),
         lambda: plot_choices(make_choices().with_fields(alternatives=())),
+        lambda: plot_answers(make_answers("none")),
     ],
 )
 def test_nothing_to_draw_is_an_error(draw: Callable[[], Figure]) -> None:
@@ -587,3 +602,41 @@ def test_a_sweep_with_a_wrong_column_is_an_error(tmp_path: Path) -> None:
     write_sweep(path, [DesignPoint(name="odd", kv_device_bytes=1e9, tpot_s=-1.0)])
     message = failure(path, "--out", tmp_path / "figure.png")
     assert message == f"{path}: odd: tpot_s = -1.0: must be a number above 0"
+
+
+# --- answers
+
+
+def answers_record() -> dict[str, Any]:
+    about = {"model": "smollm2-135m", "context_tokens": 4096, "num_texts": 12, "text": "topics"}
+    rows = [
+        {"design": "resident", "h2d_bytes_per_step": 0, "refetch_bytes_per_step": 0, "delta_nll": 0, "delta_nll_se": 0},
+        {
+            "design": "clo tau=0.8",
+            "h2d_bytes_per_step": 2e5,
+            "refetch_bytes_per_step": 1e6,
+            "delta_nll": 0.03,
+            "delta_nll_se": None,
+        },
+    ]
+    return {"evaluation": about, "answers": rows}
+
+
+def test_answers_are_placed_by_the_share_of_bytes_and_the_change() -> None:
+    (point,) = parse_answers(answers_record(), where="here").points
+    assert (point.name, point.share, point.delta_nll, point.delta_nll_se) == ("clo tau=0.8", 0.2, 0.03, 0.0)
+    assert (point.family, point.setting) == ("clo", "0.8")
+
+
+def test_designs_of_one_family_are_joined() -> None:
+    axes = plot_answers(make_answers()).axes[0]
+    lines = [line for line in axes.get_lines() if line.get_linestyle() == "-" and len(line.get_xdata()) == 3]
+    assert [float(x) for x in lines[0].get_xdata()] == [0.13, 0.21, 0.3]
+
+
+@pytest.mark.parametrize(("missing"), ["evaluation", "answers"])
+def test_bad_answers_are_named(missing: str) -> None:
+    record = answers_record()
+    del record[missing]
+    with pytest.raises(CloError, match=f"some.json: not what clo evaluate --out writes: KeyError.*{missing}"):
+        parse_answers(record, where="some.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,132 +16,170 @@ from clo_cli.options import design_from, overrides_from
 @click.option("--model", default="smollm2-135m", show_default=True, help="smollm2-135m, a model folder or a hub name.")
 @click.option("--designs", default="resident,resolve,clo", show_default=True, help="Presets or TOML files.")
 @click.option("--taus", help="Try designs that reuse heads at each of these thresholds: 0.7,0.8,0.9.")
+@click.option("--pools", help="Try designs that keep pages at each of these cache sizes, in budgets: 1,2,4.")
+@click.option("--vary", "varied", multiple=True, metavar="FIELD=A,B", help="Try designs at each value of any field.")
+@click.option("--controls", metavar="DESIGN", help="Add what this one must beat: a clock, and sinks and window only.")
+@click.option("--against", help="Also compare with this one of the designs, text by text.")
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Change a field: design.slot_budgets=1.")
 @click.option("--context", default=1024, show_default=True, help="Tokens of each prompt.")
 @click.option("--texts", default=4, show_default=True, help="Places in the text to decode from.")
 @click.option("--tokens", default=64, show_default=True, help="Tokens decoded at each place, fed and generated.")
 @click.option("--passkeys", default=10, show_default=True, help="Passkeys hidden at evenly spread depths.")
-@click.option("--text", "text_path", type=click.Path(path_type=Path), help="UTF-8 text [default: Python's reference].")
-@click.option("--seed", default=0, show_default=True, help="Chooses places, keys and depths.")
+@click.option("--text", default="topics", show_default=True, help="topics or docstrings (of this Python), or a file.")
+@click.option(
+    "--split",
+    default="report",
+    show_default=True,
+    type=click.Choice(["tune", "report", "all"]),
+    help="The part of the text that is read: the first 40%, the rest, or all.",
+)
+@click.option("--seed", default=0, show_default=True, help="Chooses places and keys.")
 @click.option("--heads", "trace_path", help="A trace of the model, from which head thresholds and weights are taken.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the records as JSON.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write settings and records as JSON.")
+@click.option("--figure", type=click.Path(path_type=Path), help="Draw answers against bytes moved: .png, .svg or .pdf.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON.")
-def evaluate(
-    model: str,
-    designs: str,
-    taus: str | None,
-    settings: tuple[str, ...],
-    context: int,
-    texts: int,
-    tokens: int,
-    passkeys: int,
-    text_path: Path | None,
-    seed: int,
-    trace_path: str | None,
-    out: Path | None,
-    as_json: bool,
-) -> None:
+def evaluate(**options: Any) -> None:
     """Decode held-out text under designs and compare with full attention.
 
     Every decoded token goes through the design: text that is fed (perplexity), text that is generated, and the question
-    for a hidden passkey.
+    for a hidden passkey. Standard errors are over texts.
 
     \b
     clo evaluate --designs resident,resolve,clo --context 1024
-    clo evaluate --designs clo --taus 0.6,0.7,0.8,0.9 --out taus.json
+    clo evaluate --designs resolve,clo --taus 0.6,0.7,0.8,0.9 --pools 1,2,4 --figure answers.png --out answers.json
+    clo evaluate --designs clo --vary dense_layers=0,1,2 --split tune
+    clo plot answers.json --out answers.png
     """
-    from clo.files import check_target, write_text
+    from clo.files import write_text
 
-    chosen = _designs(designs, taus, overrides_from(settings))
-    if out is not None:
-        check_target(out)
-    records = _evaluate(model, chosen, text_path, trace_path, _settings(context, texts, tokens, passkeys, seed))
-    if out is not None:
-        write_text(out, json.dumps(records, indent=1))
-    if as_json:
-        click.echo(json.dumps(records, indent=1))
+    variants = _variants(options)
+    _check_targets(options["out"], options["figure"])
+    answers = _evaluate(variants, options)
+    if options["out"] is not None:
+        write_text(options["out"], json.dumps(answers, indent=1))
+    if options["figure"] is not None:
+        _draw(answers, options["figure"])
+    if options["as_json"]:
+        click.echo(json.dumps(answers["answers"], indent=1))
     else:
-        _print(records)
+        from clo_cli.answers_table import print_answers
+
+        print_answers(answers["answers"], options["against"])
 
 
-def _settings(context: int, texts: int, tokens: int, passkeys: int, seed: int) -> dict[str, int]:
-    return {
-        "context_tokens": context,
-        "num_texts": texts,
-        "decoded_tokens": tokens,
-        "num_passkeys": passkeys,
-        "seed": seed,
-    }
+def _check_targets(out: Path | None, figure: Path | None) -> None:
+    from clo.files import check_target
+
+    if figure is not None:
+        from clo_plots.style import check_suffix
+
+        check_suffix(figure)
+    for path in (out, figure):
+        if path is not None:
+            check_target(path)
 
 
-def _designs(names: str, taus: str | None, overrides: Any) -> list[Any]:
+def _draw(answers: dict[str, Any], path: Path) -> None:
+    from clo_plots.answers import parse_answers, plot_answers
+    from clo_plots.style import save_figure
+
+    save_figure(plot_answers(parse_answers(answers, where="clo evaluate")), path)
+
+
+def _variants(options: dict[str, Any]) -> list[Any]:
+    """Every design at every value asked for. Raises `SpecError`."""
     from clo.errors import SpecError
 
-    listed = [name.strip() for name in names.split(",") if name.strip()]
-    if not listed:
-        raise SpecError(f"--designs = {names!r}: name at least one design")
-    chosen = [design_from(name, overrides) for name in listed]
-    if taus is None:
-        return chosen
+    overrides = overrides_from(options["settings"])
+    names = [name.strip() for name in options["designs"].split(",") if name.strip()]
+    if not names:
+        raise SpecError(f"--designs = {options['designs']!r}: name at least one design")
+    variants: list[Any] = [design_from(name, overrides) for name in names]
+    if options["pools"] is not None:
+        pools = _numbers("--pools", options["pools"])
+        variants = _spread(variants, lambda design: design.cache in ("lru", "head_reuse"), "slot_budgets", pools, "x")
+    if options["taus"] is not None:
+        taus = _numbers("--taus", options["taus"])
+        variants = _spread(variants, lambda design: design.gated, "tau", taus, " tau=")
+    for given in options["varied"]:
+        field, _, values = given.partition("=")
+        if not values:
+            raise SpecError(f"--vary = {given!r}: FIELD=A,B is expected")
+        variants = _spread(variants, lambda design: design.selects, field, values.split(","), f" {field}=")
+    for option in ("against", "controls"):
+        chosen = options[option]
+        if chosen is not None and chosen not in [design.name for design in variants]:
+            known = ", ".join(design.name for design in variants)
+            raise SpecError(f"--{option} = {chosen!r}: none of the designs ({known})")
+    return variants
+
+
+def _numbers(option: str, given: str) -> list[float]:
+    from clo.errors import SpecError
+
     try:
-        values = [float(value) for value in taus.split(",")]
+        return [float(value) for value in given.split(",")]
     except ValueError:
-        raise SpecError(f"--taus = {taus!r}: numbers separated by commas are expected") from None
+        raise SpecError(f"{option} = {given!r}: numbers separated by commas are expected") from None
+
+
+def _spread(designs: list[Any], fits: Callable[[Any], bool], field: str, values: list[Any], mark: str) -> list[Any]:
+    """Those that fit at each value of a field, named by it; the others as they are."""
     tried: list[Any] = []
-    for design in chosen:
-        if design.gated:
-            tried += [
-                design.with_fields(tau=tau, target_hit_rate=None, name=f"{design.name} tau={tau:g}") for tau in values
-            ]
-        else:
+    for design in designs:
+        if not fits(design):
             tried.append(design)
+            continue
+        others = {"tau": {"target_hit_rate": None}, "slot_budgets": {"slot_pages": None}}.get(field, {})
+        for value in values:
+            shown = f"{value:g}" if isinstance(value, float) else str(value)
+            name = f"{design.name} {shown}x" if mark == "x" else f"{design.name}{mark}{shown}"
+            tried.append(design.with_fields(**others, **{field: value}, name=name))
     return tried
 
 
-def _evaluate(
-    name: str, designs: list[Any], text_path: Path | None, trace_path: str | None, asked: dict[str, int]
-) -> list[dict[str, Any]]:
-    from clo.engine.evaluate import EvaluationSettings
+def _evaluate(designs: list[Any], options: dict[str, Any]) -> dict[str, Any]:
+    from clo.engine.controls import Contender, controls_of
     from clo.engine.evaluate import evaluate as run
+    from clo.engine.network import Network
+    from clo.engine.quality import compared
+    from clo.engine.record import package_versions
+    from clo.engine.tasks import EvaluationSettings
+    from clo.engine.texts import Split
     from clo_cli.models import load_for_decoding, progress_bar, with_heads
+
+    settings = EvaluationSettings(
+        context_tokens=options["context"],
+        num_texts=options["texts"],
+        decoded_tokens=options["tokens"],
+        num_passkeys=options["passkeys"],
+        split=Split(options["split"]),
+        seed=options["seed"],
+    )
+    words = _text(options["text"])
+    model, tokenizer = load_for_decoding(options["model"])
+    network = Network(model)
+    contenders = [
+        Contender(name=design.name, design=design, heads=with_heads(design, model, options["trace_path"])[1])
+        for design in designs
+    ]
+    for contender in [one for one in contenders if one.name == options["controls"]]:
+        contenders += controls_of(contender, network.spec)
+    with progress_bar() as progress:
+        found = run(network, tokenizer, words, contenders, settings, progress)
+    records = [quality.as_record() for quality in found]
+    if options["against"] is not None:
+        records = compared(records, options["against"])
+    return {
+        "evaluation": {"model": options["model"], "text": options["text"], **settings.as_record()},
+        "versions": package_versions(),
+        "designs": {contender.name: contender.design.model_dump(mode="json") for contender in contenders},
+        "answers": records,
+    }
+
+
+def _text(given: str) -> str:
+    from clo.engine.texts import TEXTS
     from clo_cli.record import read_text
 
-    settings, (words, _) = EvaluationSettings(**asked), read_text(text_path)
-    model, tokenizer = load_for_decoding(name)
-    prepared = [with_heads(design, model, trace_path) for design in designs]
-    with progress_bar() as progress:
-        found = run(model, tokenizer, words, prepared, settings, progress)
-    return [quality.as_record() for quality in found]
-
-
-def _print(records: list[dict[str, Any]]) -> None:
-    from rich.table import Table
-
-    from clo_cli.tables import console
-
-    table = Table(title=f"Answers at {records[0]['context_tokens']} tokens, against full attention")
-    table.add_column("design")
-    columns = (
-        "change of NLL",
-        "passkeys",
-        "agreement",
-        "hit rate",
-        "heads that missed",
-        "h2d/step MB",
-        "budget, slots",
-    )
-    for name in columns:
-        table.add_column(name, justify="right")
-    for record in records:
-        rate = record["passkey_rate"]
-        table.add_row(
-            record["design"],
-            f"{record['delta_nll']:+.4f} ± {record['delta_nll_se']:.4f}",
-            "-" if rate is None else f"{round(rate * record['passkeys'])}/{record['passkeys']}",
-            f"{record['agreement']:.0%}",
-            f"{record['hit_rate']:.1%}",
-            f"{record['demand_miss_rate']:.0%}",
-            f"{record['h2d_bytes_per_step'] / 1e6:.3g}",
-            f"{record['budget_pages']}, {record['slot_pages']} pages",
-        )
-    console().print(table)
+    return TEXTS[given]() if given in TEXTS else read_text(Path(given))[0]

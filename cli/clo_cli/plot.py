@@ -14,12 +14,19 @@ if TYPE_CHECKING:
     from clo.choices import Choices
     from clo.results import Result
     from clo.timeline import Timeline
+    from clo_plots.answers import Answers
     from clo_plots.pareto import DesignPoint
 
-KINDS = ("stalls", "pareto", "timeline", "choices")
+KINDS = ("stalls", "pareto", "timeline", "choices", "answers")
 _PARQUET_MAGIC = b"PAR1"
 # the key that only this kind's JSON has
-_KEYS = {"traceEvents": "timeline", "alternatives": "choices", "results": "stalls", "stall_s": "stalls"}
+_KEYS = {
+    "traceEvents": "timeline",
+    "alternatives": "choices",
+    "answers": "answers",
+    "results": "stalls",
+    "stall_s": "stalls",
+}
 
 
 @click.command()
@@ -34,6 +41,7 @@ def plot(paths: tuple[Path, ...], out: Path, kind: str | None) -> None:
     pareto    sweeps (Parquet): time against memory, and the best of both
     timeline  timelines (Chrome trace JSON that clo wrote): a few layers, lane by lane
     choices   choices (JSON): what each choice of the best design is worth
+    answers   answers (JSON of clo evaluate --out): how good they are against bytes moved
     """
     from clo.errors import CloError
     from clo.files import check_target
@@ -66,7 +74,7 @@ def detect(path: Path) -> str:
     for key, kind in _KEYS.items():
         if isinstance(data, dict) and key in data:
             return kind
-    raise CloError(f"{path}: neither a result, a sweep, a timeline nor choices that clo wrote (see --kind)")
+    raise CloError(f"{path}: neither a result, a sweep, a timeline, choices nor answers that clo wrote (see --kind)")
 
 
 def _read_json(path: Path) -> Any:
@@ -137,9 +145,25 @@ def _draw_choices(choices: Choices) -> Figure:
     return plot_choices(choices)
 
 
+def _load_answers(paths: tuple[Path, ...]) -> Answers:
+    from clo.errors import CloError
+    from clo_plots.answers import parse_answers
+
+    if len(paths) > 1:
+        raise CloError(f"{paths[1]}: an answers figure is drawn from one file")
+    return parse_answers(_read_json(paths[0]), where=str(paths[0]))
+
+
+def _draw_answers(answers: Answers) -> Figure:
+    from clo_plots.answers import plot_answers
+
+    return plot_answers(answers)
+
+
 _KINDS: dict[str, tuple[Callable[[tuple[Path, ...]], Any], Callable[[Any], Figure]]] = {
     "stalls": (_load_results, _draw_stalls),
     "pareto": (_load_sweep, _draw_pareto),
     "timeline": (_load_timelines, _draw_timelines),
     "choices": (_load_choices, _draw_choices),
+    "answers": (_load_answers, _draw_answers),
 }

@@ -33,11 +33,15 @@ Sampler = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class HeadProfile:
-    """What was learnt about a model's heads beforehand. Layers by KV heads, and layers by query heads."""
+    """What was learnt about a model's heads beforehand. Layers by KV heads, and layers by query heads.
+
+    `refresh_rate` replaces the gate by a clock, for comparison: the share of steps in which each head selects anew.
+    """
 
     tau: torch.Tensor | None = None
     importance: torch.Tensor | None = None
     pinned: tuple[tuple[int, ...], ...] = ()
+    refresh_rate: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,16 +96,23 @@ class Prompt:
         return int(self.kv[0][0].shape[1])
 
 
-def read_prompt(network: Network, tokens: torch.Tensor) -> Prompt:
-    """Prefill in chunks with the model's own attention. Raises `SpecError` for a prompt that is empty or too long."""
+def read_prompt(network: Network, tokens: torch.Tensor, *, known: Prompt | None = None, shared: int = 0) -> Prompt:
+    """Prefill in chunks with the model's own attention. Raises `SpecError` for a prompt that is empty or too long.
+
+    The first `shared` tokens are those of the prompt `known`, which has been read: they are not read again.
+    """
     from transformers import DynamicCache
 
     limit = network.spec.max_positions
     if not 1 <= len(tokens) <= limit:
         raise SpecError(f"prompt of {len(tokens)} tokens: {network.spec.name} takes 1 to {limit}")
+    if not 0 <= shared < len(tokens) or shared > (known.num_tokens if known else 0):
+        raise SpecError(f"prompt of {len(tokens)} tokens: {shared} of them cannot be shared with what has been read")
     cache, logits = DynamicCache(), torch.empty(0)
     with torch.inference_mode():
-        for start in range(0, len(tokens), PREFILL_CHUNK_TOKENS):
+        for layer, (keys, values) in enumerate(known.kv if known and shared else ()):
+            cache.update(keys[None, :, :shared], values[None, :, :shared], layer)
+        for start in range(shared, len(tokens), PREFILL_CHUNK_TOKENS):
             chunk = tokens[None, start : start + PREFILL_CHUNK_TOKENS].to(network.device)
             logits = network.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     return Prompt(tuple((layer.keys[0], layer.values[0]) for layer in cache.layers), logits[0, -1])
@@ -281,6 +292,7 @@ def _settings(plan: DecodePlan, heads: HeadProfile, layer: int) -> HeadSettings:
         tau=tau if heads.tau is None else heads.tau[layer],
         importance=None if heads.importance is None else heads.importance[layer],
         pinned=pinned[: plan.pinned_heads_per_layer],
+        refresh_rate=heads.refresh_rate,
     )
 
 

@@ -1,275 +1,202 @@
-"""How good the answers stay under a design: perplexity, passkey retrieval and agreement with full attention.
+"""How good the answers stay under a design: perplexity, passkeys, agreement and attention, against full attention.
 
-Every token after the prompt goes through the design, fed or generated. Knows nothing about time.
+Every token after the prompt goes through the design, fed or generated; what it did to earlier tokens stays in the
+cache. Knows nothing about time.
 """
 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from clo.engine.decoder import Decoder, HeadProfile, Prompt, read_prompt
+from clo.engine.controls import Contender
+from clo.engine.fidelity import Fidelity
+from clo.engine.inline_decoder import InlineDecoder
 from clo.engine.network import Network
+from clo.engine.quality import Quality, paired
+from clo.engine.tasks import EvaluationSettings, Passkey, Tasks, check_text, read_tasks
 from clo.errors import SpecError
+from clo.plan import DecodePlan
+from clo.schedule.ops import Stage
 from clo.specs import Design
 
-BLOCK_TOKENS = 16
-"""Losses of neighbouring tokens are not independent: standard errors are taken over blocks."""
+WARMUP_STEPS = 8
+"""Steps whose traffic is not counted: the first fills the cache."""
+
+BASELINE = Contender(name="resident", design=Design(name="resident", attend="full", cache="resident"))
 
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationSettings:
-    """What is asked. Tokens; `seed` chooses places in the text, keys and depths."""
+def evaluate(
+    network: Network,
+    tokenizer: Callable[..., object],
+    text: str,
+    contenders: Iterable[Contender],
+    settings: EvaluationSettings,
+    progress: Progress | None = None,
+) -> list[Quality]:
+    """One `Quality` per contender, in order. The baseline is full attention, decoded here too.
 
-    context_tokens: int = 1024
-    num_texts: int = 4
-    decoded_tokens: int = 64
-    num_passkeys: int = 10
-    skipped_tokens: int = 4096
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("context_tokens", "num_texts", "decoded_tokens"):
-            if getattr(self, name) < 1:
-                raise SpecError(f"evaluate.{name} = {getattr(self, name)}: must be at least 1")
-        if self.num_passkeys < 0:
-            raise SpecError(f"evaluate.num_passkeys = {self.num_passkeys}: must not be negative")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quality:
-    """What a design's answers are worth. `delta_nll` is nats per token above full attention, `_se` its standard error.
-
-    `agreement` is the share of greedily generated tokens that equal full attention's, until the first that does not;
-    `passkey_rate` is `None` where none was asked for.
+    Prompts are read once, `settings.batch_texts` at a time, and decoded by all contenders in turn. Raises `SpecError`
+    for a text that is too short, for names that are not unique, and where a design does not fit.
     """
+    chosen, tell = list(contenders), progress or (lambda *_: None)
+    _check_names(chosen)
+    check_text(tokenizer, text, settings)
+    baseline = _Outcome()
+    outcomes = {contender.name: _Outcome() for contender in chosen}
+    groups = math.ceil(settings.num_texts / settings.batch_texts)
+    for group, tasks in enumerate(read_tasks(network, tokenizer, text, settings, tell)):
+        rates: dict[str, float] = {}
+        _decode(network, BASELINE, tasks, settings, baseline)
+        for contender in chosen:
+            rate = rates.get(contender.paced_by or "")
+            paced = contender if rate is None else contender.paced(rate)
+            rates[contender.name] = _decode(network, paced, tasks, settings, outcomes[contender.name])
+            tell(contender.name, group + 1, groups)
+    return [_quality(contender, outcomes[contender.name], baseline, settings) for contender in chosen]
 
-    design: str
-    tau: float | None
-    nll: float
-    delta_nll: float
-    delta_nll_se: float
-    passkey_rate: float | None
-    passkeys: int
-    agreement: float
-    hit_rate: float
-    demand_miss_rate: float
-    h2d_bytes_per_step: float
-    context_tokens: int
-    budget_pages: int
-    slot_pages: int
-    steps: int
 
-    def as_record(self) -> dict[str, Any]:
-        """For JSON and tables."""
-        return asdict(self)
+def _check_names(contenders: Sequence[Contender]) -> None:
+    seen: set[str] = set()
+    for contender in contenders:
+        if contender.name in seen:
+            raise SpecError(f"evaluate: two designs are called {contender.name!r}: give them different names")
+        if contender.paced_by is not None and contender.paced_by not in seen:
+            raise SpecError(f"evaluate: {contender.name!r} is paced by {contender.paced_by!r}, which must come before")
+        seen.add(contender.name)
 
 
 @dataclass(slots=True)
 class _Moved:
-    """Sums over decode steps."""
+    """Sums over decode steps and sequences."""
 
-    steps: int = 0
+    sequence_steps: int = 0
     h2d_bytes: float = 0.0
-    fetched: int = 0
-    requested: int = 0
-    misses: int = 0
+    requested_pages: int = 0
+    fetched_pages: int = 0
+    corrected_heads: int = 0
+    selections: int = 0
     heads: int = 0
 
-    def add(self, decoder: Decoder) -> None:
+    def add(self, decoder: InlineDecoder) -> None:
         traffic = decoder.traffic
-        self.steps += 1
+        self.sequence_steps += decoder.plan.workload.batch
         self.h2d_bytes += traffic.h2d_bytes
-        self.fetched += traffic.fetched_pages + traffic.prefetched_pages
-        self.requested += traffic.requested_pages
-        self.misses += traffic.demand_misses
+        self.fetched_pages += traffic.fetched_pages + traffic.prefetched_pages
+        self.requested_pages += traffic.requested_pages
+        self.corrected_heads += traffic.demand_misses
+        self.selections += sum(layer.counts.missed[stage] for layer in decoder.layers for stage in Stage)
         self.heads += traffic.offloaded_heads
 
 
-@dataclass(frozen=True, slots=True)
-class _Passkey:
-    prompt: Prompt
-    question: torch.Tensor
-    answer: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class _Tasks:
-    """Prompts that have been read once, for all designs."""
-
-    texts: list[tuple[Prompt, torch.Tensor]]
-    passkeys: list[_Passkey]
-
-
-def evaluate(
-    model: Any,
-    tokenizer: Any,
-    text: str,
-    designs: Iterable[tuple[Design, HeadProfile | None]],
-    settings: EvaluationSettings,
-    progress: Progress | None = None,
-) -> list[Quality]:
-    """One `Quality` per design. The baseline is full attention, decoded here too.
-
-    The places read are drawn from `text` after its first `skipped_tokens`: the shipped trace, from which thresholds
-    come, was recorded on those. Raises `SpecError` for a text that is too short.
-    """
-    network, tell = Network(model), progress or (lambda *_: None)
-    tasks = _read_tasks(network, tokenizer, text, settings, tell)
-    baseline = _run(network, Design(name="resident", attend="full", cache="resident"), None, tasks, settings, tell)
-    chosen = list(designs)
-    found = []
-    for design, heads in chosen:
-        is_baseline = design.attend == "full" and not design.offloads
-        outcome = baseline if is_baseline else _run(network, design, heads, tasks, settings, tell)
-        found.append(_quality(design, outcome, baseline, settings))
-    return found
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Outcome:
-    losses: list[list[float]]
-    generated: list[list[int]]
-    correct: list[bool]
-    moved: _Moved
-    budget_pages: int
-    slot_pages: int
+    """What one contender did. Lists by text: `[decoded_tokens - 1]`, the first token depends on the prompt alone."""
+
+    losses: list[np.ndarray] = field(default_factory=list)
+    best: list[np.ndarray] = field(default_factory=list)
+    generated: list[np.ndarray] = field(default_factory=list)
+    correct: list[bool] = field(default_factory=list)
+    moved: _Moved = field(default_factory=_Moved)
+    fidelity: Fidelity = field(default_factory=Fidelity)
+    plan: DecodePlan | None = None
 
 
-def _run(
-    network: Network,
-    design: Design,
-    heads: HeadProfile | None,
-    tasks: _Tasks,
-    settings: EvaluationSettings,
-    tell: Progress,
-) -> _Outcome:
-    moved, losses, generated, correct = _Moved(), [], [], []
-    total = 2 * len(tasks.texts) + len(tasks.passkeys)
-    room = max(settings.decoded_tokens, *(len(k.question) + len(k.answer) for k in tasks.passkeys), 1)
-    with Decoder(network, design, max_new_tokens=room, heads=heads) as decoder:
-        for number, (prompt, continuation) in enumerate(tasks.texts):
-            losses.append(_losses(decoder, prompt, continuation, moved))
-            generated.append(_continued(decoder, prompt, settings.decoded_tokens))
-            tell(design.name, 2 * (number + 1), total)
-        for number, key in enumerate(tasks.passkeys):
-            correct.append(_answers(decoder, key))
-            tell(design.name, 2 * len(tasks.texts) + number + 1, total)
-        assert decoder.plan is not None
-        return _Outcome(losses, generated, correct, moved, decoder.plan.budget_pages, decoder.plan.slot_pages)
+def _decode(
+    network: Network, contender: Contender, tasks: Tasks, settings: EvaluationSettings, into: _Outcome
+) -> float:
+    """All tasks at once; the share of steps in which a head selected anew."""
+    before, heads = into.moved.selections, into.moved.heads
+    _decode_texts(network, contender, tasks, settings, into)
+    into.correct += _answers(network, contender, tasks.passkeys)
+    return (into.moved.selections - before) / max(1, into.moved.heads - heads)
 
 
-def _losses(decoder: Decoder, prompt: Prompt, continuation: torch.Tensor, moved: _Moved) -> list[float]:
-    """Negative log-likelihoods of the text's own continuation, in nats; all but the first depend on the design."""
-    logits, losses = decoder.prefill([prompt]), []
-    for token in continuation:
-        losses.append(-float(logits[0].double().log_softmax(-1)[token]))
-        logits = decoder.step(token[None])
-        moved.add(decoder)
-    return losses[1:]
+def _decode_texts(
+    network: Network, contender: Contender, tasks: Tasks, settings: EvaluationSettings, into: _Outcome
+) -> None:
+    """Each text twice in one batch: fed its own continuation, and generating greedily."""
+    count, steps = len(tasks.texts), settings.decoded_tokens
+    fed = torch.stack([continuation for _, continuation in tasks.texts])
+    losses, best, generated = np.zeros((count, steps)), np.zeros((count, steps), int), np.zeros((count, steps), int)
+    decoder = InlineDecoder(
+        network, contender.design, max_new_tokens=steps, heads=contender.heads, observer=into.fidelity
+    )
+    logits = decoder.prefill([prompt for prompt, _ in tasks.texts] * 2)
+    into.plan = decoder.plan
+    for step in range(steps):
+        chances = logits[:count].double().log_softmax(-1)
+        losses[:, step] = -chances.gather(1, fed[:, step : step + 1])[:, 0].numpy(force=True)
+        chosen = logits.argmax(-1).cpu()
+        best[:, step], generated[:, step] = chosen[:count].numpy(), chosen[count:].numpy()
+        if step < steps - 1:
+            logits = decoder.step(torch.cat([fed[:, step], chosen[count:]]))
+            if step >= min(WARMUP_STEPS, steps // 2):
+                into.moved.add(decoder)
+    into.losses += list(losses[:, 1:])
+    into.best += list(best[:, 1:])
+    into.generated += list(generated[:, 1:])
 
 
-def _continued(decoder: Decoder, prompt: Prompt, count: int) -> list[int]:
-    """Greedy continuation."""
-    logits, tokens = decoder.prefill([prompt]), []
-    for _ in range(count):
-        tokens.append(int(logits[0].argmax()))
-        if len(tokens) < count:
-            logits = decoder.step(torch.tensor(tokens[-1:]))
-    return tokens
+def _answers(network: Network, contender: Contender, passkeys: Sequence[Passkey]) -> list[bool]:
+    """Whether each key is found when the question itself is decoded under the design.
+
+    The answer is fed while every token of it is the most likely one: greedy decoding says it then, and only then.
+    """
+    if not passkeys:
+        return []
+    feeds = [torch.cat([passkey.question, passkey.answer]) for passkey in passkeys]
+    longest = max(len(feed) for feed in feeds)
+    padded = torch.stack([torch.nn.functional.pad(feed, (0, longest - len(feed))) for feed in feeds])
+    decoder = InlineDecoder(network, contender.design, max_new_tokens=longest, heads=contender.heads)
+    decoder.prefill([passkey.prompt for passkey in passkeys])
+    said = [decoder.step(padded[:, step]).argmax(-1).cpu() for step in range(longest - 1)]
+    correct = torch.stack(said, 1) == padded[:, 1:]
+    return [
+        bool(row[len(passkey.question) - 1 : len(feed) - 1].all())
+        for row, passkey, feed in zip(correct, passkeys, feeds, strict=True)
+    ]
 
 
-def _answers(decoder: Decoder, key: _Passkey) -> bool:
-    """Whether the key is found when the question itself is decoded under the design."""
-    logits = decoder.prefill([key.prompt])
-    for token in key.question:
-        logits = decoder.step(token[None])
-    said = []
-    for _ in key.answer:
-        said.append(int(logits[0].argmax()))
-        if len(said) < len(key.answer):
-            logits = decoder.step(torch.tensor(said[-1:]))
-    return said == key.answer
-
-
-def _quality(design: Design, found: _Outcome, baseline: _Outcome, settings: EvaluationSettings) -> Quality:
-    pairs = zip(found.losses, baseline.losses, strict=True)
-    differences = [np.subtract(mine, theirs) for mine, theirs in pairs]
-    blocks = [block.mean() for row in differences for block in np.array_split(row, max(1, len(row) // BLOCK_TOKENS))]
-    moved = found.moved
+def _quality(contender: Contender, found: _Outcome, baseline: _Outcome, settings: EvaluationSettings) -> Quality:
+    plan, moved, design = found.plan, found.moved, contender.design
+    assert plan is not None
+    by_text = [float((mine - full).mean()) for mine, full in zip(found.losses, baseline.losses, strict=True)]
+    delta, error = paired(by_text)
+    one_tau = design.gated and (contender.heads is None or contender.heads.tau is None) and not contender.paced_by
     return Quality(
-        design=design.name,
-        tau=design.tau if design.gated and design.target_hit_rate is None else None,
-        nll=float(np.mean(np.concatenate(found.losses))),
-        delta_nll=float(np.mean(np.concatenate(differences))),
-        delta_nll_se=float(np.std(blocks, ddof=1) / math.sqrt(len(blocks))) if len(blocks) > 1 else math.nan,
+        design=contender.name,
+        tau=design.tau if one_tau else None,
+        nll=float(np.mean(found.losses)),
+        delta_nll=delta,
+        delta_nll_se=error,
+        delta_nll_by_text=by_text,
         passkey_rate=float(np.mean(found.correct)) if found.correct else None,
-        passkeys=len(found.correct),
+        passkeys_found=found.correct,
         agreement=_agreement(found.generated, baseline.generated),
-        hit_rate=1.0 - min(1.0, moved.fetched / moved.requested) if moved.requested else 1.0,
-        demand_miss_rate=moved.misses / moved.heads if moved.heads else 0.0,
-        h2d_bytes_per_step=moved.h2d_bytes / moved.steps,
+        top1_agreement=float(np.mean(np.equal(found.best, baseline.best))),
+        output_error=found.fidelity.output_error,
+        mass_recalled=found.fidelity.mass_recalled,
+        hit_rate=1.0 - min(1.0, moved.fetched_pages / moved.requested_pages) if moved.requested_pages else 1.0,
+        selections_per_head=moved.selections / max(1, moved.heads),
+        demand_miss_rate=moved.corrected_heads / max(1, moved.heads),
+        h2d_bytes_per_step=moved.h2d_bytes / moved.sequence_steps,
+        refetch_bytes_per_step=moved.requested_pages * plan.page_bytes / moved.sequence_steps,
+        index_bytes_per_step=moved.selections * plan.index_bytes_per_head / moved.sequence_steps,
         context_tokens=settings.context_tokens,
-        budget_pages=found.budget_pages,
-        slot_pages=found.slot_pages,
-        steps=moved.steps,
+        budget_pages=plan.budget_pages,
+        slot_pages=plan.slot_pages,
+        steps=moved.sequence_steps,
     )
 
 
-def _agreement(mine: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:
+def _agreement(mine: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
     """Share of tokens before the first that differs: after it the two have different contexts."""
-    shares = []
-    for one, other in zip(mine, theirs, strict=True):
-        differs = [number for number, (a, b) in enumerate(zip(one, other, strict=True)) if a != b]
-        shares.append((differs[0] if differs else len(one)) / len(one))
-    return float(np.mean(shares))
-
-
-def _read_tasks(network: Network, tokenizer: Any, text: str, settings: EvaluationSettings, tell: Progress) -> _Tasks:
-    draw = random.Random(settings.seed)
-    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    needed = settings.context_tokens + settings.decoded_tokens
-    if len(ids) < settings.skipped_tokens + needed:
-        raise SpecError(
-            f"text: {len(ids)} tokens, but evaluate.skipped_tokens = {settings.skipped_tokens}, "
-            f"context_tokens = {settings.context_tokens} and decoded_tokens = {settings.decoded_tokens} need "
-            f"{settings.skipped_tokens + needed}"
-        )
-    total, texts, passkeys = settings.num_texts + settings.num_passkeys, [], []
-    for number in range(settings.num_texts):
-        at = draw.randrange(settings.skipped_tokens, len(ids) - needed + 1)
-        prompt = read_prompt(network, ids[at : at + settings.context_tokens])
-        texts.append((prompt, ids[at + settings.context_tokens : at + needed]))
-        tell("reading", number + 1, total)
-    for number in range(settings.num_passkeys):
-        passkeys.append(_passkey(network, tokenizer, ids, settings, number, draw))
-        tell("reading", settings.num_texts + number + 1, total)
-    return _Tasks(texts, passkeys)
-
-
-def _passkey(
-    network: Network, tokenizer: Any, ids: torch.Tensor, settings: EvaluationSettings, number: int, draw: random.Random
-) -> _Passkey:
-    """A five-digit key in the middle of real text, at depths spread evenly; asked for in completion format."""
-    key = str(draw.randrange(10000, 100000))
-    needle, question, answer = (
-        tokenizer(part, return_tensors="pt", add_special_tokens=False).input_ids[0]
-        for part in (f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n", "\nThe pass key is", f" {key}")
-    )
-    filler = settings.context_tokens - len(needle)
-    if filler < 1:
-        raise SpecError(f"evaluate.context_tokens = {settings.context_tokens}: too few to hide a passkey in")
-    start = draw.randrange(settings.skipped_tokens, len(ids) - filler + 1)
-    depth = (number + 0.5) / settings.num_passkeys
-    before = round(depth * filler)
-    hay = ids[start : start + filler]
-    prompt = read_prompt(network, torch.cat([hay[:before], needle, hay[before:]]))
-    return _Passkey(prompt, question, answer.tolist())
+    firsts = [np.append(np.flatnonzero(one != other), len(one))[0] for one, other in zip(mine, theirs, strict=True)]
+    return float(np.mean([first / len(one) for first, one in zip(firsts, mine, strict=True)]))

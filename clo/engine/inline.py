@@ -6,6 +6,8 @@ the same answers; nothing overlaps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from clo.engine.layer import OffloadedLayer
@@ -20,14 +22,26 @@ def prefetch(layer: OffloadedLayer, predicted: torch.Tensor, lengths: torch.Tens
     layer.gather(Stage.PREFETCH)
 
 
-def attend(layer: OffloadedLayer, query: torch.Tensor, lengths: torch.Tensor, *, was_predicted: bool) -> torch.Tensor:
-    """What the real query still misses is fetched; then attention, `[batch, query_heads, head_dim]`."""
+def attend(
+    layer: OffloadedLayer,
+    query: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    was_predicted: bool,
+    observe: Callable[[torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """What the real query still misses is fetched; then attention, `[batch, query_heads, head_dim]`.
+
+    `observe` is told the output while the layer still holds what was attended.
+    """
     design = layer.design
     if not (design.cache is Cache.NONE and was_predicted):
         _choose(layer, Stage.DEMAND, query, lengths)
         if design.offloads:
             layer.gather(Stage.DEMAND)
     attended = layer.attend(query, lengths)
+    if observe is not None:
+        observe(attended)
     if design.speculates_last_step:
         layer.the_others_miss(query)
         _select(layer, Stage.PREFETCH, query, lengths)

@@ -38,11 +38,15 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadSettings:
-    """What the head profile decides for one layer. Shapes: [kv_heads], [query_heads]."""
+    """What the head profile decides for one layer. Shapes: [kv_heads], [query_heads].
+
+    With a `refresh_rate` a clock decides instead of the gate: each head selects in that share of the steps.
+    """
 
     tau: torch.Tensor
     importance: torch.Tensor | None = None
     pinned: tuple[int, ...] = ()
+    refresh_rate: float | None = None
 
 
 @dataclass(slots=True)
@@ -180,6 +184,7 @@ class OffloadedLayer:
         self.resolved = {stage: Resolved.like(self.selection) for stage in Stage}
         self.slots_attended = torch.full_like(self.selection, NO_SLOT)
         self._leaving: list[tuple[int, int]] = []
+        self._steps = self._clocked = 0
 
     @property
     def index_kind(self) -> IndexKind:
@@ -238,6 +243,7 @@ class OffloadedLayer:
         if self.design.selector is Selector.EXACT:
             rows = torch.arange(len(lengths), device=key.device)
             self.keys[rows, :, lengths.long() - 1] = key
+        self._steps += 1
         lengths_now = [int(length) for length in lengths]
         size, recent = self.page_size, self.kv.recent_tokens
         starts = [(window_start(n - 1, recent, size), window_start(n, recent, size)) for n in lengths_now]
@@ -271,8 +277,23 @@ class OffloadedLayer:
 
     def test(self, stage: Stage, query: torch.Tensor) -> None:
         """Which heads must select anew: those whose query has drifted from its anchor."""
+        if self.heads.refresh_rate is not None:
+            self._by_clock(stage, self.heads.refresh_rate)
+            return
         fold, importance = self.design.gqa_fold.value, self.heads.importance
         self.kernels.hit_test(query, self.anchor, self.tau, fold=fold, importance=importance, out=self.missed[stage])
+
+    def _by_clock(self, stage: Stage, rate: float) -> None:
+        """Heads take turns: head h selects when `steps * rate + h / heads` passes a whole number; all in the first.
+
+        Only the first test of a step counts: the prefetch for a step comes before its `append`.
+        """
+        step = self._steps + (stage is Stage.PREFETCH)
+        phase = torch.arange(self.shape.num_kv_heads) / self.shape.num_kv_heads
+        due = ((step * rate + phase).floor() > ((step - 1) * rate + phase).floor()) | (step == 1)
+        due &= torch.tensor(step > self._clocked)
+        self._clocked = step
+        self.missed[stage].copy_((due.to(self.shape.device) & (self.tau != NEVER)).expand_as(self.missed[stage]))
 
     def everyone_misses(self, stage: Stage) -> None:
         """Without a gate every head selects, but for the pinned ones."""

@@ -118,12 +118,13 @@ def record(
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "nll_per_token": nll,
         "recorded_at": datetime.now(UTC).date().isoformat(),
-        "versions": _versions(),
+        "versions": package_versions(),
     }
     return recorder.trace(about)
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """What made a measurement: Python and the packages that compute."""
     packages = {name: version(name) for name in ("clo-offload", "torch", "transformers", "numpy")}
     # the default text is that of the Python
     return {"python": platform.python_version(), **packages}

@@ -54,27 +54,35 @@ def resolve_pages(
     out.num_fetched.zero_()
     batch, heads, budget = selection.shape
     for row in ((b, h) for b in range(batch) for h in range(heads)):
-        slot_of_page, page_of_slot, last_use = table.slot_of_page[row], table.page_of_slot[row], table.last_use[row]
-        wanted = {p: rank for rank, p in enumerate(selection[row].tolist()) if 0 <= p < len(slot_of_page)}
+        # plain lists: reading tensors element by element takes a hundred times longer
+        slot_of_page, page_of_slot, last_use, selected = (
+            tensor[row].tolist() for tensor in (table.slot_of_page, table.page_of_slot, table.last_use, selection)
+        )
+        wanted = {p: rank for rank, p in enumerate(selected) if 0 <= p < len(slot_of_page)}
         if missed[row]:
             if replace:
-                slot_of_page.fill_(NO_SLOT)
-                page_of_slot.fill_(NO_PAGE)
+                slot_of_page, page_of_slot = [NO_SLOT] * len(slot_of_page), [NO_PAGE] * len(page_of_slot)
             absent = [p for p in wanted if slot_of_page[p] == NO_SLOT]
-            in_use = {int(slot_of_page[p]) for p in wanted}
-            oldest_first = range(len(last_use)) if replace else last_use.argsort().tolist()
-            free = [slot for slot in oldest_first if slot not in in_use]
-            newest = int(last_use.max())
-            for order, (page, slot) in enumerate(zip(absent, sorted(free[: len(absent)]), strict=True)):
+            in_use = {slot_of_page[p] for p in wanted}
+            slots_by_age = sorted(range(len(last_use)), key=last_use.__getitem__)
+            free = [slot for slot in (range(len(last_use)) if replace else slots_by_age) if slot not in in_use]
+            newest = max(last_use)
+            fetched = list(zip(absent, sorted(free[: len(absent)]), strict=True))
+            for page, slot in fetched:
                 if page_of_slot[slot] != NO_PAGE:
                     slot_of_page[page_of_slot[slot]] = NO_SLOT
                 page_of_slot[slot], slot_of_page[page] = page, slot
-                out.fetch_pages[row][order], out.fetch_slots[row][order] = page, slot
-            out.num_fetched[row] = len(absent)
             for page, rank in wanted.items():
                 last_use[slot_of_page[page]] = newest + budget - rank
-        for rank, page in enumerate(selection[row].tolist()):
-            out.slots[row][rank] = slot_of_page[page] if page in wanted else NO_SLOT
+            out.num_fetched[row] = len(fetched)
+            if fetched:
+                pages, slots = zip(*fetched, strict=True)
+                out.fetch_pages[row][: len(fetched)] = selection.new_tensor(pages)
+                out.fetch_slots[row][: len(fetched)] = selection.new_tensor(slots)
+            table.slot_of_page[row] = selection.new_tensor(slot_of_page)
+            table.page_of_slot[row] = selection.new_tensor(page_of_slot)
+            table.last_use[row] = selection.new_tensor(last_use)
+        out.slots[row] = selection.new_tensor([slot_of_page[p] if p in wanted else NO_SLOT for p in selected])
     return out
 
 

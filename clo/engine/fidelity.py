@@ -1,0 +1,93 @@
+"""How far a layer's attention is from full attention over the same cache: an oracle in float64.
+
+The cache is the design's own, with all that its approximation did to earlier tokens. Knows nothing about decoding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from clo.engine.layer import OffloadedLayer
+from clo_kernels.layout import NO_PAGE, window_start
+
+
+@dataclass(slots=True)
+class Fidelity:
+    """Means over the query heads of the observed attentions: an `Observer` of an `InlineDecoder`.
+
+    Observed is each layer in every `every`-th step, a different one in each step: all layers count the same.
+    """
+
+    every: int = 16
+    _step: int = 0
+    _last: int = -1
+    _error: float = 0.0
+    _mass: float = 0.0
+    _heads: int = 0
+
+    @property
+    def output_error(self) -> float:
+        """Norm of the difference to full attention's output over the norm of that; NaN if nothing was observed."""
+        return self._error / self._heads if self._heads else math.nan
+
+    @property
+    def mass_recalled(self) -> float:
+        """Share of full attention's weights that lies on the tokens attended; NaN if nothing was observed."""
+        return self._mass / self._heads if self._heads else math.nan
+
+    def __call__(
+        self, index: int, layer: OffloadedLayer, query: torch.Tensor, attended: torch.Tensor, lengths: torch.Tensor
+    ) -> None:
+        """Called after each attention, layers in order."""
+        self._step += index <= self._last
+        self._last = index
+        if (self._step + index) % self.every:
+            return
+        for sequence, length in enumerate(lengths.tolist()):
+            error, mass = against_full(layer, sequence, length, query[sequence], attended[sequence])
+            self._error += float(error.sum())
+            self._mass += float(mass.sum())
+            self._heads += len(error)
+
+
+def against_full(
+    layer: OffloadedLayer, sequence: int, length: int, query: torch.Tensor, attended: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Relative output error and attention mass recalled `[query_heads]`, of `query` and `attended` of that shape by
+    `head_dim`, against full attention over all `length` tokens."""
+    keys, values = whole_cache(layer, sequence, length).double().unbind(1)
+    heads, _, size = keys.shape
+    grouped, out = query.double().view(heads, -1, size), attended.double().view(heads, -1, size)
+    weights = (grouped @ keys.transpose(1, 2) * layer.shape.scale).softmax(-1)
+    full = weights @ values
+    error = (out - full).norm(dim=-1) / full.norm(dim=-1)
+    mass = (weights * attended_tokens(layer, sequence, length)[:, None]).sum(-1)
+    return error.flatten(), mass.flatten()
+
+
+def whole_cache(layer: OffloadedLayer, sequence: int, length: int) -> torch.Tensor:
+    """Keys and values of every token `[kv_heads, 2, length, head_dim]`, from wherever they are."""
+    start = window_start(length, layer.kv.recent_tokens, layer.page_size)
+    pages = layer.host_pages[sequence, : start // layer.page_size].to(layer.shape.device)
+    ring = torch.arange(start, length, device=layer.shape.device) % layer.kv.ring_tokens
+    window = layer.kv.window[sequence][:, :, ring]
+    whole = torch.cat([pages.permute(1, 2, 0, 3, 4).flatten(2, 3), window], 2)
+    for row, head in enumerate(layer.heads.pinned):
+        whole[head] = layer.kv.pinned[sequence, row, :, :length]
+    return whole
+
+
+def attended_tokens(layer: OffloadedLayer, sequence: int, length: int) -> torch.Tensor:
+    """Whether a KV head attends to a token, bool `[kv_heads, length]`."""
+    start = window_start(length, layer.attended_kv.recent_tokens, layer.page_size)
+    token = torch.arange(length, device=layer.shape.device)
+    always = (token < layer.page_size) | (token >= start)
+    mask = always.repeat(layer.shape.num_kv_heads, 1)
+    for head, selected in enumerate(layer.selection[sequence]):
+        pages = selected[selected != NO_PAGE]
+        mask[head] |= torch.isin(token // layer.page_size, pages)
+    mask[list(layer.heads.pinned)] = True
+    return mask

@@ -1,0 +1,136 @@
+"""Answers against bytes moved: the change of NLL of each design with its error. Knows nothing about how it is measured.
+
+Designs whose names differ in one setting only, `clo 1x tau=0.8` and `clo 1x tau=0.9`, are joined by a line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from clo.errors import CloError
+from clo_plots.labels import label_markers
+from clo_plots.style import ACCENT, FAINT, FASTER, INK, SLOWER, SMALL_PT, new_figure
+
+_COLOURS = (ACCENT, SLOWER, FASTER, "#CC79A7", "#56B4E9", "#E69F00")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One design: bytes moved, as a share of fetching all that is attended; change of NLL and standard error, nats."""
+
+    name: str
+    share: float
+    delta_nll: float
+    delta_nll_se: float
+
+    @property
+    def family(self) -> str:
+        """The name without the last setting, which joins designs to a line."""
+        return self.name.rpartition(" ")[0] if "=" in self.name.rpartition(" ")[2] else self.name
+
+    @property
+    def setting(self) -> str:
+        """The last setting, or the whole name where there is none."""
+        return self.name if self.family == self.name else self.name.rpartition(" ")[2].rpartition("=")[2]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """What `clo evaluate` wrote: designs that attend to a part, in order, and where they were measured."""
+
+    title: str
+    points: tuple[Answer, ...]
+
+
+def parse_answers(data: Any, *, where: str) -> Answers:
+    """From the JSON that `clo evaluate --out` writes. Raises `CloError` naming `where` and the field."""
+    try:
+        about = data["evaluation"]
+        title = f"{about['model']}, {about['context_tokens']} tokens, {about['num_texts']} texts ({about['text']})"
+        points = [_answer(row) for row in data["answers"] if row["refetch_bytes_per_step"]]
+    except (KeyError, TypeError, ValueError) as problem:
+        raise CloError(f"{where}: not what clo evaluate --out writes: {problem!r}") from None
+    return Answers(title=title, points=tuple(points))
+
+
+def _answer(row: dict[str, Any]) -> Answer:
+    return Answer(
+        name=str(row["design"]),
+        share=float(row["h2d_bytes_per_step"]) / float(row["refetch_bytes_per_step"]),
+        delta_nll=float(row["delta_nll"]),
+        delta_nll_se=float(row["delta_nll_se"] or 0.0),
+    )
+
+
+def plot_answers(answers: Answers) -> Figure:
+    """Change of NLL, with one standard error, against bytes moved."""
+    with new_figure(4.1, what="answers", empty=not answers.points) as figure:
+        axes = figure.add_subplot(
+            xlabel="bytes moved per step, share of fetching all that is attended (log scale)",
+            ylabel="change of NLL (nats per token)",
+        )
+        axes.set_title(f"{answers.title}; against full attention, ± one standard error")
+        axes.grid(True)
+        axes.axhline(0.0, color=INK, linewidth=0.9)
+        families = list(dict.fromkeys(point.family for point in answers.points))
+        for number, family in enumerate(families):
+            members = [point for point in answers.points if point.family == family]
+            _draw_family(axes, family, members, _COLOURS[number % len(_COLOURS)])
+        _frame(axes, answers.points)
+        if axes.get_legend_handles_labels()[0]:
+            figure.legend(loc="outside lower center", ncols=4)
+        figure.draw_without_rendering()
+        label_markers(
+            axes,
+            [point.setting for point in answers.points],
+            _at(answers.points),
+            _bars(answers.points),
+            size_pt=SMALL_PT,
+        )
+        return figure
+
+
+def _draw_family(axes: Axes, family: str, members: Sequence[Answer], colour: str) -> None:
+    at = _at(members)
+    errors = [point.delta_nll_se for point in members]
+    swept = len(members) > 1
+    axes.errorbar(
+        at[:, 0],
+        at[:, 1],
+        yerr=errors,
+        fmt="o-" if swept else "s",
+        color=colour if swept else INK,
+        ecolor=FAINT,
+        markersize=4.5,
+        linewidth=1.1,
+        elinewidth=0.9,
+        capsize=2,
+        label=f"{family} {members[0].name.rpartition(' ')[2].partition('=')[0]}" if swept else None,
+    )
+
+
+def _frame(axes: Axes, points: Sequence[Answer]) -> None:
+    at = _at(points)
+    axes.set_xscale("log")
+    axes.set_xlim(at[:, 0].min() / 1.4, at[:, 0].max() * 1.4)
+    axes.tick_params(axis="x", which="both", length=3, pad=3)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:.2g}" if f"{value:.0e}"[0] in "25" else "")
+
+
+def _at(points: Sequence[Answer]) -> np.ndarray:
+    return np.array([(point.share, point.delta_nll) for point in points], float).reshape(-1, 2)
+
+
+def _bars(points: Sequence[Answer]) -> np.ndarray:
+    """Points along the error bars, for labels to keep off."""
+    spots = [
+        (point.share, point.delta_nll + part * point.delta_nll_se) for point in points for part in np.linspace(-1, 1, 9)
+    ]
+    return np.array(spots, float).reshape(-1, 2)
