@@ -218,8 +218,8 @@ class TestPlan:
         sequence = 131072 * 32 * 8 * 2 * 128 * 2
         assert plan.model.kv_bytes_per_token == 131072
         assert plan.memory.dense_layers == 16 * sequence * 2 / 32
-        # page min/max: two vectors of 128 bf16 values for 16 tokens of 512 bytes: a sixteenth of the KV
-        assert plan.memory.index == 16 * sequence * 30 / 32 / 16
+        # 4-bit keys: 64 bytes and a step and an offset of two bytes each, for every token of 512 bytes
+        assert plan.memory.index == 16 * sequence * 30 / 32 * 68 / 512
         assert plan.budget_pages == 819
         assert plan.page_bytes == 16 * 512
         assert plan.memory.weights == pytest.approx(16.06e9, rel=0.001)
@@ -255,7 +255,7 @@ class TestPlan:
         # the other six keep sinks, window and the page between them, an index, and 2 x 102 slots of 16 tokens
         heads = 30 * 6 * 2
         assert memory.window == heads * (4 + 64 + 16) * 512
-        assert memory.index == heads * 1024 * 2 * 256
+        assert memory.index == heads * 16384 * (64 + 4)
         assert memory.slots == heads * 204 * 16 * 512
         assert memory.kv == memory.dense_layers + memory.pinned_heads + memory.window + memory.index + memory.slots
         assert memory.total == memory.kv + memory.weights + 4e9

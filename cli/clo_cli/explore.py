@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clo_cli.options import design_from, overrides_from, scene_from, scene_options
+from clo_cli.real_machine import measure_here
 from clo_cli.space import check_conflicts, space_from
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 )
 @click.option("--no-sweep", is_flag=True, help="Compare the named designs only.")
 @click.option("--finalists", type=click.IntRange(1), default=5, show_default=True, help="Swept designs to simulate.")
+@click.option("--measure", is_flag=True, help="Run the finalists for real: --machine is what was calibrated here.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for results and figures.")
 @click.option("--parquet", type=click.Path(path_type=Path), help="Write every evaluation as a row of this table.")
 @click.option(
@@ -80,6 +82,7 @@ def explore(
     bounds: tuple[str, ...],
     no_sweep: bool,
     finalists: int,
+    measure: bool,
     out: Path | None,
     parquet: Path | None,
     record: Path | None,
@@ -94,8 +97,8 @@ def explore(
 
     Named designs are simulated side by side with the same device memory for KV to use. Then choices of one design are
     swept: the clock sifts all combinations, the simulator decides among the best, and each choice of the winner is
-    changed alone.
-    (No level above the simulator yet: nothing runs an explored design on a real machine.)
+    changed alone. On a machine that `clo calibrate` has timed, --measure lets real runs of the best decide: random
+    weights, contexts made up, so that other pages are chosen than in the trace.
 
     \b
     clo explore
@@ -116,6 +119,7 @@ def explore(
     space = {} if no_sweep else space_from(vary, scene) or DEFAULT_GRID
     check_conflicts(space, overrides, options["profile"])
     goals = _goals(objectives, bounds)
+    real = measure_here(scene) if measure else None
     if out is not None:
         check_target(out, folder=True)
     if parquet is not None:
@@ -131,6 +135,7 @@ def explore(
             goals=goals,
             record=held.enter_context(_record(record)) if record is not None else None,
             workers=held.enter_context(_workers(scene, workers, cluster)),
+            measure=real,
             seed=scene.workload.seed,
             progress=held.enter_context(_progress(as_json)),
         )
@@ -217,9 +222,17 @@ def _report(found: Exploration, scene: Scene, *, searched: bool, as_json: bool) 
 
 
 def _print(scene: Scene, found: Exploration, searched: bool) -> None:
-    from clo_cli.tables import console, print_choices, print_designs, print_roofline, print_sources, print_trials
+    from clo_cli.tables import (
+        console,
+        print_choices,
+        print_designs,
+        print_measured,
+        print_roofline,
+        print_sources,
+        print_trials,
+    )
 
-    load, machine, best = scene.workload, scene.machine, found.best
+    load, machine, best = scene.workload, scene.machine, found.best_simulated
     question = f"{scene.model.name} on {machine.name}: {load.batch} x {load.context_tokens} tokens"
     varied = sorted({field for one in found.candidates for field, _ in one.task.changes})
     console().print(question + (f" (varied: {', '.join(varied)})" if varied else ""), style="bold")
@@ -232,8 +245,10 @@ def _print(scene: Scene, found: Exploration, searched: bool) -> None:
     if found.candidates and not elsewhere:
         shown[best.design.name] = best
     print_designs(list(shown.values()), found.not_run, "Designs with the same device memory for KV to use, simulated")
+    if found.measured:
+        print_measured(found)
     if found.candidates:
-        console().print(f"Best of {_swept(found)}: {found.winner.task.label}: {_choices_of(best)}")
+        console().print(f"Best of {_swept(found)}: {found.winner.task.label}: {_choices_of(found.best)}")
         for note in _notes(found):
             console().print(f"  {note}")
     if found.finalists and (searched or elsewhere or found.goals.bounds or len(found.goals.objectives) > 1):
@@ -279,6 +294,7 @@ def _as_json(found: Exploration) -> dict[str, Any]:
         "named": [result.model_dump(mode="json") for result in found.named_results],
         "not_run": found.not_run,
         "finalists": [result.model_dump(mode="json") for result in found.finalist_results],
+        "measured": [one.result.model_dump(mode="json") for one in found.measured if one.result is not None],
         "num_candidates": len(found.candidates),
         "num_from_record": found.recalled,
         "interrupted": found.interrupted,

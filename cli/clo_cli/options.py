@@ -16,8 +16,16 @@ if TYPE_CHECKING:
 ROOTS = ("model", "machine", "profile", "design", "workload")
 
 _SCENE_OPTIONS = (
-    click.option("--model", default="llama-3-8b", show_default=True, help="Preset, TOML, config.json or model folder."),
-    click.option("--machine", default="h200", show_default=True, help="Preset or TOML file."),
+    click.option(
+        "--model",
+        help="Preset, TOML, config.json or model folder [default: llama-3-8b, or what --machine was calibrated with].",
+    ),
+    click.option(
+        "--machine",
+        default="h200",
+        show_default=True,
+        help="Preset, TOML file, or the JSON file of `clo calibrate`.",
+    ),
     click.option("--profile", help="Preset or JSON file with the costs [default: the machine's]."),
     click.option("--context", "context_tokens", type=int, help="Tokens per sequence [default: 131072]."),
     click.option("--batch", type=int, help="Sequences decoded together [default: 16]."),
@@ -54,21 +62,24 @@ def scene_from(options: dict[str, Any], overrides: Overrides) -> Scene:
     """Build and check everything but the design. Raises `CloError` on bad input."""
     from clo import presets
     from clo.errors import SpecError
+    from clo.operation_costs import OperationProfile
     from clo.profile import with_costs
     from clo.specs.overrides import apply
-    from clo_sim.scene import Scene
+    from clo_sim.scene import DEFAULT_MODEL, Scene, gpu_tables, machine_and_costs
 
     workload = apply(_workload(options), overrides["workload"], "workload")
-    machine = apply(presets.load_machine(options["machine"]), overrides["machine"], "machine")
-    model = apply(presets.load_model(options["model"]), overrides["model"], "model")
-    profile = presets.load_named_profile(options["profile"] or machine.profile)
+    machine, costs = machine_and_costs(options["machine"], options["profile"])
+    named = options["model"] and presets.load_model(options["model"])
+    timed = costs.model if isinstance(costs, OperationProfile) else presets.load_model(DEFAULT_MODEL)
     limit = options["kv_memory_gb"]
     if limit is not None and not limit > 0:
         raise SpecError(f"--kv-memory-gb = {limit:g}: must be positive")
     return Scene(
-        model=model,
-        machine=machine,
-        profile=with_costs(profile, overrides["profile"]),
+        model=apply(named or timed, overrides["model"], "model"),
+        machine=apply(machine, overrides["machine"], "machine"),
+        profile=with_costs(gpu_tables(costs, "--set profile.*"), overrides["profile"])
+        if overrides["profile"]
+        else costs,
         workload=workload,
         source=_source(options, workload),
         kv_memory_bytes=None if limit is None else limit * 1e9,

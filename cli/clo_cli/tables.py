@@ -174,6 +174,24 @@ def print_trials(found: Exploration) -> None:
             out.print(f"  {one.task.label} breaks {', '.join(texts)} when simulated")
 
 
+def print_measured(found: Exploration) -> None:
+    """The finalists as the simulator has them and as they ran here, the fastest real run first."""
+    table = Table(title="Finalists, run on this machine", title_justify="left")
+    table.add_column("design", overflow="fold")
+    for name in ("TPOT\nsimulated", "TPOT\nhere", "hit rate\nsimulated", "hit rate\nhere"):
+        table.add_column(name, justify="right")
+    simulated = {(one.task.design, one.task.changes): one for one in found.finalists}
+    ran = sorted((one for one in found.measured if one.runs), key=lambda one: one.metrics["tpot_s"])
+    for one in ran:
+        pair = (simulated[one.task.design, one.task.changes], one)
+        values = [metric_text(name, side.metrics[name]) for name in ("tpot_s", "hit_rate") for side in pair]
+        table.add_row(one.task.label, *values)
+    console().print(table)
+    for one in found.measured:
+        if not one.runs:
+            console().print(f"  {one.task.label} does not run here: {one.problem}")
+
+
 METRIC_NAMES = {
     "tpot_s": "TPOT",
     "tpot_p99_s": "TPOT p99",

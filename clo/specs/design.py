@@ -90,7 +90,7 @@ class Design(Spec):
     description: str = Field(default="", description="what it stands for, in a line")
     attend: Attend = Field(default=Attend.SPARSE, description="attend to every token, or to a budget of pages")
 
-    selector: Selector = Field(default=Selector.PAGE_MINMAX, description="what scores the pages")
+    selector: Selector = Field(default=Selector.KEY_4BIT, description="what scores the pages")
     page_size: PositiveInt = Field(default=16, description="tokens in a page, the unit of storage and transfer")
     budget_fraction: float = Field(default=0.1, gt=0, le=1, description="pages attended, as a share of the context")
     budget_pages: PositiveInt | None = Field(default=None, description="pages attended; overrides budget_fraction")

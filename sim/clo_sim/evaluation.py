@@ -90,7 +90,9 @@ def measure(scene: Scene, task: Task, run: Measure) -> Evaluation:
 
 def from_result(task: Task, result: Result) -> Evaluation:
     """A result as an evaluation."""
-    metrics = {name: float(getattr(result, name)) for name in METRICS}
+    values = {name: getattr(result, name) for name in METRICS}
+    # a machine does not say what a fresh selection would have chosen
+    metrics = {name: float("nan") if value is None else float(value) for name, value in values.items()}
     return Evaluation(task=task, metrics=metrics, assumptions=result.assumptions, result=result)
 
 

@@ -36,6 +36,8 @@ What decides the answers' quality (tau, budget, selector, dense layers) stays as
 """
 
 ALTERNATIVES: Grid = {
+    "selector": ("key_4bit", "page_minmax"),
+    "tau": (0.7, 0.8, 0.9),
     "cache": ("none", "lru", "head_reuse"),
     "on_miss": ("replace", "diff"),
     "slot_budgets": (1, 1.5, 2, None),
@@ -156,7 +158,8 @@ class Exploration:
     @property
     def front(self) -> list[Evaluation]:
         """What was simulated and is best in some trade-off of the objectives, the first objective's best first."""
-        return self.goals.front(self.measured or (*self.finalists, *self.named))
+        ran = tuple(one for one in self.measured if one.runs)
+        return self.goals.front(ran or (*self.finalists, *self.named))
 
     @property
     def winner(self) -> Evaluation:
@@ -178,6 +181,17 @@ class Exploration:
         if result is None:
             raise SpecError(f"explore: {self.winner.task.label} was not simulated")
         return result
+
+    @property
+    def best_simulated(self) -> Result:
+        """The winner as the simulator has it. Raises `SpecError` when there is no winner."""
+        winner = self.winner
+        twins = (one for one in (*self.finalists, *self.named) if _same_question(one.task, winner.task))
+        return next((one.result for one in twins if one.result is not None), self.best)
+
+
+def _same_question(one: Task, other: Task) -> bool:
+    return (one.design, one.changes) == (other.design, other.changes)
 
 
 def _results(evaluations: Iterable[Evaluation]) -> tuple[Result, ...]:
@@ -232,6 +246,8 @@ def _quality_note(field: str, best: Result, other: Evaluation) -> str:
     """Whether the alternative also changes what is attended, so that time alone does not decide."""
     if field in ("dense_layers", "pinned_head_fraction"):
         return "changes the answers: another share of the heads attends in full"
+    if field == "selector":
+        return "changes the answers: another index chooses the pages"
     overlap = other.metrics["overlap"]
     if best.overlap is not None and abs(overlap - best.overlap) > 0.005:
         return f"changes the answers: overlap with a fresh selection {overlap:.0%}, not {best.overlap:.0%}"
@@ -331,8 +347,8 @@ class _Stages:
     def price_choices(self) -> None:
         """Change one choice of the winner at a time."""
         found = self.exploration()
-        if found.front and (best := found.winner.result) is not None and best.design.offloads:
-            self._found["choices"] = _worth(self._laboratory, best, found.winner.task.changes)
+        if found.front and found.winner.result is not None and found.best.design.offloads:
+            self._found["choices"] = _worth(self._laboratory, found.best_simulated, found.winner.task.changes)
 
     def _run(self, role: Role, tasks: list[Task]) -> tuple[Evaluation, ...]:
         self._laboratory.expect(len(tasks))

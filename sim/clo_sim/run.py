@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from clo.metrics import StepTimes
+from clo.operation_costs import OperationProfile
 from clo.plan import DecodePlan
 from clo.presets import load_design
 from clo.pricing import Seconds, hbm_bytes, link_bytes
@@ -94,6 +95,8 @@ def assumptions_of(scene: Scene, priced: PricedStep) -> tuple[str, ...]:
 
 def _table_notes(scene: Scene) -> tuple[str, ...]:
     """Fitted kernel times belong to the GPU they were measured on, whatever the machine's record says."""
+    if isinstance(scene.profile, OperationProfile):
+        return ()
     gpu, table = scene.machine.gpu, scene.profile.gemm
     ours, measured = (gpu.hbm_bytes_per_s, gpu.peak_flops_per_s), (table.hbm_bytes_per_s, table.flops_per_s)
     if all(abs(mine / theirs - 1) < 0.05 for mine, theirs in zip(ours, measured, strict=True)):

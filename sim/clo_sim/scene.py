@@ -6,26 +6,45 @@ Knows nothing about how a step is run.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from clo import presets
+from clo.errors import SpecError
+from clo.operation_costs import OperationPricer, OperationProfile, load_operation_profile
 from clo.plan import DecodePlan, make_plan
-from clo.pricing import Pricer
+from clo.pricing import Pricer, Prices
 from clo.profile import Profile
 from clo.specs import Design, MachineSpec, ModelSpec, Workload
 from clo_sim.priced import PricedStep, StepShape, price_step
 from clo_sim.stand_in import TrafficSource
 
+DEFAULT_MODEL = "llama-3-8b"
+
+Costs = Profile | OperationProfile
+"""What operations cost: a GPU's rates and tables, or the operations of one model as they were timed on one machine."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """Everything about a question but the design. `kv_memory_bytes` caps the device memory that KV may take."""
+    """Everything about a question but the design. `kv_memory_bytes` caps the device memory that KV may take.
+
+    Raises `SpecError` for costs that were timed with another model.
+    """
 
     model: ModelSpec
     machine: MachineSpec
-    profile: Profile
+    profile: Costs
     workload: Workload
     source: TrafficSource
     kv_memory_bytes: float | None = None
+
+    def __post_init__(self) -> None:
+        timed = self.profile.model if isinstance(self.profile, OperationProfile) else self.model
+        if self.model != timed:
+            raise SpecError(
+                f"model {self.model.name}: the costs of {self.machine.name} were timed with {timed.name} of "
+                f"{timed.num_layers} layers: leave the model out, or calibrate with this one"
+            )
 
     def plan(self, design: Design) -> DecodePlan:
         """The design's numbers here. Raises `SpecError` where it does not fit."""
@@ -33,11 +52,35 @@ class Scene:
 
     def priced(self, plan: DecodePlan) -> PricedStep:
         """The design's recorded step with its prices."""
-        return price_step(StepShape.of_plan(plan), Pricer(self.profile, self.machine), self.source.traffic(plan))
+        return price_step(StepShape.of_plan(plan), self.pricer(plan), self.source.traffic(plan))
+
+    def pricer(self, plan: DecodePlan) -> Prices:
+        """The prices of a plan's operations."""
+        if isinstance(self.profile, OperationProfile):
+            return OperationPricer(self.profile, plan)
+        return Pricer(self.profile, self.machine)
+
+
+def machine_and_costs(name: str, profile: str | None = None) -> tuple[MachineSpec, Costs]:
+    """A machine by preset or TOML file and its profile (or another `profile`), or both from `clo calibrate`'s JSON."""
+    if Path(name).suffix != ".json":
+        machine = presets.load_machine(name)
+        return machine, presets.load_named_profile(profile or machine.profile)
+    if profile is not None:
+        raise SpecError(f"--profile {profile}: {name} brings its own costs: leave the profile out")
+    timed = load_operation_profile(Path(name))
+    return timed.machine, timed
+
+
+def gpu_tables(profile: Costs, what: str) -> Profile:
+    """Costs that hold for any batch and context. Raises `SpecError` for operations timed on one machine."""
+    if isinstance(profile, OperationProfile):
+        raise SpecError(f"{what}: needs a profile of a GPU, not operations timed on {profile.machine.name}")
+    return profile
 
 
 def make_scene(
-    model: str | ModelSpec = "llama-3-8b",
+    model: str | ModelSpec | None = None,
     machine: str | MachineSpec = "h200",
     *,
     workload: Workload | None = None,
@@ -47,16 +90,28 @@ def make_scene(
     source: TrafficSource | None = None,
     kv_memory_bytes: float | None = None,
 ) -> Scene:
-    """A scene from preset names, paths or records; the committed trace stands in unless `source` is given."""
-    machine_spec = presets.load_machine(machine) if isinstance(machine, str) else machine
-    chosen = machine_spec.profile if profile is None else profile
+    """A scene from preset names, paths or records; the committed trace stands in unless `source` is given.
+
+    Without a `model`: the one that a calibrated machine was timed with, else Llama-3-8B.
+    """
+    machine_spec, costs = _machine_and_costs(machine, profile)
+    if model is None:
+        model = costs.model if isinstance(costs, OperationProfile) else DEFAULT_MODEL
     sizes = {"context_tokens": context_tokens, "batch": batch}
     changes = {name: value for name, value in sizes.items() if value is not None}
     return Scene(
         model=presets.load_model(model) if isinstance(model, str) else model,
         machine=machine_spec,
-        profile=presets.load_named_profile(chosen) if isinstance(chosen, str) else chosen,
+        profile=costs,
         workload=(workload or Workload()).with_fields(**changes),
         source=source or TrafficSource(presets.load_trace()),
         kv_memory_bytes=kv_memory_bytes,
     )
+
+
+def _machine_and_costs(machine: str | MachineSpec, profile: str | Profile | None) -> tuple[MachineSpec, Costs]:
+    if isinstance(profile, Profile):
+        return presets.load_machine(machine) if isinstance(machine, str) else machine, profile
+    if isinstance(machine, str):
+        return machine_and_costs(machine, profile)
+    return machine, presets.load_named_profile(profile or machine.profile)

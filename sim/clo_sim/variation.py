@@ -15,7 +15,7 @@ from clo.errors import SpecError
 from clo.profile import with_costs
 from clo.specs import Design, ResolveOn, Sync
 from clo.specs.overrides import apply
-from clo_sim.scene import Scene
+from clo_sim.scene import Scene, gpu_tables, machine_and_costs
 
 ROOTS = ("design", "workload", "machine", "model", "profile")
 """What has fields that can be varied; `machine` and `model` can also be varied as a whole, by name."""
@@ -83,15 +83,17 @@ def _change(scene: Scene, root: str, changes: dict[tuple[str, ...], Any]) -> Sce
     if root == "workload":
         return replace(scene, workload=apply(scene.workload, fields, root))
     if root == "profile":
-        return replace(scene, profile=with_costs(scene.profile, fields))
+        return replace(scene, profile=with_costs(gpu_tables(scene.profile, "profile.*"), fields))
     if root == "model":
         model = presets.load_model(str(changes[()])) if () in changes else scene.model
         return replace(scene, model=apply(model, fields, root))
-    machine = presets.load_machine(str(changes[()])) if () in changes else scene.machine
-    machine = apply(machine, fields, root)
-    changed_costs = machine.profile != scene.machine.profile
-    profile = presets.load_named_profile(machine.profile) if changed_costs else scene.profile
-    return replace(scene, machine=machine, profile=profile)
+    machine, costs = machine_and_costs(str(changes[()])) if () in changes else (scene.machine, scene.profile)
+    varied = apply(machine, fields, root)
+    if varied.profile != machine.profile:
+        costs = presets.load_named_profile(varied.profile)
+    # costs that were changed by hand stay while they are those of the same machine
+    kept = scene.profile if varied.profile == scene.machine.profile else costs
+    return replace(scene, machine=varied, profile=kept)
 
 
 def check_field(scene: Scene, field: str, values: Iterable[Any]) -> None:

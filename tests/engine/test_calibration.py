@@ -47,6 +47,8 @@ from clo_calibration.run_files import load_run, save_run
 from clo_calibration.validate import point_of, validate
 from clo_calibration.verdict import Point, Verdict, load_verdict, markdown
 from clo_cli.main import clo
+from clo_cli.real_machine import measure_here
+from clo_sim import make_scene, simulate
 from clo_sim.intervals import predict
 from clo_sim.simulator import run_simpy
 
@@ -479,3 +481,78 @@ class TestRun:
 
 def load_result_of(result: Result) -> Result:
     return Result.model_validate_json(result.model_dump_json())
+
+
+FEW = ("--input-tokens", "100", "--output-tokens", "2", "--num-requests", "2")
+
+
+class TestExploringACalibratedMachine:
+    """What was timed here is a machine like any other, and real runs have the last word."""
+
+    @pytest.fixture
+    def path(self, profile: OperationProfile, tmp_path: Path) -> Path:
+        path = tmp_path / "here.json"
+        path.write_text(profile.model_dump_json())
+        return path
+
+    @pytest.mark.parametrize("design", ["resident", "streamed", "resolve", "clo"])
+    def test_a_clock_step_is_priced_by_timed_operations(self, design: str, path: Path) -> None:
+        scene = make_scene(machine=str(path), context_tokens=CONTEXT, batch=BATCH)
+        timed = load_operation_profile(path)
+        assert scene.model == timed.model
+        plan = scene.plan(local_design(design, BUDGET).with_fields(dense_layers=1))
+        priced = scene.priced(plan)
+        traffic, seconds = priced.traffic, np.zeros(priced.num_steps)
+        for node in record_step(plan).nodes:
+            if node.lane is Lane.MAIN:
+                cost = timed.operations[price_key(price_name(node.op), node.op.work, plan)]
+                for feature, value in feature_values(node.op.work, plan, traffic).items():
+                    here = np.asarray(value)[:, node.op.layer] if np.ndim(value) else value
+                    seconds += cost.per_unit.get(feature, 0.0) * here
+        total = sum(priced.seconds(node.op) for node in priced.graph.nodes if node.lane is Lane.MAIN)
+        np.testing.assert_allclose(np.broadcast_to(total, seconds.shape), seconds, rtol=1e-9)
+        result = simulate(scene, plan.design)
+        assert result.measured_share == 1.0
+        assert result.tpot_s >= seconds.mean() * (1 - 1e-9)
+
+    def test_the_finalists_run_for_real_and_decide(self, path: Path) -> None:
+        arguments = ["explore", "--machine", str(path), "--context", str(CONTEXT), "--batch", str(BATCH), "--json"]
+        arguments += ["--set", "design.dense_layers=1", "--designs", "clo,resolve", "--steps", "3", "--measure"]
+        arguments += ["--vary", "design.cache=lru,head_reuse", "--finalists", "2"]
+        done = CliRunner().invoke(clo, arguments, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        found = json.loads(done.stdout)
+        assert [one["executor"] for one in found["measured"]] == ["machine", "machine"]
+        assert {one["executor"] for one in found["finalists"]} == {"simpy"}
+        fastest_run = min(found["measured"], key=lambda one: one["tpot_s"])
+        assert found["best"]["executor"] == "machine"
+        assert found["best"]["tpot_s"] == fastest_run["tpot_s"]
+        assert {one["workload"]["steps"] for one in found["measured"]} == {3}
+        arguments.remove("--json")
+        assert "Finalists, run on this machine" in CliRunner().invoke(clo, arguments, catch_exceptions=False).stdout
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["explore", "--measure"], "--measure: --machine must be the JSON file"),
+            (["simulate", "--machine", "HERE", "--model", "llama-3-8b"], "were timed with smollm2-135m of 3 layers"),
+            (["simulate", "--machine", "HERE", "--profile", "h200"], "brings its own costs"),
+            (["simulate", "--machine", "HERE", "--set", "profile.read_back.seconds=1"], "needs a profile of a GPU"),
+            (["serve-sim", "--machine", "HERE", "--load", "poisson:1", *FEW], "serving: needs a profile of a GPU"),
+            (["simulate", "--machine", "nosuch.json"], "nosuch.json: No such file"),
+        ],
+    )
+    def test_bad_input_is_refused(self, arguments: list[str], message: str, path: Path) -> None:
+        with pytest.raises(CloError, match=message):
+            CliRunner().invoke(
+                clo,
+                [str(path) if word == "HERE" else word for word in arguments],
+                catch_exceptions=False,
+                standalone_mode=False,
+            )
+
+    def test_another_machine_is_not_run_on(self, profile: OperationProfile, path: Path) -> None:
+        foreign = profile.model_copy(update={"fingerprint": profile.fingerprint | {"processor": "abacus"}})
+        path.write_text(foreign.model_dump_json())
+        with pytest.raises(SpecError, match=r"--measure: here is of another machine: processor is .*, not abacus"):
+            measure_here(make_scene(machine=str(path), context_tokens=CONTEXT, batch=BATCH))

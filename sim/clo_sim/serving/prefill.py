@@ -20,8 +20,9 @@ from itertools import accumulate
 import numpy as np
 
 from clo.plan import dense_layers
+from clo.profile import Profile
 from clo.specs import Design
-from clo_sim.scene import Scene
+from clo_sim.scene import Scene, gpu_tables
 from clo_sim.serving.requests import NS_PER_S
 
 ATTENTION_EFFICIENCY = 0.6
@@ -76,15 +77,15 @@ def pairs_of(start: int, tokens: int) -> float:
 
 def prefill_prices(scene: Scene, design: Design, *, chunk_tokens: int, keeps_prefixes: bool) -> PrefillPrices:
     """Prices of chunks of up to `chunk_tokens`; a service that keeps prefixes sends every new token's KV out."""
-    model, link = scene.model, scene.machine.link
+    model, link, profile = scene.model, scene.machine.link, gpu_tables(scene.profile, "serving")
     resident = dense_layers(model, design) if design.offloads else model.num_layers
     pinned = round(design.pinned_head_fraction * model.num_kv_heads) / model.num_kv_heads if design.offloads else 0.0
     offloaded = (model.num_layers - resident) * model.layer_token_bytes * (1 - pinned)
     leaving = model.kv_bytes_per_token if keeps_prefixes else (model.num_layers - resident) * model.layer_token_bytes
     flops = 4.0 * model.num_query_heads * model.head_dim * model.num_layers
     return PrefillPrices(
-        dense_ns=_dense_ns(scene, chunk_tokens),
-        head_ns=round(scene.profile.gemm.seconds(1, model.vocab_size, model.hidden_size) * NS_PER_S),
+        dense_ns=_dense_ns(scene, profile, chunk_tokens),
+        head_ns=round(profile.gemm.seconds(1, model.vocab_size, model.hidden_size) * NS_PER_S),
         pair_ns=flops / (ATTENTION_EFFICIENCY * scene.machine.gpu.peak_flops_per_s) * NS_PER_S,
         in_ns=offloaded / link.h2d_bytes_per_s * NS_PER_S,
         cached_in_ns=(model.kv_bytes_per_token - offloaded) / link.h2d_bytes_per_s * NS_PER_S,
@@ -92,9 +93,9 @@ def prefill_prices(scene: Scene, design: Design, *, chunk_tokens: int, keeps_pre
     )
 
 
-def _dense_ns(scene: Scene, chunk_tokens: int) -> list[int]:
+def _dense_ns(scene: Scene, profile: Profile, chunk_tokens: int) -> list[int]:
     """GEMMs and element-wise kernels of all layers for 0, 1, ... tokens; more tokens never take less."""
-    model, profile = scene.model, scene.profile
+    model = scene.model
     hidden, attended = model.hidden_size, model.num_query_heads * model.head_dim
     tokens = np.arange(1, chunk_tokens + 1, dtype=np.float64)
     shapes = ((model.qkv_width, hidden), (hidden, attended), (2 * model.intermediate_size, hidden))
