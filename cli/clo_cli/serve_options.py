@@ -32,7 +32,7 @@ _OPTIONS = (
     click.option("--output-tokens", type=click.IntRange(1), help="With --load: every answer's length."),
     click.option("--rate-scale", type=float, default=1.0, show_default=True, help="Arrivals so many times as fast."),
     click.option("--first", type=click.IntRange(1), help="Only the first so many requests."),
-    click.option("--model", help="Preset, TOML, config.json or model folder [default: llama-3-8b]."),
+    click.option("--model", default="llama-3-8b", show_default=True, help="Preset, TOML, config.json or model folder."),
     click.option(
         "--routing",
         type=click.Choice(["least_loaded", "round_robin", "prefix"]),

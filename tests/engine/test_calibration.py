@@ -50,6 +50,7 @@ from clo_cli.main import clo
 from clo_cli.real_machine import measure_here
 from clo_sim import make_scene, simulate
 from clo_sim.intervals import predict
+from clo_sim.serving.prefill import prefill_prices
 from clo_sim.simulator import run_simpy
 
 DESIGNS = ("resident", "streamed", "staged", "lru-cpu", "recall", "resolve", "clo-v1", "clo")
@@ -538,7 +539,7 @@ class TestExploringACalibratedMachine:
             (["simulate", "--machine", "HERE", "--model", "llama-3-8b"], "were timed with smollm2-135m of 3 layers"),
             (["simulate", "--machine", "HERE", "--profile", "h200"], "brings its own costs"),
             (["simulate", "--machine", "HERE", "--set", "profile.read_back.seconds=1"], "needs a profile of a GPU"),
-            (["serve-sim", "--machine", "HERE", "--load", "poisson:1", *FEW], "serving: needs a profile of a GPU"),
+            (["serve-sim", "--machine", "HERE", "--load", "poisson:1", *FEW], "were timed with smollm2-135m"),
             (["simulate", "--machine", "nosuch.json"], "nosuch.json: No such file"),
         ],
     )
@@ -550,6 +551,11 @@ class TestExploringACalibratedMachine:
                 catch_exceptions=False,
                 standalone_mode=False,
             )
+
+    def test_services_need_costs_of_any_batch_and_context(self, path: Path) -> None:
+        scene, design = make_scene(machine=str(path)), local_design("clo", BUDGET)
+        with pytest.raises(SpecError, match="serving: needs a profile of a GPU"):
+            prefill_prices(scene, design, chunk_tokens=64, keeps_prefixes=False)
 
     def test_another_machine_is_not_run_on(self, profile: OperationProfile, path: Path) -> None:
         foreign = profile.model_copy(update={"fingerprint": profile.fingerprint | {"processor": "abacus"}})
