@@ -213,6 +213,8 @@ def worth_of_choices(scene: Scene, best: Result, alternatives: Grid = ALTERNATIV
 def _worth(laboratory: Laboratory, best: Result, changes: Changes, alternatives: Grid = ALTERNATIVES) -> Choices:
     neighbours: list[tuple[dict[str, str], Task | str]] = []
     for field, values in alternatives.items():
+        if field == "tau" and not best.design.gated:
+            continue
         chosen = getattr(best.design, field)
         for value in values:
             if value != chosen:
