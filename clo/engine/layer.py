@@ -214,10 +214,7 @@ class OffloadedLayer:
         count = min(self.kv.sinks.shape[3], tokens)
         self.kv.sinks[sequence, :, :, :count] = both[:, :, :count]
         ring = torch.arange(start, tokens, device=keys.device) % self.kv.ring_tokens
-        # the page that left last is still in the window in the next step
-        late = torch.arange(max(0, start - self.page_size), start, device=keys.device)
         self.kv.window[sequence][:, :, ring] = both[:, :, start:]
-        self.kv.window[sequence][:, :, late % self.kv.ring_tokens] = both[:, :, late]
         if self.design.cache is Cache.RESIDENT and pages is not None:
             self.kv.slots[sequence, :, :full] = pages.transpose(1, 2)
         elif self.design.cache is not Cache.NONE:
