@@ -16,6 +16,7 @@ from clo.engine.cpu_machine import DEFAULT_PATIENCE_S, CpuMachine
 from clo.engine.layer import DenseLayer, HeadSettings, Layer, LayerShape, OffloadedLayer, StreamedLayer
 from clo.engine.network import Network
 from clo.engine.operations import Operations
+from clo.engine.prefill import PREFILL_CHUNK_TOKENS, read_into
 from clo.errors import EngineError, SpecError
 from clo.plan import DecodePlan, make_plan
 from clo.schedule import Op, decode_step
@@ -23,7 +24,6 @@ from clo.schedule.ops import Stage
 from clo.specs import Attend, Design, GpuSpec, GqaFold, HostSpec, LinkSpec, MachineSpec, Workload
 from clo.timeline import Timeline
 
-PREFILL_CHUNK_TOKENS = 512
 DEFAULT_SLOT_BUDGETS = 2.0
 """Cache size where a design leaves it to the memory: a CPU's "device" has no size of its own."""
 
@@ -96,7 +96,14 @@ class Prompt:
         return int(self.kv[0][0].shape[1])
 
 
-def read_prompt(network: Network, tokens: torch.Tensor, *, known: Prompt | None = None, shared: int = 0) -> Prompt:
+def read_prompt(
+    network: Network,
+    tokens: torch.Tensor,
+    *,
+    known: Prompt | None = None,
+    shared: int = 0,
+    chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+) -> Prompt:
     """Prefill in chunks with the model's own attention. Raises `SpecError` for a prompt that is empty or too long.
 
     The first `shared` tokens are those of the prompt `known`, which has been read: they are not read again.
@@ -112,8 +119,8 @@ def read_prompt(network: Network, tokens: torch.Tensor, *, known: Prompt | None 
     with torch.inference_mode():
         for layer, (keys, values) in enumerate(known.kv if known and shared else ()):
             cache.update(keys[None, :, :shared], values[None, :, :shared], layer)
-        for start in range(shared, len(tokens), PREFILL_CHUNK_TOKENS):
-            chunk = tokens[None, start : start + PREFILL_CHUNK_TOKENS].to(network.device)
+        for start in range(shared, len(tokens), chunk_tokens):
+            chunk = tokens[None, start : start + chunk_tokens].to(network.device)
             logits = network.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     return Prompt(tuple((layer.keys[0], layer.values[0]) for layer in cache.layers), logits[0, -1])
 
@@ -175,22 +182,30 @@ class Decoder:
     def prefill(self, prompts: Sequence[torch.Tensor | Prompt]) -> torch.Tensor:
         """Read the prompts, token ids `[tokens]` of any length each; logits `[batch, vocab_size]` of what follows.
 
-        Prompts that have been read before (`read_prompt`) are only taken in. Starts the decoder anew.
+        Their pages go to the host while the next chunk is computed. Prompts that have been read before (`read_prompt`)
+        are only taken in. Starts the decoder anew: after an error there is nothing to decode.
         """
-        read = [prompt if isinstance(prompt, Prompt) else read_prompt(self.network, prompt) for prompt in prompts]
-        lengths = [prompt.num_tokens for prompt in read]
+        lengths = [prompt.num_tokens if isinstance(prompt, Prompt) else len(prompt) for prompt in prompts]
         self.plan = self.make_plan(lengths)
         if self._machine is not None:
             self._machine.close()
+        # until everything has been read there is nothing to decode, and what was there before makes room
+        self._machine = self._operations = None
         layers = make_layers(self.network, self.plan, self.heads, max(lengths) + self.max_new_tokens)
-        self._operations = Operations(self.network, self.plan, layers, self._pool)
+        logits = [self._take_in(layers, sequence, prompt) for sequence, prompt in enumerate(prompts)]
+        operations = Operations(self.network, self.plan, layers, self._pool)
+        operations.lengths += torch.tensor(lengths, dtype=torch.int32, device=self.network.device)
         self._machine = CpuMachine(self._do, patience_s=self._patience_s, one_at_a_time=self._one_at_a_time)
-        self._broken = False
-        for sequence, prompt in enumerate(read):
-            for layer, (keys, values) in zip(layers, prompt.kv, strict=True):
-                layer.load(sequence, keys, values)
-        self._operations.lengths += torch.tensor(lengths, dtype=torch.int32, device=self.network.device)
-        return torch.stack([prompt.logits for prompt in read])
+        self._operations, self._broken = operations, False
+        return torch.stack(logits)
+
+    def _take_in(self, layers: Sequence[Layer], sequence: int, prompt: torch.Tensor | Prompt) -> torch.Tensor:
+        """Logits of what follows the prompt."""
+        if not isinstance(prompt, Prompt):
+            return read_into(layers, sequence, self.network, prompt, patience_s=self._patience_s)
+        for layer, (keys, values) in zip(layers, prompt.kv, strict=True):
+            layer.load(sequence, keys, values)
+        return prompt.logits
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Decode one token a sequence, `[batch]`; logits `[batch, vocab_size]` of the next.
