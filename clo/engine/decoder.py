@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from clo.engine.cpu_machine import DEFAULT_PATIENCE_S, CpuMachine
+from clo.engine.finite import explain_prompt
 from clo.engine.layer import DenseLayer, HeadSettings, Layer, LayerShape, OffloadedLayer, StreamedLayer
 from clo.engine.network import Network
 from clo.engine.operations import Operations
@@ -193,11 +194,14 @@ class Decoder:
         self._machine = self._operations = None
         layers = make_layers(self.network, self.plan, self.heads, max(lengths) + self.max_new_tokens)
         logits = [self._take_in(layers, sequence, prompt) for sequence, prompt in enumerate(prompts)]
+        read = torch.stack(logits)
+        if not bool(torch.isfinite(read).all()):
+            raise EngineError(f"prefill: the logits are not finite, {explain_prompt(layers, lengths)}")
         operations = Operations(self.network, self.plan, layers, self._pool)
         operations.lengths += torch.tensor(lengths, dtype=torch.int32, device=self.network.device)
         self._machine = CpuMachine(self._do, patience_s=self._patience_s, one_at_a_time=self._one_at_a_time)
         self._operations, self._broken = operations, False
-        return torch.stack(logits)
+        return read
 
     def _take_in(self, layers: Sequence[Layer], sequence: int, prompt: torch.Tensor | Prompt) -> torch.Tensor:
         """Logits of what follows the prompt."""
