@@ -15,6 +15,7 @@ import torch
 from clo.engine.cpu_machine import DEFAULT_PATIENCE_S, CpuMachine
 from clo.engine.finite import explain_prompt
 from clo.engine.layer import DenseLayer, HeadSettings, Layer, LayerShape, OffloadedLayer, StreamedLayer
+from clo.engine.memory import check_memory, explain_need, ran_out
 from clo.engine.network import Network
 from clo.engine.operations import Operations
 from clo.engine.prefill import PREFILL_CHUNK_TOKENS, read_into
@@ -187,13 +188,19 @@ class Decoder:
         are only taken in. Starts the decoder anew: after an error there is nothing to decode.
         """
         lengths = [prompt.num_tokens if isinstance(prompt, Prompt) else len(prompt) for prompt in prompts]
-        self.plan = self.make_plan(lengths)
         if self._machine is not None:
             self._machine.close()
         # until everything has been read there is nothing to decode, and what was there before makes room
         self._machine = self._operations = None
-        layers = make_layers(self.network, self.plan, self.heads, max(lengths) + self.max_new_tokens)
-        logits = [self._take_in(layers, sequence, prompt) for sequence, prompt in enumerate(prompts)]
+        self.plan = self.make_plan(lengths)
+        room = max(lengths) + self.max_new_tokens
+        try:
+            layers = make_layers(self.network, self.plan, self.heads, room)
+            logits = [self._take_in(layers, sequence, prompt) for sequence, prompt in enumerate(prompts)]
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error):
+                raise
+            raise EngineError(f"{explain_need(self.plan, room)}: {error}") from error
         read = torch.stack(logits)
         if not bool(torch.isfinite(read).all()):
             raise EngineError(f"prefill: the logits are not finite, {explain_prompt(layers, lengths)}")
@@ -264,7 +271,8 @@ class Decoder:
         return self._operations.moved_bytes(op)
 
     def make_plan(self, lengths: Sequence[int]) -> DecodePlan:
-        """The design's numbers for prompts of these lengths. Raises `SpecError` where it does not fit."""
+        """The design's numbers for prompts of these lengths. Raises `SpecError` where it does not fit the model or the
+        memory that is available now."""
         if not lengths or min(lengths) < 1:
             raise SpecError(f"prompts: lengths {list(lengths)}: each needs at least one token")
         model = self.network.spec
@@ -275,9 +283,11 @@ class Decoder:
                 f"{model.name} has {model.max_positions}"
             )
         workload = Workload(context_tokens=max(lengths), batch=len(lengths))
-        return make_plan(
+        plan = make_plan(
             model, local_machine(self.network.device), self.design, workload, kv_memory_bytes=self._kv_memory_bytes
         )
+        check_memory(plan, self.network.device, needed)
+        return plan
 
 
 def make_layers(network: Network, plan: DecodePlan, heads: HeadProfile, max_tokens: int) -> list[Layer]:
