@@ -35,7 +35,7 @@ class Carrier:
     """
 
     def __init__(self, device: torch.device, patience_s: float) -> None:
-        self._patience_s = patience_s
+        self._device, self._patience_s = device, patience_s
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._errands: queue.SimpleQueue[Errand | None] = queue.SimpleQueue()
         self._failure: EngineError | None = None
@@ -55,7 +55,7 @@ class Carrier:
     def ask(self, what: str, work: Callable[[], None]) -> Errand:
         """Do `work` behind everything asked before, and behind what the computing stream has been given until now."""
         self._check()
-        errand = Errand(what, work, None if self._stream is None else torch.cuda.current_stream().record_event())
+        errand = Errand(what, work, self._now())
         self._errands.put(errand)
         return errand
 
@@ -67,7 +67,11 @@ class Carrier:
             raise EngineError(f"prefill: {self._doing or errand.what}: not done in {self._patience_s:g} s")
         self._check()
         if errand.arrived is not None:
-            torch.cuda.current_stream().wait_event(errand.arrived)
+            torch.cuda.current_stream(self._device).wait_event(errand.arrived)
+
+    def _now(self) -> Any:
+        """On CUDA, an event behind what the computing stream has been given."""
+        return None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
 
     def _check(self) -> None:
         if self._failure is not None:

@@ -209,26 +209,24 @@ class OffloadedLayer:
     def load(self, sequence: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take in a prompt's rotated keys and values, `[kv_heads, tokens, head_dim]`; the last pages stay in slots."""
         start = self.pages_of_prompt(keys.shape[1]) * self.page_size
-        self.load_pages(sequence, 0, keys[:, :start], values[:, :start])
+        self.load_pages(sequence, 0, torch.stack([keys[:, :start], values[:, :start]]))
         self.load_rest(sequence, keys, values)
 
     def pages_of_prompt(self, tokens: int) -> int:
         """Pages of a prompt that are not in the window when it has been read."""
         return window_start(tokens, self.kv.recent_tokens, self.page_size) // self.page_size
 
-    def load_pages(self, sequence: int, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Complete pages of a prompt from page `first` on, `[kv_heads, tokens, head_dim]`: to the host, and indexed."""
-        count = keys.shape[1] // self.page_size
+    def load_pages(self, sequence: int, first: int, kv: torch.Tensor) -> None:
+        """Pages of a prompt from page `first` on, `[2, kv_heads, tokens, head_dim]`: to the host and indexed."""
+        count = kv.shape[2] // self.page_size
         if not count:
             return
-        key_pages, value_pages = (part.unflatten(1, (count, self.page_size)) for part in (keys, values))
-        stored = self.host_pages[sequence, first : first + count]
-        stored[:, :, 0].copy_(key_pages.transpose(0, 1))
-        stored[:, :, 1].copy_(value_pages.transpose(0, 1))
-        self.index[sequence, :, first : first + count] = page_index(key_pages, self.index_kind, self.planes)
+        pages = kv.unflatten(2, (count, self.page_size))
+        # put in order where they are, so that what crosses the link is contiguous at both ends
+        self.host_pages[sequence, first : first + count].copy_(pages.permute(2, 1, 0, 3, 4))
+        self.index[sequence, :, first : first + count] = page_index(pages[0], self.index_kind, self.planes)
         if self.design.cache is Cache.RESIDENT:
-            self.kv.slots[sequence, :, first : first + count, 0] = key_pages
-            self.kv.slots[sequence, :, first : first + count, 1] = value_pages
+            self.kv.slots[sequence, :, first : first + count] = pages.permute(1, 2, 0, 3, 4)
 
     def fetch_pages(self, sequence: int, count: int, out: torch.Tensor) -> None:
         """The first `count` pages into `out` `[2, kv_heads, count * page_size, head_dim]`, on the device."""

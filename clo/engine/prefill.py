@@ -184,8 +184,7 @@ class _OffloadedPrompt(_HostedPrompt):
     def store(self, kv: torch.Tensor, *, complete: bool) -> None:
         size, first = self._layer.page_size, self._stored
         full = min(kv.shape[2] // size, self._pages)
-        new = kv[:, :, first * size : full * size]
-        self._layer.load_pages(self._sequence, first, new[0], new[1])
+        self._layer.load_pages(self._sequence, first, kv[:, :, first * size : full * size])
         self._stored = full
         self._rest = None if complete else kv[:, :, full * size :].clone()
         if complete:
