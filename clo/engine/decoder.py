@@ -13,9 +13,12 @@ from typing import Any
 import torch
 
 from clo.engine.cpu_machine import DEFAULT_PATIENCE_S, CpuMachine
+from clo.engine.finite import explain_prompt
 from clo.engine.layer import DenseLayer, HeadSettings, Layer, LayerShape, OffloadedLayer, StreamedLayer
+from clo.engine.memory import check_memory, explain_need, ran_out
 from clo.engine.network import Network
 from clo.engine.operations import Operations
+from clo.engine.prefill import PREFILL_CHUNK_TOKENS, read_into
 from clo.errors import EngineError, SpecError
 from clo.plan import DecodePlan, make_plan
 from clo.schedule import Op, decode_step
@@ -23,7 +26,6 @@ from clo.schedule.ops import Stage
 from clo.specs import Attend, Design, GpuSpec, GqaFold, HostSpec, LinkSpec, MachineSpec, Workload
 from clo.timeline import Timeline
 
-PREFILL_CHUNK_TOKENS = 512
 DEFAULT_SLOT_BUDGETS = 2.0
 """Cache size where a design leaves it to the memory: a CPU's "device" has no size of its own."""
 
@@ -96,7 +98,14 @@ class Prompt:
         return int(self.kv[0][0].shape[1])
 
 
-def read_prompt(network: Network, tokens: torch.Tensor, *, known: Prompt | None = None, shared: int = 0) -> Prompt:
+def read_prompt(
+    network: Network,
+    tokens: torch.Tensor,
+    *,
+    known: Prompt | None = None,
+    shared: int = 0,
+    chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+) -> Prompt:
     """Prefill in chunks with the model's own attention. Raises `SpecError` for a prompt that is empty or too long.
 
     The first `shared` tokens are those of the prompt `known`, which has been read: they are not read again.
@@ -112,8 +121,8 @@ def read_prompt(network: Network, tokens: torch.Tensor, *, known: Prompt | None 
     with torch.inference_mode():
         for layer, (keys, values) in enumerate(known.kv if known and shared else ()):
             cache.update(keys[None, :, :shared], values[None, :, :shared], layer)
-        for start in range(shared, len(tokens), PREFILL_CHUNK_TOKENS):
-            chunk = tokens[None, start : start + PREFILL_CHUNK_TOKENS].to(network.device)
+        for start in range(shared, len(tokens), chunk_tokens):
+            chunk = tokens[None, start : start + chunk_tokens].to(network.device)
             logits = network.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     return Prompt(tuple((layer.keys[0], layer.values[0]) for layer in cache.layers), logits[0, -1])
 
@@ -175,22 +184,39 @@ class Decoder:
     def prefill(self, prompts: Sequence[torch.Tensor | Prompt]) -> torch.Tensor:
         """Read the prompts, token ids `[tokens]` of any length each; logits `[batch, vocab_size]` of what follows.
 
-        Prompts that have been read before (`read_prompt`) are only taken in. Starts the decoder anew.
+        Their pages go to the host while the next chunk is computed. Prompts that have been read before (`read_prompt`)
+        are only taken in. Starts the decoder anew: after an error there is nothing to decode.
         """
-        read = [prompt if isinstance(prompt, Prompt) else read_prompt(self.network, prompt) for prompt in prompts]
-        lengths = [prompt.num_tokens for prompt in read]
-        self.plan = self.make_plan(lengths)
+        lengths = [prompt.num_tokens if isinstance(prompt, Prompt) else len(prompt) for prompt in prompts]
         if self._machine is not None:
             self._machine.close()
-        layers = make_layers(self.network, self.plan, self.heads, max(lengths) + self.max_new_tokens)
-        self._operations = Operations(self.network, self.plan, layers, self._pool)
+        # until everything has been read there is nothing to decode, and what was there before makes room
+        self._machine = self._operations = None
+        self.plan = self.make_plan(lengths)
+        room = max(lengths) + self.max_new_tokens
+        try:
+            layers = make_layers(self.network, self.plan, self.heads, room)
+            logits = [self._take_in(layers, sequence, prompt) for sequence, prompt in enumerate(prompts)]
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error):
+                raise
+            raise EngineError(f"{explain_need(self.plan, room)}: {error}") from error
+        read = torch.stack(logits)
+        if not bool(torch.isfinite(read).all()):
+            raise EngineError(f"prefill: the logits are not finite, {explain_prompt(layers, lengths)}")
+        operations = Operations(self.network, self.plan, layers, self._pool)
+        operations.lengths += torch.tensor(lengths, dtype=torch.int32, device=self.network.device)
         self._machine = CpuMachine(self._do, patience_s=self._patience_s, one_at_a_time=self._one_at_a_time)
-        self._broken = False
-        for sequence, prompt in enumerate(read):
-            for layer, (keys, values) in zip(layers, prompt.kv, strict=True):
-                layer.load(sequence, keys, values)
-        self._operations.lengths += torch.tensor(lengths, dtype=torch.int32, device=self.network.device)
-        return torch.stack([prompt.logits for prompt in read])
+        self._operations, self._broken = operations, False
+        return read
+
+    def _take_in(self, layers: Sequence[Layer], sequence: int, prompt: torch.Tensor | Prompt) -> torch.Tensor:
+        """Logits of what follows the prompt."""
+        if not isinstance(prompt, Prompt):
+            return read_into(layers, sequence, self.network, prompt, patience_s=self._patience_s)
+        for layer, (keys, values) in zip(layers, prompt.kv, strict=True):
+            layer.load(sequence, keys, values)
+        return prompt.logits
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Decode one token a sequence, `[batch]`; logits `[batch, vocab_size]` of the next.
@@ -245,7 +271,8 @@ class Decoder:
         return self._operations.moved_bytes(op)
 
     def make_plan(self, lengths: Sequence[int]) -> DecodePlan:
-        """The design's numbers for prompts of these lengths. Raises `SpecError` where it does not fit."""
+        """The design's numbers for prompts of these lengths. Raises `SpecError` where it does not fit the model or the
+        memory that is available now."""
         if not lengths or min(lengths) < 1:
             raise SpecError(f"prompts: lengths {list(lengths)}: each needs at least one token")
         model = self.network.spec
@@ -256,9 +283,11 @@ class Decoder:
                 f"{model.name} has {model.max_positions}"
             )
         workload = Workload(context_tokens=max(lengths), batch=len(lengths))
-        return make_plan(
+        plan = make_plan(
             model, local_machine(self.network.device), self.design, workload, kv_memory_bytes=self._kv_memory_bytes
         )
+        check_memory(plan, self.network.device, needed)
+        return plan
 
 
 def make_layers(network: Network, plan: DecodePlan, heads: HeadProfile, max_tokens: int) -> list[Layer]:

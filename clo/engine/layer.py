@@ -20,6 +20,8 @@ from clo_kernels.page_index import IndexKind, entry_shape, hash_planes, page_ind
 
 NEVER = float("-inf")
 """The threshold of a head that never selects."""
+FETCH_TOKENS = 512
+"""Pages of a prompt come back to the device in parts of this many tokens: what they pass through stays small."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,10 +76,10 @@ class DenseLayer:
         size = (shape.batch, shape.num_kv_heads, 2, shape.max_tokens, shape.head_dim)
         self.kv = torch.zeros(size, dtype=shape.dtype, device=shape.device)
 
-    def load(self, sequence: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Take in a prompt's rotated keys and values, `[kv_heads, tokens, head_dim]`."""
-        self.kv[sequence, :, 0, : keys.shape[1]] = keys
-        self.kv[sequence, :, 1, : keys.shape[1]] = values
+    def load(self, sequence: int, keys: torch.Tensor, values: torch.Tensor, first: int = 0) -> None:
+        """Take in rotated keys and values of a prompt from token `first` on, `[kv_heads, tokens, head_dim]`."""
+        self.kv[sequence, :, 0, first : first + keys.shape[1]] = keys
+        self.kv[sequence, :, 1, first : first + keys.shape[1]] = values
 
     def append(self, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor) -> None:
         """Store the new token of each sequence, `[batch, kv_heads, head_dim]`, as token `lengths - 1`."""
@@ -108,9 +110,16 @@ class StreamedLayer(DenseLayer):
         super().__init__(shape)
         self.host = torch.zeros(self.kv.shape, dtype=shape.dtype, pin_memory=shape.device.type == "cuda")
 
-    def load(self, sequence: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.host[sequence, :, 0, : keys.shape[1]] = keys
-        self.host[sequence, :, 1, : keys.shape[1]] = values
+    def load(self, sequence: int, keys: torch.Tensor, values: torch.Tensor, first: int = 0) -> None:
+        self.host[sequence, :, 0, first : first + keys.shape[1]] = keys
+        self.host[sequence, :, 1, first : first + keys.shape[1]] = values
+
+    def fetch(self, sequence: int, out: torch.Tensor) -> None:
+        """The first tokens of the host's copy, as many as `out` `[2, kv_heads, tokens, head_dim]` has room for."""
+        # head by head, where the host's copy is contiguous: a copy engine moves it as it is
+        for head in range(self.shape.num_kv_heads):
+            for part in range(2):
+                out[part, head].copy_(self.host[sequence, head, part, : out.shape[2]], non_blocking=True)
 
     def append(self, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor) -> None:
         """The new token goes into the buffer now, and to the host for the next step."""
@@ -199,28 +208,54 @@ class OffloadedLayer:
 
     def load(self, sequence: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take in a prompt's rotated keys and values, `[kv_heads, tokens, head_dim]`; the last pages stay in slots."""
-        both, tokens = torch.stack([keys, values], 1), keys.shape[1]
-        for head, row in enumerate(self.kv.pinned_row.tolist()):
-            if row >= 0:
-                self.kv.pinned[sequence, row, :, :tokens] = both[head]
-        start = window_start(tokens, self.kv.recent_tokens, self.page_size)
-        full = start // self.page_size
-        pages = both[:, :, :start].unflatten(2, (full, self.page_size)) if full else None
-        if pages is not None:
-            self.host_pages[sequence, :full] = pages.permute(2, 0, 1, 3, 4).to("cpu")
-            self.index[sequence, :, :full] = page_index(pages[:, 0], self.index_kind, self.planes)
+        start = self.pages_of_prompt(keys.shape[1]) * self.page_size
+        self.load_pages(sequence, 0, torch.stack([keys[:, :start], values[:, :start]]))
+        self.load_rest(sequence, keys, values)
+
+    def pages_of_prompt(self, tokens: int) -> int:
+        """Pages of a prompt that are not in the window when it has been read."""
+        return window_start(tokens, self.kv.recent_tokens, self.page_size) // self.page_size
+
+    def load_pages(self, sequence: int, first: int, kv: torch.Tensor) -> None:
+        """Pages of a prompt from page `first` on, `[2, kv_heads, tokens, head_dim]`: to the host and indexed."""
+        count = kv.shape[2] // self.page_size
+        if not count:
+            return
+        pages = kv.unflatten(2, (count, self.page_size))
+        # put in order where they are, so that what crosses the link is contiguous at both ends
+        self.host_pages[sequence, first : first + count].copy_(pages.permute(2, 1, 0, 3, 4))
+        self.index[sequence, :, first : first + count] = page_index(pages[0], self.index_kind, self.planes)
+        if self.design.cache is Cache.RESIDENT:
+            self.kv.slots[sequence, :, first : first + count] = pages.permute(1, 2, 0, 3, 4)
+
+    def fetch_pages(self, sequence: int, count: int, out: torch.Tensor) -> None:
+        """The first `count` pages into `out` `[2, kv_heads, count * page_size, head_dim]`, on the device."""
+        resident = self.design.cache is Cache.RESIDENT
+        pages = self.kv.slots[sequence].transpose(0, 1) if resident else self.host_pages[sequence]
+        at_once = max(1, FETCH_TOKENS // self.page_size)
+        for first in range(0, count, at_once):
+            end = min(first + at_once, count)
+            # contiguous on the host and so moved as it is; on the device it is put in order
+            arrived = pages[first:end].to(self.shape.device, non_blocking=True)
+            rows = out[:, :, first * self.page_size : end * self.page_size]
+            rows.unflatten(2, (end - first, self.page_size)).copy_(arrived.permute(2, 1, 0, 3, 4))
+
+    def load_rest(self, sequence: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """What of a whole prompt `[kv_heads, tokens, head_dim]` is on the device; its pages are on the host already."""
+        tokens = keys.shape[1]
+        for row, head in enumerate(self.heads.pinned):
+            self.kv.pinned[sequence, row, 0, :tokens] = keys[head]
+            self.kv.pinned[sequence, row, 1, :tokens] = values[head]
+        full = self.pages_of_prompt(tokens)
+        start = full * self.page_size
         if self.design.selector is Selector.EXACT:
             self._remember_keys(sequence, keys)
         count = min(self.kv.sinks.shape[3], tokens)
-        self.kv.sinks[sequence, :, :, :count] = both[:, :, :count]
-        ring = torch.arange(start, tokens, device=keys.device) % self.kv.ring_tokens
-        # the page that left last is still in the window in the next step
-        late = torch.arange(max(0, start - self.page_size), start, device=keys.device)
-        self.kv.window[sequence][:, :, ring] = both[:, :, start:]
-        self.kv.window[sequence][:, :, late % self.kv.ring_tokens] = both[:, :, late]
-        if self.design.cache is Cache.RESIDENT and pages is not None:
-            self.kv.slots[sequence, :, :full] = pages.transpose(1, 2)
-        elif self.design.cache is not Cache.NONE:
+        kept = torch.arange(start, tokens, device=keys.device)
+        for part, of_prompt in enumerate((keys, values)):
+            self.kv.sinks[sequence, :, part, :count] = of_prompt[:, :count]
+            self.kv.window[sequence, :, part][:, kept % self.kv.ring_tokens] = of_prompt[:, kept]
+        if self.design.cache not in (Cache.RESIDENT, Cache.NONE):
             self._fill_slots(sequence, full)
 
     def _remember_keys(self, sequence: int, keys: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ from concurrent.futures import Executor
 
 import torch
 
+from clo.engine.finite import Projected, explain_step
 from clo.engine.layer import DenseLayer, Layer, OffloadedLayer, StreamedLayer
 from clo.engine.network import Network, Rotation
 from clo.errors import EngineError
@@ -34,6 +35,7 @@ class Operations:
         self._rotation: Rotation = (torch.empty(0), torch.empty(0))
         self._predicted: dict[int, torch.Tensor] = {}
         self._real: dict[int, torch.Tensor] = {}
+        self._projected: dict[int, Projected] = {}
         self._staging: dict[tuple[Stage, int], torch.Tensor] = {}
         self._by_name: dict[str, Callable[[Stage, int], None]] = {
             "input_norm": self._input_norm,
@@ -114,6 +116,7 @@ class Operations:
         query, key = self.network.rotate(self._query, self._key, self._rotation)
         self._real[layer] = query[:, :, 0].contiguous()
         new_key, new_value = key[:, :, 0].contiguous(), self._value[:, :, 0].contiguous()
+        self._projected[layer] = Projected(self._real[layer], new_key, new_value)
         kv = self.layers[layer]
         if isinstance(kv, OffloadedLayer):
             kv.append(new_key, new_value, self.lengths, store=self._stores)
@@ -217,7 +220,10 @@ class Operations:
     def _lm_head(self, _stage: Stage, _layer: int) -> None:
         self.logits = self.network.lm_head(self._normed)
         if not bool(torch.isfinite(self.logits).all()):
-            raise EngineError("lm_head: the logits are not finite: a query, key or weight holds NaN or infinity")
+            raise EngineError(f"the logits are not finite, {self._why_not_finite()}")
+
+    def _why_not_finite(self) -> str:
+        return explain_step(self.layers, self._projected, self.lengths.tolist())
 
 
 def _stage_of(op: Op) -> Stage:

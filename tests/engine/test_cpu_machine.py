@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import threading
 import time
 from collections.abc import Callable
@@ -170,13 +171,71 @@ class TestFaults:
             with pytest.raises(EngineError, match=r"operation lm_head .* logits are not finite"):
                 decoder.step(torch.tensor([1]))
 
-    def test_a_cancelled_generation_leaves_no_thread(self) -> None:
+    def test_a_cancelled_generation_leaves_no_thread_and_a_decoder_that_works(self) -> None:
         before = threading.active_count()
-        with Decoder(small_model(), design("clo", budget_pages=3), max_new_tokens=50) as decoder:
-            for count, _ in enumerate(decoder.generate([prompt(80)])):
-                if count == 3:
-                    break
+        with Decoder(small_model(), design("clo", budget_pages=3), max_new_tokens=20) as decoder:
+            whole = [int(token) for token in decoder.generate([prompt(80)])]
+            for cancel_after in (1, 4):
+                generation = decoder.generate([prompt(80)])
+                said = [int(next(generation)) for _ in range(cancel_after)]
+                generation.close()
+                assert said == whole[:cancel_after]
+                # the last token was given out and not yet decoded
+                assert int(decoder.step(torch.tensor(said[-1:])).argmax()) == whole[cancel_after]
+            assert [int(token) for token in decoder.generate([prompt(80)])] == whole
         assert threading.active_count() == before
+
+    @pytest.mark.parametrize("sync", SYNCS)
+    def test_a_step_that_is_interrupted(self, monkeypatch: pytest.MonkeyPatch, sync: str) -> None:
+        """Ctrl-C while the launching thread waits for its lanes."""
+        before = threading.active_count()
+
+        def interrupt() -> None:
+            _thread.interrupt_main()
+            time.sleep(0.2)
+
+        with Decoder(small_model(), design("clo", budget_pages=3, sync=sync), max_new_tokens=20) as decoder:
+            whole = [int(token) for token in decoder.generate([prompt(80)])]
+            generation = decoder.generate([prompt(80)])
+            assert int(next(generation)) == whole[0]
+            operations = decoder._operations
+            assert operations is not None
+            healthy = operations.run
+
+            def run(what: Op) -> None:
+                if what.name == "attention" and what.layer == 2:
+                    interrupt()
+                healthy(what)
+
+            monkeypatch.setattr(operations, "run", run)
+            with pytest.raises(KeyboardInterrupt):
+                next(generation)
+            with pytest.raises(EngineError, match="call prefill again"):
+                decoder.step(torch.tensor([1]))
+            assert [int(token) for token in decoder.generate([prompt(80)])] == whole
+        assert threading.active_count() == before
+
+    def test_an_interrupt_before_anything_is_launched(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Ctrl-C in the launching thread itself: what it has launched ends, nothing more is begun."""
+        with Decoder(small_model(), design("clo", budget_pages=3), max_new_tokens=8) as decoder:
+            decoder.prefill([prompt(80)])
+            assert decoder._machine is not None
+            launched: list[str] = []
+            healthy = decoder._machine.launch
+
+            def launch(lane: Lane, what: Op) -> object:
+                launched.append(what.name)
+                if len(launched) == 7:
+                    raise KeyboardInterrupt
+                return healthy(lane, what)
+
+            monkeypatch.setattr(decoder._machine, "launch", launch)
+            with pytest.raises(KeyboardInterrupt):
+                decoder.step(torch.tensor([1]))
+            assert len(launched) == 7
+            monkeypatch.undo()
+            decoder.prefill([prompt(80)])
+            assert torch.isfinite(decoder.step(torch.tensor([1]))).all()
 
     def test_a_closed_machine_says_so(self) -> None:
         with Decoder(small_model(), design("clo", budget_pages=3), max_new_tokens=8) as decoder:

@@ -74,6 +74,14 @@ class TestFullAttention:
             rows += [decoder.step(token[None])[0].clone() for token in text[tokens : tokens + 2]]
         torch.testing.assert_close(torch.stack(rows), dense_logits(model, text)[tokens - 1 : tokens + 2], **CLOSE)
 
+    @pytest.mark.parametrize("tokens", range(50, 50 + PAGE))
+    def test_a_window_that_is_no_whole_number_of_pages(self, tokens: int) -> None:
+        """Prompts that fill the window's ring differently: none may lose its newest token."""
+        model, text = small_model(), prompt(tokens + 2)
+        chosen = design("clo", budget_fraction=1.0, slot_budgets=1.0, slot_pages=None, tau=2.0)
+        found = forced_logits(model, chosen, text, tokens)
+        torch.testing.assert_close(found, dense_logits(model, text)[tokens - 1 :], **CLOSE)
+
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 

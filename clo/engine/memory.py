@@ -1,0 +1,108 @@
+"""How much memory a KV cache takes here, and whether there is that much. Knows nothing about what it is for."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from clo.engine.prefill import prefill_bytes
+from clo.errors import SpecError
+from clo.plan import DecodePlan
+from clo.specs import Attend, Cache, Selector
+from clo.units import format_bytes
+from clo_kernels.layout import ring_rows
+from clo_kernels.page_index import IndexKind, entry_shape
+
+MEMINFO = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheBytes:
+    """What the layers of a batch take, and what reading a prompt takes beside them while it lasts."""
+
+    device: float
+    host: float
+    prefill: float
+
+
+def cache_bytes(plan: DecodePlan, max_tokens: int) -> CacheBytes:
+    """With room for `max_tokens` a sequence. Without page tables and scores, which are small."""
+    model, batch, dense = plan.model, plan.workload.batch, plan.dense_layers
+    sparse, whole = model.num_layers - dense, batch * max_tokens * model.layer_token_bytes
+    reading = prefill_bytes(plan, plan.workload.context_tokens)
+    if plan.design.attend is Attend.FULL:
+        return CacheBytes(device=model.num_layers * whole, host=sparse * whole, prefill=reading)
+    pages = math.ceil(max_tokens / plan.design.page_size)
+    device = dense * whole + sparse * batch * _offloaded_bytes(plan, max_tokens, pages)
+    host = sparse * batch * pages * plan.design.page_size * model.layer_token_bytes
+    return CacheBytes(device=device, host=host, prefill=reading)
+
+
+def _offloaded_bytes(plan: DecodePlan, max_tokens: int, pages: int) -> float:
+    """Device bytes of one sequence in a layer that selects pages."""
+    model, design, size = plan.model, plan.design, plan.design.page_size
+    slots = pages if design.cache is Cache.RESIDENT else min(plan.slot_pages, pages)
+    tokens = size + ring_rows(design.recent_window_tokens + 1, size) + slots * size
+    exact = design.selector is Selector.EXACT
+    kind = IndexKind.PAGE_MEAN if exact else IndexKind(design.selector.value)
+    value_bytes = 4 if kind.of_tokens else model.kv_bytes_per_value
+    index = pages * math.prod(entry_shape(kind, size, model.head_dim)) * value_bytes
+    keys = max_tokens * model.head_token_bytes / 2 if exact else 0.0
+    per_head = tokens * model.head_token_bytes + index + keys
+    return model.num_kv_heads * per_head + plan.pinned_heads_per_layer * max_tokens * model.head_token_bytes
+
+
+def check_memory(plan: DecodePlan, device: torch.device, max_tokens: int) -> None:
+    """Raise `SpecError` that says what is needed, what is available and what to change, before anything is taken."""
+    needed = cache_bytes(plan, max_tokens)
+    on_device = needed.device + needed.prefill
+    if device.type == "cuda":
+        _check(plan, max_tokens, "device memory", on_device, available_device_bytes(device))
+        _check(plan, max_tokens, "pinned host memory", needed.host, available_host_bytes())
+    else:
+        # a CPU's "device" is the host's memory too
+        _check(plan, max_tokens, "host memory", on_device + needed.host, available_host_bytes())
+
+
+def _check(plan: DecodePlan, max_tokens: int, what: str, needed: float, available: float) -> None:
+    if needed > available:
+        raise SpecError(f"{explain_need(plan, max_tokens, what, needed)}, {format_bytes(available)} are available")
+
+
+def explain_need(plan: DecodePlan, max_tokens: int, what: str = "", needed: float | None = None) -> str:
+    """What the batch needs, and what to change so that it needs less."""
+    every, work = cache_bytes(plan, max_tokens), plan.workload
+    total = every.device + every.prefill + every.host if needed is None else needed
+    slots = "" if plan.design.attend is Attend.FULL else ", design.slot_budgets or slot_pages"
+    return (
+        f"design {plan.design.name}: the KV cache of {work.batch} prompts of up to {work.context_tokens} tokens with "
+        f"max_new_tokens = {max_tokens - work.context_tokens} needs {format_bytes(total)} of {what or 'memory'} "
+        f"(read fewer or shorter prompts at once, or lower max_new_tokens{slots})"
+    )
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether it says that memory could not be had, of the device or of the host, pinned or not."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    said = str(error).lower()
+    return known or (isinstance(error, RuntimeError) and ("out of memory" in said or "allocate memory" in said))
+
+
+def available_host_bytes() -> float:
+    """What can be taken without pushing anything out, as the operating system estimates it; a container's own limit is
+    not seen."""
+    try:
+        lines = MEMINFO.read_text(encoding="ascii").splitlines()
+        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def available_device_bytes(device: torch.device) -> float:
+    """Free on a CUDA device, with what its allocator keeps for later."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))

@@ -1,0 +1,253 @@
+"""Reads a prompt in chunks: while one is computed, the pages of those before it go to the host and are indexed.
+
+The model's own forward pass and attention, through the library's own cache. Of the layers whose KV cache is on the host
+only the one that is computed has the prompt's keys and values on the device, and the next one's are being fetched.
+Knows nothing about prompts' text, about decode steps or about time.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from clo.engine.carrier import Carrier, Errand
+from clo.engine.layer import DenseLayer, Layer, LayerShape, OffloadedLayer, StreamedLayer
+from clo.engine.network import Network
+from clo.plan import DecodePlan
+
+PREFILL_CHUNK_TOKENS = 512
+
+
+def read_into(
+    layers: Sequence[Layer],
+    sequence: int,
+    network: Network,
+    tokens: torch.Tensor,
+    *,
+    patience_s: float,
+    chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+) -> torch.Tensor:
+    """Read the prompt `tokens` `[tokens]` into new `layers` as their `sequence`; logits `[vocab_size]` of what follows.
+
+    Raises `EngineError` naming layer and pages where they could not be moved; the layers then hold part of a prompt.
+    """
+    with torch.inference_mode(), Carrier(network.device, patience_s) as carrier:
+        cache = _PrefillCache(layers, sequence, len(tokens), chunk_tokens, carrier)
+        for start in range(0, len(tokens), chunk_tokens):
+            chunk = tokens[None, start : start + chunk_tokens].to(network.device)
+            logits = network.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        carrier.wait(carrier.ask("end of the prompt", _nothing))
+    last: torch.Tensor = logits[0, -1]
+    return last
+
+
+def prefill_bytes(plan: DecodePlan, tokens: int) -> float:
+    """Device bytes that reading a prompt of this length needs beside what decoding needs, without activations.
+
+    Two layers' keys and values of one sequence: of the layer that is computed and of the next.
+    """
+    return 2 * tokens * plan.model.layer_token_bytes if plan.dense_layers < plan.model.num_layers else 0.0
+
+
+def _nothing() -> None:
+    pass
+
+
+class _PrefillCache(Cache):  # type: ignore[misc]
+    """What the model takes for its KV cache: layers that pass on what they are given. One sequence."""
+
+    def __init__(
+        self, layers: Sequence[Layer], sequence: int, tokens: int, chunk_tokens: int, carrier: Carrier
+    ) -> None:
+        belt = _Belt(carrier, tokens, chunk_tokens)
+        super().__init__(layers=[_passing(layer, sequence, index, belt) for index, layer in enumerate(layers)])
+
+
+def _passing(layer: Layer, sequence: int, index: int, belt: _Belt) -> _PassingLayer:
+    if isinstance(layer, OffloadedLayer):
+        return belt.add(_OffloadedPrompt(layer, sequence, index, belt), layer.shape)
+    if isinstance(layer, StreamedLayer):
+        return belt.add(_StreamedPrompt(layer, sequence, index, belt), layer.shape)
+    return _DensePrompt(layer, sequence)
+
+
+class _PassingLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Counts tokens, and says nothing else of what it has: it cannot be cut, reordered or used for a batch."""
+
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """The decoder's layers have their room already."""
+
+    def get_seq_length(self) -> int:
+        """Tokens seen so far."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Tokens to attend, and the first of them."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No limit of its own."""
+        return -1
+
+
+class _DensePrompt(_PassingLayer):
+    """Everything stays on the device, where it is attended in place."""
+
+    def __init__(self, layer: DenseLayer, sequence: int) -> None:
+        super().__init__()
+        self._layer, self._sequence = layer, sequence
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values so far, `[1, kv_heads, tokens, head_dim]`, from those of a chunk."""
+        self._layer.load(self._sequence, key_states[0], value_states[0], first=self.seen)
+        self.seen += key_states.shape[2]
+        kv = self._layer.kv[self._sequence, :, :, : self.seen]
+        return kv[None, :, 0], kv[None, :, 1]
+
+
+class _HostedPrompt(_PassingLayer):
+    """A layer whose prompt is on the host: on the device it is while it is attended."""
+
+    def __init__(self, index: int, belt: _Belt) -> None:
+        super().__init__()
+        self.index, self._belt = index, belt
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values so far, `[1, kv_heads, tokens, head_dim]`, from those of a chunk."""
+        kv = self._belt.take(self)
+        kv[0, :, self.seen :], kv[1, :, self.seen :] = key_states[0], value_states[0]
+        self.seen += key_states.shape[2]
+        self._belt.pass_on(self, kv, key_states.shape[2])
+        return kv[0][None], kv[1][None]
+
+    @abstractmethod
+    def fetch(self, out: torch.Tensor) -> None:
+        """The prompt so far, as many tokens as `out` `[2, kv_heads, tokens, head_dim]` has room for."""
+
+    @abstractmethod
+    def store(self, kv: torch.Tensor, *, complete: bool) -> None:
+        """What is new in the prompt so far, `[2, kv_heads, tokens, head_dim]`; `complete`: no more of it will come."""
+
+    @abstractmethod
+    def part(self, first: int, end: int) -> str:
+        """These tokens as an error calls them."""
+
+
+class _StreamedPrompt(_HostedPrompt):
+    def __init__(self, layer: StreamedLayer, sequence: int, index: int, belt: _Belt) -> None:
+        super().__init__(index, belt)
+        self._layer, self._sequence, self._stored = layer, sequence, 0
+
+    def fetch(self, out: torch.Tensor) -> None:
+        self._layer.fetch(self._sequence, out)
+
+    def store(self, kv: torch.Tensor, *, complete: bool) -> None:
+        new = kv[:, :, self._stored :]
+        self._layer.load(self._sequence, new[0], new[1], first=self._stored)
+        self._stored = kv.shape[2]
+
+    def part(self, first: int, end: int) -> str:
+        return f"tokens {first} to {end - 1}"
+
+
+class _OffloadedPrompt(_HostedPrompt):
+    """Pages go to the host as they become complete. What is no such page stays on the device until it is one, or until
+    the prompt ends and it is the window's."""
+
+    def __init__(self, layer: OffloadedLayer, sequence: int, index: int, belt: _Belt) -> None:
+        super().__init__(index, belt)
+        self._layer, self._sequence, self._stored = layer, sequence, 0
+        # of the tokens in the window, none is ever the host's
+        self._pages = layer.pages_of_prompt(belt.tokens)
+        self._rest: torch.Tensor | None = None
+
+    def fetch(self, out: torch.Tensor) -> None:
+        tokens = self._stored * self._layer.page_size
+        self._layer.fetch_pages(self._sequence, self._stored, out[:, :, :tokens])
+        if self._rest is not None:
+            out[:, :, tokens:] = self._rest
+
+    def store(self, kv: torch.Tensor, *, complete: bool) -> None:
+        size, first = self._layer.page_size, self._stored
+        full = min(kv.shape[2] // size, self._pages)
+        self._layer.load_pages(self._sequence, first, kv[:, :, first * size : full * size])
+        self._stored = full
+        self._rest = None if complete else kv[:, :, full * size :].clone()
+        if complete:
+            self._layer.load_rest(self._sequence, kv[0], kv[1])
+
+    def part(self, first: int, end: int) -> str:
+        return f"pages {first // self._layer.page_size} to {(end - 1) // self._layer.page_size}"
+
+
+class _Belt:
+    """Two device buffers that hosted layers use in turn: the one's prompt is attended while the next one's arrives."""
+
+    def __init__(self, carrier: Carrier, tokens: int, chunk_tokens: int) -> None:
+        self.tokens = tokens
+        self._carrier, self._chunk_tokens = carrier, chunk_tokens
+        self._buffers: list[torch.Tensor] = []
+        self._heads = self._head_dim = 0
+        self._prompts: list[_HostedPrompt] = []
+        self._turn = 0
+        self._coming: tuple[Errand, torch.Tensor] | None = None
+
+    def add(self, prompt: _HostedPrompt, shape: LayerShape) -> _HostedPrompt:
+        """Layers take turns in the order in which they are added."""
+        self._heads, self._head_dim = shape.num_kv_heads, shape.head_dim
+        if not self._buffers:
+            size = 2 * self._heads * self.tokens * self._head_dim
+            self._buffers = [torch.empty(size, dtype=shape.dtype, device=shape.device) for _ in range(2)]
+        self._prompts.append(prompt)
+        return prompt
+
+    def take(self, prompt: _HostedPrompt) -> torch.Tensor:
+        """Room for the prompt up to the end of this chunk, `[2, kv_heads, tokens, head_dim]`; what came before it is
+        there already."""
+        if self._coming is None:
+            self._fetch_next()
+        assert self._coming is not None
+        assert self._prompts[(self._turn - 1) % len(self._prompts)] is prompt, "layers run in another order"
+        errand, kv = self._coming
+        self._carrier.wait(errand)
+        return kv
+
+    def pass_on(self, prompt: _HostedPrompt, kv: torch.Tensor, new_tokens: int) -> None:
+        """The layer's prompt has grown to `kv`, and is attended now: meanwhile its new pages go to the host."""
+        if len(self._prompts) > 1:
+            # what will be waited for comes before what nobody waits for
+            self._fetch_next()
+        first, complete = prompt.seen - new_tokens, prompt.seen == self.tokens
+        what = f"storing {prompt.part(first, prompt.seen)} of layer {prompt.index}"
+        self._carrier.ask(what, lambda: prompt.store(kv, complete=complete))
+        if len(self._prompts) == 1:
+            self._fetch_next()
+
+    def _fetch_next(self) -> None:
+        """Have the next layer's earlier chunks brought into the buffer of the layer before the one that runs now, of
+        which the carrier has stored everything when it comes to this."""
+        prompt = self._prompts[self._turn % len(self._prompts)]
+        buffer = self._buffers[self._turn % 2]
+        seen, end = prompt.seen, min(prompt.seen + self._chunk_tokens, self.tokens)
+        self._coming = None
+        if seen == end:
+            return
+        self._turn += 1
+        # contiguous, as the library's own cache has it
+        kv = buffer[: 2 * self._heads * end * self._head_dim].view(2, self._heads, end, self._head_dim)
+        what = f"fetching {prompt.part(0, max(1, seen))} of layer {prompt.index}"
+        self._coming = self._carrier.ask(what, lambda: prompt.fetch(kv[:, :, :seen]) if seen else None), kv

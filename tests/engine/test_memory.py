@@ -1,0 +1,131 @@
+"""What a batch needs is said before it is taken, and when it cannot be had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import DIM, KV_HEADS, design, prompt, small_model
+
+from clo import presets
+from clo.engine import memory
+from clo.engine.decoder import Decoder
+from clo.engine.inline_decoder import InlineDecoder
+from clo.engine.layer import DenseLayer, OffloadedLayer, StreamedLayer
+from clo.engine.network import Network
+from clo.errors import EngineError, SpecError
+from clo.specs import Selector
+
+NAMES = presets.names("designs")
+
+
+def held(decoder: Decoder) -> tuple[int, int]:
+    """Bytes of the large tensors, device and host."""
+    device = host = 0
+    for layer in decoder.layers:
+        if isinstance(layer, DenseLayer):
+            device += layer.kv.nbytes
+            host += layer.host.nbytes if isinstance(layer, StreamedLayer) else 0
+        if isinstance(layer, OffloadedLayer):
+            kv = (layer.kv.sinks, layer.kv.window, layer.kv.slots, layer.kv.pinned, layer.index)
+            device += sum(tensor.nbytes for tensor in kv)
+            device += layer.keys.nbytes if layer.design.selector is Selector.EXACT else 0
+            host += layer.host_pages.nbytes
+    return device, host
+
+
+def assert_it_is_known(**changes: Any) -> None:
+    name = changes.pop("name", "clo")
+    with Decoder(small_model(), design(name, **changes), max_new_tokens=9) as decoder:
+        decoder.prefill([prompt(50), prompt(78)])
+        assert decoder.plan is not None
+        needed = memory.cache_bytes(decoder.plan, 87)
+        assert (needed.device, needed.host) == held(decoder)
+        assert needed.prefill == (0 if name == "resident" else 2 * 78 * 2 * KV_HEADS * DIM * 4)
+
+
+class TestNeed:
+    @pytest.mark.parametrize("name", NAMES)
+    def test_is_what_the_layers_take(self, name: str) -> None:
+        assert_it_is_known(name=name)
+
+    @pytest.mark.parametrize("selector", Selector)
+    def test_with_every_selector_and_pinned_heads(self, selector: Selector) -> None:
+        assert_it_is_known(selector=selector, pinned_head_fraction=0.5)
+
+
+class TestTooLittle:
+    @pytest.mark.parametrize(
+        ("name", "fields"),
+        [("clo", r", design\.slot_budgets or slot_pages"), ("streamed", "")],
+    )
+    def test_host_memory(self, monkeypatch: pytest.MonkeyPatch, name: str, fields: str) -> None:
+        with Decoder(small_model(), design(name), max_new_tokens=20) as decoder:
+            decoder.prefill([prompt(40)])
+            monkeypatch.setattr(memory, "available_host_bytes", lambda: 1e4)
+            need = r"2 prompts of up to 200 tokens with max_new_tokens = 20 needs [\d.]+ [kM]i?B of host memory"
+            with pytest.raises(
+                SpecError, match=rf"{need} .*fewer or .*, or lower max_new_tokens{fields}\), .* available"
+            ):
+                decoder.prefill([prompt(40), prompt(200)])
+            monkeypatch.undo()
+            assert torch.isfinite(decoder.prefill([prompt(40)])).all()
+            assert torch.isfinite(decoder.step(torch.tensor([1]))).all()
+
+    def test_for_those_who_drive_the_model_themselves(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from clo.engine.decoder import read_prompt
+
+        network = Network(small_model())
+        monkeypatch.setattr(memory, "available_host_bytes", lambda: 1e4)
+        with pytest.raises(SpecError, match="of host memory"):
+            InlineDecoder(network, design("clo"), max_new_tokens=20).prefill([read_prompt(network, prompt(200))])
+
+    def test_a_gpu_is_asked_for_both_memories(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with Decoder(small_model(), design("clo"), max_new_tokens=20) as decoder:
+            plan, gpu = decoder.make_plan([200]), torch.device("cuda")
+        needed = memory.cache_bytes(plan, 220)
+        for device, host, message in [
+            (needed.device, 1e12, "of device memory"),
+            (1e12, needed.host - 1, "of pinned host memory"),
+        ]:
+            monkeypatch.setattr(memory, "available_device_bytes", lambda _, free=device: free)
+            monkeypatch.setattr(memory, "available_host_bytes", lambda free=host: free)
+            with pytest.raises(SpecError, match=message):
+                memory.check_memory(plan, gpu, 220)
+        monkeypatch.setattr(memory, "available_device_bytes", lambda _: needed.device + needed.prefill)
+        monkeypatch.setattr(memory, "available_host_bytes", lambda: needed.host)
+        memory.check_memory(plan, gpu, 220)
+
+    def test_memory_that_is_gone_when_it_is_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A real failure of the allocator: more than any machine can address."""
+        with Decoder(small_model(), design("clo"), max_new_tokens=20) as decoder:
+            monkeypatch.setattr("clo.engine.decoder.make_layers", lambda *_: torch.empty(1 << 58))
+            with pytest.raises(EngineError, match=r"needs [\d.]+ [kM]i?B of memory \(.*max_new.*allocate memory"):
+                decoder.prefill([prompt(40)])
+            monkeypatch.undo()
+            assert torch.isfinite(decoder.prefill([prompt(40)])).all()
+
+    @pytest.mark.parametrize(
+        ("error", "is_it"),
+        [
+            (MemoryError(), True),
+            (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+            (RuntimeError("CUDA error: out of memory"), True),
+            (RuntimeError("shapes do not fit"), False),
+            (EngineError("a lane died"), False),
+            (ValueError("out of memory"), False),
+        ],
+    )
+    def test_other_failures_stay_what_they_are(self, error: Exception, is_it: bool) -> None:
+        assert memory.ran_out(error) is is_it
+
+    def test_a_system_that_does_not_tell(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        if memory.MEMINFO.exists():
+            assert memory.available_host_bytes() > 0
+        (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable:   50 kB\n", encoding="ascii")
+        monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+        assert memory.available_host_bytes() == 50 * 1024
+        monkeypatch.setattr(memory, "MEMINFO", tmp_path / "absent")
+        assert memory.available_host_bytes() > 1e6
