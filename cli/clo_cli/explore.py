@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from clo.results import Result
     from clo.specs import Design
     from clo.specs.overrides import Overrides
-    from clo_sim.explore import Exploration, Progress
+    from clo_sim.explore import Exploration
     from clo_sim.goals import Goals
+    from clo_sim.laboratory import Progress
     from clo_sim.scene import Scene
     from clo_sim.workers import Workers
 

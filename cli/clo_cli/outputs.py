@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from clo.results import Result
     from clo.timeline import Timeline
     from clo_sim.evaluation import Evaluation
-    from clo_sim.explore import Exploration, Finished
+    from clo_sim.explore import Exploration
+    from clo_sim.laboratory import Finished
     from clo_sim.scene import Scene
     from clo_sim.variation import Changes
 

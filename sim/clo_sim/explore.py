@@ -6,22 +6,24 @@ last word. Knows nothing about files, figures or commands.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-from clo.choices import Alternative, Choices
+from clo.choices import Choices
 from clo.errors import SpecError
 from clo.results import Result
 from clo.specs import Design
-from clo_sim.evaluation import Evaluation, Measure, key_of, measure, question_digest
+from clo_sim.evaluation import Evaluation, Measure
 from clo_sim.goals import Goals
+from clo_sim.laboratory import Finished, Laboratory, Progress, Role
 from clo_sim.record import Record
 from clo_sim.scene import Scene
 from clo_sim.search import Range, Space, check_optimiser, search
-from clo_sim.variation import Changes, Grid, Task, check_field, expand, vary
+from clo_sim.variation import Grid, Task, check_field, expand
 from clo_sim.workers import Workers
+from clo_sim.worth import worth
 
 DEFAULT_GRID: Grid = {
     "design.cache": ("lru", "head_reuse"),
@@ -34,93 +36,6 @@ DEFAULT_GRID: Grid = {
 
 What decides the answers' quality (tau, budget, selector, dense layers) stays as the base design has it.
 """
-
-ALTERNATIVES: Grid = {
-    "selector": ("key_4bit", "page_minmax"),
-    "tau": (0.7, 0.8, 0.9),
-    "cache": ("none", "lru", "head_reuse"),
-    "on_miss": ("replace", "diff"),
-    "slot_budgets": (1, 1.5, 2, None),
-    "prefetch_depth": (0, 1, 2),
-    "transfer": DEFAULT_GRID["design.transfer"],
-    "sync": DEFAULT_GRID["design.sync"],
-    "resolve_on": ("gpu", "cpu"),
-    "num_ctas": (4, 16, 64),
-    "dense_layers": (0, 2, 4),
-    "pinned_head_fraction": (0.0, 0.125),
-}
-"""Single changes that are tried on the best design, one at a time, by the design's field."""
-
-Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
-
-Role = Literal["named", "candidate", "finalist", "measured", "choice"]
-"""Why a design was evaluated; a choice is the winner with one choice changed."""
-
-Finished = tuple[Role, Evaluation]
-
-
-class Laboratory:
-    """Evaluates tasks on workers, nothing twice, and keeps everything that ended with the role it played."""
-
-    def __init__(self, workers: Workers, record: Record | None = None, progress: Progress | None = None) -> None:
-        self._workers, self._record, self._progress = workers, record, progress
-        self._question = question_digest(workers.scene)
-        self._known: dict[str, Evaluation] = {}
-        self._total = 0
-        self.finished: list[Finished] = []
-        self.recalled = 0
-
-    def expect(self, count: int) -> None:
-        """Announce evaluations that `run` will be asked for, for the progress shown."""
-        self._total += count
-
-    def run(self, role: Role, tasks: Sequence[Task]) -> list[Evaluation]:
-        """The tasks' evaluations, in their order."""
-        found: dict[int, Evaluation] = {}
-        for number, task in enumerate(tasks):
-            known = self._recall(key_of(self._question, task))
-            if known is not None:
-                # it may have been evaluated under another name
-                found[number] = _renamed(known, task)
-                self._finish(role, found[number])
-        todo = [number for number in range(len(tasks)) if number not in found]
-        for place, evaluation in self._workers.run([tasks[number] for number in todo]):
-            found[todo[place]] = evaluation
-            self._keep(key_of(self._question, evaluation.task), evaluation)
-            self._finish(role, evaluation)
-        return [found[number] for number in range(len(tasks))]
-
-    def measure(self, tasks: Sequence[Task], run: Measure) -> list[Evaluation]:
-        """The tasks on a real machine, one after another."""
-        done = []
-        for task in tasks:
-            done.append(measure(self._workers.scene, task, run))
-            self._finish("measured", done[-1])
-        return done
-
-    def _recall(self, key: str) -> Evaluation | None:
-        if key not in self._known and self._record is not None and (recorded := self._record.get(key)) is not None:
-            self._known[key] = recorded
-            self.recalled += 1
-        return self._known.get(key)
-
-    def _keep(self, key: str, evaluation: Evaluation) -> None:
-        self._known[key] = evaluation
-        if self._record is not None:
-            self._record.add(key, evaluation)
-
-    def _finish(self, role: Role, evaluation: Evaluation) -> None:
-        self.finished.append((role, evaluation))
-        if self._progress is not None:
-            self._progress(len(self.finished), max(self._total, len(self.finished)))
-
-
-def _renamed(known: Evaluation, task: Task) -> Evaluation:
-    result = known.result and known.result.model_copy(update={"design": task.design})
-    return Evaluation(
-        task=task, metrics=known.metrics, assumptions=known.assumptions, problem=known.problem, result=result
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,61 +118,6 @@ def sweep(scene: Scene, designs: Iterable[Design], progress: Progress | None = N
     laboratory, tasks = Laboratory(Workers(scene), progress=progress), [Task(design=design) for design in designs]
     laboratory.expect(len(tasks))
     return tuple(laboratory.run("candidate", tasks))
-
-
-def worth_of_choices(scene: Scene, best: Result, alternatives: Grid = ALTERNATIVES) -> Choices:
-    """Change one choice of the best design at a time and simulate."""
-    return _worth(Laboratory(Workers(scene)), best, (), alternatives)
-
-
-def _worth(laboratory: Laboratory, best: Result, changes: Changes, alternatives: Grid = ALTERNATIVES) -> Choices:
-    neighbours: list[tuple[dict[str, str], Task | str]] = []
-    for field, values in alternatives.items():
-        if field == "tau" and not best.design.gated:
-            continue
-        chosen = getattr(best.design, field)
-        for value in values:
-            if value != chosen:
-                row = {"field": field, "chosen": _value_name(field, chosen), "value": _value_name(field, value)}
-                neighbours.append((row, _neighbour(best.design, field, value, changes)))
-    tasks = [task for _, task in neighbours if isinstance(task, Task)]
-    laboratory.expect(len(tasks))
-    evaluations = iter(laboratory.run("choice", tasks))
-    rows = [
-        Alternative(**row, tpot_s=None, note=task) if isinstance(task, str) else _priced(row, best, next(evaluations))
-        for row, task in neighbours
-    ]
-    return Choices(
-        best_name=Task(design=best.design, changes=changes).label, best_tpot_s=best.tpot_s, alternatives=tuple(rows)
-    )
-
-
-def _neighbour(design: Design, field: str, value: Any, changes: Changes) -> Task | str:
-    try:
-        return Task(design=vary(design, {field: value}), changes=changes, level="simpy")
-    except SpecError as error:
-        return str(error)
-
-
-def _priced(row: Mapping[str, str], best: Result, other: Evaluation) -> Alternative:
-    note = other.problem or _quality_note(row["field"], best, other)
-    return Alternative(field=row["field"], chosen=row["chosen"], value=row["value"], tpot_s=other.tpot_s, note=note)
-
-
-def _quality_note(field: str, best: Result, other: Evaluation) -> str:
-    """Whether the alternative also changes what is attended, so that time alone does not decide."""
-    if field in ("dense_layers", "pinned_head_fraction"):
-        return "changes the answers: another share of the heads attends in full"
-    if field == "selector":
-        return "changes the answers: another index chooses the pages"
-    overlap = other.metrics["overlap"]
-    if best.overlap is not None and abs(overlap - best.overlap) > 0.005:
-        return f"changes the answers: overlap with a fresh selection {overlap:.0%}, not {best.overlap:.0%}"
-    return ""
-
-
-def _value_name(field: str, value: Any) -> str:
-    return "all memory" if field == "slot_budgets" and value is None else str(value)
 
 
 def check_space(scene: Scene, space: Space) -> None:
@@ -350,7 +210,7 @@ class _Stages:
         """Change one choice of the winner at a time."""
         found = self.exploration()
         if found.front and found.winner.result is not None and found.best.design.offloads:
-            self._found["choices"] = _worth(self._laboratory, found.best_simulated, found.winner.task.changes)
+            self._found["choices"] = worth(self._laboratory, found.best_simulated, found.winner.task.changes)
 
     def _run(self, role: Role, tasks: list[Task]) -> tuple[Evaluation, ...]:
         self._laboratory.expect(len(tasks))
