@@ -129,7 +129,7 @@ def validation_probes(designs: Sequence[str] = DESIGNS, *, steps: int = 8) -> li
 def _variants(designs: Sequence[str], budget: float) -> list[Design]:
     """Designs that nothing was fitted from."""
     changes: dict[str, dict[str, object]] = {
-        "clo": {"name": "clo, no prefetch", "prefetch_depth": 0},
+        "clo": {"name": "clo, fetching ahead", "prefetch_depth": 1},
         "resolve": {"name": "resolve, one budget", "slot_budgets": 1.0},
         "clo-v2": {"name": "clo-v2, tau 0.95", "tau": 0.95},
     }
