@@ -68,4 +68,13 @@ def _select(layer: OffloadedLayer, stage: Stage, query: torch.Tensor, lengths: t
     layer.score(stage, query, lengths)
     layer.select(stage, lengths)
     if layer.design.cache in (Cache.LRU, Cache.HEAD_REUSE):
+        if layer.resolves_on_cpu:
+            layer.letter(stage).bring()
+            wait_for_device(layer.shape.device)
         layer.resolve(stage)
+
+
+def wait_for_device(device: torch.device) -> None:
+    """Until the host may read what it was sent; on a CPU at once."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
