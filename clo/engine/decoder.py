@@ -18,6 +18,7 @@ from clo.engine.cuda_machine import CudaMachine
 from clo.engine.layer import DenseLayer, HeadSettings, Layer, LayerShape, OffloadedLayer, StreamedLayer
 from clo.engine.network import Network
 from clo.engine.operations import Operations
+from clo.engine.words import two_memories
 from clo.errors import EngineError, SpecError
 from clo.plan import DecodePlan, make_plan
 from clo.schedule import Op, decode_step
@@ -306,7 +307,7 @@ def make_layers(network: Network, plan: DecodePlan, heads: HeadProfile, max_toke
         dtype=network.dtype,
         device=network.device,
         scale=network.scale,
-        recorded=network.device.type == "cuda" and plan.design.sync is Sync.GRAPH,
+        recorded=two_memories(network.device) and plan.design.sync is Sync.GRAPH,
     )
     layers: list[Layer] = []
     for layer in range(model.num_layers):

@@ -14,7 +14,7 @@ import torch
 
 from clo.engine.counts import Counts
 from clo.engine.kernels import kernels_for
-from clo.engine.words import Words
+from clo.engine.words import Words, two_memories
 from clo.plan import DecodePlan
 from clo.schedule.ops import Stage
 from clo.specs import Cache, OnMiss, ResolveOn, Selector
@@ -44,9 +44,9 @@ class LayerShape:
     recorded: bool = False
 
     @property
-    def on_cuda(self) -> bool:
-        """Whether device and host are two memories."""
-        return str(self.device.type) == "cuda"
+    def apart(self) -> bool:
+        """Whether the host's pages lie in another memory than the device's."""
+        return two_memories(self.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +70,7 @@ class DenseLayer:
         size = (shape.batch, shape.num_kv_heads, 2, shape.max_tokens, shape.head_dim)
         self.kv = torch.zeros(size, dtype=shape.dtype, device=shape.device)
         # a kernel reads lengths on the device; torch's attention wants them, or a mask, from the host
-        self.by_kernel = shape.on_cuda
+        self.by_kernel = shape.apart
         self._kernels, self._pinned = kernels_for(shape.device), _as_pinned(self.kv)
         self._no_slots = torch.full((shape.batch, shape.num_kv_heads, 1), NO_SLOT, dtype=INT32, device=shape.device)
         self._tokens: list[int] = []
@@ -128,9 +128,9 @@ class StreamedLayer(DenseLayer):
 
     def __init__(self, shape: LayerShape) -> None:
         super().__init__(shape)
-        self.host = torch.zeros(self.kv.shape, dtype=shape.dtype, pin_memory=shape.on_cuda)
+        self.host = torch.zeros(self.kv.shape, dtype=shape.dtype, pin_memory=shape.apart)
         newest = (2, shape.batch, shape.num_kv_heads, shape.head_dim)
-        self._newest = torch.zeros(newest, dtype=shape.dtype, pin_memory=shape.on_cuda)
+        self._newest = torch.zeros(newest, dtype=shape.dtype, pin_memory=shape.apart)
         self._new: tuple[torch.Tensor, torch.Tensor] | None = None
         self._copied: Stage | None = None
 
@@ -205,7 +205,7 @@ class OffloadedLayer:
         self.host_pages = torch.zeros(
             (shape.batch, self.num_pages, shape.num_kv_heads, *page),
             dtype=shape.dtype,
-            pin_memory=shape.on_cuda,
+            pin_memory=shape.apart,
         )
         everything = self.design.cache is Cache.RESIDENT
         self.num_slots = self.num_pages if everything else max(1, min(self.plan.slot_pages, self.num_pages))

@@ -12,7 +12,7 @@ import torch
 
 from clo.engine.layer import DenseLayer, Layer, OffloadedLayer, StreamedLayer
 from clo.engine.network import Network, Rotation
-from clo.engine.words import Words
+from clo.engine.words import Words, two_memories
 from clo.errors import EngineError
 from clo.plan import DecodePlan
 from clo.schedule import Op
@@ -27,7 +27,7 @@ class Operations:
         self.network, self.plan, self.layers = network, plan, layers
         self._pool = pool
         self._stores = not (plan.design.cpu_moves and plan.design.sync != "graph")
-        self._pins = network.device.type == "cuda"
+        self._pins = two_memories(network.device)
         self.host_lengths = [0] * plan.workload.batch
         self.lengths = torch.zeros(plan.workload.batch, dtype=INT32, device=network.device)
         self._tokens = torch.zeros(plan.workload.batch, dtype=torch.int64, device=network.device)

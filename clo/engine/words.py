@@ -15,14 +15,19 @@ ALIGNED_WORDS = 4
 """Kernels read 16 bytes at a time."""
 
 
+def two_memories(device: torch.device) -> bool:
+    """Whether device and host each have their own."""
+    return str(device.type) == "cuda"
+
+
 class Words:
     """Named int32 tensors side by side. `device` and `host` have the same names and shapes."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
         total = sum(_aligned(shape) for shape in shapes.values())
         self._device = torch.zeros(total, dtype=torch.int32, device=device)
-        on_cuda = device.type == "cuda"
-        self._host = torch.zeros(total, dtype=torch.int32, pin_memory=True) if on_cuda else self._device
+        apart = two_memories(device)
+        self._host = torch.zeros(total, dtype=torch.int32, pin_memory=True) if apart else self._device
         self.device, self.host = _views(self._device, shapes), _views(self._host, shapes)
 
     @property
