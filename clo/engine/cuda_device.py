@@ -23,6 +23,8 @@ Graph = Any
 
 FLAG_SITES = 4096
 """Requests and waits of a step, at most: two of each a layer are usual."""
+DELAY_CYCLES = 1_000_000
+"""About half a millisecond: longer than submitting an operation takes."""
 LOOKS_PER_S = 1e6
 """Looks of a waiting kernel at a flag in host memory, about."""
 
@@ -78,6 +80,9 @@ class DeviceApi(Protocol):
 
     def event(self, *, timed: bool, recorded: bool = False) -> Event:
         """A new event; `recorded`: inside a graph, to be read after each replay."""
+
+    def delay(self) -> None:
+        """Keep the current stream busy until what follows has been submitted: its time is then its own."""
 
     def record(self, event: Event, stream: Stream) -> None:
         """Mark a point of the stream."""
@@ -193,6 +198,9 @@ class TorchDevice:
         if recorded:
             return torch.cuda.Event(enable_timing=timed, external=True)
         return torch.cuda.Event(enable_timing=timed)
+
+    def delay(self) -> None:
+        torch.cuda._sleep(DELAY_CYCLES)
 
     def record(self, event: Event, stream: Stream) -> None:
         event.record(stream)

@@ -132,6 +132,15 @@ class CudaMachine:
             self._recorded = None
 
     @property
+    def timed(self) -> bool:
+        """Whether each operation is timed."""
+        return self._timed
+
+    @timed.setter
+    def timed(self, timed: bool) -> None:
+        self._timed, self._recorded = timed, None
+
+    @property
     def replays(self) -> bool:
         """Whether a step has been recorded."""
         return self._recorded is not None
@@ -292,6 +301,8 @@ class CudaMachine:
             self._join_in(now, lane)
             for wait in mark.waits:
                 self._follow(now, lane, wait.token)
+            if self._one_at_a_time:
+                self._device.delay()
             if timed and (not recorded or mark.waits or lane not in now.used):
                 mark.start = self._device.event(timed=True, recorded=recorded)
                 self._device.record(mark.start, stream)
@@ -371,6 +382,7 @@ class CudaMachine:
         if now.mode is _Mode.ALONE:
             self._settle_stream(mark.lane, mark.op)
         seen = self._by_threads(now, runtime_op("doorbell", layer), lambda: None, lambda: flags.rung(site))
+        now.marks[seen].hears = token
         now.rung[seen] = site
         return seen
 
@@ -416,7 +428,7 @@ class CudaMachine:
         else:
             now.ledger.announce(done, site)
         token = self._on_stream(now, lane, op, lambda: flags.wait(site, place, FLAG_PATIENCE * self._patience_s))
-        now.marks[token].polls = cause
+        now.marks[token].polls = Waited(done, cause)
         if not now.in_graph:
             self._host_mark(now, submission(op))
         return token

@@ -33,8 +33,8 @@ class Mark:
     """One operation on one lane. Events are a stream's; clocks (`began_s`, `ended_s`) a thread's.
 
     `order` is the event that others wait for; none where a thread does or submits the operation.
-    `polls`: the operation is nothing but a wait, and this is for what. `rings`: the end of a doorbell kernel on the
-    lane after the operation. `late`: what the lane waited for if it had nothing to do until `submitted_s`.
+    `polls`: the operation is a kernel that waits for this. `rings`: the end of a doorbell kernel on the lane after the
+    operation; `hears`: the operation that rang. `late`: what the lane waited for if it had nothing to do until `submitted_s`.
     """
 
     lane: Lane
@@ -46,7 +46,8 @@ class Mark:
     end: Any = None
     order: Any = None
     rings: Any = None
-    polls: Cause | None = None
+    hears: Token | None = None
+    polls: Waited | None = None
     began_s: float = 0.0
     ended_s: float = 0.0
 
@@ -65,6 +66,16 @@ Since = Callable[[Any], float]
 """Seconds from the beginning of the step to an event."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Clock:
+    """Seconds since the step began: when operations ended, and when doorbells had been rung."""
+
+    zero_s: float
+    since: Since
+    ends: dict[Token, float]
+    rings: dict[Token, float]
+
+
 @dataclass(slots=True)
 class _Lane:
     free_s: float = 0.0
@@ -81,11 +92,16 @@ def timeline(
     moved_bytes: Callable[[Op], float],
 ) -> Timeline:
     """Every operation with what its lane waited for; `zero_s` is the host's clock at the step's beginning."""
-    ends = {Token(at): _end(mark, zero_s, since) for at, mark in enumerate(marks)}
+    clock = _Clock(
+        zero_s,
+        since,
+        {Token(at): _end(mark, zero_s, since) for at, mark in enumerate(marks)},
+        {Token(at): since(mark.rings) for at, mark in enumerate(marks) if mark.rings is not None},
+    )
     lanes = {lane: _Lane() for lane in Lane}
     spans = [_host_span(mark, zero_s) for mark in host]
-    for token, mark in zip(ends, marks, strict=True):
-        spans.append(_span(mark, ends, lanes[mark.lane], ends[token], zero_s, since, moved_bytes(mark.op)))
+    for at, mark in enumerate(marks):
+        spans.append(_span(Token(at), mark, lanes[mark.lane], clock, moved_bytes(mark.op)))
     return _timeline(title, spans)
 
 
@@ -120,19 +136,19 @@ def _end(mark: Mark, zero_s: float, since: Since) -> float:
     return max(0.0, mark.ended_s - zero_s) if mark.end is None else max(0.0, since(mark.end))
 
 
-def _span(
-    mark: Mark, ends: dict[Token, float], lane: _Lane, end: float, zero_s: float, since: Since, num_bytes: float
-) -> Span:
-    inputs = [*lane.inputs, *((ends[wait.token], wait.cause) for wait in mark.waits)]
+def _span(token: Token, mark: Mark, lane: _Lane, clock: _Clock, num_bytes: float) -> Span:
+    inputs = [*lane.inputs, *((clock.ends[wait.token], wait.cause) for wait in mark.waits)]
     if mark.submitted_s is not None:
-        inputs.append((mark.submitted_s - zero_s, mark.late))
-    start = _start(mark, lane.free_s, [when for when, _ in inputs], zero_s, since)
-    end = max(end, start)
+        inputs.append((mark.submitted_s - clock.zero_s, mark.late))
+    start = _start(mark, lane.free_s, [when for when, _ in inputs], clock)
+    end = max(clock.ends[token], start)
     waits = _waits(lane.free_s, start, inputs, mark.late)
     if mark.polls is not None:
-        waits, start = (*waits, (mark.polls.value, end - start)), end
+        # until what is waited for was there; what is left is what the looking costs
+        until = min(max(start, clock.ends[mark.polls.token]), end)
+        waits, start = (*waits, (mark.polls.cause.value, until - start)), until
     lane.free_s = end
-    lane.inputs = [] if mark.rings is None else [(since(mark.rings), Cause.SYNC)]
+    lane.inputs = [(clock.rings[token], Cause.SYNC)] if token in clock.rings else []
     return Span(
         lane=mark.lane.value,
         name=mark.op.name,
@@ -145,13 +161,16 @@ def _span(
     )
 
 
-def _start(mark: Mark, free_s: float, inputs: Sequence[float], zero_s: float, since: Since) -> float:
+def _start(mark: Mark, free_s: float, inputs: Sequence[float], clock: _Clock) -> float:
     """A recorded operation that waits for nothing begins where its lane's last one ended."""
     if mark.start is not None:
-        return max(free_s, since(mark.start))
-    if mark.end is None:
-        return max(free_s, mark.began_s - zero_s)
-    return max([free_s, *inputs])
+        return max(free_s, clock.since(mark.start))
+    if mark.end is not None:
+        return max([free_s, *inputs])
+    began = mark.began_s - clock.zero_s
+    if mark.hears in clock.rings:  # from the ring until it was heard
+        began = min(began, clock.rings[mark.hears])
+    return max(free_s, began)
 
 
 def _waits(

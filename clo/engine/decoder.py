@@ -189,6 +189,12 @@ class Decoder:
         """When each operation of the last step ran; None before there is one."""
         return None if self._machine is None else self._machine.timeline
 
+    def time_operations(self, timed: bool) -> None:
+        """From the next step on; on a CPU they always are."""
+        self._timed = timed
+        if isinstance(self._machine, CudaMachine):
+            self._machine.timed = timed
+
     @property
     def layers(self) -> Sequence[Layer]:
         """The KV cache, layer by layer."""

@@ -315,7 +315,7 @@ class OffloadedLayer:
         full = start // self.page_size
         pages = both[:, :, :start].unflatten(2, (full, self.page_size)) if full else None
         if pages is not None:
-            self.host_pages[sequence, :full] = pages.permute(2, 0, 1, 3, 4).to("cpu")
+            self.host_pages[sequence, :full].copy_(pages.permute(2, 0, 1, 3, 4))
             self.index[sequence, :, :full] = page_index(pages[:, 0], self.index_kind, self.planes)
         if self.design.selector is Selector.EXACT:
             self._remember_keys(sequence, keys)

@@ -103,6 +103,9 @@ class FakeDevice:
     def event(self, *, timed: bool, recorded: bool = False) -> FakeEvent:
         return FakeEvent(timed, recorded)
 
+    def delay(self) -> None:
+        self.submit(lambda: None)
+
     def record(self, event: FakeEvent, stream: FakeStream) -> None:
         assert self.current is stream
         with self._lock:

@@ -167,7 +167,7 @@ class TestFaults:
             assert isinstance(machine, CudaMachine)
             assert machine._flags is not None
             monkeypatch.setattr(machine._flags, "publish", lambda site: None)
-            with pytest.raises(EngineError, match="waited for number 3, it stands at 2|not done in 4 s"):
+            with pytest.raises(EngineError, match=r"waited for number 3, it stands at 2|not done in 4 s"):
                 decoder.step(torch.tensor([3]))
             decoder.prefill([prompt(80)])
             assert torch.isfinite(decoder.step(torch.tensor([1]))).all()
