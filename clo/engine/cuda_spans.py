@@ -34,7 +34,7 @@ class Mark:
 
     `order` is the event that others wait for; none where a thread does or submits the operation.
     `polls`: the operation is a kernel that waits for this. `rings`: the end of a doorbell kernel on the lane after the
-    operation; `hears`: the operation that rang. `late`: what the lane waited for if it had nothing to do until `submitted_s`.
+    operation; `hears`: the operation that rang. `late`: what the lane waited for if it was idle until `submitted_s`.
     """
 
     lane: Lane

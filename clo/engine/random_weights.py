@@ -28,6 +28,12 @@ def dtype_on(device: torch.device | str) -> torch.dtype:
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
+def need_device(name: str) -> None:
+    """Raise `SpecError` where there is no such device."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SpecError("--device cuda: torch sees no CUDA device on this machine")
+
+
 def checked(spec: ModelSpec, device: torch.device | str = "cpu") -> ModelSpec:
     """`spec`, if this machine can hold its weights in `dtype_on` it. Raises `SpecError` that says what is needed."""
     dtype = dtype_on(device)
