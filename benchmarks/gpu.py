@@ -57,21 +57,42 @@ class Step:
 
 
 PYTEST = ("-m", "pytest", "-m", "not long and not model", "--durations=10", "-p", "no:cacheprovider")
+CLO = ("-m", "clo_cli.main")
+CLO_NEEDS = ("transformers", "pydantic", "triton", "scipy", "simpy", "click", "rich", "matplotlib")
+QUICK = ("--designs", "resident,resolve,clo")
 STEPS = (
-    Step("bench", ("kernels/bench.py", "--out", "{out}/bench.json", "--seconds", "{seconds}"), 190, ("triton",)),
+    Step("bench", ("kernels/bench.py", "--out", "{out}/bench.json", "--seconds", "{seconds}"), 120, ("triton",)),
     Step(
         "kernel-tests",
         (*PYTEST, "tests/kernels", "--ignore=tests/kernels/test_sanitizer.py", "--junitxml={out}/kernel-tests.xml"),
-        150,
+        90,
         ("pytest", "hypothesis", "triton"),
     ),
     Step(
         "engine-tests",
         (*PYTEST, "tests/engine", "--junitxml={out}/engine-tests.xml"),
-        90,
+        80,
         ("pytest", "transformers", "pydantic", "triton"),
     ),
-    Step("memory-checker", (*PYTEST, "tests/kernels/test_sanitizer.py", "-rs"), 60, ("pytest", "triton")),
+    Step(
+        "decode-128k",
+        ("benchmarks/decode_designs.py", "--out", "{out}/decode.json", "--seconds", "{seconds}"),
+        70,
+        ("transformers", "pydantic", "triton"),
+    ),
+    Step(
+        "calibrate",
+        (*CLO, "calibrate", "--device", "cuda", "--out", "{out}/profile.json", "--rounds", "1", *QUICK),
+        60,
+        CLO_NEEDS,
+    ),
+    Step(
+        "validate",
+        (*CLO, "validate", "--profile", "{out}/profile.json", "--out", "{out}/verdict", "--rounds", "1", *QUICK),
+        40,
+        CLO_NEEDS,
+    ),
+    Step("memory-checker", (*PYTEST, "tests/kernels/test_sanitizer.py", "-rs"), 30, ("pytest", "triton")),
 )
 
 
@@ -177,7 +198,34 @@ def summary(environment: dict[str, object], outcomes: Sequence[Outcome], out: Pa
     lines += [f"| {outcome.step} | {outcome.result} | {outcome.seconds:.0f} |" for outcome in outcomes]
     if (out / "bench.json").exists():
         lines += ["", *bench_lines(json.loads((out / "bench.json").read_text(encoding="utf-8")))]
+    if (out / "decode.json").exists():
+        lines += ["", *decode_lines(json.loads((out / "decode.json").read_text(encoding="utf-8")))]
+    if (out / "verdict" / "verdict.md").exists():
+        lines += ["", (out / "verdict" / "verdict.md").read_text(encoding="utf-8")]
     return "\n".join(lines) + "\n"
+
+
+def decode_lines(decode: dict[str, object]) -> list[str]:
+    """The designs' steps as a table."""
+    rows, left_out = decode["designs"], decode["left_out"]
+    assert isinstance(rows, list)
+    assert isinstance(left_out, list)
+    lines = [f"{decode['model']}, {decode['layers']} layers, {decode['context_tokens']} tokens", ""]
+    lines += ["| Design | TPOT ms | p90 | Link | MB a step | Stalls, ms |", "|" + "---|" * 6]
+    for row in rows:
+        stalls = ", ".join(
+            f"{cause} {seconds * 1e3:.2f}" for cause, seconds in row["stalls_s"].items() if seconds > 1e-5
+        )
+        cells = [
+            row["design"],
+            f"{row['tpot_s'] * 1e3:.2f}",
+            f"{row['tpot_p90_s'] * 1e3:.2f}",
+            f"{row['pcie_utilisation']:.0%}",
+            f"{row['h2d_bytes_per_step'] / 1e6:.1f}",
+            stalls,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines + [f"- left out: {line}" for line in left_out]
 
 
 def bench_lines(bench: dict[str, list[dict[str, object]]]) -> list[str]:
