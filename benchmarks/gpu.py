@@ -7,7 +7,8 @@ others. The folder is out/gpu/<device>-<date>/ unless `--out` names one:
     environment.json   the machine and the versions
     summary.md         what passed, and every figure beside its limit; written anew after each step
     log.txt            what the steps printed
-    *.xml, *.json      results of tests (JUnit) and of benches
+    *.xml, *.json      results of tests (JUnit), of benches, and of the decoder with 128K tokens
+    profile.json       what `clo calibrate` fitted, and verdict/, what `clo validate` says of it
 
 Without a CUDA device: one line, exit code 2. Exit code 1 if a step failed. More steps go into STEPS, most wanted first.
 """
@@ -59,6 +60,7 @@ class Step:
 PYTEST = ("-m", "pytest", "-m", "not long and not model", "--durations=10", "-p", "no:cacheprovider")
 CLO = ("-m", "clo_cli.main")
 CLO_NEEDS = ("transformers", "pydantic", "triton", "scipy", "simpy", "click", "rich", "matplotlib")
+ENGINE_TESTS = ("tests/engine/test_cuda_decoder.py", "tests/engine/test_cuda_machine.py")
 QUICK = ("--designs", "resident,resolve,clo")
 STEPS = (
     Step("bench", ("kernels/bench.py", "--out", "{out}/bench.json", "--seconds", "{seconds}"), 120, ("triton",)),
@@ -70,26 +72,26 @@ STEPS = (
     ),
     Step(
         "engine-tests",
-        (*PYTEST, "tests/engine", "--junitxml={out}/engine-tests.xml"),
-        80,
+        (*PYTEST, *ENGINE_TESTS, "--junitxml={out}/engine-tests.xml"),
+        100,
         ("pytest", "transformers", "pydantic", "triton"),
     ),
     Step(
         "decode-128k",
         ("benchmarks/decode_designs.py", "--out", "{out}/decode.json", "--seconds", "{seconds}"),
-        70,
+        60,
         ("transformers", "pydantic", "triton"),
     ),
     Step(
         "calibrate",
         (*CLO, "calibrate", "--device", "cuda", "--out", "{out}/profile.json", "--rounds", "1", *QUICK),
-        60,
+        55,
         CLO_NEEDS,
     ),
     Step(
         "validate",
         (*CLO, "validate", "--profile", "{out}/profile.json", "--out", "{out}/verdict", "--rounds", "1", *QUICK),
-        40,
+        35,
         CLO_NEEDS,
     ),
     Step("memory-checker", (*PYTEST, "tests/kernels/test_sanitizer.py", "-rs"), 30, ("pytest", "triton")),

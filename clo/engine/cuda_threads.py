@@ -16,7 +16,7 @@ from clo.engine.faults import FailedOperationError
 from clo.errors import EngineError
 from clo.schedule import Op, Token
 
-EAGER_S = 5e-3
+EAGER_S = 50e-3
 """So long a poll only gives way to other threads; after that it sleeps between looks."""
 SLEEP_S = 50e-6
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from clo.engine.layer import OffloadedLayer
+from clo.engine.words import wait_for_device
 from clo.plan import DecodePlan
 from clo.schedule.ops import Stage
 from clo.specs import Cache
@@ -72,9 +73,3 @@ def _select(layer: OffloadedLayer, stage: Stage, query: torch.Tensor, lengths: t
             layer.letter(stage).bring()
             wait_for_device(layer.shape.device)
         layer.resolve(stage)
-
-
-def wait_for_device(device: torch.device) -> None:
-    """Until the host may read what it was sent; on a CPU at once."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()

@@ -14,7 +14,7 @@ import torch
 
 from clo.engine.counts import Counts
 from clo.engine.kernels import kernels_for
-from clo.engine.words import Words, two_memories
+from clo.engine.words import Words, two_memories, wait_for_device
 from clo.plan import DecodePlan
 from clo.schedule.ops import Stage
 from clo.specs import Cache, OnMiss, ResolveOn, Selector
@@ -148,6 +148,7 @@ class StreamedLayer(DenseLayer):
         return self.shape.batch * self.shape.max_tokens if self.shape.recorded else sum(self._tokens) - self.shape.batch
 
     def begin(self, lengths: Sequence[int]) -> None:
+        wait_for_device(self.shape.device)
         for sequence, tokens in enumerate(self._tokens):
             self.host[sequence, :, :, tokens - 1] = self._newest[:, sequence].transpose(0, 1)
         super().begin(lengths)

@@ -20,6 +20,12 @@ def two_memories(device: torch.device) -> bool:
     return str(device.type) == "cuda"
 
 
+def wait_for_device(device: torch.device) -> None:
+    """Until the host may read what the current stream has sent it; on a CPU at once."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 class Words:
     """Named int32 tensors side by side. `device` and `host` have the same names and shapes."""
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import pytest
+import torch
 from fake_device import FakeDevice, FakeWork
-from small import LAYERS, design, small_model
+from small import LAYERS, design, prompt, small_model
 
 from clo import presets
 from clo.engine.cuda_machine import CudaMachine
 from clo.engine.decoder import Decoder
+from clo.engine.operations import Operations
 from clo.errors import EngineError
 from clo.plan import DecodePlan
-from clo.schedule import Lane, Part, StepGraph, decode_step, record_step
+from clo.schedule import Lane, Op, Part, Step, StepGraph, decode_step, record_step
 from clo.schedule.work import HostAction, Submit
 from clo.specs import Design
 
@@ -201,6 +203,60 @@ class TestGraphs:
         assert found is not None
         busy = sorted((s.start_s, s.end_s) for s in found.spans if s.part != Part.RUNTIME.value)
         assert all(one[1] <= other[0] + 1e-9 for one, other in pairwise(busy))
+
+
+class Deferred:
+    """A decoder's operations, each done when its turn on the device comes."""
+
+    def __init__(self, operations: Operations, device: FakeDevice) -> None:
+        self._operations, self._device = operations, device
+        self.moved_bytes, self.letter, self.key = operations.moved_bytes, operations.letter, operations.key
+
+    def run(self, op: Op) -> None:
+        if self._device.current is None:
+            self._operations.run(op)
+        else:
+            self._device.submit(lambda: self._operations.run(op))
+
+
+class DeferredMachine(CudaMachine):
+    def execute(self, step: Step, title: str = "", *, prepare: Callable[[], None] = lambda: None) -> None:
+        device = self._device
+        assert isinstance(device, FakeDevice)
+
+        def embed() -> None:
+            with torch.inference_mode():
+                prepare()
+
+        super().execute(step, title, prepare=lambda: device.submit(embed))
+
+
+class TestDecoding:
+    @pytest.mark.parametrize("chosen", named(DESIGNS))
+    def test_answers_and_traffic_are_the_cpu_machine_s(
+        self, monkeypatch: pytest.MonkeyPatch, device: FakeDevice, chosen: Design
+    ) -> None:
+        """Real tensors: whatever is read before it is written, or written too early, changes a number."""
+        if chosen.selects:
+            chosen = chosen.with_fields(budget_pages=3, slot_budgets=None, slot_pages=None)
+
+        def decoded() -> list[torch.Tensor]:
+            with Decoder(small_model(), chosen, max_new_tokens=12) as decoder:
+                rows = [decoder.prefill([prompt(80), prompt(70, 1)])]
+                for token in range(12):
+                    rows.append(decoder.step(torch.tensor([token, 2 * token])).clone())
+                    rows.append(torch.tensor([decoder.traffic.h2d_bytes, decoder.traffic.written_back_pages]))
+                assert decoder.timeline is not None
+            return rows
+
+        expected = decoded()
+        monkeypatch.setattr(
+            Decoder,
+            "_new_machine",
+            lambda self, operations: DeferredMachine(Deferred(operations, device), device, patience_s=10.0),
+        )
+        assert all(torch.equal(*pair) for pair in zip(decoded(), expected, strict=True))
+        assert device.replays == (11 if chosen.sync == "graph" else 0)
 
 
 def fail() -> None:

@@ -5,8 +5,12 @@ On a device that holds nothing (torch's `meta`), and on a CPU; with kernels that
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -209,6 +213,13 @@ def tensors(thing: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 class TestTheSameAnswers:
     """What a recorded step does differently gives what the other way gives."""
+
+    def test_with_triton_s_kernels(self) -> None:
+        script = Path(__file__).with_name("interpreted_steps.py")
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert float(done.stdout) < 1e-4
 
     @pytest.mark.parametrize("kind", [DenseLayer, StreamedLayer])
     def test_a_dense_layer_by_the_kernel(self, kind: type[DenseLayer]) -> None:
