@@ -1,4 +1,4 @@
-"""The benchmarks of a CUDA device with a CPU in its place: that they run and count what they say. Times mean nothing."""
+"""The benchmarks of a CUDA device with a CPU in its place: they run, and count what they say. Times mean nothing."""
 
 from __future__ import annotations
 
