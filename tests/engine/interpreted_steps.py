@@ -15,7 +15,7 @@ from clo.engine import decoder, layer
 from clo.engine.kernels import triton_kernels
 from clo.specs import Design
 
-TOKENS, STEPS = 44, 4
+TOKENS, STEPS = 44, 2
 
 
 class Recorded(layer.DenseLayer):
