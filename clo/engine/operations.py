@@ -12,7 +12,8 @@ import torch
 
 from clo.engine.layer import DenseLayer, Layer, OffloadedLayer, StreamedLayer
 from clo.engine.network import Network, Rotation
-from clo.engine.words import Words, two_memories
+from clo.engine.staging import Staging
+from clo.engine.words import Words
 from clo.errors import EngineError
 from clo.plan import DecodePlan
 from clo.schedule import Op
@@ -27,7 +28,6 @@ class Operations:
         self.network, self.plan, self.layers = network, plan, layers
         self._pool = pool
         self._stores = not (plan.design.cpu_moves and plan.design.sync != "graph")
-        self._pins = two_memories(network.device)
         self.host_lengths = [0] * plan.workload.batch
         self.lengths = torch.zeros(plan.workload.batch, dtype=INT32, device=network.device)
         self._tokens = torch.zeros(plan.workload.batch, dtype=torch.int64, device=network.device)
@@ -39,7 +39,7 @@ class Operations:
         self._rotation: Rotation = (torch.empty(0), torch.empty(0))
         self._predicted: dict[int, torch.Tensor] = {}
         self._real: dict[int, torch.Tensor] = {}
-        self._staging: dict[tuple[Stage, int], torch.Tensor] = {}
+        self._staging = Staging()
         self._by_name: dict[str, Callable[[Stage, int], None]] = {
             "input_norm": self._input_norm,
             "qkv_proj": self._qkv_proj,
@@ -187,8 +187,7 @@ class Operations:
     def _host_gather(self, stage: Stage, layer: int) -> None:
         kv = self._offloaded(layer)
         moves = kv.fetches(stage)
-        size = (len(moves), *kv.host_pages.shape[3:])
-        staging = torch.empty(size, dtype=kv.host_pages.dtype, pin_memory=self._pins)
+        staging = self._staging.take((stage, layer), kv, len(moves))
 
         def collect(part: list[int]) -> None:
             for at in part:
@@ -196,18 +195,11 @@ class Operations:
                 staging[at] = kv.host_pages[b, page, h]
 
         self._in_parts(collect, len(moves))
-        self._staging[stage, layer] = staging
 
     def _copy_staged(self, stage: Stage, layer: int) -> None:
-        kv, staging = self._offloaded(layer), self._staging.pop((stage, layer))
+        kv = self._offloaded(layer)
         kv.announce(stage)
-        moves = kv.fetches(stage)
-        if not moves:
-            return
-        places = torch.tensor(moves, dtype=torch.int64)
-        if self._pins:
-            places = places.pin_memory().to(kv.kv.slots.device, non_blocking=True)
-        kv.kv.slots[places[:, 0], places[:, 1], places[:, 3]] = staging.to(kv.kv.slots.device, non_blocking=True)
+        self._staging.send((stage, layer), kv, kv.fetches(stage))
 
     def _bar_write(self, stage: Stage, layer: int) -> None:
         """On the CPU machine device memory is as writable as any: threads store into the slots."""

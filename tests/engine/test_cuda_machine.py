@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
 import torch
+from deferred import DeferredMachine
 from fake_device import FakeDevice, FakeWork
 from small import LAYERS, design, prompt, small_model
 
 from clo import presets
 from clo.engine.cuda_machine import CudaMachine
 from clo.engine.decoder import Decoder
-from clo.engine.operations import Operations
 from clo.errors import EngineError
 from clo.plan import DecodePlan
-from clo.schedule import Lane, Op, Part, Step, StepGraph, decode_step, record_step
+from clo.schedule import Lane, Part, StepGraph, decode_step, record_step
 from clo.schedule.work import HostAction, Submit
 from clo.specs import Design
 
@@ -205,32 +205,6 @@ class TestGraphs:
         assert all(one[1] <= other[0] + 1e-9 for one, other in pairwise(busy))
 
 
-class Deferred:
-    """A decoder's operations, each done when its turn on the device comes."""
-
-    def __init__(self, operations: Operations, device: FakeDevice) -> None:
-        self._operations, self._device = operations, device
-        self.moved_bytes, self.letter, self.key = operations.moved_bytes, operations.letter, operations.key
-
-    def run(self, op: Op) -> None:
-        if self._device.current is None:
-            self._operations.run(op)
-        else:
-            self._device.submit(lambda: self._operations.run(op))
-
-
-class DeferredMachine(CudaMachine):
-    def execute(self, step: Step, title: str = "", *, prepare: Callable[[], None] = lambda: None) -> None:
-        device = self._device
-        assert isinstance(device, FakeDevice)
-
-        def embed() -> None:
-            with torch.inference_mode():
-                prepare()
-
-        super().execute(step, title, prepare=lambda: device.submit(embed))
-
-
 class TestDecoding:
     @pytest.mark.parametrize("chosen", named(DESIGNS))
     def test_answers_and_traffic_are_the_cpu_machine_s(
@@ -253,7 +227,7 @@ class TestDecoding:
         monkeypatch.setattr(
             Decoder,
             "_new_machine",
-            lambda self, operations: DeferredMachine(Deferred(operations, device), device, patience_s=10.0),
+            lambda self, operations: DeferredMachine(operations, device, patience_s=10.0),
         )
         assert all(torch.equal(*pair) for pair in zip(decoded(), expected, strict=True))
         assert device.replays == (11 if chosen.sync == "graph" else 0)

@@ -15,14 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from small import design, small_model
+from small import design, prompt, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from clo import presets
 from clo.engine import decoder as decoder_module
 from clo.engine import layer as layers_module
-from clo.engine import operations as operations_module
 from clo.engine import words as words_module
 from clo.engine.decoder import Decoder, HeadProfile, check_device, make_layers
 from clo.engine.kernels import Kernels
@@ -152,7 +151,7 @@ def device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "zeros", unpinned(zeros))
     monkeypatch.setattr(torch, "empty", unpinned(empty))
-    for module in (decoder_module, layers_module, operations_module, words_module):
+    for module in (decoder_module, layers_module, words_module):
         monkeypatch.setattr(module, "two_memories", lambda device: device.type != "cpu")
 
 
@@ -212,7 +211,20 @@ def tensors(thing: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 class TestTheSameAnswers:
-    """What a recorded step does differently gives what the other way gives."""
+    """What CUDA does differently gives what the other way gives."""
+
+    def test_staging_buffers_that_are_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def decoded() -> torch.Tensor:
+            chosen = design("clo", budget_pages=3, transfer="staged", sync="events")
+            with Decoder(small_model(), chosen, max_new_tokens=9) as decoder:
+                rows = [decoder.prefill([prompt(80), prompt(60, 1)])]
+                rows += [decoder.step(torch.tensor([token, 7])).clone() for token in range(9)]
+            return torch.stack(rows)
+
+        expected, empty = decoded(), torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *sizes, pin_memory=False, **options: empty(*sizes, **options))
+        monkeypatch.setattr("clo.engine.staging.two_memories", lambda _: True)
+        assert torch.equal(decoded(), expected)
 
     def test_with_triton_s_kernels(self) -> None:
         script = Path(__file__).with_name("interpreted_steps.py")
