@@ -220,6 +220,8 @@ class CudaMachine:
         for wait in step:
             if now.capture is not None:
                 self._end_capture(now, wait, key)
+            elif now.mode is _Mode.CAPTURE:
+                raise EngineError("the launching thread waits once in a graph, at its end")
             else:
                 self._block(now, wait)
         if wait is None:
