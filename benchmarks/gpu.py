@@ -7,7 +7,8 @@ others. The folder is out/gpu/<device>-<date>/ unless `--out` names one:
     environment.json   the machine and the versions
     summary.md         what passed, and every figure beside its limit; written anew after each step
     log.txt            what the steps printed
-    *.xml, *.json      results of tests (JUnit) and of benches
+    *.xml, *.json      results of tests (JUnit), of benches, and of the decoder with 128K tokens
+    profile.json       what `clo calibrate` fitted, and verdict/, what `clo validate` says of it
 
 Without a CUDA device: one line, exit code 2. Exit code 1 if a step failed. More steps go into STEPS, most wanted first.
 """
@@ -57,21 +58,43 @@ class Step:
 
 
 PYTEST = ("-m", "pytest", "-m", "not long and not model", "--durations=10", "-p", "no:cacheprovider")
+CLO = ("-m", "clo_cli.main")
+CLO_NEEDS = ("transformers", "pydantic", "triton", "scipy", "simpy", "click", "rich", "matplotlib")
+ENGINE_TESTS = ("tests/engine/test_cuda_decoder.py", "tests/engine/test_cuda_machine.py")
+QUICK = ("--designs", "resident,resolve,clo")
 STEPS = (
-    Step("bench", ("kernels/bench.py", "--out", "{out}/bench.json", "--seconds", "{seconds}"), 190, ("triton",)),
+    Step("bench", ("kernels/bench.py", "--out", "{out}/bench.json", "--seconds", "{seconds}"), 120, ("triton",)),
     Step(
         "kernel-tests",
         (*PYTEST, "tests/kernels", "--ignore=tests/kernels/test_sanitizer.py", "--junitxml={out}/kernel-tests.xml"),
-        150,
+        90,
         ("pytest", "hypothesis", "triton"),
     ),
     Step(
         "engine-tests",
-        (*PYTEST, "tests/engine", "--junitxml={out}/engine-tests.xml"),
-        90,
+        (*PYTEST, *ENGINE_TESTS, "--junitxml={out}/engine-tests.xml"),
+        100,
         ("pytest", "transformers", "pydantic", "triton"),
     ),
-    Step("memory-checker", (*PYTEST, "tests/kernels/test_sanitizer.py", "-rs"), 60, ("pytest", "triton")),
+    Step(
+        "decode-128k",
+        ("benchmarks/decode_designs.py", "--out", "{out}/decode.json", "--seconds", "{seconds}"),
+        60,
+        ("transformers", "pydantic", "triton"),
+    ),
+    Step(
+        "calibrate",
+        (*CLO, "calibrate", "--device", "cuda", "--out", "{out}/profile.json", "--rounds", "1", *QUICK),
+        55,
+        CLO_NEEDS,
+    ),
+    Step(
+        "validate",
+        (*CLO, "validate", "--profile", "{out}/profile.json", "--out", "{out}/verdict", "--rounds", "1", *QUICK),
+        35,
+        CLO_NEEDS,
+    ),
+    Step("memory-checker", (*PYTEST, "tests/kernels/test_sanitizer.py", "-rs"), 30, ("pytest", "triton")),
 )
 
 
@@ -177,7 +200,34 @@ def summary(environment: dict[str, object], outcomes: Sequence[Outcome], out: Pa
     lines += [f"| {outcome.step} | {outcome.result} | {outcome.seconds:.0f} |" for outcome in outcomes]
     if (out / "bench.json").exists():
         lines += ["", *bench_lines(json.loads((out / "bench.json").read_text(encoding="utf-8")))]
+    if (out / "decode.json").exists():
+        lines += ["", *decode_lines(json.loads((out / "decode.json").read_text(encoding="utf-8")))]
+    if (out / "verdict" / "verdict.md").exists():
+        lines += ["", (out / "verdict" / "verdict.md").read_text(encoding="utf-8")]
     return "\n".join(lines) + "\n"
+
+
+def decode_lines(decode: dict[str, object]) -> list[str]:
+    """The designs' steps as a table."""
+    rows, left_out = decode["designs"], decode["left_out"]
+    assert isinstance(rows, list)
+    assert isinstance(left_out, list)
+    lines = [f"{decode['model']}, {decode['layers']} layers, {decode['context_tokens']} tokens", ""]
+    lines += ["| Design | TPOT ms | p90 | Link | MB a step | Stalls, ms |", "|" + "---|" * 6]
+    for row in rows:
+        stalls = ", ".join(
+            f"{cause} {seconds * 1e3:.2f}" for cause, seconds in row["stalls_s"].items() if seconds > 1e-5
+        )
+        cells = [
+            row["design"],
+            f"{row['tpot_s'] * 1e3:.2f}",
+            f"{row['tpot_p90_s'] * 1e3:.2f}",
+            f"{row['pcie_utilisation']:.0%}",
+            f"{row['h2d_bytes_per_step'] / 1e6:.1f}",
+            stalls,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines + [f"- left out: {line}" for line in left_out]
 
 
 def bench_lines(bench: dict[str, list[dict[str, object]]]) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 from clo.engine.decoder import local_machine
 from clo.engine.measure import MachineRun, fastest
 from clo.engine.network import Network
-from clo.engine.random_weights import checked, random_model
+from clo.engine.random_weights import checked, dtype_on, random_model
 from clo.errors import CloError
 from clo.files import read_json, write_text
 from clo.operation_costs import BenchmarkRow, FitPoint, OperationCost, OperationProfile
@@ -36,7 +36,7 @@ from clo_calibration.operation_fit import (
     observations,
     predicted_s,
 )
-from clo_calibration.probes import DESIGNS, Probe, calibration_probes, plan_of, run_probe
+from clo_calibration.probes import DESIGNS, Probe, calibration_probes, grid_of, plan_of, run_probe
 from clo_calibration.run_files import load_run, save_run
 
 Progress = Callable[[str, int, int], None]
@@ -46,8 +46,8 @@ NOISY = 0.1
 
 
 def network_of(model: ModelSpec, device: torch.device) -> Network:
-    """Random weights in single precision. Raises `SpecError` where the machine cannot hold them."""
-    return Network(random_model(checked(model, device), device=device), model.name)
+    """Random weights in what models run in there. Raises `SpecError` where the machine cannot hold them."""
+    return Network(random_model(checked(model, device), dtype=dtype_on(device), device=device), model.name)
 
 
 def calibrate(
@@ -69,12 +69,21 @@ def calibrate(
     network = network_of(model, device)
     here = fingerprint(device)
     claim_folder(samples, here, network.spec)
-    probes = calibration_probes(designs, steps=steps)
+    probes = calibration_probes(designs, steps=steps, grid=grid_of(device))
     progress("microbenchmarks", 0, 1)
-    benchmarks = host_benchmarks(tuple(sorted({1, torch.get_num_threads(), 2})))
+    benchmarks = _microbenchmarks(device)
     progress("microbenchmarks", 1, 1)
     runs = measure(network, probes, samples, progress, rounds=rounds)
     return fit_profile(list(zip(probes, runs, strict=True)), benchmarks, name=name, here=here, network=network)
+
+
+def _microbenchmarks(device: torch.device) -> list[HostBenchmark]:
+    threads = tuple(sorted({1, torch.get_num_threads(), 2}))
+    if device.type != "cuda":
+        return host_benchmarks(threads)
+    from clo_calibration.device_benchmarks import device_benchmarks
+
+    return device_benchmarks(device, threads)
 
 
 def claim_folder(folder: Path, here: dict[str, str], model: ModelSpec) -> None:
@@ -215,16 +224,20 @@ def _row(benchmark: HostBenchmark) -> BenchmarkRow:
 
 def _machine(device: torch.device, benchmarks: Sequence[HostBenchmark], name: str) -> MachineSpec:
     """This machine's memory with measured rates: on a CPU every link is a copy."""
-    rates = {row.name: row.per_second for row in map(_row, benchmarks) if not row.parameters}
-    found = local_machine(device)
-    copied = rates["copy"]
+    rates: dict[str, float] = {}
+    for row in map(_row, benchmarks):
+        rates[row.name] = max(row.per_second, rates.get(row.name, 0.0))
+    found, on_cuda = local_machine(device), device.type == "cuda"
+    to_device, to_host, memory = ("dma to device", "dma to host", "device memory") if on_cuda else ("copy",) * 3
+    # a copy of host memory reads and writes it; a link reads or writes
+    host = rates[to_device] if on_cuda else 2 * rates["copy"]
     return found.with_fields(
         name=name,
         source="clo calibrate",
         profile=f"{name}.json",
-        gpu=found.gpu.model_dump() | {"hbm_bytes_per_s": copied, "peak_flops_per_s": rates["matmul"]},
-        link={"h2d_bytes_per_s": copied, "d2h_bytes_per_s": copied},
-        host=found.host.model_dump() | {"memory_bytes_per_s": 2 * copied},
+        gpu=found.gpu.model_dump() | {"hbm_bytes_per_s": rates[memory], "peak_flops_per_s": rates["matmul"]},
+        link={"h2d_bytes_per_s": rates[to_device], "d2h_bytes_per_s": rates[to_host]},
+        host=found.host.model_dump() | {"memory_bytes_per_s": host},
     )
 
 

@@ -38,11 +38,17 @@ class HostBenchmark:
 
 def host_benchmarks(threads: tuple[int, ...], repetitions: int = 15) -> list[HostBenchmark]:
     """Copies, scattered reads by thread count and page size, staging, launches, wake-ups and flags."""
-    found = [_copy(repetitions), _matmul(repetitions)]
+    found = [_copy(repetitions), _matmul(repetitions), *thread_benchmarks(threads, repetitions)]
+    return [*found, _flag(repetitions), _launches(repetitions)]
+
+
+def thread_benchmarks(threads: tuple[int, ...], repetitions: int = 15) -> list[HostBenchmark]:
+    """What the host's threads cost beside any device."""
+    found = []
     for page_bytes in (4096, 8192, 16384, 65536):
         found += [_gather(page_bytes, count, repetitions) for count in threads]
         found.append(_staging(page_bytes, repetitions))
-    return [*found, _wake(repetitions), _flag(repetitions), _launches(repetitions)]
+    return [*found, _wake(repetitions)]
 
 
 def _timed(work: Callable[[], object], repetitions: int) -> tuple[float, ...]:

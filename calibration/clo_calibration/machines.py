@@ -8,13 +8,12 @@ from contextlib import contextmanager
 
 import torch
 
-from clo.errors import SpecError
+from clo.engine.random_weights import need_device
 
 
 def device_of(name: str) -> torch.device:
     """Raises `SpecError` where there is no such device, or none that steps can be run on."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise SpecError("--device cuda: torch sees no CUDA device on this machine")
+    need_device(name)
     return torch.device(name)
 
 

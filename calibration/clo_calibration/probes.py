@@ -11,6 +11,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from clo import presets
 from clo.engine.decoder import Decoder
 from clo.engine.measure import MachineRun, run_steps
@@ -18,7 +20,7 @@ from clo.engine.network import Network
 from clo.engine.random_weights import random_prompt
 from clo.errors import SpecError
 from clo.plan import DecodePlan
-from clo.specs import Cache, Design, OnMiss
+from clo.specs import Cache, Design, OnMiss, Transfer
 
 DESIGNS = (
     "resident",
@@ -38,21 +40,52 @@ QUICK_DESIGNS = ("resident", "resolve", "clo")
 Size = tuple[int, int, float]
 """Context tokens, sequences, budget as a share of the context."""
 
-FITTED_SIZES: tuple[Size, ...] = ((512, 1, 0.1), (4096, 1, 0.1), (1024, 4, 0.2), (2048, 2, 0.05))
-HELD_OUT_SIZES: tuple[Size, ...] = ((768, 1, 0.15), (3072, 1, 0.07), (1536, 3, 0.1), (1024, 2, 0.12))
-BASELINE: Size = (2048, 1, 0.1)
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Sizes to fit from, sizes to be judged by, and the one that comes back to show how calm the machine is."""
+
+    fitted: tuple[Size, ...]
+    held_out: tuple[Size, ...]
+    baseline: Size
+
+
+CPU_GRID = Grid(
+    fitted=((512, 1, 0.1), (4096, 1, 0.1), (1024, 4, 0.2), (2048, 2, 0.05)),
+    held_out=((768, 1, 0.15), (3072, 1, 0.07), (1536, 3, 0.1), (1024, 2, 0.12)),
+    baseline=(2048, 1, 0.1),
+)
+CUDA_GRID = Grid(
+    fitted=((4096, 1, 0.1), (32768, 1, 0.1), (8192, 4, 0.2), (16384, 2, 0.05)),
+    held_out=((6144, 1, 0.15), (24576, 1, 0.07), (12288, 3, 0.1), (8192, 2, 0.12)),
+    baseline=(16384, 1, 0.1),
+)
+
+
+def grid_of(device: torch.device) -> Grid:
+    """Longer contexts where a device is worth them."""
+    return CUDA_GRID if device.type == "cuda" else CPU_GRID
+
 
 SPARE_TOKENS = 48
 """Room for the tokens of a run."""
 
 
-def named(designs: str | None) -> tuple[str, ...]:
+def designs_of(device: torch.device) -> tuple[str, ...]:
+    """Presets that run on `device`: CUDA machines do not store through the BAR."""
+    if device.type != "cuda":
+        return DESIGNS
+    return tuple(name for name in DESIGNS if presets.load_design(name).transfer is not Transfer.CPU_ZERO_COPY)
+
+
+def named(designs: str | None, device: torch.device) -> tuple[str, ...]:
     """Presets from a comma-separated list, all if there is none. Raises `SpecError` for one that cannot be run."""
     if designs is None:
-        return DESIGNS
+        return designs_of(device)
     chosen = tuple(name.strip() for name in designs.split(",") if name.strip())
-    if not chosen or not set(chosen) <= set(DESIGNS):
-        raise SpecError(f"--designs {designs}: choose from {', '.join(DESIGNS)}")
+    possible = designs_of(device)
+    if not chosen or not set(chosen) <= set(possible):
+        raise SpecError(f"--designs {designs}: choose from {', '.join(possible)}")
     return chosen
 
 
@@ -103,22 +136,22 @@ def local_design(name: str, budget: float) -> Design:
     return design.with_fields(**fields)
 
 
-def calibration_probes(designs: Sequence[str] = DESIGNS, *, steps: int = 8) -> list[Probe]:
+def calibration_probes(designs: Sequence[str] = DESIGNS, *, steps: int = 8, grid: Grid = CPU_GRID) -> list[Probe]:
     """Every design at every fitted size, alone and beside others; the baseline comes back to show how calm it is."""
     probes: list[Probe] = []
     for number, name in enumerate(designs):
         if number % 3 == 0:
-            probes.append(_probe("resident", BASELINE, alone=False, steps=steps, turn=number))
-        for size in FITTED_SIZES:
+            probes.append(_probe("resident", grid.baseline, alone=False, steps=steps, turn=number))
+        for size in grid.fitted:
             probes += [_probe(name, size, alone=alone, steps=steps) for alone in (True, False)]
     return probes
 
 
-def validation_probes(designs: Sequence[str] = DESIGNS, *, steps: int = 8) -> list[Probe]:
+def validation_probes(designs: Sequence[str] = DESIGNS, *, steps: int = 8, grid: Grid = CPU_GRID) -> list[Probe]:
     """Half at the fitted sizes, half at others, where some choices of a design are others too."""
     probes: list[Probe] = []
-    for size in (*FITTED_SIZES, *HELD_OUT_SIZES):
-        fitted = size in FITTED_SIZES
+    for size in (*grid.fitted, *grid.held_out):
+        fitted = size in grid.fitted
         chosen = [local_design(name, size[2]) for name in designs]
         if not fitted:
             chosen += _variants(designs, size[2])

@@ -16,7 +16,7 @@ from clo.timeline import save_chrome_trace
 from clo_calibration.calibrate import Progress, claim_folder, measure, network_of, rounds_of
 from clo_calibration.comparison import ABLATIONS, Comparison, compare, price_run, simulated_s
 from clo_calibration.fingerprint import differences, fingerprint
-from clo_calibration.probes import DESIGNS, Probe, validation_probes
+from clo_calibration.probes import DESIGNS, Probe, grid_of, validation_probes
 from clo_calibration.verdict import Pair, Point, Verdict
 from clo_sim.intervals import predict
 
@@ -44,7 +44,7 @@ def validate(
         raise CloError(f"profile {profile.name} is of another machine ({'; '.join(found)}): --any-machine to go on")
     network = network_of(profile.model, device)
     claim_folder(samples, here, network.spec)
-    probes = _first_sizes(validation_probes(designs, steps=steps), sizes)
+    probes = _first_sizes(validation_probes(designs, steps=steps, grid=grid_of(device)), sizes)
     runs = measure(network, probes, samples, progress, rounds=rounds)
     points = []
     for done, (probe, run) in enumerate(zip(probes, runs, strict=True)):

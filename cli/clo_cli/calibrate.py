@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="What to measure.")
 @click.option("--out", type=click.Path(path_type=Path), default="profile.json", show_default=True, help="The profile.")
-@click.option("--model", default="smollm2-135m", show_default=True, help="Preset, TOML or config.json: only its shape.")
+@click.option(
+    "--model", help="Preset, TOML or config.json: only its shape [default: smollm2-135m; on CUDA llama-3-8b]."
+)
 @click.option("--layers", type=int, default=8, show_default=True, help="Use so many of its layers.")
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any field of the model's shape.")
 @click.option("--designs", help="Comma-separated presets to learn from [default: all].")
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 def calibrate(
     device: str,
     out: Path,
-    model: str,
+    model: str | None,
     layers: int,
     settings: tuple[str, ...],
     designs: str | None,
@@ -38,7 +40,7 @@ def calibrate(
 
     \b
     Operations are timed alone and beside others, with random weights; about 3 minutes on two cores. What is measured
-    is kept: an interrupted calibration goes on where it stopped.
+    is kept: an interrupted calibration goes on where it stopped. --device cuda has not yet run on a GPU.
     \b
     clo calibrate --out my-laptop.json --figure fits.png
     clo validate --profile my-laptop.json
@@ -70,7 +72,7 @@ def calibrate(
 def _calibrated(
     device: str,
     out: Path,
-    model: str,
+    model: str | None,
     layers: int,
     settings: tuple[str, ...],
     designs: str | None,
@@ -82,19 +84,21 @@ def _calibrated(
     from clo_cli.models import need_engine, progress_bar
 
     changes = parse_overrides(settings, ("model",))
+    model = model or ("llama-3-8b" if device == "cuda" else "smollm2-135m")
     shape = apply(presets.load_model(model).with_fields(num_layers=layers), changes["model"], "model")
     need_engine("calibrating", "calibrate", ("scipy",))
     from clo_calibration.calibrate import calibrate as run
     from clo_calibration.machines import device_of, half_the_cores
     from clo_calibration.probes import named
 
+    found = device_of(device)
     with half_the_cores(), progress_bar() as progress:
         return run(
             shape,
             samples=samples or out.with_suffix(".samples"),
             name=out.stem,
-            device=device_of(device),
-            designs=named(designs),
+            device=found,
+            designs=named(designs, found),
             rounds=rounds,
             progress=progress,
         )

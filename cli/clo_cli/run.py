@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @click.option(
     "--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any field of the design: design.tau=0.9."
 )
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to decode.")
 @click.option("--context", default=2048, show_default=True, help="Tokens per sequence before the first step.")
 @click.option("--batch", default=1, show_default=True, help="Sequences decoded together.")
 @click.option("--steps", default=16, show_default=True, help="Decode steps to measure, after two more.")
@@ -36,6 +37,7 @@ def run(
     layers: int | None,
     design_name: str,
     settings: tuple[str, ...],
+    device: str,
     context: int,
     batch: int,
     steps: int,
@@ -51,6 +53,8 @@ def run(
     \b
     clo run --model smollm2-135m --design resolve --context 4096 --timeline step.json
     clo run --model llama-3-8b --layers 2 --design clo
+    \b
+    --device cuda decodes on a GPU, in bfloat16 unless --weights say otherwise; it has not yet run on one.
     """
     from clo.errors import SpecError
     from clo.files import check_target
@@ -64,12 +68,19 @@ def run(
     for path in (timeline, out):
         if path is not None:
             check_target(path)
-    measured = _measured(model, weights, layers, design, context, batch, steps)
+    measured = _measured(model, weights, layers, design, device, context, batch, steps)
     _report(measured, timeline, out, as_json)
 
 
 def _measured(
-    model: str, weights: str | None, layers: int | None, design: Design, context: int, batch: int, steps: int
+    model: str,
+    weights: str | None,
+    layers: int | None,
+    design: Design,
+    device: str,
+    context: int,
+    batch: int,
+    steps: int,
 ) -> MachineRun:
     from clo_cli.models import need_engine
 
@@ -78,7 +89,7 @@ def _measured(
     from clo.engine.measure import run_steps
     from clo.engine.random_weights import random_prompt
 
-    network = _network(model, weights, layers)
+    network = _network(model, weights, layers, device)
     with Decoder(network, _without_profile(design), max_new_tokens=steps + 4) as decoder:
         prompts = [random_prompt(network, context, seed=seed) for seed in range(batch)]
         return run_steps(decoder, prompts, steps=steps)
@@ -89,18 +100,19 @@ def _without_profile(design: Design) -> Design:
     return design.with_fields(target_hit_rate=None, gqa_fold="mean") if design.gated else design
 
 
-def _network(model: str, weights: str | None, layers: int | None) -> Any:
+def _network(model: str, weights: str | None, layers: int | None, device: str) -> Any:
     from clo import presets
     from clo.engine.network import Network
-    from clo.engine.random_weights import checked, random_model
+    from clo.engine.random_weights import checked, dtype_on, need_device, random_model
     from clo_cli.models import load_for_decoding
 
+    need_device(device)
     if weights:
-        return Network(load_for_decoding(weights)[0])
+        return Network(load_for_decoding(weights)[0].to(device))
     shape = presets.load_model(model)
     if layers is not None:
         shape = shape.with_fields(num_layers=layers)
-    return Network(random_model(checked(shape)), shape.name)
+    return Network(random_model(checked(shape, device), dtype=dtype_on(device), device=device), shape.name)
 
 
 def _report(measured: MachineRun, timeline: Path | None, out: Path | None, as_json: bool) -> None:

@@ -42,18 +42,19 @@ def validate(
     profile = load_operation_profile(profile_path)
     check_target(out, folder=True)
     need_engine("validating", "calibrate", ("scipy",))
-    from clo_calibration.machines import half_the_cores
+    from clo_calibration.machines import device_of, half_the_cores
     from clo_calibration.probes import QUICK_DESIGNS, named
     from clo_calibration.validate import validate as run
     from clo_calibration.verdict import markdown
     from clo_plots.style import save_figure
     from clo_plots.verdicts import Judged, plot_ablation, plot_verdict
 
+    device = device_of(profile.fingerprint.get("device", "cpu"))
     with half_the_cores(), progress_bar() as progress:
         verdict = run(
             profile,
             samples=out / "samples",
-            designs=QUICK_DESIGNS if quick and designs is None else named(designs),
+            designs=QUICK_DESIGNS if quick and designs is None else named(designs, device),
             sizes=1 if quick else None,
             rounds=min(rounds, 2) if quick else rounds,
             any_machine=any_machine,

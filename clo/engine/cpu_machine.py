@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from clo.engine.faults import FailedOperationError, explained
 from clo.errors import EngineError
 from clo.schedule import Cause, HostWait, Lane, Op, Step, Token
 from clo.schedule.graph import runtime_op, submission
@@ -114,6 +115,7 @@ class CpuMachine:
     def __init__(self, run: Run, *, patience_s: float = DEFAULT_PATIENCE_S, one_at_a_time: bool = False) -> None:
         self._run, self._patience_s, self._one_at_a_time = run, patience_s, one_at_a_time
         self._step = _Submitted()
+        self.timeline: Timeline | None = None
         # a pair of flags for each stream: numbers of two streams may come in another order than they were given out
         self._doorbells = {lane: Flag(f"doorbell of the {lane}") for lane in Lane}
         self._readies = {lane: Flag(f"ready flag of the {lane}") for lane in Lane}
@@ -146,10 +148,11 @@ class CpuMachine:
             for thread in self._threads:
                 thread.join(self._patience_s)
 
-    def execute(self, step: Step, title: str = "step") -> Timeline:
-        """Drive one step to its end. Raises `EngineError` naming the operation that failed."""
+    def execute(self, step: Step, title: str = "step", *, prepare: Callable[[], None] = lambda: None) -> Timeline:
+        """Drive one step to its end, after `prepare`. Raises `EngineError` naming the operation that failed."""
         if self._closed:
             raise EngineError("the machine is closed: make a new one")
+        prepare()
         now = self._step
         now.began_s = now.host_free_s = time.perf_counter()
         try:
@@ -163,10 +166,12 @@ class CpuMachine:
         finally:
             self._step = _Submitted()
         if now.failure is not None:
-            raise _explained(now.failure)
+            raise explained(now.failure)
         lanes = {span.lane for span in now.spans}
         ordered = tuple(sorted(now.spans, key=lambda span: span.start_s))
-        return Timeline(title=title, spans=ordered, lanes=tuple(lane.value for lane in Lane if lane.value in lanes))
+        used = tuple(lane.value for lane in Lane if lane.value in lanes)
+        self.timeline = Timeline(title=title, spans=ordered, lanes=used)
+        return self.timeline
 
     def _abandon(self, error: BaseException) -> None:
         """Let the lanes run empty without doing anything more."""
@@ -266,7 +271,7 @@ class CpuMachine:
         self._step.host_free_s = time.perf_counter()
         self._host_span(wait.op, ((wait.cause.value, self._step.host_free_s - began),))
         if self._step.failure is not None:
-            raise _explained(self._step.failure)
+            raise explained(self._step.failure)
 
     def _await(self, token: Token) -> None:
         if not self._step.done[token].wait(self._patience_s):
@@ -328,7 +333,7 @@ class CpuMachine:
         try:
             return self._do(step, lane, task, waited) if step.failure is None else waited.free_s
         except BaseException as error:
-            step.failure = step.failure or _FailedError(task.op, error)
+            step.failure = step.failure or FailedOperationError(task.op, error)
             return waited.free_s
         finally:
             step.finish(task.token)
@@ -362,23 +367,6 @@ class _Waited:
         now = time.perf_counter()
         self.causes.append((cause.value, now - self.free_s))
         self.free_s = now
-
-
-class _FailedError(Exception):
-    """What went wrong, and in which operation."""
-
-    def __init__(self, op: Op, error: BaseException) -> None:
-        super().__init__(op.name)
-        self.op, self.error = op, error
-
-
-def _explained(failure: BaseException) -> BaseException:
-    if not isinstance(failure, _FailedError):
-        return failure
-    reason = str(failure.error) or type(failure.error).__name__
-    explained = EngineError(f"operation {failure.op.name} of layer {failure.op.layer}: {reason}")
-    explained.__cause__ = failure.error
-    return explained
 
 
 def _nothing(_: Op) -> float:

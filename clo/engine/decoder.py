@@ -13,17 +13,32 @@ from typing import Any
 import torch
 
 from clo.engine.cpu_machine import DEFAULT_PATIENCE_S, CpuMachine
+from clo.engine.cuda_device import torch_device
+from clo.engine.cuda_machine import CudaMachine
 from clo.engine.finite import explain_prompt
 from clo.engine.layer import DenseLayer, HeadSettings, Layer, LayerShape, OffloadedLayer, StreamedLayer
 from clo.engine.memory import check_memory, explain_need, ran_out
 from clo.engine.network import Network
 from clo.engine.operations import Operations
 from clo.engine.prefill import PREFILL_CHUNK_TOKENS, read_into
+from clo.engine.words import two_memories
 from clo.errors import EngineError, SpecError
 from clo.plan import DecodePlan, make_plan
 from clo.schedule import Op, decode_step
 from clo.schedule.ops import Stage
-from clo.specs import Attend, Design, GpuSpec, GqaFold, HostSpec, LinkSpec, MachineSpec, Workload
+from clo.specs import (
+    Attend,
+    Design,
+    GpuSpec,
+    GqaFold,
+    HostSpec,
+    LinkSpec,
+    MachineSpec,
+    Selector,
+    Sync,
+    Transfer,
+    Workload,
+)
 from clo.timeline import Timeline
 
 DEFAULT_SLOT_BUDGETS = 2.0
@@ -131,7 +146,8 @@ class Decoder:
     """One batch of sequences decoding under `design`.
 
     `prefill` the prompts, then `step` with each next token, or `generate`. Close it, or use it in a `with` block.
-    `max_new_tokens` is what there is room for after the prompts; `one_at_a_time` lets nothing overlap.
+    `max_new_tokens` is what there is room for after the prompts; `one_at_a_time` lets nothing overlap. Without `timed`
+    a CUDA step records no times but its own: an event costs about as much as a small kernel.
     Raises `SpecError` where the design does not fit.
     """
 
@@ -145,19 +161,20 @@ class Decoder:
         kv_memory_bytes: float | None = None,
         patience_s: float = DEFAULT_PATIENCE_S,
         one_at_a_time: bool = False,
+        timed: bool = True,
     ) -> None:
         self.network = model if isinstance(model, Network) else Network(model)
         self.design = _sized(design, kv_memory_bytes)
         check_design(self.design, heads)
         self.heads = heads or HeadProfile()
         self.max_new_tokens = max_new_tokens
-        self._kv_memory_bytes, self._patience_s, self._one_at_a_time = kv_memory_bytes, patience_s, one_at_a_time
+        self._kv_memory_bytes, self._patience_s = kv_memory_bytes, patience_s
+        self._one_at_a_time, self._timed = one_at_a_time, timed
         self._pool = ThreadPoolExecutor(self.design.transfer_threads, thread_name_prefix="clo transfer")
-        self._machine: CpuMachine | None = None
+        self._machine: CpuMachine | CudaMachine | None = None
         self._operations: Operations | None = None
         self._broken = False
         self.plan: DecodePlan | None = None
-        self.timeline: Timeline | None = None
 
     def __enter__(self) -> Decoder:
         return self
@@ -174,7 +191,18 @@ class Decoder:
     @property
     def lengths(self) -> list[int]:
         """Tokens that each sequence has in its cache."""
-        return [int(length) for length in self._ready().lengths]
+        return list(self._ready().host_lengths)
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """When each operation of the last step ran; None before there is one."""
+        return None if self._machine is None else self._machine.timeline
+
+    def time_operations(self, timed: bool) -> None:
+        """From the next step on; on a CPU they always are."""
+        self._timed = timed
+        if isinstance(self._machine, CudaMachine):
+            self._machine.timed = timed
 
     @property
     def layers(self) -> Sequence[Layer]:
@@ -187,6 +215,7 @@ class Decoder:
         Their pages go to the host while the next chunk is computed. Prompts that have been read before (`read_prompt`)
         are only taken in. Starts the decoder anew: after an error there is nothing to decode.
         """
+        check_device(self.design, self.heads, self.network.device)
         lengths = [prompt.num_tokens if isinstance(prompt, Prompt) else len(prompt) for prompt in prompts]
         if self._machine is not None:
             self._machine.close()
@@ -205,8 +234,8 @@ class Decoder:
         if not bool(torch.isfinite(read).all()):
             raise EngineError(f"prefill: the logits are not finite, {explain_prompt(layers, lengths)}")
         operations = Operations(self.network, self.plan, layers, self._pool)
-        operations.lengths += torch.tensor(lengths, dtype=torch.int32, device=self.network.device)
-        self._machine = CpuMachine(self._do, patience_s=self._patience_s, one_at_a_time=self._one_at_a_time)
+        operations.take(lengths)
+        self._machine = self._new_machine(operations)
         self._operations, self._broken = operations, False
         return read
 
@@ -219,7 +248,7 @@ class Decoder:
         return prompt.logits
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Decode one token a sequence, `[batch]`; logits `[batch, vocab_size]` of the next.
+        """Decode one token a sequence, `[batch]`; logits `[batch, vocab_size]` of the next, good until the next step.
 
         Raises `EngineError` if an operation failed; the decoder must then be given its prompts anew.
         """
@@ -227,17 +256,17 @@ class Decoder:
         assert machine is not None
         assert self.plan is not None
         room = min(layer.shape.max_tokens for layer in operations.layers)
-        if int(operations.lengths.max()) + 1 > room:
+        if max(operations.host_lengths) + 1 > room:
             raise EngineError(
                 f"the cache has room for {room} tokens a sequence: give the decoder a larger max_new_tokens "
                 f"(now {self.max_new_tokens})"
             )
-        for layer in operations.layers:
-            layer.counts.reset()
         self._broken = True
         with torch.inference_mode():
             operations.begin(tokens.to(self.network.device))
-            self.timeline = machine.execute(decode_step(self.plan, machine), title=f"{self.design.name} (machine)")
+            title = f"{self.design.name} (machine)"
+            machine.execute(decode_step(self.plan, machine), title=title, prepare=operations.embed)
+            operations.check()
         self._broken = False
         return operations.logits
 
@@ -264,6 +293,17 @@ class Decoder:
         if self._broken:
             raise EngineError("decoder: the last step failed half-way: call prefill again")
         return self._operations
+
+    def _new_machine(self, operations: Operations) -> CpuMachine | CudaMachine:
+        if self.network.device.type != "cuda":
+            return CpuMachine(self._do, patience_s=self._patience_s, one_at_a_time=self._one_at_a_time)
+        return CudaMachine(
+            operations,
+            torch_device(self.network.device),
+            patience_s=self._patience_s,
+            one_at_a_time=self._one_at_a_time,
+            timed=self._timed,
+        )
 
     def _do(self, op: Op) -> float:
         assert self._operations is not None
@@ -302,6 +342,7 @@ def make_layers(network: Network, plan: DecodePlan, heads: HeadProfile, max_toke
         dtype=network.dtype,
         device=network.device,
         scale=network.scale,
+        recorded=two_memories(network.device) and plan.design.sync is Sync.GRAPH,
     )
     layers: list[Layer] = []
     for layer in range(model.num_layers):
@@ -333,6 +374,26 @@ def check_design(design: Design, heads: HeadProfile | None) -> None:
         raise SpecError("design.gqa_fold = importance: the weights come from a head profile: give one")
     if design.attend is Attend.FULL and design.offloads and design.pinned_head_fraction:
         raise SpecError("design.pinned_head_fraction: the decoder streams whole layers: set it to 0")
+
+
+def check_device(design: Design, heads: HeadProfile, device: torch.device) -> None:
+    """Raise `SpecError` for what cannot run on a CUDA device: it is simulated only, or needs the host in every step."""
+    if device.type != "cuda":
+        return
+    if design.offloads and design.selects and design.transfer is Transfer.CPU_ZERO_COPY:
+        raise SpecError(
+            "design.transfer = cpu_zero_copy: CPU stores through the PCIe BAR need GDRCopy, which the decoder does not "
+            "use: on CUDA this is simulated only: choose gpu_zero_copy, page_copies or staged"
+        )
+    if design.sync is not Sync.GRAPH:
+        return
+    if design.selects and design.selector is Selector.EXACT:
+        raise SpecError(
+            "design.selector = exact reads lengths on the host in every layer, which a recorded graph cannot: "
+            "choose another selector, or sync = events"
+        )
+    if heads.refresh_rate is not None:
+        raise SpecError("heads.refresh_rate: a recorded graph cannot ask the host's clock: choose design.sync = events")
 
 
 def local_machine(device: torch.device) -> MachineSpec:

@@ -66,6 +66,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         self.plan: DecodePlan | None = None
         self._kv: list[Layer] = []
         self._lengths = torch.zeros(0, dtype=torch.int32)
+        self._tokens: list[int] = []
         self._predicted: set[int] = set()
         count = len(network.layers)
         super().__init__(layers=[_CacheLayer(self, layer) for layer in range(count)])
@@ -105,6 +106,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         batch, tokens = first.keys.shape[0], first.keys.shape[2]
         self.plan = self._decoder.make_plan([tokens] * batch)
         self._kv = make_layers(self._network, self.plan, self._decoder.heads, tokens + self._decoder.max_new_tokens)
+        self._tokens = [tokens] * batch
         self._lengths = torch.full((batch,), tokens, dtype=torch.int32, device=first.keys.device)
         for layer, kv in zip(self.layers, self._kv, strict=True):
             for sequence in range(batch):
@@ -134,12 +136,13 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         if not self.decodes:
             self.begin_decoding()
         self._lengths = self._lengths + 1
+        self._tokens = [tokens + 1 for tokens in self._tokens]
         room = self._kv[0].shape.max_tokens
-        if int(self._lengths.max()) > room:
+        if max(self._tokens) > room:
             raise EngineError(f"cache: there is room for {room} tokens: give offload() a larger max_new_tokens")
         self._predicted.clear()
         for kv in self._kv:
-            kv.counts.reset()
+            kv.begin(self._tokens)
         return True
 
     def _prefetch(self, layer: int, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -167,12 +170,12 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         if isinstance(kv, OffloadedLayer):
             return inline.attend(kv, query, self._lengths, was_predicted=layer in self._predicted)
         if isinstance(kv, StreamedLayer):
-            kv.copy(Stage.DEMAND, self._lengths, self.plan.design.page_size)
+            kv.copy(Stage.DEMAND, self.plan.design.page_size)
         return kv.attend(query, self._lengths)
 
     def decoded_length(self) -> int:
         """Tokens in the cache while decoding."""
-        return int(self._lengths.max())
+        return max(self._tokens)
 
 
 class _CacheLayer(DynamicLayer):  # type: ignore[misc]

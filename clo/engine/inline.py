@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from clo.engine.layer import OffloadedLayer
+from clo.engine.words import wait_for_device
 from clo.plan import DecodePlan
 from clo.schedule.ops import Stage
 from clo.specs import Cache
@@ -68,4 +69,7 @@ def _select(layer: OffloadedLayer, stage: Stage, query: torch.Tensor, lengths: t
     layer.score(stage, query, lengths)
     layer.select(stage, lengths)
     if layer.design.cache in (Cache.LRU, Cache.HEAD_REUSE):
+        if layer.resolves_on_cpu:
+            layer.letter(stage).bring()
+            wait_for_device(layer.shape.device)
         layer.resolve(stage)

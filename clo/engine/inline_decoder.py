@@ -43,6 +43,7 @@ class InlineDecoder:
         self._plan: DecodePlan | None = None
         self.layers: Sequence[Layer] = ()
         self._lengths = torch.empty(0)
+        self._tokens: list[int] = []
 
     @property
     def plan(self) -> DecodePlan:
@@ -66,15 +67,17 @@ class InlineDecoder:
         for sequence, prompt in enumerate(prompts):
             for layer, (keys, values) in zip(self.layers, prompt.kv, strict=True):
                 layer.load(sequence, keys, values)
+        self._tokens = lengths
         self._lengths = torch.tensor(lengths, dtype=torch.int32, device=self.network.device)
         return torch.stack([prompt.logits for prompt in prompts])
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Decode one token a sequence, `[batch]`; logits `[batch, vocab_size]` of the next."""
-        if int(self._lengths.max()) >= self.plan.workload.context_tokens + self.max_new_tokens:
+        if max(self._tokens) >= self.plan.workload.context_tokens + self.max_new_tokens:
             raise EngineError(f"decoder: max_new_tokens = {self.max_new_tokens} tokens have been decoded")
+        self._tokens = [tokens + 1 for tokens in self._tokens]
         for kv in self.layers:
-            kv.counts.reset()
+            kv.begin(self._tokens)
         network = self.network
         with torch.inference_mode():
             self._lengths = self._lengths + 1
@@ -99,7 +102,7 @@ class InlineDecoder:
             return inline.attend(layer, now, lengths, was_predicted=index in predicted, observe=observe)
         layer.append(*new, lengths)
         if isinstance(layer, StreamedLayer):
-            layer.copy(Stage.DEMAND, lengths, self.plan.design.page_size)
+            layer.copy(Stage.DEMAND, self.plan.design.page_size)
         return layer.attend(now, lengths)
 
     def _prefetch(self, target: int | None, hidden: torch.Tensor, rotation: Rotation, predicted: set[int]) -> None:

@@ -35,6 +35,11 @@ def kernels_for(device: torch.device) -> Kernels:
     """Triton kernels on CUDA; the references elsewhere, whatever Triton's interpreter is set to."""
     if device.type != "cuda":
         return _of(*[reference] * 7)
+    return triton_kernels()
+
+
+def triton_kernels() -> Kernels:
+    """Those of a CUDA device, and of Triton's interpreter."""
     return _of(hit_test, score_pages, select_pages, resolve_pages, gather_pages, attention, append_kv)
 
 

@@ -40,7 +40,11 @@ def run_steps(
     """Decode greedily; the first `warmup_steps` are not kept. Raises `EngineError` for no step to measure."""
     if steps < 1:
         raise EngineError(f"steps = {steps}: must be at least 1")
-    tokens = decoder.prefill(prompts).argmax(-1)
+    return go_on(decoder, decoder.prefill(prompts).argmax(-1), steps=steps, warmup_steps=warmup_steps)
+
+
+def go_on(decoder: Decoder, tokens: torch.Tensor, *, steps: int, warmup_steps: int = 2) -> MachineRun:
+    """Further steps of prompts that have been read, from `tokens` `[batch]` on."""
     timelines, rows = [], []
     for step in range(warmup_steps + steps):
         tokens = decoder.step(tokens).argmax(-1)

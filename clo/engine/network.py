@@ -32,6 +32,11 @@ class Network:
         self.device: torch.device = self.layers[0].self_attn.q_proj.weight.device
         self._rotate = sys.modules[type(self.layers[0].self_attn).__module__].apply_rotary_pos_emb
 
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the weights lie, by one of each layer: others after they were moved or loaded anew."""
+        return tuple(int(layer.self_attn.q_proj.weight.data_ptr()) for layer in self.layers)
+
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden states of one token a sequence, `[batch]` -> `[batch, 1, hidden_size]`."""
         hidden: torch.Tensor = self.model.model.embed_tokens(tokens[:, None])

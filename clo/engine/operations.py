@@ -5,7 +5,7 @@ One decode step is the operations of `clo.schedule` in any order that its waits 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Executor
 
 import torch
@@ -13,6 +13,8 @@ import torch
 from clo.engine.finite import Projected, explain_step
 from clo.engine.layer import DenseLayer, Layer, OffloadedLayer, StreamedLayer
 from clo.engine.network import Network, Rotation
+from clo.engine.staging import Staging
+from clo.engine.words import Words
 from clo.errors import EngineError
 from clo.plan import DecodePlan
 from clo.schedule import Op
@@ -27,7 +29,10 @@ class Operations:
         self.network, self.plan, self.layers = network, plan, layers
         self._pool = pool
         self._stores = not (plan.design.cpu_moves and plan.design.sync != "graph")
+        self.host_lengths = [0] * plan.workload.batch
         self.lengths = torch.zeros(plan.workload.batch, dtype=INT32, device=network.device)
+        self._tokens = torch.zeros(plan.workload.batch, dtype=torch.int64, device=network.device)
+        self._finite = torch.ones((), dtype=torch.bool)
         self.logits = torch.empty(0)
         self._hidden = self._normed = self._query = self._key = self._value = torch.empty(0)
         self._attended = self._activated = torch.empty(0)
@@ -36,7 +41,7 @@ class Operations:
         self._predicted: dict[int, torch.Tensor] = {}
         self._real: dict[int, torch.Tensor] = {}
         self._projected: dict[int, Projected] = {}
-        self._staging: dict[tuple[Stage, int], torch.Tensor] = {}
+        self._staging = Staging()
         self._by_name: dict[str, Callable[[Stage, int], None]] = {
             "input_norm": self._input_norm,
             "qkv_proj": self._qkv_proj,
@@ -64,12 +69,39 @@ class Operations:
             "sample": self._nothing,
         }
 
+    def take(self, lengths: Sequence[int]) -> None:
+        """Prompts of so many tokens have been read."""
+        self.host_lengths = list(lengths)
+        self.lengths.copy_(torch.tensor(self.host_lengths, dtype=INT32))
+
     def begin(self, tokens: torch.Tensor) -> None:
-        """The next token of every sequence, `[batch]`."""
+        """The host's part of a new step: the next token of every sequence, `[batch]`, and how long they are now."""
+        self.host_lengths = [length + 1 for length in self.host_lengths]
+        for layer in self.layers:
+            layer.begin(self.host_lengths)
+        self._tokens.copy_(tokens)
+
+    def embed(self) -> None:
+        """The device's part: what the first layer reads."""
         self.lengths += 1
-        self._hidden = self.network.embed(tokens)
+        self._hidden = self.network.embed(self._tokens)
         self._rotation = self.network.rotation(self._hidden, self.lengths.long() - 1)
         self._predicted.clear()
+
+    def check(self) -> None:
+        """After a step; raises `EngineError` for logits that are not finite."""
+        if not bool(self._finite):
+            why = explain_step(self.layers, self._projected, self.host_lengths)
+            raise EngineError(f"operation lm_head of layer {len(self.layers) - 1}: the logits are not finite, {why}")
+
+    def key(self) -> Hashable:
+        """What a recorded step depends on: where the weights are."""
+        return self.network.addresses
+
+    def letter(self, op: Op) -> Words | None:
+        """What `op` found that CPU threads or the launching thread must know."""
+        kv = self.layers[op.layer]
+        return kv.letter(_stage_of(op)) if isinstance(kv, OffloadedLayer) and _chooses(op) else None
 
     def run(self, op: Op) -> None:
         """Do `op`; of a name that the schedule does not use, `KeyError`."""
@@ -82,12 +114,11 @@ class Operations:
         kv, stage = self.layers[op.layer], _stage_of(op)
         name = op.name.removeprefix(PREFETCH_MARK)
         if isinstance(kv, StreamedLayer) and name == "copy_pages":
-            tokens = int(self.lengths.sum()) - len(self.lengths)
-            return tokens * self.plan.model.layer_token_bytes
+            return kv.copied_tokens * self.plan.model.layer_token_bytes
         if isinstance(kv, OffloadedLayer) and name in ("gather_pages", "copy_pages", "copy_staged", "bar_write"):
-            return int(kv.resolved[stage].num_fetched.sum()) * self.plan.page_bytes
+            return kv.fetched_pages(stage) * self.plan.page_bytes
         if isinstance(kv, OffloadedLayer) and name == ("append_kv" if self._stores else "write_back"):
-            return kv.counts.written_back * self.plan.page_bytes
+            return kv.written_back_pages * self.plan.page_bytes
         return 0.0
 
     def _offloaded(self, layer: int) -> OffloadedLayer:
@@ -146,16 +177,17 @@ class Operations:
     def _copy_pages(self, stage: Stage, layer: int) -> None:
         kv = self.layers[layer]
         if isinstance(kv, StreamedLayer):
-            kv.copy(stage, self.lengths, self.plan.design.page_size)
+            kv.copy(stage, self.plan.design.page_size)
             return
         offloaded = self._offloaded(layer)
+        offloaded.announce(stage)
         for b, h, page, slot in offloaded.fetches(stage):
             offloaded.kv.slots[b, h, slot].copy_(offloaded.host_pages[b, page, h], non_blocking=True)
 
     def _host_gather(self, stage: Stage, layer: int) -> None:
         kv = self._offloaded(layer)
         moves = kv.fetches(stage)
-        staging = torch.empty((len(moves), *kv.host_pages.shape[3:]), dtype=kv.host_pages.dtype)
+        staging = self._staging.take((stage, layer), kv, len(moves))
 
         def collect(part: list[int]) -> None:
             for at in part:
@@ -163,17 +195,16 @@ class Operations:
                 staging[at] = kv.host_pages[b, page, h]
 
         self._in_parts(collect, len(moves))
-        self._staging[stage, layer] = staging
 
     def _copy_staged(self, stage: Stage, layer: int) -> None:
-        kv, staging = self._offloaded(layer), self._staging.pop((stage, layer))
-        arrived = staging.to(kv.kv.slots.device, non_blocking=True)
-        for at, (b, h, _, slot) in enumerate(kv.fetches(stage)):
-            kv.kv.slots[b, h, slot] = arrived[at]
+        kv = self._offloaded(layer)
+        kv.announce(stage)
+        self._staging.send((stage, layer), kv, kv.fetches(stage))
 
     def _bar_write(self, stage: Stage, layer: int) -> None:
         """On the CPU machine device memory is as writable as any: threads store into the slots."""
         kv = self._offloaded(layer)
+        kv.announce(stage)
         moves = kv.fetches(stage)
 
         def write(part: list[int]) -> None:
@@ -219,11 +250,11 @@ class Operations:
 
     def _lm_head(self, _stage: Stage, _layer: int) -> None:
         self.logits = self.network.lm_head(self._normed)
-        if not bool(torch.isfinite(self.logits).all()):
-            raise EngineError(f"the logits are not finite, {self._why_not_finite()}")
+        self._finite = torch.isfinite(self.logits).all()
 
-    def _why_not_finite(self) -> str:
-        return explain_step(self.layers, self._projected, self.lengths.tolist())
+
+def _chooses(op: Op) -> bool:
+    return op.name.removeprefix(PREFETCH_MARK) in ("select_pages", "resolve_pages")
 
 
 def _stage_of(op: Op) -> Stage:

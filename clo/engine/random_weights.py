@@ -19,17 +19,29 @@ WEIGHT_SCALE = 0.02
 KEY_SCALE = 1.0
 
 
-SINGLE_PRECISION_BYTES = 4
+PRECISION = {torch.float32: "single precision", torch.bfloat16: "bfloat16"}
 MOST_OF_MEMORY = 0.8
 
 
+def dtype_on(device: torch.device | str) -> torch.dtype:
+    """What models run in: single precision on a CPU, bfloat16 on a GPU."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
+def need_device(name: str) -> None:
+    """Raise `SpecError` where there is no such device."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SpecError("--device cuda: torch sees no CUDA device on this machine")
+
+
 def checked(spec: ModelSpec, device: torch.device | str = "cpu") -> ModelSpec:
-    """`spec`, if this machine can hold its weights in single precision. Raises `SpecError` that says what is needed."""
-    needed = spec.weight_bytes / spec.weight_bytes_per_value * SINGLE_PRECISION_BYTES
+    """`spec`, if this machine can hold its weights in `dtype_on` it. Raises `SpecError` that says what is needed."""
+    dtype = dtype_on(device)
+    needed = spec.weight_bytes / spec.weight_bytes_per_value * dtype.itemsize
     memory = local_machine(torch.device(device)).gpu.memory_bytes
     if needed > MOST_OF_MEMORY * memory:
         raise SpecError(
-            f"model {spec.name}: its weights take {format_bytes(needed)} in single precision, this machine has "
+            f"model {spec.name}: its weights take {format_bytes(needed)} in {PRECISION[dtype]}, this machine has "
             f"{format_bytes(memory)} of memory: choose a smaller model, or lower model.num_layers"
         )
     return spec
@@ -66,11 +78,11 @@ def random_model(
 
 def random_prompt(network: Network, num_tokens: int, *, seed: int = 0) -> Prompt:
     """Keys and values of `num_tokens` tokens that nobody computed: a long context for the price of its memory."""
-    model, source = network.spec, torch.Generator().manual_seed(seed)
+    model, source = network.spec, torch.Generator(network.device).manual_seed(seed)
     size = (model.num_kv_heads, num_tokens, model.head_dim)
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=source).to(network.dtype).to(network.device)
+        return torch.randn(shape, generator=source, device=network.device).to(network.dtype)
 
     kv = tuple((draw(*size) * KEY_SCALE, draw(*size)) for _ in range(model.num_layers))
     return Prompt(kv, draw(model.vocab_size))

@@ -42,7 +42,16 @@ from clo_calibration.operation_fit import (
     handover_s,
     observations,
 )
-from clo_calibration.probes import BASELINE, Probe, calibration_probes, local_design, named, validation_probes
+from clo_calibration.probes import (
+    CPU_GRID,
+    CUDA_GRID,
+    Grid,
+    Probe,
+    calibration_probes,
+    local_design,
+    named,
+    validation_probes,
+)
 from clo_calibration.run_files import load_run, save_run
 from clo_calibration.validate import point_of, validate
 from clo_calibration.verdict import Point, Verdict, load_verdict, markdown
@@ -285,9 +294,10 @@ class TestRunFiles:
 
 
 class TestProbes:
-    def test_half_of_the_grid_is_held_out(self) -> None:
-        probes = validation_probes()
-        fitted = {probe.size for probe in calibration_probes()} | {BASELINE}
+    @pytest.mark.parametrize("grid", [CPU_GRID, CUDA_GRID])
+    def test_half_of_the_grid_is_held_out(self, grid: Grid) -> None:
+        probes = validation_probes(grid=grid)
+        fitted = {probe.size for probe in calibration_probes(grid=grid)} | {grid.baseline}
         held_out = [probe for probe in probes if not probe.fitted]
         assert len(held_out) >= len(probes) / 2
         assert not fitted & {probe.size for probe in held_out}
@@ -298,7 +308,13 @@ class TestProbes:
 
     def test_unknown_designs_are_refused(self) -> None:
         with pytest.raises(SpecError, match="--designs clo,nosuch"):
-            named("clo,nosuch")
+            named("clo,nosuch", torch.device("cpu"))
+
+    def test_cuda_takes_no_design_that_stores_through_the_bar(self) -> None:
+        assert "clo-v2" in named(None, torch.device("cpu"))
+        assert not {"clo-v1", "clo-v2"} & set(named(None, torch.device("cuda")))
+        with pytest.raises(SpecError, match="--designs clo-v2: choose from resident"):
+            named("clo-v2", torch.device("cuda"))
 
 
 def point(real: float, simulated: float, *, design: str = "a", fitted: bool = False, half: float = 0.1) -> Point:
@@ -370,8 +386,8 @@ class TestEndToEnd:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The whole way on a model of two layers: structure only."""
-        for name, sizes in (("FITTED_SIZES", ((160, 1, 0.2),)), ("HELD_OUT_SIZES", ((200, 2, 0.25),))):
-            monkeypatch.setattr(f"clo_calibration.probes.{name}", sizes)
+        grid = Grid(fitted=((160, 1, 0.2),), held_out=((200, 2, 0.25),), baseline=CPU_GRID.baseline)
+        monkeypatch.setattr("clo_calibration.probes.CPU_GRID", grid)
         shape, samples = SHAPE.with_fields(num_layers=3), tmp_path / "samples"
         chosen = ("resident", "resolve", "clo-v2")
 

@@ -1,0 +1,184 @@
+"""The decoder on a CUDA device, against itself on the CPU. Skipped where there is none; **not yet run**."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from small import design, prompt, small_model
+
+from clo import presets
+from clo.engine.cuda_machine import CudaMachine
+from clo.engine.decoder import Decoder
+from clo.errors import EngineError, SpecError
+from clo.schedule import Lane, record_step
+from clo.specs import Design
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+SYNCS = ["host", "events", "flags", "graph"]
+TRANSFERS = ["page_copies", "staged", "gpu_zero_copy"]
+
+
+def on_cuda(preset: str, **changes: Any) -> Design:
+    """A preset, with page copies in the place of stores through the BAR."""
+    chosen = design(preset, **changes)
+    if chosen.selects:
+        chosen = chosen.with_fields(budget_pages=4, slot_budgets=None, slot_pages=None)
+    return chosen.with_fields(transfer="page_copies") if chosen.transfer == "cpu_zero_copy" else chosen
+
+
+DESIGNS = [
+    *[on_cuda(name) for name in presets.names("designs")],
+    on_cuda("streamed", sync="graph").with_fields(name="streamed, graph"),
+    on_cuda("clo", pinned_head_fraction=0.5).with_fields(name="pinned"),
+    *[
+        on_cuda("clo", transfer=transfer, sync=sync, resolve_on=on).with_fields(name=f"clo, {transfer}, {sync}, {on}")
+        for transfer in TRANSFERS
+        for sync in SYNCS
+        for on in ("gpu", "cpu")
+    ],
+    *[on_cuda("clo", selector=one).with_fields(name=f"clo, {one}") for one in ("page_mean", "key_4bit", "sign_hash")],
+]
+named = [pytest.param(one, id=one.name) for one in DESIGNS]
+
+
+def decoded(model: Any, chosen: Design, tokens: torch.Tensor, start: int, **options: Any) -> torch.Tensor:
+    """Logits of decoding `tokens` one by one after a prompt of the first `start`, on the CPU."""
+    with Decoder(model, chosen, max_new_tokens=len(tokens) - start, **options) as decoder:
+        rows = [decoder.prefill([tokens[:start]])[0].cpu()]
+        for token in tokens[start:]:
+            rows.append(decoder.step(token[None])[0].cpu().clone())
+    return torch.stack(rows)
+
+
+class TestAnswers:
+    @pytest.mark.parametrize("chosen", named)
+    def test_every_design_decodes_what_the_cpu_decodes(self, chosen: Design) -> None:
+        tokens = prompt(120)
+        expected = decoded(small_model(), chosen, tokens, 80)
+        found = decoded(small_model().cuda(), chosen, tokens, 80)
+        assert torch.equal(found.argmax(-1), expected.argmax(-1))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize("name", ["clo", "resolve", "resident", "resident-sparse"])
+    def test_two_hundred_replays(self, name: str) -> None:
+        chosen, tokens = on_cuda(name), prompt(250)
+        expected = decoded(small_model(), chosen, tokens, 45)
+        found = decoded(small_model().cuda(), chosen, tokens, 45, timed=False)
+        assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+    def test_sequences_of_different_lengths(self) -> None:
+        texts = [prompt(50 + extra, seed) for seed, extra in enumerate((0, 7, 33))]
+        rows = []
+        for model in (small_model(), small_model().cuda()):
+            with Decoder(model, on_cuda("clo"), max_new_tokens=20) as decoder:
+                logits = [decoder.prefill([text[:-20] for text in texts]).cpu()]
+                logits += [
+                    decoder.step(torch.stack([text[at] for text in texts])).cpu().clone() for at in range(-20, 0)
+                ]
+            rows.append(torch.stack(logits))
+        torch.testing.assert_close(rows[1], rows[0], rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_narrow_dtypes_give_finite_logits(self, dtype: torch.dtype) -> None:
+        found = decoded(small_model(dtype=dtype).cuda(), on_cuda("clo"), prompt(100), 80)
+        assert torch.isfinite(found).all()
+
+
+class TestTimelines:
+    @pytest.mark.parametrize("chosen", named)
+    def test_it_has_the_operations_that_the_simulator_prices(self, chosen: Design) -> None:
+        with Decoder(small_model().cuda(), chosen, max_new_tokens=8) as decoder:
+            decoder.prefill([prompt(80)])
+            for token in (1, 2, 3, 4):
+                decoder.step(torch.tensor([token]))
+            found = decoder.timeline
+            assert decoder.plan is not None
+            assert found is not None
+            for lane in Lane:
+                recorded = [
+                    (node.op.name, node.op.layer) for node in record_step(decoder.plan).nodes if node.lane is lane
+                ]
+                spans = [span for span in found.spans if span.lane == lane.value]
+                assert [(span.name, span.layer) for span in spans] == recorded
+            if chosen.selects or chosen.offloads:
+                assert sum(span.num_bytes for span in found.spans) >= decoder.traffic.h2d_bytes
+
+    def test_a_replayed_step_waits_for_the_host_nowhere(self) -> None:
+        with Decoder(small_model().cuda(), on_cuda("clo"), max_new_tokens=8) as decoder:
+            decoder.prefill([prompt(80)])
+            for token in (1, 2, 3, 4):
+                decoder.step(torch.tensor([token]))
+            found, machine = decoder.timeline, decoder._machine
+            assert isinstance(machine, CudaMachine)
+            assert machine.replays
+            assert found is not None
+            host = [span.name for span in found.spans if span.lane == Lane.LAUNCH.value]
+            assert host == ["graph_launch", "read_back"]
+            main = [span for span in found.spans if span.lane == Lane.MAIN.value]
+            assert not any({"sync", "launch"} & dict(span.waits).keys() for span in main[1:])
+
+
+class TestFaults:
+    def test_stores_through_the_bar_are_refused(self) -> None:
+        with (
+            Decoder(small_model().cuda(), design("clo-v2"), max_new_tokens=8) as decoder,
+            pytest.raises(SpecError, match="simulated only"),
+        ):
+            decoder.prefill([prompt(80)])
+
+    @pytest.mark.parametrize("sync", SYNCS)
+    def test_a_failed_operation_is_named_and_the_next_prompt_works(
+        self, monkeypatch: pytest.MonkeyPatch, sync: str
+    ) -> None:
+        before = threading.active_count()
+        chosen = on_cuda("clo", transfer="staged", sync=sync)
+        with Decoder(small_model().cuda(), chosen, max_new_tokens=8, patience_s=5) as decoder:
+            for healthy_steps in (0, 1, 2):
+                decoder.prefill([prompt(80)])
+                for token in range(healthy_steps):
+                    decoder.step(torch.tensor([token]))
+                operations = decoder._operations
+                assert operations is not None
+                healthy = operations.run
+
+                def run(op: Any, healthy: Any = healthy) -> None:
+                    if op.name.endswith("host_gather") and op.layer == 2:
+                        raise SystemExit("killed")
+                    healthy(op)
+
+                monkeypatch.setattr(operations, "run", run)
+                with pytest.raises(EngineError, match=r"operation .*host_gather of layer 2: killed"):
+                    decoder.step(torch.tensor([1]))
+            decoder.prefill([prompt(80)])
+            assert torch.isfinite(decoder.step(torch.tensor([1]))).all()
+        assert threading.active_count() == before
+
+    def test_a_flag_that_never_comes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        chosen = on_cuda("clo", transfer="page_copies")
+        with Decoder(small_model().cuda(), chosen, max_new_tokens=8, patience_s=4) as decoder:
+            decoder.prefill([prompt(80)])
+            for token in (1, 2):
+                decoder.step(torch.tensor([token]))
+            machine = decoder._machine
+            assert isinstance(machine, CudaMachine)
+            assert machine._flags is not None
+            monkeypatch.setattr(machine._flags, "publish", lambda site: None)
+            with pytest.raises(EngineError, match=r"waited for number 3, it stands at 2|not done in 4 s"):
+                decoder.step(torch.tensor([3]))
+            decoder.prefill([prompt(80)])
+            assert torch.isfinite(decoder.step(torch.tensor([1]))).all()
+
+    def test_numbers_that_are_none(self) -> None:
+        model = small_model().cuda()
+        with Decoder(model, on_cuda("clo"), max_new_tokens=8) as decoder:
+            decoder.prefill([prompt(80)])
+            for token in (1, 2):
+                decoder.step(torch.tensor([token]))
+            with torch.no_grad():
+                model.model.layers[1].self_attn.q_proj.weight[0, 0] = float("nan")
+            with pytest.raises(EngineError, match=r"operation lm_head .* logits are not finite"):
+                decoder.step(torch.tensor([1]))
