@@ -182,13 +182,17 @@ PRIOR = {"slowed": (1.0, 1.0), "host_share": (1.0, 0.7), "lane_factor": (1.0, 0.
 NOISE = 0.05
 """Relative error of one run of one operation, against which the priors are weighed."""
 
+CONSERVED, LOSS = 1.0, 0.05
+"""Two operations side by side get at least this much done together, of what one alone would; and how sure that is."""
+
 
 def fit_interference(beside: dict[str, Timed], costs: dict[str, OperationCost]) -> Interference:
     """From operations that ran beside others.
 
     Beside an operation of share g, one that is slowed by s runs at the rate 1 / (1 + s g); its rate over its time adds
     up to the work there was: its time alone, times a factor near 1 for running on a lane. One equation for each
-    operation and run, least squares, with log-normal priors for what was seldom seen.
+    operation and run, least squares, with log-normal priors for what was seldom seen. Whoever holds up the other gets
+    on itself: rates of two that were never seen together must not both be small.
     """
     keys = sorted(key for key, timed in beside.items() if key in costs and not timed.rows[0].is_runtime)
     rows = [
@@ -205,8 +209,11 @@ def fit_interference(beside: dict[str, Timed], costs: dict[str, OperationCost]) 
         slowed, share, factor = np.exp(logs.reshape(3, -1))
         work = free + (shared / (1.0 + slowed[who][:, None] * share)).sum(axis=1)
         fits = (work / (factor[who] * alone) - 1.0) / NOISE
-        return np.concatenate([fits, ((logs.reshape(3, -1) - _PRIOR_LOGS) / _PRIOR_WIDTHS).ravel()])
+        rates = 1.0 / (1.0 + slowed[:, None] * share)
+        lost = np.maximum(0.0, CONSERVED - (rates + rates.T)[pairs]) / LOSS
+        return np.concatenate([fits, lost, ((logs.reshape(3, -1) - _PRIOR_LOGS) / _PRIOR_WIDTHS).ravel()])
 
+    pairs = np.triu_indices(len(keys), 1)
     start = np.repeat(_PRIOR_LOGS, len(keys), axis=1).ravel()
     found = np.exp(least_squares(errors, start, loss="soft_l1").x.reshape(3, -1))
     return Interference(*(dict(zip(keys, values.tolist(), strict=True)) for values in found))
