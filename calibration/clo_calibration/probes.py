@@ -144,6 +144,11 @@ def calibration_probes(designs: Sequence[str] = DESIGNS, *, steps: int = 8, grid
             probes.append(_probe("resident", grid.baseline, alone=False, steps=steps, turn=number))
         for size in grid.fitted:
             probes += [_probe(name, size, alone=alone, steps=steps) for alone in (True, False)]
+    for size in grid.fitted:
+        for design in _fitted_variants(designs, size[2]):
+            probes += [
+                Probe(design=design, size=size, alone=alone, fitted=True, steps=steps) for alone in (True, False)
+            ]
     return probes
 
 
@@ -152,17 +157,23 @@ def validation_probes(designs: Sequence[str] = DESIGNS, *, steps: int = 8, grid:
     probes: list[Probe] = []
     for size in (*grid.fitted, *grid.held_out):
         fitted = size in grid.fitted
-        chosen = [local_design(name, size[2]) for name in designs]
+        chosen = [local_design(name, size[2]) for name in designs] + _fitted_variants(designs, size[2])
         if not fitted:
             chosen += _variants(designs, size[2])
         probes += [Probe(design=design, size=size, alone=False, fitted=fitted, steps=steps) for design in chosen]
     return probes
 
 
+def _fitted_variants(designs: Sequence[str], budget: float) -> list[Design]:
+    """What no preset does beside other operations: fetching ahead only what is missing."""
+    ahead = {"name": "clo, fetching ahead", "prefetch_depth": 1}
+    return [local_design("clo", budget).with_fields(**ahead)] if "clo" in designs else []
+
+
 def _variants(designs: Sequence[str], budget: float) -> list[Design]:
     """Designs that nothing was fitted from."""
     changes: dict[str, dict[str, object]] = {
-        "clo": {"name": "clo, fetching ahead", "prefetch_depth": 1},
+        "clo": {"name": "clo, fetching two ahead", "prefetch_depth": 2},
         "resolve": {"name": "resolve, one budget", "slot_budgets": 1.0},
         "clo-v2": {"name": "clo-v2, tau 0.95", "tau": 0.95},
     }
