@@ -5,7 +5,9 @@ The choice must be made before any test file imports a kernel: without a GPU ker
 
 import importlib.util
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -22,3 +24,7 @@ def _has_gpu() -> bool:
 
 if not _has_gpu():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# a shell's background job begins with interrupts ignored; tests of Ctrl-C, and the commands they start, must hear them
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
