@@ -29,7 +29,7 @@ from clo_sim.variation import Task
 
 TYPICAL_S = {"clock": 0.02, "simpy": 0.2}
 """CPU seconds of one evaluation, roughly (128 replayed steps of 32 layers, caches of replays cold)."""
-WORTH_STARTING_S = 7.0
+WORTH_STARTING_S = 4.0
 """Less work than this is done here: workers take seconds of CPU time to start and to replay what others have too."""
 MAX_DEATHS = 3
 """So often in a row may all that is under way be lost before the workers are given up."""
