@@ -535,10 +535,12 @@ class TestCommand:
         assert "Traceback" not in problem
         rows = pq.read_table(table).to_pylist()
         done = [json.loads(line) for line in record.read_text().splitlines()[1:]]
-        assert 9 <= len(done) == len(rows) < 400
-        assert {row["design.tau"] for row in rows if row["role"] == "candidate"} == {
-            line["design"]["tau"] for line in done if line["level"] == "clock"
-        }
+        told = {row["design.tau"] for row in rows if row["role"] == "candidate"}
+        kept = {line["design"]["tau"] for line in done if line["level"] == "clock"}
+        # an evaluation is recorded before it is counted: the interrupt may come in between
+        assert told <= kept
+        assert len(kept - told) <= 1
+        assert 9 <= len(rows) <= len(done) <= len(rows) + 1 < 400
 
     @pytest.mark.parametrize(
         ("arguments", "said"),
