@@ -5,7 +5,7 @@ The simulation replays the hits and misses of the run, so that what differs is t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -118,8 +118,3 @@ def _same(real: tuple[str, int, float], simulated: tuple[str, int, float]) -> bo
 def _sequence(timeline: Timeline, lane: str) -> list[tuple[str, int, float]]:
     spans = sorted((span for span in timeline.spans if span.lane == lane), key=lambda span: span.start_s)
     return [(span.name, span.layer, span.num_bytes) for span in spans]
-
-
-def as_run_of(run: MachineRun, steps: int) -> MachineRun:
-    """The first steps of a run."""
-    return replace(run, timelines=run.timelines[:steps], traffic=run.traffic.steps(0, steps))

@@ -225,11 +225,6 @@ def _run(work: Callable[[Job], Done], jobs: Sequence[Job], workers: int, what: s
     return in_order(done)
 
 
-def _machine_name(question: Question, given: str) -> str:
-    """How reports call a machine type that was given as a preset or file."""
-    return serving_scene(question.options, question.overrides, given).machine.name
-
-
 def _curve(
     question: Question, machines: Sequence[str], best: Priced, designs: dict[str, Design], workers: int
 ) -> list[tuple[float, Attempt]]:

@@ -75,10 +75,6 @@ class Ledger:
         for site in sites:
             self.publish(site)
 
-    def is_done(self, token: Token) -> bool:
-        """Whether it is."""
-        return token in self._done
-
     def wait(self, token: Token, patience_s: float) -> bool:
         """Whether `token` was done in time, or the step has failed."""
         with self._changed:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from clo_kernels.layout import INT32, NO_PAGE, NO_SLOT, DeviceKV, PageTable, Resolved, ring_rows
+from clo_kernels.layout import INT32, NO_PAGE, DeviceKV, PageTable, Resolved, ring_rows
 
 SINKS, RECENT = 4, 64
 
@@ -128,8 +128,3 @@ def host_pages(sizes: Sizes) -> torch.Tensor:
 def empty_selection(sizes: Sizes) -> torch.Tensor:
     """Nothing selected yet."""
     return torch.full((*sizes.rows, sizes.budget), NO_PAGE, dtype=INT32, device=sizes.device)
-
-
-def no_slots(sizes: Sizes) -> torch.Tensor:
-    """Nothing attended but sinks and window."""
-    return torch.full((*sizes.rows, sizes.budget), NO_SLOT, dtype=INT32, device=sizes.device)
