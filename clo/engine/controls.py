@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from clo.engine.decoder import HeadProfile
-from clo.engine.layer import NEVER
+from clo.engine.layers import NEVER
 from clo.specs import Cache, Design, ModelSpec
 
 

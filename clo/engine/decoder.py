@@ -16,7 +16,7 @@ from clo.engine.cpu_machine import DEFAULT_PATIENCE_S, CpuMachine
 from clo.engine.cuda_device import torch_device
 from clo.engine.cuda_machine import CudaMachine
 from clo.engine.finite import explain_prompt
-from clo.engine.layer import DenseLayer, HeadSettings, Layer, LayerShape, OffloadedLayer, StreamedLayer
+from clo.engine.layers import DenseLayer, HeadSettings, Layer, LayerShape, OffloadedLayer, StreamedLayer
 from clo.engine.memory import check_memory, explain_need, ran_out
 from clo.engine.network import Network
 from clo.engine.operations import Operations

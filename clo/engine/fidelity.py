@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from clo.engine.layer import OffloadedLayer
+from clo.engine.layers import OffloadedLayer
 from clo_kernels.layout import NO_PAGE, window_start
 
 
@@ -86,7 +86,7 @@ def attended_tokens(layer: OffloadedLayer, sequence: int, length: int) -> torch.
     token = torch.arange(length, device=layer.shape.device)
     always = (token < layer.page_size) | (token >= start)
     mask = always.repeat(layer.shape.num_kv_heads, 1)
-    for head, selected in enumerate(layer.selection[sequence]):
+    for head, selected in enumerate(layer.selection.pages[sequence]):
         pages = selected[selected != NO_PAGE]
         mask[head] |= torch.isin(token // layer.page_size, pages)
     mask[list(layer.heads.pinned)] = True

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from clo.engine.layer import Layer, OffloadedLayer, StreamedLayer
+from clo.engine.layers import Layer, OffloadedLayer, StreamedLayer
 
 KINDS = ("key", "value")
 

@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from clo import presets
 from clo.engine import inline
 from clo.engine.decoder import Decoder, HeadProfile, StepTraffic, make_layers
-from clo.engine.layer import Layer, OffloadedLayer, StreamedLayer
+from clo.engine.layers import Layer, OffloadedLayer, StreamedLayer
 from clo.engine.network import Network
 from clo.errors import EngineError, SpecError
 from clo.plan import DecodePlan

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from clo.engine.layer import OffloadedLayer
+from clo.engine.layers import OffloadedLayer
 from clo.engine.words import wait_for_device
 from clo.plan import DecodePlan
 from clo.schedule.ops import Stage
@@ -44,7 +44,7 @@ def attend(
     if observe is not None:
         observe(attended)
     if design.speculates_last_step:
-        layer.the_others_miss(query)
+        layer.gate.the_others_miss(query)
         _select(layer, Stage.PREFETCH, query, lengths)
         layer.gather(Stage.PREFETCH)
     return attended
@@ -59,9 +59,9 @@ def predicts(plan: DecodePlan, layer: int) -> int | None:
 
 def _choose(layer: OffloadedLayer, stage: Stage, query: torch.Tensor, lengths: torch.Tensor) -> None:
     if layer.design.gated:
-        layer.test(stage, query)
+        layer.gate.test(stage, query)
     else:
-        layer.everyone_misses(stage)
+        layer.gate.everyone_misses(stage)
     _select(layer, stage, query, lengths)
 
 
@@ -69,7 +69,7 @@ def _select(layer: OffloadedLayer, stage: Stage, query: torch.Tensor, lengths: t
     layer.score(stage, query, lengths)
     layer.select(stage, lengths)
     if layer.design.cache in (Cache.LRU, Cache.HEAD_REUSE):
-        if layer.resolves_on_cpu:
-            layer.letter(stage).bring()
+        if layer.residency.on_cpu:
+            layer.residency.letter(stage).bring()
             wait_for_device(layer.shape.device)
         layer.resolve(stage)

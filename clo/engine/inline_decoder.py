@@ -11,7 +11,7 @@ import torch
 
 from clo.engine import inline
 from clo.engine.decoder import Decoder, HeadProfile, Prompt, StepTraffic, make_layers
-from clo.engine.layer import Layer, OffloadedLayer, StreamedLayer
+from clo.engine.layers import Layer, OffloadedLayer, StreamedLayer
 from clo.engine.network import Network, Rotation
 from clo.errors import EngineError
 from clo.plan import DecodePlan

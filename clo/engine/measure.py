@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from clo.engine.decoder import Decoder, Prompt
-from clo.engine.layer import Layer, OffloadedLayer, StreamedLayer
+from clo.engine.layers import Layer, OffloadedLayer, StreamedLayer
 from clo.errors import EngineError
 from clo.plan import DecodePlan
 from clo.schedule.ops import Stage

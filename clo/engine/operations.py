@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 import torch
 
 from clo.engine.finite import Projected, explain_step
-from clo.engine.layer import DenseLayer, Layer, OffloadedLayer, StreamedLayer
+from clo.engine.layers import DenseLayer, Layer, OffloadedLayer, StreamedLayer
 from clo.engine.network import Network, Rotation
 from clo.engine.staging import Staging
 from clo.engine.words import Words
@@ -101,7 +101,7 @@ class Operations:
     def letter(self, op: Op) -> Words | None:
         """What `op` found that CPU threads or the launching thread must know."""
         kv = self.layers[op.layer]
-        return kv.letter(_stage_of(op)) if isinstance(kv, OffloadedLayer) and _chooses(op) else None
+        return kv.residency.letter(_stage_of(op)) if isinstance(kv, OffloadedLayer) and _chooses(op) else None
 
     def run(self, op: Op) -> None:
         """Do `op`; of a name that the schedule does not use, `KeyError`."""
@@ -116,7 +116,7 @@ class Operations:
         if isinstance(kv, StreamedLayer) and name == "copy_pages":
             return kv.copied_tokens * self.plan.model.layer_token_bytes
         if isinstance(kv, OffloadedLayer) and name in ("gather_pages", "copy_pages", "copy_staged", "bar_write"):
-            return kv.fetched_pages(stage) * self.plan.page_bytes
+            return kv.residency.fetched_pages(stage) * self.plan.page_bytes
         if isinstance(kv, OffloadedLayer) and name == ("append_kv" if self._stores else "write_back"):
             return kv.written_back_pages * self.plan.page_bytes
         return 0.0
@@ -164,14 +164,14 @@ class Operations:
         return self._predicted[layer] if stage is Stage.PREFETCH and not speculates else self._real[layer]
 
     def _hit_test(self, stage: Stage, layer: int) -> None:
-        self._offloaded(layer).test(stage, self._query_of(stage, layer))
+        self._offloaded(layer).gate.test(stage, self._query_of(stage, layer))
 
     def _score_pages(self, stage: Stage, layer: int) -> None:
         kv, design = self._offloaded(layer), self.plan.design
         if design.speculates_last_step and stage is Stage.PREFETCH:
-            kv.the_others_miss(self._real[layer])
+            kv.gate.the_others_miss(self._real[layer])
         elif not design.gated:
-            kv.everyone_misses(stage)
+            kv.gate.everyone_misses(stage)
         kv.score(stage, self._query_of(stage, layer), self.lengths)
 
     def _copy_pages(self, stage: Stage, layer: int) -> None:
@@ -180,13 +180,13 @@ class Operations:
             kv.copy(stage, self.plan.design.page_size)
             return
         offloaded = self._offloaded(layer)
-        offloaded.announce(stage)
-        for b, h, page, slot in offloaded.fetches(stage):
+        offloaded.residency.announce(stage)
+        for b, h, page, slot in offloaded.residency.fetches(stage):
             offloaded.kv.slots[b, h, slot].copy_(offloaded.host_pages[b, page, h], non_blocking=True)
 
     def _host_gather(self, stage: Stage, layer: int) -> None:
         kv = self._offloaded(layer)
-        moves = kv.fetches(stage)
+        moves = kv.residency.fetches(stage)
         staging = self._staging.take((stage, layer), kv, len(moves))
 
         def collect(part: list[int]) -> None:
@@ -198,14 +198,14 @@ class Operations:
 
     def _copy_staged(self, stage: Stage, layer: int) -> None:
         kv = self._offloaded(layer)
-        kv.announce(stage)
-        self._staging.send((stage, layer), kv, kv.fetches(stage))
+        kv.residency.announce(stage)
+        self._staging.send((stage, layer), kv, kv.residency.fetches(stage))
 
     def _bar_write(self, stage: Stage, layer: int) -> None:
         """On the CPU machine device memory is as writable as any: threads store into the slots."""
         kv = self._offloaded(layer)
-        kv.announce(stage)
-        moves = kv.fetches(stage)
+        kv.residency.announce(stage)
+        moves = kv.residency.fetches(stage)
 
         def write(part: list[int]) -> None:
             for at in part:

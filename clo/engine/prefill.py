@@ -15,7 +15,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from clo.engine.carrier import Carrier, Errand
-from clo.engine.layer import DenseLayer, Layer, LayerShape, OffloadedLayer, StreamedLayer
+from clo.engine.layers import DenseLayer, Layer, LayerShape, OffloadedLayer, StreamedLayer
 from clo.engine.network import Network
 from clo.plan import DecodePlan
 

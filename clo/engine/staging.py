@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from clo.engine.layer import OffloadedLayer
+from clo.engine.layers import OffloadedLayer
 from clo.engine.words import two_memories
 
 Places = list[tuple[int, int, int, int]]
@@ -30,7 +30,7 @@ class Staging:
             self._taken[user] = torch.empty((count, *page), dtype=layer.host_pages.dtype)
             return self._taken[user]
         if user not in self._pinned:
-            most = layer.selection.numel()
+            most = layer.selection.pages.numel()
             pages = torch.empty((most, *page), dtype=layer.host_pages.dtype, pin_memory=True)
             self._pinned[user] = pages, torch.empty((most, 4), dtype=torch.int64, pin_memory=True)
         self._taken[user] = self._pinned[user][0][:count]

@@ -10,7 +10,7 @@ from small import PAGE, WINDOW, dense_logits, design, prompt, small_model
 
 from clo import presets
 from clo.engine.decoder import Decoder
-from clo.engine.layer import OffloadedLayer
+from clo.engine.layers import OffloadedLayer
 from clo.errors import EngineError, SpecError
 from clo.specs import Design, Selector
 from clo_kernels.page_index import IndexKind, dequantized, differing_bits
@@ -135,7 +135,7 @@ class TestWhatIsAttended:
             # layer 1 sees what full attention saw: the only layer before it is dense
             oracle = Sparse(small_model(), tokens)
             for head in range(2):
-                pages = [page for page in layer.selection[0, head].tolist() if page >= 0]
+                pages = [page for page in layer.selection.pages[0, head].tolist() if page >= 0]
                 assert len(pages) == 3
                 want = oracle.attend(1, head, query[head * 3 : head * 3 + 3], pages, len(tokens))
                 torch.testing.assert_close(found[head * 3 : head * 3 + 3].double(), want, rtol=1e-4, atol=1e-5)
@@ -156,7 +156,7 @@ class TestWhatIsAttended:
                 mass = (query @ keys[head].T * keys.shape[-1] ** -0.5).softmax(-1).mean(0)
                 pages = mass[PAGE:start].unflatten(0, (-1, PAGE)).sum(-1)
                 best = sorted((pages.argsort(descending=True)[:3] + 1).tolist())
-                assert layer.selection[0, head].tolist() == best
+                assert layer.selection.pages[0, head].tolist() == best
 
     @pytest.mark.parametrize("selector", [s for s in Selector if s is not Selector.EXACT])
     @pytest.mark.parametrize("transfer", ["gpu_zero_copy", "cpu_zero_copy"])
@@ -173,11 +173,11 @@ class TestWhatIsAttended:
                     decoder.step(token[None])
                 layer = decoder.layers[1]
                 assert isinstance(layer, OffloadedLayer)
-                indexes.append(layer.index[0, :, 1 : (120 - WINDOW) // PAGE])
+                indexes.append(layer.selection.index[0, :, 1 : (120 - WINDOW) // PAGE])
         grown, at_once = indexes
-        if layer.index_kind is IndexKind.SIGN_HASH:
+        if layer.selection.kind is IndexKind.SIGN_HASH:
             differ = differing_bits(grown, at_once)
-        elif layer.index_kind is IndexKind.KEY_4BIT:
+        elif layer.selection.kind is IndexKind.KEY_4BIT:
             differ = (dequantized(grown) - dequantized(at_once)).abs() > 1e-2 * dequantized(at_once).abs().max()
         else:
             differ = (grown - at_once).abs() > 1e-4
@@ -198,7 +198,7 @@ def poison(decoder: Decoder) -> None:
     """Whatever is read from a slot that holds no page turns everything into NaN."""
     for layer in decoder.layers:
         if isinstance(layer, OffloadedLayer):
-            empty = layer.table.page_of_slot < 0
+            empty = layer.residency.table.page_of_slot < 0
             layer.kv.slots[empty] = float("nan")
 
 
@@ -208,7 +208,7 @@ def check_slots(decoder: Decoder) -> None:
         if not isinstance(layer, OffloadedLayer):
             continue
         for b, h in ((b, h) for b in range(layer.shape.batch) for h in range(layer.shape.num_kv_heads)):
-            pages, slots = layer.selection[b, h], layer.slots_attended[b, h]
+            pages, slots = layer.selection.pages[b, h], layer.residency.slots[b, h]
             for page, slot in zip(pages.tolist(), slots.tolist(), strict=True):
                 assert (page >= 0) == (slot >= 0)
                 if page >= 0:

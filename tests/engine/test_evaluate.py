@@ -20,7 +20,7 @@ from clo.engine.evaluate import BASELINE, _answers, evaluate
 from clo.engine.fidelity import Fidelity, against_full, whole_cache
 from clo.engine.heads import head_profile, heads_for, measure_heads, tau_for_hit_rate
 from clo.engine.inline_decoder import InlineDecoder
-from clo.engine.layer import OffloadedLayer
+from clo.engine.layers import OffloadedLayer
 from clo.engine.network import Network
 from clo.engine.quality import Quality
 from clo.engine.tasks import EvaluationSettings, Passkey
@@ -170,7 +170,7 @@ class TestFidelity:
             start = window_start(length, WINDOW + 1, PAGE)
             for head in range(KV_HEADS * GROUP):
                 kv_head = head // GROUP
-                pages = set(layer.selection[0, kv_head].tolist()) | {0}
+                pages = set(layer.selection.pages[0, kv_head].tolist()) | {0}
                 where = [t for t in range(length) if t // PAGE in pages or t >= start]
                 scores = [float(query[0, head].double() @ key) * layer.shape.scale for key in keys[kv_head]]
                 weights = np.exp(np.array(scores) - max(scores))

@@ -9,7 +9,7 @@ import torch
 from small import KV_HEADS, PAGE, design, prompt, small_model
 
 from clo.engine.decoder import Decoder
-from clo.engine.layer import DenseLayer, OffloadedLayer, StreamedLayer
+from clo.engine.layers import DenseLayer, OffloadedLayer, StreamedLayer
 from clo.errors import EngineError
 from clo.specs import Design
 

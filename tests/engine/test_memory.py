@@ -13,7 +13,7 @@ from clo import presets
 from clo.engine import memory
 from clo.engine.decoder import Decoder
 from clo.engine.inline_decoder import InlineDecoder
-from clo.engine.layer import DenseLayer, OffloadedLayer, StreamedLayer
+from clo.engine.layers import DenseLayer, OffloadedLayer, StreamedLayer
 from clo.engine.network import Network
 from clo.errors import EngineError, SpecError
 from clo.specs import Selector
@@ -29,9 +29,9 @@ def held(decoder: Decoder) -> tuple[int, int]:
             device += layer.kv.nbytes
             host += layer.host.nbytes if isinstance(layer, StreamedLayer) else 0
         if isinstance(layer, OffloadedLayer):
-            kv = (layer.kv.sinks, layer.kv.window, layer.kv.slots, layer.kv.pinned, layer.index)
+            kv = (layer.kv.sinks, layer.kv.window, layer.kv.slots, layer.kv.pinned, layer.selection.index)
             device += sum(tensor.nbytes for tensor in kv)
-            device += layer.keys.nbytes if layer.design.selector is Selector.EXACT else 0
+            device += layer.selection.keys.nbytes if layer.design.selector is Selector.EXACT else 0
             host += layer.host_pages.nbytes
     return device, host
 

@@ -15,7 +15,7 @@ from small import DIM, KV_HEADS, LAYERS, PAGE, WINDOW, design, prompt, small_mod
 
 from clo import presets
 from clo.engine.decoder import Decoder, HeadProfile, Prompt, make_layers, read_prompt
-from clo.engine.layer import DenseLayer, Layer, OffloadedLayer
+from clo.engine.layers import DenseLayer, Layer, OffloadedLayer
 from clo.engine.network import Network
 from clo.engine.prefill import PREFILL_CHUNK_TOKENS, prefill_bytes, read_into
 from clo.errors import EngineError
@@ -53,7 +53,7 @@ def tensors(layer: Layer) -> dict[str, torch.Tensor]:
             if isinstance(tensor, torch.Tensor):
                 found[f"{name}.{inner}"] = tensor
     if isinstance(layer, OffloadedLayer):
-        for part in (layer.kv, layer.table):
+        for part in (layer.kv, layer.residency.table):
             found |= {f"{type(part).__name__}.{n}": t for n in part.__slots__ if torch.is_tensor(t := getattr(part, n))}
     return found
 

@@ -21,11 +21,12 @@ from torch.utils._pytree import tree_map
 
 from clo import presets
 from clo.engine import decoder as decoder_module
-from clo.engine import layer as layers_module
 from clo.engine import words as words_module
 from clo.engine.decoder import Decoder, HeadProfile, check_device, make_layers
 from clo.engine.kernels import Kernels
-from clo.engine.layer import DenseLayer, Layer, LayerShape, StreamedLayer
+from clo.engine.layers import dense, gate, offloaded, residency, selection
+from clo.engine.layers import shape as layer_shape
+from clo.engine.layers import DenseLayer, Layer, LayerShape, StreamedLayer
 from clo.engine.network import Network
 from clo.engine.operations import Operations
 from clo.engine.words import Words
@@ -119,7 +120,8 @@ def place(value: Any) -> Any:
 
 
 def operations_of(network: Network, chosen: Design, monkeypatch: pytest.MonkeyPatch) -> tuple[Operations, DecodePlan]:
-    monkeypatch.setattr(layers_module, "kernels_for", silent_kernels)
+    for module in (dense, gate, offloaded, residency, selection):
+        monkeypatch.setattr(module, "kernels_for", silent_kernels)
     with Decoder(network, chosen, max_new_tokens=8) as decoder:
         plan = decoder.make_plan([80, 80])
         layers = make_layers(network, plan, HeadProfile(), 88)
@@ -151,7 +153,7 @@ def device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "zeros", unpinned(zeros))
     monkeypatch.setattr(torch, "empty", unpinned(empty))
-    for module in (decoder_module, layers_module, words_module):
+    for module in (decoder_module, layer_shape, words_module):
         monkeypatch.setattr(module, "two_memories", lambda device: device.type != "cpu")
 
 

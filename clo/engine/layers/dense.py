@@ -1,0 +1,84 @@
+"""The cache of a layer that is not offloaded: every token on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from clo.engine.counts import Counts
+from clo.engine.kernels import kernels_for
+from clo.engine.layers.shape import LayerShape
+from clo_kernels.layout import INT32, NO_SLOT, DeviceKV
+
+
+class DenseLayer:
+    """Keys and values of every token on the device."""
+
+    def __init__(self, shape: LayerShape) -> None:
+        self.shape = shape
+        size = (shape.batch, shape.num_kv_heads, 2, shape.max_tokens, shape.head_dim)
+        self.kv = torch.zeros(size, dtype=shape.dtype, device=shape.device)
+        # a kernel reads lengths on the device; torch's attention wants them, or a mask, from the host
+        self.by_kernel = shape.apart
+        self._kernels, self._pinned = kernels_for(shape.device), _as_pinned(self.kv)
+        self._no_slots = torch.full((shape.batch, shape.num_kv_heads, 1), NO_SLOT, dtype=INT32, device=shape.device)
+        self._tokens: list[int] = []
+
+    @property
+    def counts(self) -> Counts:
+        """Nothing moves."""
+        return Counts()
+
+    def begin(self, lengths: Sequence[int]) -> None:
+        """A step begins in which each sequence has so many tokens, the new one included."""
+        self._tokens = list(lengths)
+
+    def load(self, sequence: int, keys: torch.Tensor, values: torch.Tensor, first: int = 0) -> None:
+        """Take in rotated keys and values of a prompt from token `first` on, `[kv_heads, tokens, head_dim]`."""
+        self.kv[sequence, :, 0, first : first + keys.shape[1]] = keys
+        self.kv[sequence, :, 1, first : first + keys.shape[1]] = values
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Store the new token of each sequence, `[batch, kv_heads, head_dim]`, as token `lengths - 1`."""
+        rows = torch.arange(len(lengths), device=self.kv.device)
+        self.kv[rows, :, 0, lengths.long() - 1] = key
+        self.kv[rows, :, 1, lengths.long() - 1] = value
+
+    def attend(self, query: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Full attention of `query` `[batch, query_heads, head_dim]`, of the same shape."""
+        if self.by_kernel:
+            return self._attend_by_kernel(query, lengths)
+        longest = max(self._tokens)
+        keys, values = self.kv[:, :, 0, :longest], self.kv[:, :, 1, :longest]
+        mask = torch.arange(longest, device=lengths.device)[None, :] < lengths[:, None]
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, None],
+            keys,
+            values,
+            attn_mask=mask[:, None, None],
+            scale=self.shape.scale,
+            enable_gqa=self.shape.num_query_heads != self.shape.num_kv_heads,
+        )
+        return attended[:, :, 0]
+
+    def _attend_by_kernel(self, query: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """The same, with every head a pinned one."""
+        attended: torch.Tensor = self._kernels.sparse_decode_attention(
+            query, self._pinned, self._no_slots, lengths, scale=self.shape.scale, out=torch.empty_like(query)
+        )
+        return attended
+
+
+def _as_pinned(kv: torch.Tensor) -> DeviceKV:
+    """Keys and values of every token, `[batch, kv_heads, 2, tokens, head_dim]`, as those of pinned heads only."""
+    batch, heads, _, _, head_dim = kv.shape
+    none = {"dtype": kv.dtype, "device": kv.device}
+    return DeviceKV(
+        sinks=torch.zeros((batch, heads, 2, 0, head_dim), **none),
+        window=torch.zeros((batch, heads, 2, 2, head_dim), **none),
+        slots=torch.zeros((batch, heads, 0, 2, 1, head_dim), **none),
+        pinned=kv,
+        pinned_row=torch.arange(heads, dtype=INT32, device=kv.device),
+        recent_tokens=1,
+    )

@@ -1,0 +1,238 @@
+"""The cache of an offloaded layer: pages on the host, a budget of them attended through device slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from clo.engine.counts import Counts
+from clo.engine.kernels import kernels_for
+from clo.engine.layers.gate import Gate
+from clo.engine.layers.residency import Residency
+from clo.engine.layers.selection import Selection
+from clo.engine.layers.shape import HeadSettings, LayerShape
+from clo.plan import DecodePlan
+from clo.schedule.ops import Stage
+from clo.specs import Cache
+from clo_kernels.layout import INT32, NO_PAGE, DeviceKV, ring_rows, window_start
+
+FETCH_TOKENS = 512
+"""Pages of a prompt come back to the device in parts of this many tokens: what they pass through stays small."""
+
+
+class OffloadedLayer:
+    """Pages on the host, a budget of them attended through device slots.
+
+    A page that leaves the window is stored to the host in that step and stays attended in the window until the next
+    one: it has a whole step to arrive, whoever moves it. The first page is always attended (the sinks are in it), the
+    pages between it and the window are the candidates of selection.
+    """
+
+    def __init__(self, plan: DecodePlan, shape: LayerShape, heads: HeadSettings) -> None:
+        self.design, self.shape, self.heads = plan.design, shape, heads
+        self.kernels = kernels_for(shape.device)
+        self.page_size = self.design.page_size
+        num_pages = -(-shape.max_tokens // self.page_size)
+        everything = self.design.cache is Cache.RESIDENT
+        num_slots = num_pages if everything else max(1, min(plan.slot_pages, num_pages))
+        page = (2, self.page_size, shape.head_dim)
+        size = (shape.batch, num_pages, shape.num_kv_heads, *page)
+        self.host_pages = torch.zeros(size, dtype=shape.dtype, pin_memory=shape.apart)
+        self.kv = _device_kv(self.design.recent_window_tokens, page, num_slots, shape, heads.pinned)
+        # a page that leaves the window is attended there for one step more
+        self.attended_kv = replace(self.kv, recent_tokens=self.kv.recent_tokens + 1)
+        self.gate = Gate(self.design, shape, heads)
+        self.selection = Selection(
+            self.design,
+            shape,
+            num_pages=num_pages,
+            budget=max(1, min(plan.budget_pages, num_slots)),
+            always_attended=self.attended_kv.recent_tokens,
+        )
+        self.residency = Residency(self.design, shape, self.selection, num_slots=num_slots, num_pages=num_pages)
+        nowhere = torch.zeros((shape.batch, 0, shape.num_kv_heads, *page), dtype=shape.dtype, device=shape.device)
+        self._nowhere = nowhere, self.selection.index[:, :, :0].contiguous()
+        self._selected: set[Stage] = set()
+        self._attended: Stage | None = None
+        self._last_selected: Stage | None = None
+        self._leaving: list[tuple[int, int]] = []
+
+    @property
+    def counts(self) -> Counts:
+        """Reads the device."""
+        moving = self._selected if self.design.offloads else set()
+        chosen = None if self._attended is None else self.selection.chosen[self._attended]
+        missed, fetched = self.gate.missed, self.residency.fetched_pages
+        return Counts(
+            missed={stage: int(missed[stage].sum()) if stage in self._selected else 0 for stage in Stage},
+            fetched={stage: fetched(stage) if stage in moving else 0 for stage in Stage},
+            requested=0 if chosen is None else int((chosen != NO_PAGE).sum()),
+            written_back=self.written_back_pages,
+        )
+
+    @property
+    def written_back_pages(self) -> int:
+        """Pages that leave the window in this step."""
+        return len(self._leaving) * (self.shape.num_kv_heads - len(self.heads.pinned))
+
+    def begin(self, lengths: Sequence[int]) -> None:
+        """A step begins in which each sequence has so many tokens, the new one included."""
+        self.gate.begin()
+        size, recent = self.page_size, self.kv.recent_tokens
+        starts = [(window_start(n - 1, recent, size), window_start(n, recent, size)) for n in lengths]
+        self._leaving = [(b, before // size) for b, (before, after) in enumerate(starts) if after > before]
+
+    # ---- prompts
+
+    def load(self, sequence: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Take in a prompt's rotated keys and values, `[kv_heads, tokens, head_dim]`; the last pages stay in slots."""
+        start = self.pages_of_prompt(keys.shape[1]) * self.page_size
+        self.load_pages(sequence, 0, torch.stack([keys[:, :start], values[:, :start]]))
+        self.load_rest(sequence, keys, values)
+
+    def pages_of_prompt(self, tokens: int) -> int:
+        """Pages of a prompt that are not in the window when it has been read."""
+        return window_start(tokens, self.kv.recent_tokens, self.page_size) // self.page_size
+
+    def load_pages(self, sequence: int, first: int, kv: torch.Tensor) -> None:
+        """Pages of a prompt from page `first` on, `[2, kv_heads, tokens, head_dim]`: to the host and indexed."""
+        count = kv.shape[2] // self.page_size
+        if not count:
+            return
+        pages = kv.unflatten(2, (count, self.page_size))
+        # put in order where they are, so that what crosses the link is contiguous at both ends
+        self.host_pages[sequence, first : first + count].copy_(pages.permute(2, 1, 0, 3, 4))
+        self.selection.index_pages(sequence, first, pages[0])
+        if self.design.cache is Cache.RESIDENT:
+            self.kv.slots[sequence, :, first : first + count] = pages.permute(1, 2, 0, 3, 4)
+
+    def fetch_pages(self, sequence: int, count: int, out: torch.Tensor) -> None:
+        """The first `count` pages into `out` `[2, kv_heads, count * page_size, head_dim]`, on the device."""
+        resident = self.design.cache is Cache.RESIDENT
+        pages = self.kv.slots[sequence].transpose(0, 1) if resident else self.host_pages[sequence]
+        at_once = max(1, FETCH_TOKENS // self.page_size)
+        for first in range(0, count, at_once):
+            end = min(first + at_once, count)
+            # contiguous on the host and so moved as it is; on the device it is put in order
+            arrived = pages[first:end].to(self.shape.device, non_blocking=True)
+            rows = out[:, :, first * self.page_size : end * self.page_size]
+            rows.unflatten(2, (end - first, self.page_size)).copy_(arrived.permute(2, 1, 0, 3, 4))
+
+    def load_rest(self, sequence: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """What of a whole prompt `[kv_heads, tokens, head_dim]` is on the device; its pages are on the host already."""
+        tokens = keys.shape[1]
+        for row, head in enumerate(self.heads.pinned):
+            self.kv.pinned[sequence, row, 0, :tokens] = keys[head]
+            self.kv.pinned[sequence, row, 1, :tokens] = values[head]
+        full = self.pages_of_prompt(tokens)
+        self.selection.remember_prompt(sequence, keys)
+        count = min(self.kv.sinks.shape[3], tokens)
+        kept = torch.arange(full * self.page_size, tokens, device=keys.device)
+        for part, of_prompt in enumerate((keys, values)):
+            self.kv.sinks[sequence, :, part, :count] = of_prompt[:, :count]
+            self.kv.window[sequence, :, part][:, kept % self.kv.ring_tokens] = of_prompt[:, kept]
+        if self.design.cache not in (Cache.RESIDENT, Cache.NONE):
+            self._fill_slots(sequence, full)
+
+    def _fill_slots(self, sequence: int, full: int) -> None:
+        """The pages computed last are on the device already: they begin in the slots, the newest used last."""
+        newest = range(max(1, full - self.kv.slots.shape[2]), full)
+        for slot, page in enumerate(newest):
+            self.residency.begin_with(sequence, slot, page)
+            self.kv.slots[sequence, :, slot] = self.host_pages[sequence, page].to(self.shape.device)
+
+    # ---- a decode step
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor, *, store: bool) -> None:
+        """The new token into the window. With `store`, the page that leaves goes to the host by the same kernel."""
+        self.selection.remember_token(key, lengths)
+        planes = self.selection.planes
+        if store:
+            self.kernels.append_kv(
+                key, value, lengths, self.kv, self.host_pages, self.selection.index, planes=planes
+            )
+            if self.design.cache is Cache.RESIDENT:
+                self._keep_on_device(lengths)
+            return
+        self.kernels.append_kv(key, value, lengths, self.kv, *self._nowhere, planes=planes)
+        for sequence, page in self._leaving:
+            self.selection.index_pages(sequence, page, self._window_page(sequence, page)[:, None, 0])
+
+    def _keep_on_device(self, lengths: torch.Tensor) -> None:
+        """Where nothing is offloaded, the page that leaves the window is a slot's from now on: its own."""
+        size, recent = self.page_size, self.kv.recent_tokens
+        before, after = ((lengths.long() - less - recent).clamp(min=0) // size for less in (1, 0))
+        rows = (before[:, None] * size + torch.arange(size, device=lengths.device)) % self.kv.ring_tokens
+        batch = torch.arange(self.shape.batch, device=lengths.device)
+        leaving = self.kv.window[batch[:, None], :, :, rows].permute(0, 2, 3, 1, 4)
+        held = self.kv.slots[batch, :, before]
+        self.kv.slots[batch, :, before] = torch.where((after > before)[:, None, None, None, None], leaving, held)
+
+    def _window_page(self, sequence: int, page: int) -> torch.Tensor:
+        """`[kv_heads, 2, page_size, head_dim]`; pages lie whole in the ring."""
+        first = page * self.page_size % self.kv.ring_tokens
+        return self.kv.window[sequence, :, :, first : first + self.page_size].contiguous()
+
+    def write_back(self) -> None:
+        """Pages that left the window in this step, to the host."""
+        for sequence, page in self._leaving:
+            self.host_pages[sequence, page].copy_(self._window_page(sequence, page), non_blocking=True)
+
+    def score(self, stage: Stage, query: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Scores of the candidate pages of heads that missed."""
+        self.selection.score(stage, query, lengths, self.gate.missed[stage])
+
+    def select(self, stage: Stage, lengths: torch.Tensor) -> None:
+        """The budget's best pages of heads that missed."""
+        missed = self.gate.missed[stage]
+        self.selection.select(stage, lengths, missed)
+        self._selected.add(stage)
+        self._last_selected = stage
+        if self.design.cache is Cache.RESIDENT:
+            self.residency.attend_selection()
+        else:
+            self.residency.after_selection(stage, missed)
+
+    def resolve(self, stage: Stage) -> None:
+        """What of the selection is resident, what leaves, what is to be fetched."""
+        self.residency.resolve(stage, self.gate.missed[stage])
+
+    def gather(self, stage: Stage) -> None:
+        """What was found missing, from the host into its slots."""
+        self.residency.announce(stage)
+        resolved, programs = self.residency.resolved[stage], self.design.num_ctas
+        self.kernels.gather_pages(self.host_pages, self.kv.slots, resolved, num_programs=programs)
+
+    def attend(self, query: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Attention over sinks, window and the selected pages (pinned heads: over everything)."""
+        self._attended = self._last_selected
+        attended: torch.Tensor = self.kernels.sparse_decode_attention(
+            query,
+            self.attended_kv,
+            self.residency.slots,
+            lengths,
+            scale=self.shape.scale,
+            out=torch.empty_like(query),
+        )
+        return attended
+
+
+def _device_kv(
+    recent_tokens: int, page: tuple[int, ...], num_slots: int, shape: LayerShape, pinned: tuple[int, ...]
+) -> DeviceKV:
+    on_device = {"dtype": shape.dtype, "device": shape.device}
+    _, page_size, head_dim = page
+    ring = ring_rows(recent_tokens + 1, page_size)
+    pinned_row = torch.full((shape.num_kv_heads,), -1, dtype=INT32, device=shape.device)
+    for row, head in enumerate(pinned):
+        pinned_row[head] = row
+    return DeviceKV(
+        sinks=torch.zeros((*shape.rows, *page), **on_device),
+        window=torch.zeros((*shape.rows, 2, ring, head_dim), **on_device),
+        slots=torch.zeros((*shape.rows, num_slots, *page), **on_device),
+        pinned=torch.zeros((shape.batch, len(pinned), 2, shape.max_tokens, head_dim), **on_device),
+        pinned_row=pinned_row,
+        recent_tokens=recent_tokens,
+    )

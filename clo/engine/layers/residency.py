@@ -1,0 +1,111 @@
+"""Which selected pages are in device slots, and which slots take the ones that are not.
+
+The page table is the device's, or the CPU threads' where they resolve. Knows nothing about what pages hold.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from clo.engine.kernels import kernels_for
+from clo.engine.layers.selection import Selection
+from clo.engine.layers.shape import LayerShape
+from clo.engine.words import Words
+from clo.schedule.ops import Stage
+from clo.specs import Cache, Design, OnMiss, ResolveOn
+from clo_kernels import reference
+from clo_kernels.layout import NO_SLOT, PageTable, Resolved
+
+
+class Residency:
+    """The page table of one layer and what each stage found missing.
+
+    `slots`: where the selected pages of each head are, `[batch, kv_heads, budget]`.
+    """
+
+    def __init__(
+        self, design: Design, shape: LayerShape, selection: Selection, *, num_slots: int, num_pages: int
+    ) -> None:
+        self._design, self._selection = design, selection
+        self._kernels = kernels_for(shape.device)
+        self.table = PageTable.empty(*shape.rows, num_slots, num_pages, "cpu" if self.on_cpu else str(shape.device))
+        self._found = {stage: Words(self._found_shapes(), shape.device) for stage in Stage}
+        self.resolved = {stage: self._resolved(found.device) for stage, found in self._found.items()}
+        self.slots = torch.full_like(selection.pages, NO_SLOT)
+
+    def _found_shapes(self) -> dict[str, tuple[int, ...]]:
+        listed = tuple(self._selection.pages.shape)
+        found = {"fetch_pages": listed, "fetch_slots": listed, "num_fetched": listed[:2]}
+        return found | ({"slots": listed} if self.on_cpu else {})
+
+    def _resolved(self, words: dict[str, torch.Tensor]) -> Resolved:
+        slots = words.get("slots")
+        return Resolved(
+            slots=torch.zeros_like(self._selection.pages) if slots is None else slots,
+            fetch_pages=words["fetch_pages"],
+            fetch_slots=words["fetch_slots"],
+            num_fetched=words["num_fetched"],
+        )
+
+    @property
+    def replaces(self) -> bool:
+        """Whether what a head selects is fetched whole, resident or not."""
+        return self._design.cache is Cache.NONE or self._design.on_miss is OnMiss.REPLACE
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether CPU threads keep the page table."""
+        return self._design.resolve_on is ResolveOn.CPU and self._design.offloads and not self.replaces
+
+    def begin_with(self, sequence: int, slot: int, page: int) -> None:
+        """`page` of every head is in `slot`; what was put in last is used last."""
+        self.table.page_of_slot[sequence, :, slot] = page
+        self.table.slot_of_page[sequence, :, page] = slot
+        self.table.last_use[sequence, :, slot] = slot
+
+    def attend_selection(self) -> None:
+        """Where every page has a slot of its own."""
+        self.slots.copy_(self._selection.pages)
+
+    def after_selection(self, stage: Stage, missed: torch.Tensor) -> None:
+        """What `stage` chose is what is attended; a set that is replaced whole is looked up at once."""
+        self.slots = self.resolved[stage].slots
+        if self.replaces:
+            self._look_up(stage, missed, replace=True)
+        elif self.on_cpu:
+            self._selection.letters[stage].device["missed"].copy_(missed)
+
+    def resolve(self, stage: Stage, missed: torch.Tensor) -> None:
+        """What of the selection is resident, what leaves, what is to be fetched."""
+        if self.on_cpu:
+            asked, found = self._selection.letters[stage].host, self._resolved(self._found[stage].host)
+            reference.resolve_pages(asked["chosen"], asked["missed"].bool(), self.table, out=found)
+        elif not self.replaces:
+            self._look_up(stage, missed, replace=False)
+
+    def _look_up(self, stage: Stage, missed: torch.Tensor, *, replace: bool) -> None:
+        chosen, out = self._selection.chosen[stage], self.resolved[stage]
+        self._kernels.resolve_pages(chosen, missed, self.table, replace=replace, out=out)
+
+    def letter(self, stage: Stage) -> Words:
+        """What CPU threads must know before they resolve or move what `stage` chose."""
+        return self._selection.letters[stage] if self.on_cpu else self._found[stage]
+
+    def announce(self, stage: Stage) -> None:
+        """What CPU threads resolved, to the device."""
+        if self.on_cpu:
+            self._found[stage].send()
+
+    def fetches(self, stage: Stage) -> list[tuple[int, int, int, int]]:
+        """(sequence, KV head, page, slot) of what was found missing, as the host knows it."""
+        found, moves = self._found[stage].host, []
+        for b, h in found["num_fetched"].nonzero().tolist():
+            count = int(found["num_fetched"][b, h])
+            pages, slots = (found[name][b, h, :count].tolist() for name in ("fetch_pages", "fetch_slots"))
+            moves += [(b, h, page, slot) for page, slot in zip(pages, slots, strict=True)]
+        return moves
+
+    def fetched_pages(self, stage: Stage) -> int:
+        """Pages found missing; reads the device."""
+        found = self._found[stage]
+        return int((found.host if self.on_cpu else found.device)["num_fetched"].sum())
