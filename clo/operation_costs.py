@@ -36,7 +36,7 @@ from clo.schedule.work import (
     Work,
     ZeroCopy,
 )
-from clo.specs import Cache, MachineSpec, ModelSpec, OnMiss
+from clo.specs import Cache, Design, MachineSpec, ModelSpec, OnMiss
 from clo.specs.base import Spec, check_version, explain
 from clo.traffic import Traffic
 
@@ -126,8 +126,15 @@ def price_key(name: str, work: Work, plan: DecodePlan) -> str:
         return f"{name}:{'predicting' if work.n > plan.model.qkv_width else 'alone'}"
     if name == "append_kv":
         stores = isinstance(work, StreamKernel) and isinstance(work.host_store_bytes, Amount)
-        return f"{name}:{'stores' if stores else 'copied_back' if design.offloads and design.cpu_moves else 'dense'}"
+        return f"{name}:{'stores' if stores else _where_tokens_go(design)}"
     return name
+
+
+def _where_tokens_go(design: Design) -> str:
+    """Where no kernel stores pages to the host; dense layers of such a design count as its others."""
+    if design.offloads:
+        return "copied_back" if design.cpu_moves else "dense"
+    return "kept" if design.selects else "dense"
 
 
 def feature_values(work: Work, plan: DecodePlan, traffic: Traffic) -> dict[str, Seconds]:

@@ -25,13 +25,12 @@ from clo.specs import MachineSpec, ModelSpec
 from clo_calibration.comparison import price_run, simulated_s
 from clo_calibration.fingerprint import fingerprint
 from clo_calibration.host_benchmarks import HostBenchmark, host_benchmarks
+from clo_calibration.interference_fit import Interference, fit_interference
 from clo_calibration.operation_fit import (
-    Interference,
     Observation,
     Timed,
     by_key,
     fit_costs,
-    fit_interference,
     handover_s,
     observations,
     predicted_s,

@@ -1,4 +1,4 @@
-"""From timed decode steps to the costs of operations: what each takes alone, and how lanes slow each other.
+"""From timed decode steps to the costs of operations: what each takes alone.
 
 Knows nothing about how the steps were run or which of them to run.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares, nnls
+from scipy.optimize import nnls
 
 from clo.engine.measure import MachineRun
 from clo.operation_costs import OperationCost, feature_values, is_runtime, price_key
@@ -23,20 +24,23 @@ from clo.timeline import Span, Timeline
 
 Floats = NDArray[np.float64]
 
+Group = tuple[str, ...]
+"""Prices of operations that run at the same time on different lanes, sorted."""
+
 OUTLIER = 3.0
 """Durations beyond so many medians of their run are counted as that: the operating system took the processor away."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """One timed operation. `beside`: for how much of its time each price ran on other lanes."""
+    """One timed operation. `beside`: for what share of its time which prices ran on other lanes."""
 
     run: int
     key: str
     is_runtime: bool
     features: dict[str, float]
     seconds: float
-    beside: dict[str, float]
+    beside: dict[Group, float]
 
 
 @dataclass(slots=True)
@@ -104,20 +108,26 @@ def _by_lane(timeline: Timeline, keys: dict[tuple[str, str, int], str]) -> dict[
     }
 
 
-def _beside(span: Span, by_lane: dict[str, _Busy]) -> dict[str, float]:
-    shares: dict[str, float] = {}
+def _beside(span: Span, by_lane: dict[str, _Busy]) -> dict[Group, float]:
+    """For what share of `span` which operations ran on other lanes."""
     length = span.end_s - span.start_s
     if length <= 0:
-        return shares
-    for lane, busy in by_lane.items():
-        if lane == span.lane:
-            continue
-        first, last = np.searchsorted(busy.ends, span.start_s, "right"), np.searchsorted(busy.starts, span.end_s)
-        for at in range(first, last):
-            shared = min(busy.ends[at], span.end_s) - max(busy.starts[at], span.start_s)
-            if shared > 0:
-                shares[busy.keys[at]] = shares.get(busy.keys[at], 0.0) + shared / length
+        return {}
+    others = [overlap for lane, busy in by_lane.items() if lane != span.lane for overlap in _overlaps(span, busy)]
+    cuts = sorted({span.start_s, span.end_s, *(cut for overlap in others for cut in overlap[:2])})
+    shares: dict[Group, float] = {}
+    for start, end in pairwise(cuts):
+        if group := tuple(sorted(key for first, last, key in others if first <= start and end <= last)):
+            shares[group] = shares.get(group, 0.0) + (end - start) / length
     return shares
+
+
+def _overlaps(span: Span, busy: _Busy) -> Iterator[tuple[float, float, str]]:
+    first, last = np.searchsorted(busy.ends, span.start_s, "right"), np.searchsorted(busy.starts, span.end_s)
+    for at in range(first, last):
+        start, end = max(busy.starts[at], span.start_s), min(busy.ends[at], span.end_s)
+        if end > start:
+            yield float(start), float(end), busy.keys[at]
 
 
 def by_key(found: Iterable[Observation]) -> dict[str, Timed]:
@@ -165,90 +175,6 @@ def _spread(runs: Iterable[Sequence[Observation]], per_unit: dict[str, float]) -
 def predicted_s(row: Observation, per_unit: dict[str, float]) -> float:
     """Seconds alone."""
     return sum(per_unit.get(name, 0.0) * value for name, value in row.features.items())
-
-
-@dataclass(frozen=True, slots=True)
-class Interference:
-    """By price: how much other lanes slow it, how much it slows them, and how lanes differ from running alone."""
-
-    slowed: dict[str, float]
-    host_share: dict[str, float]
-    lane_factor: dict[str, float]
-
-
-PRIOR = {"slowed": (1.0, 1.0), "host_share": (1.0, 0.7), "lane_factor": (1.0, 0.1)}
-"""Median and relative width of what is expected before any overlap was seen, log-normal."""
-
-NOISE = 0.05
-"""Relative error of one run of one operation, against which the priors are weighed."""
-
-CONSERVED, LOSS = 1.0, 0.05
-"""Two operations side by side get at least this much done together, of what one alone would; and how sure that is."""
-
-
-def fit_interference(beside: dict[str, Timed], costs: dict[str, OperationCost]) -> Interference:
-    """From operations that ran beside others.
-
-    Beside an operation of share g, one that is slowed by s runs at the rate 1 / (1 + s g); its rate over its time adds
-    up to the work there was: its time alone, times a factor near 1 for running on a lane. One equation for each
-    operation and run, least squares, with log-normal priors for what was seldom seen. Whoever holds up the other gets
-    on itself: rates of two that were never seen together must not both be small.
-    """
-    keys = sorted(key for key, timed in beside.items() if key in costs and not timed.rows[0].is_runtime)
-    rows = [
-        _Overlap.of(keys.index(key), found, costs[key].per_unit, keys)
-        for key in keys
-        for found in beside[key].per_run().values()
-    ]
-    rows = [row for row in rows if row.alone > 0]
-    who = np.array([row.who for row in rows])
-    alone, free = np.array([row.alone for row in rows]), np.array([row.free for row in rows])
-    shared = np.array([row.shared for row in rows])
-
-    def errors(logs: Floats) -> Floats:
-        slowed, share, factor = np.exp(logs.reshape(3, -1))
-        work = free + (shared / (1.0 + slowed[who][:, None] * share)).sum(axis=1)
-        fits = (work / (factor[who] * alone) - 1.0) / NOISE
-        rates = 1.0 / (1.0 + slowed[:, None] * share)
-        lost = np.maximum(0.0, CONSERVED - (rates + rates.T)[pairs]) / LOSS
-        return np.concatenate([fits, lost, ((logs.reshape(3, -1) - _PRIOR_LOGS) / _PRIOR_WIDTHS).ravel()])
-
-    pairs = np.triu_indices(len(keys), 1)
-    start = np.repeat(_PRIOR_LOGS, len(keys), axis=1).ravel()
-    found = np.exp(least_squares(errors, start, loss="soft_l1").x.reshape(3, -1))
-    return Interference(*(dict(zip(keys, values.tolist(), strict=True)) for values in found))
-
-
-_PRIOR_LOGS = np.log([[PRIOR[name][0]] for name in ("slowed", "host_share", "lane_factor")])
-_PRIOR_WIDTHS = np.array([[PRIOR[name][1]] for name in ("slowed", "host_share", "lane_factor")])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Overlap:
-    """One operation in one run, seconds: work there was, time undisturbed, and time beside each other operation."""
-
-    who: int
-    alone: float
-    free: float
-    shared: Floats
-
-    @classmethod
-    def of(cls, who: int, rows: Sequence[Observation], per_unit: dict[str, float], keys: Sequence[str]) -> _Overlap:
-        typical = float(np.median([row.seconds for row in rows]))
-        alone = free = 0.0
-        shared = np.zeros(len(keys))
-        number = {key: at for at, key in enumerate(keys)}
-        for row in rows:
-            if row.seconds > OUTLIER * typical:
-                continue
-            beside = {key: share for key, share in row.beside.items() if key in number}
-            total = sum(beside.values())
-            alone += predicted_s(row, per_unit)
-            free += row.seconds * max(0.0, 1.0 - total)
-            for key, share in beside.items():
-                # lanes that disturb at the same time are taken as if they followed one another
-                shared[number[key]] += row.seconds * share / max(1.0, total)
-        return cls(who, alone, free, shared)
 
 
 def handover_s(runs: Iterable[MachineRun]) -> float:

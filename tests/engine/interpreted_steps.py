@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from small import design, prompt, small_model
 
-from clo.engine import decoder, layer
+from clo.engine import decoder
 from clo.engine.kernels import triton_kernels
+from clo.engine.layers import DenseLayer, LayerShape, shape
 from clo.specs import Design
 
 TOKENS, STEPS = 44, 2
 
 
-class Recorded(layer.DenseLayer):
+class Recorded(DenseLayer):
     """On CUDA dense layers attend by the kernel."""
 
-    def __init__(self, shape: layer.LayerShape) -> None:
-        super().__init__(shape)
+    def __init__(self, of: LayerShape) -> None:
+        super().__init__(of)
         self.by_kernel = True
 
 
@@ -44,8 +45,8 @@ def main() -> None:
         design("resident-sparse", budget_pages=3),
     ]
     expected = [decoded(chosen) for chosen in designs]
-    layer.kernels_for = lambda _: triton_kernels()  # type: ignore[assignment]
-    plain: Any = layer.LayerShape
+    shape.kernels_for = lambda _: triton_kernels()  # type: ignore[assignment]
+    plain: Any = LayerShape
     decoder.LayerShape = lambda **sizes: replace(plain(**sizes), recorded=True)  # type: ignore[assignment, misc]
     decoder.DenseLayer = Recorded  # type: ignore[misc]
     found = [decoded(chosen) for chosen in designs]

@@ -33,12 +33,12 @@ from clo.timeline import load_chrome_trace
 from clo_calibration.calibrate import calibrate, claim_folder, network_of
 from clo_calibration.comparison import ABLATIONS, compare, price_run, simulated_s
 from clo_calibration.fingerprint import differences, fingerprint
+from clo_calibration.interference_fit import fit_interference
 from clo_calibration.operation_fit import (
     Observation,
     Timed,
     by_key,
     fit_costs,
-    fit_interference,
     handover_s,
     observations,
 )
@@ -164,6 +164,12 @@ def rows(run: int, count: int, features: dict[str, float], seconds: float, **mor
     return [Observation(run=run, features=features, seconds=seconds, **settled) for _ in range(count)]  # type: ignore[arg-type]
 
 
+def overlapped(key: str, seconds: float, *groups: tuple[str, ...]) -> Timed:
+    """Forty runs of an operation that takes `seconds`, beside each group for an equal part of them."""
+    beside = {group: 1.0 / len(groups) for group in groups}
+    return Timed([row for run in range(40) for row in rows(run, 4, {"calls": 1.0}, seconds, key=key, beside=beside)])
+
+
 class TestFit:
     @given(
         st.floats(1e-6, 1e-3),
@@ -192,12 +198,7 @@ class TestFit:
     def test_known_interference_is_found_again(self) -> None:
         """Two operations that always run beside each other: a three times as long, b half as long again."""
         costs = fit_costs({key: Timed(rows(0, 4, {"calls": 1.0}, 1e-3, key=key)) for key in ("a", "b")})
-        beside = {
-            "a": Timed([row for run in range(40) for row in rows(run, 4, {"calls": 1.0}, 3e-3, beside={"b": 1.0})]),
-            "b": Timed(
-                [row for run in range(40) for row in rows(run, 4, {"calls": 1.0}, 1.5e-3, key="b", beside={"a": 1.0})]
-            ),
-        }
+        beside = {"a": overlapped("a", 3e-3, ("b",)), "b": overlapped("b", 1.5e-3, ("a",))}
         found = fit_interference(beside, costs)
         slowed_a = 1 + found.slowed["a"] * found.host_share["b"]
         slowed_b = 1 + found.slowed["b"] * found.host_share["a"]

@@ -24,9 +24,8 @@ from clo.engine import decoder as decoder_module
 from clo.engine import words as words_module
 from clo.engine.decoder import Decoder, HeadProfile, check_device, make_layers
 from clo.engine.kernels import Kernels
-from clo.engine.layers import dense, gate, offloaded, residency, selection
-from clo.engine.layers import shape as layer_shape
 from clo.engine.layers import DenseLayer, Layer, LayerShape, StreamedLayer
+from clo.engine.layers import shape as layer_shape
 from clo.engine.network import Network
 from clo.engine.operations import Operations
 from clo.engine.words import Words
@@ -120,8 +119,7 @@ def place(value: Any) -> Any:
 
 
 def operations_of(network: Network, chosen: Design, monkeypatch: pytest.MonkeyPatch) -> tuple[Operations, DecodePlan]:
-    for module in (dense, gate, offloaded, residency, selection):
-        monkeypatch.setattr(module, "kernels_for", silent_kernels)
+    monkeypatch.setattr(layer_shape, "kernels_for", silent_kernels)
     with Decoder(network, chosen, max_new_tokens=8) as decoder:
         plan = decoder.make_plan([80, 80])
         layers = make_layers(network, plan, HeadProfile(), 88)

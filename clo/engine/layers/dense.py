@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from clo.engine.counts import Counts
-from clo.engine.kernels import kernels_for
 from clo.engine.layers.shape import LayerShape
 from clo_kernels.layout import INT32, NO_SLOT, DeviceKV
 
@@ -21,7 +20,7 @@ class DenseLayer:
         self.kv = torch.zeros(size, dtype=shape.dtype, device=shape.device)
         # a kernel reads lengths on the device; torch's attention wants them, or a mask, from the host
         self.by_kernel = shape.apart
-        self._kernels, self._pinned = kernels_for(shape.device), _as_pinned(self.kv)
+        self._kernels, self._pinned = shape.kernels, _as_pinned(self.kv)
         self._no_slots = torch.full((shape.batch, shape.num_kv_heads, 1), NO_SLOT, dtype=INT32, device=shape.device)
         self._tokens: list[int] = []
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from clo.engine.kernels import kernels_for
 from clo.engine.layers.shape import NEVER, HeadSettings, LayerShape
 from clo.schedule.ops import Stage
 from clo.specs import Design
@@ -18,7 +17,7 @@ class Gate:
 
     def __init__(self, design: Design, shape: LayerShape, heads: HeadSettings) -> None:
         self._design, self._shape, self._refresh_rate = design, shape, heads.refresh_rate
-        self._kernels = kernels_for(shape.device)
+        self._kernels = shape.kernels
         size = (shape.batch, shape.num_query_heads, shape.head_dim)
         self.anchor = torch.zeros(size, dtype=shape.dtype, device=shape.device)
         self.tau = heads.tau.to(shape.device, torch.float32).clone()

@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 
 from clo.engine.counts import Counts
-from clo.engine.kernels import kernels_for
 from clo.engine.layers.gate import Gate
 from clo.engine.layers.residency import Residency
 from clo.engine.layers.selection import Selection
@@ -32,7 +31,7 @@ class OffloadedLayer:
 
     def __init__(self, plan: DecodePlan, shape: LayerShape, heads: HeadSettings) -> None:
         self.design, self.shape, self.heads = plan.design, shape, heads
-        self.kernels = kernels_for(shape.device)
+        self.kernels = shape.kernels
         self.page_size = self.design.page_size
         num_pages = -(-shape.max_tokens // self.page_size)
         everything = self.design.cache is Cache.RESIDENT
@@ -150,9 +149,7 @@ class OffloadedLayer:
         self.selection.remember_token(key, lengths)
         planes = self.selection.planes
         if store:
-            self.kernels.append_kv(
-                key, value, lengths, self.kv, self.host_pages, self.selection.index, planes=planes
-            )
+            self.kernels.append_kv(key, value, lengths, self.kv, self.host_pages, self.selection.index, planes=planes)
             if self.design.cache is Cache.RESIDENT:
                 self._keep_on_device(lengths)
             return

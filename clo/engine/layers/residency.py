@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 
-from clo.engine.kernels import kernels_for
 from clo.engine.layers.selection import Selection
 from clo.engine.layers.shape import LayerShape
 from clo.engine.words import Words
@@ -27,7 +26,7 @@ class Residency:
         self, design: Design, shape: LayerShape, selection: Selection, *, num_slots: int, num_pages: int
     ) -> None:
         self._design, self._selection = design, selection
-        self._kernels = kernels_for(shape.device)
+        self._kernels = shape.kernels
         self.table = PageTable.empty(*shape.rows, num_slots, num_pages, "cpu" if self.on_cpu else str(shape.device))
         self._found = {stage: Words(self._found_shapes(), shape.device) for stage in Stage}
         self.resolved = {stage: self._resolved(found.device) for stage, found in self._found.items()}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 
-from clo.engine.kernels import kernels_for
 from clo.engine.layers.shape import NEVER, LayerShape
 from clo.engine.words import Words
 from clo.schedule.ops import Stage
@@ -23,11 +22,9 @@ class Selection:
     selector alone, `[batch, kv_heads, max_tokens, head_dim]`.
     """
 
-    def __init__(
-        self, design: Design, shape: LayerShape, *, num_pages: int, budget: int, always_attended: int
-    ) -> None:
+    def __init__(self, design: Design, shape: LayerShape, *, num_pages: int, budget: int, always_attended: int) -> None:
         self._design, self._shape, self._always_attended = design, shape, always_attended
-        self._kernels, self._device = kernels_for(shape.device), shape.device
+        self._kernels, self._device = shape.kernels, shape.device
         entry = entry_shape(self.kind, design.page_size, shape.head_dim)
         dtype = INT32 if self.kind.of_tokens else shape.dtype
         self.index = torch.zeros((*shape.rows, num_pages, *entry), dtype=dtype, device=shape.device)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from clo.engine.kernels import Kernels, kernels_for
 from clo.engine.words import two_memories
 
 NEVER = float("-inf")
@@ -33,6 +34,11 @@ class LayerShape:
     def apart(self) -> bool:
         """Whether the host's pages lie in another memory than the device's."""
         return two_memories(self.device)
+
+    @property
+    def kernels(self) -> Kernels:
+        """What runs on the device."""
+        return kernels_for(self.device)
 
     @property
     def rows(self) -> tuple[int, int]:
