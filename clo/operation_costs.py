@@ -40,7 +40,12 @@ from clo.specs import Cache, Design, MachineSpec, ModelSpec, OnMiss
 from clo.specs.base import Spec, check_version, explain
 from clo.traffic import Traffic
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+GEMM_ROWS = (1, 2, 3, 4, 6, 8)
+"""Rows of a GEMM at which its time per weight is a coefficient of its own: libraries work in tiles of rows, so that
+time grows in steps. Linear in between.
+"""
 
 
 class OperationCost(Cost):
@@ -153,7 +158,7 @@ def feature_values(work: Work, plan: DecodePlan, traffic: Traffic) -> dict[str, 
 def _features_of(work: Work, plan: DecodePlan) -> dict[str, Quantity]:
     features: dict[str, Quantity] = {"calls": 1.0}
     if isinstance(work, Gemm):
-        return features | {"flops": 2.0 * work.m * work.n * work.k}
+        return _gemm_features(work)
     if isinstance(work, DecodeAttention):
         rows = float(work.batch * work.num_kv_heads)
         return features | {
@@ -175,6 +180,18 @@ def _features_of(work: Work, plan: DecodePlan) -> dict[str, Quantity]:
     if work.action == "graph_launch":
         runtime["operations"] = float(graph_operations(plan))
     return runtime
+
+
+def _gemm_features(work: Gemm) -> dict[str, Quantity]:
+    """Weights, by the nearest numbers of rows that have a coefficient; beyond the last, as if it were called again."""
+    weights, last = float(work.n * work.k), GEMM_ROWS[-1]
+    if work.m >= last:
+        return {f"weights_{last}_rows": weights * work.m / last}
+    above = next(at for at, rows in enumerate(GEMM_ROWS) if rows > work.m)
+    low, high = GEMM_ROWS[above - 1], GEMM_ROWS[above]
+    share = (work.m - low) / (high - low)
+    near = {low: weights * (1.0 - share), high: weights * share}
+    return {f"weights_{rows}_rows": count for rows, count in near.items() if count}
 
 
 @lru_cache(maxsize=64)
@@ -221,7 +238,10 @@ class OperationPricer:
         """Time of the operation `name` when nothing else runs. Raises `ProfileError` if it was never timed."""
         cost = self._cost(work, name)
         total: Seconds = 0.0
-        for feature, value in feature_values(work, self.plan, traffic).items():
+        values = feature_values(work, self.plan, traffic)
+        if isinstance(work, Gemm) and not values.keys() <= cost.per_unit.keys():
+            raise ProfileError(f"profile {self.profile.name}: operation {name} was never timed for a batch of {work.m}")
+        for feature, value in values.items():
             if per_unit := cost.per_unit.get(feature, 0.0):
                 total = total + per_unit * value
         return total

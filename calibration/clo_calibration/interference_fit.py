@@ -34,7 +34,7 @@ PRIOR = {"slowed": (1.0, 1.0), "host_share": (1.0, 0.7), "lane_factor": (1.0, 0.
 NOISE = 0.05
 """Relative error of one run of one operation, against which the priors are weighed."""
 
-FAIR, UNFAIR = 1.0, 0.1
+FAIR, UNFAIR = 1.0, 0.3
 """Growth of an operation beside one other that shares evenly with it; and how sure it is that no pair exceeds that.
 
 Products s g of pairs that were never seen together follow from what was seen of either with others; without a limit a

@@ -19,6 +19,7 @@ from clo.engine.measure import MachineRun, run_steps
 from clo.engine.network import Network
 from clo.engine.random_weights import random_prompt
 from clo.errors import SpecError
+from clo.operation_costs import GEMM_ROWS
 from clo.plan import DecodePlan
 from clo.specs import Cache, Design, OnMiss, Transfer
 
@@ -40,6 +41,8 @@ QUICK_DESIGNS = ("resident", "resolve", "clo")
 Size = tuple[int, int, float]
 """Context tokens, sequences, budget as a share of the context."""
 
+SHORT_CONTEXT = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Grid:
@@ -48,6 +51,12 @@ class Grid:
     fitted: tuple[Size, ...]
     held_out: tuple[Size, ...]
     baseline: Size
+
+    @property
+    def short(self) -> tuple[Size, ...]:
+        """For the GEMMs of every batch that their costs tell apart and no fitted size has."""
+        batches = {batch for _, batch, _ in self.fitted}
+        return tuple((SHORT_CONTEXT, rows, 0.1) for rows in GEMM_ROWS if rows not in batches)
 
 
 CPU_GRID = Grid(
@@ -144,6 +153,11 @@ def calibration_probes(designs: Sequence[str] = DESIGNS, *, steps: int = 8, grid
             probes.append(_probe("resident", grid.baseline, alone=False, steps=steps, turn=number))
         for size in grid.fitted:
             probes += [_probe(name, size, alone=alone, steps=steps) for alone in (True, False)]
+    for size in grid.short:
+        probes += [
+            Probe(design=design, size=size, alone=True, fitted=True, steps=steps)
+            for design in _every_gemm(designs, size[2])
+        ]
     for size in grid.fitted:
         for design in _fitted_variants(designs, size[2]):
             probes += [
@@ -168,6 +182,13 @@ def _fitted_variants(designs: Sequence[str], budget: float) -> list[Design]:
     """What no preset does beside other operations: fetching ahead only what is missing."""
     ahead = {"name": "clo, fetching ahead", "prefetch_depth": 1}
     return [local_design("clo", budget).with_fields(**ahead)] if "clo" in designs else []
+
+
+def _every_gemm(designs: Sequence[str], budget: float) -> list[Design]:
+    """Few designs that run every GEMM: those of the model, and one that predicts the next layer's query."""
+    chosen = [local_design(name, budget) for name in designs] + _fitted_variants(designs, budget)
+    ahead = [design for design in chosen if design.prefetches and design.selects and not design.speculates_last_step]
+    return [local_design("resident", budget), *ahead[:1]]
 
 
 def _variants(designs: Sequence[str], budget: float) -> list[Design]:

@@ -23,11 +23,21 @@ from clo.engine.network import Network
 from clo.engine.random_weights import random_model, random_prompt
 from clo.engine.run import result_of
 from clo.errors import CloError, EngineError, ProfileError, SpecError
-from clo.operation_costs import OperationPricer, OperationProfile, feature_values, load_operation_profile, price_key
+from clo.operation_costs import (
+    GEMM_ROWS,
+    OperationPricer,
+    OperationProfile,
+    feature_values,
+    load_operation_profile,
+    price_key,
+)
 from clo.presets import load_model
+from clo.pricing import Demand
+from clo.profile import InterferenceCost, Source
 from clo.results import Result, load_result
 from clo.schedule import Lane, record_step
 from clo.schedule.ops import price_name
+from clo.schedule.work import Gemm
 from clo.specs import Design
 from clo.timeline import load_chrome_trace
 from clo_calibration.calibrate import calibrate, claim_folder, network_of
@@ -58,6 +68,7 @@ from clo_calibration.verdict import Point, Verdict, load_verdict, markdown
 from clo_cli.main import clo
 from clo_cli.real_machine import measure_here
 from clo_sim import make_scene, simulate
+from clo_sim.contention import Contention
 from clo_sim.intervals import predict
 from clo_sim.serving.prefill import prefill_prices
 from clo_sim.simulator import run_simpy
@@ -187,6 +198,26 @@ class TestFit:
             assert fitted == pytest.approx(call + byte * size, rel=1e-6)
         assert cost.spread < 1e-6
 
+    @given(st.integers(1, 24), st.integers(1, 64), st.integers(1, 64))
+    def test_gemms_share_their_weights_between_the_nearest_rows(self, rows: int, n: int, k: int) -> None:
+        found = feature_values(Gemm(rows, n, k), None, None)  # type: ignore[arg-type]
+        weights = {int(name.split("_")[1]): value for name, value in found.items()}
+        assert sum(at * value for at, value in weights.items()) == pytest.approx(rows * n * k)
+        if rows <= GEMM_ROWS[-1]:
+            assert sum(weights.values()) == pytest.approx(n * k)
+            assert all(not min(rows, at) < between < max(rows, at) for at in weights for between in GEMM_ROWS)
+
+    def test_a_batch_that_was_never_timed_is_named(
+        self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
+    ) -> None:
+        pricer = OperationPricer(profile, runs["clo"][1].plan)
+        with pytest.raises(ProfileError, match="operation out_proj was never timed for a batch of 5"):
+            pricer.seconds(Gemm(5, 48, 48), runs["clo"][1].traffic, "out_proj")
+
+    def test_every_grid_times_gemms_of_every_number_of_rows(self) -> None:
+        for grid in (CPU_GRID, CUDA_GRID):
+            assert {probe.size[1] for probe in calibration_probes(grid=grid) if probe.alone} >= set(GEMM_ROWS)
+
     def test_an_outlier_does_not_count(self) -> None:
         found = Timed(rows(0, 50, {"calls": 1.0}, 1e-4) + rows(0, 1, {"calls": 1.0}, 5.0))
         assert fit_costs({"a": found})["a"].per_unit["calls"] < 1.2e-4
@@ -204,6 +235,33 @@ class TestFit:
         slowed_b = 1 + found.slowed["b"] * found.host_share["a"]
         assert slowed_a * found.lane_factor["a"] == pytest.approx(3.0, rel=0.03)
         assert slowed_b * found.lane_factor["b"] == pytest.approx(1.5, rel=0.03)
+
+    def test_shares_of_all_that_run_beside_add_up(self) -> None:
+        """What an operation suffers beside two others is what it suffers beside each: the simulator's rule."""
+        keys = ("a", "b", "c")
+        costs = fit_costs({key: Timed(rows(0, 4, {"calls": 1.0}, 1e-3, key=key)) for key in keys})
+        beside = {
+            "a": overlapped("a", 1.7e-3, ("b", "c")),
+            "b": overlapped("b", 1.35e-3, ("a",), ("a", "c")),
+            "c": overlapped("c", 1.35e-3, ("a",), ("a", "b")),
+        }
+        found = fit_interference(beside, costs)
+        demands = [Demand(is_kernel=True, slowed=found.slowed[key], host_share=found.host_share[key]) for key in keys]
+        rate = Contention(InterferenceCost(source=Source.MEASURED, per_sm_share=0.0, dma=0.0)).rates(tuple(demands))[0]
+        assert found.lane_factor["a"] / rate == pytest.approx(1.7, rel=0.03)
+
+    def test_a_pair_that_was_never_seen_does_not_stop(self) -> None:
+        """a suffers beside b, c suffers from d; nobody saw a beside d."""
+        keys = ("a", "b", "c", "d")
+        costs = fit_costs({key: Timed(rows(0, 4, {"calls": 1.0}, 1e-3, key=key)) for key in keys})
+        beside = {
+            "a": overlapped("a", 5e-3, ("b",)),
+            "b": overlapped("b", 1e-3, ("a",)),
+            "c": overlapped("c", 5e-3, ("d",)),
+            "d": overlapped("d", 1e-3, ("c",)),
+        }
+        found = fit_interference(beside, costs)
+        assert found.slowed["a"] * found.host_share["d"] < 2.5
 
     def test_nothing_beside_means_the_prior_stays(self) -> None:
         costs = fit_costs({"a": Timed(rows(0, 4, {"calls": 1.0}, 1e-3))})
@@ -415,7 +473,7 @@ class TestEndToEnd:
             found, samples=tmp_path / "other", designs=chosen, steps=2, rounds=2, timeline=step, any_machine=False
         )
         assert {point.fitted for point in judged.points} == {True, False}
-        assert all(point.differences == () for point in judged.points)
+        assert [point.differences for point in judged.points] == [()] * len(judged.points)
         assert {"tpot_error_median", "regret", "interval_coverage"} <= judged.summary().keys()
         assert [timeline.title.endswith("(simulated)") for timeline in load_chrome_trace(step)] == [False, True]
 
