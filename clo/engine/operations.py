@@ -181,42 +181,41 @@ class Operations:
             return
         offloaded = self._offloaded(layer)
         offloaded.residency.announce(stage)
-        for b, h, page, slot in offloaded.residency.fetches(stage):
-            offloaded.kv.slots[b, h, slot].copy_(offloaded.host_pages[b, page, h], non_blocking=True)
+        moves, host, slots = offloaded.residency.fetches(stage), offloaded.host_rows, offloaded.slot_rows
+        for source, target in zip(moves.source.tolist(), moves.target.tolist(), strict=True):
+            slots[target].copy_(host[source], non_blocking=True)
 
     def _host_gather(self, stage: Stage, layer: int) -> None:
         kv = self._offloaded(layer)
         moves = kv.residency.fetches(stage)
-        staging = self._staging.take((stage, layer), kv, len(moves))
+        staging, host = self._staging.take((stage, layer), kv, len(moves)), kv.host_rows
 
-        def collect(part: list[int]) -> None:
-            for at in part:
-                b, h, page, _ = moves[at]
-                staging[at] = kv.host_pages[b, page, h]
+        def collect(part: int, parts: int) -> None:
+            first, end = (len(moves) * at // parts for at in (part, part + 1))
+            torch.index_select(host, 0, moves.source[first:end], out=staging[first:end])
 
         self._in_parts(collect, len(moves))
 
     def _copy_staged(self, stage: Stage, layer: int) -> None:
         kv = self._offloaded(layer)
         kv.residency.announce(stage)
-        self._staging.send((stage, layer), kv, kv.residency.fetches(stage))
+        self._staging.send((stage, layer), kv, kv.residency.fetches(stage).target)
 
     def _bar_write(self, stage: Stage, layer: int) -> None:
         """On the CPU machine device memory is as writable as any: threads store into the slots."""
         kv = self._offloaded(layer)
         kv.residency.announce(stage)
-        moves = kv.residency.fetches(stage)
+        moves, host, slots = kv.residency.fetches(stage), kv.host_rows, kv.slot_rows
 
-        def write(part: list[int]) -> None:
-            for at in part:
-                b, h, page, slot = moves[at]
-                kv.kv.slots[b, h, slot] = kv.host_pages[b, page, h]
+        def write(part: int, parts: int) -> None:
+            mine = moves.part(part, parts)
+            slots.index_copy_(0, mine.target, host.index_select(0, mine.source))
 
         self._in_parts(write, len(moves))
 
-    def _in_parts(self, work: Callable[[list[int]], None], count: int) -> None:
-        threads = min(self.plan.design.transfer_threads, count)
-        futures = [self._pool.submit(_quietly, work, list(range(part, count, threads))) for part in range(threads)]
+    def _in_parts(self, work: Callable[[int, int], None], count: int) -> None:
+        parts = min(self.plan.design.transfer_threads, count)
+        futures = [self._pool.submit(_quietly, work, part, parts) for part in range(parts)]
         for future in futures:
             future.result()
 
@@ -261,6 +260,6 @@ def _stage_of(op: Op) -> Stage:
     return Stage.PREFETCH if op.name.startswith(PREFETCH_MARK) else Stage.DEMAND
 
 
-def _quietly(work: Callable[[list[int]], None], part: list[int]) -> None:
+def _quietly(work: Callable[[int, int], None], part: int, parts: int) -> None:
     with torch.inference_mode():
-        work(part)
+        work(part, parts)

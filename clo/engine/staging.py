@@ -11,9 +11,6 @@ import torch
 from clo.engine.layers import OffloadedLayer
 from clo.engine.words import two_memories
 
-Places = list[tuple[int, int, int, int]]
-"""(sequence, KV head, page, slot) of every page."""
-
 
 class Staging:
     """One buffer on the host for each user (a stage of a layer), one on the device for all: its copies are in order."""
@@ -24,29 +21,29 @@ class Staging:
         self._taken: dict[object, torch.Tensor] = {}
 
     def take(self, user: object, layer: OffloadedLayer, count: int) -> torch.Tensor:
-        """Room for `count` pages on the host, `[count, 2, page_size, head_dim]`, until they are sent."""
-        page = layer.host_pages.shape[3:]
+        """Room for `count` pages on the host, `[count, page values]`, until they are sent."""
+        rows = layer.host_rows
         if not two_memories(layer.shape.device):
-            self._taken[user] = torch.empty((count, *page), dtype=layer.host_pages.dtype)
+            self._taken[user] = torch.empty((count, rows.shape[1]), dtype=rows.dtype)
             return self._taken[user]
         if user not in self._pinned:
             most = layer.selection.pages.numel()
-            pages = torch.empty((most, *page), dtype=layer.host_pages.dtype, pin_memory=True)
-            self._pinned[user] = pages, torch.empty((most, 4), dtype=torch.int64, pin_memory=True)
+            pages = torch.empty((most, rows.shape[1]), dtype=rows.dtype, pin_memory=True)
+            self._pinned[user] = pages, torch.empty(most, dtype=torch.int64, pin_memory=True)
         self._taken[user] = self._pinned[user][0][:count]
         return self._taken[user]
 
-    def send(self, user: object, layer: OffloadedLayer, moves: Places) -> None:
-        """What `user` collected, to its slots."""
-        pages, places = self._taken.pop(user), torch.tensor(moves, dtype=torch.int64).view(-1, 4)
-        if not moves:
+    def send(self, user: object, layer: OffloadedLayer, target: torch.Tensor) -> None:
+        """What `user` collected, to rows `target` of the slots, int64 `[count]`."""
+        pages = self._taken.pop(user)
+        if not len(target):
             return
         if user in self._pinned:
-            pages, places = self._sent(user, layer, pages, places)
-        layer.kv.slots[places[:, 0], places[:, 1], places[:, 3]] = pages
+            pages, target = self._sent(user, layer, pages, target)
+        layer.slot_rows.index_copy_(0, target, pages)
 
     def _sent(
-        self, user: object, layer: OffloadedLayer, pages: torch.Tensor, places: torch.Tensor
+        self, user: object, layer: OffloadedLayer, pages: torch.Tensor, target: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self._device is None:
             whole = self._pinned[user]
@@ -54,9 +51,9 @@ class Staging:
                 torch.empty(whole[0].shape, dtype=whole[0].dtype, device=layer.shape.device),
                 torch.empty(whole[1].shape, dtype=whole[1].dtype, device=layer.shape.device),
             )
-        pinned_places = self._pinned[user][1][: len(places)]
-        pinned_places.copy_(places)
-        arrived, where = self._device[0][: len(pages)], self._device[1][: len(places)]
+        pinned_target = self._pinned[user][1][: len(target)]
+        pinned_target.copy_(target)
+        arrived, where = self._device[0][: len(pages)], self._device[1][: len(target)]
         arrived.copy_(pages, non_blocking=True)
-        where.copy_(pinned_places, non_blocking=True)
+        where.copy_(pinned_target, non_blocking=True)
         return arrived, where

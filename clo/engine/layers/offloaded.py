@@ -137,12 +137,22 @@ class OffloadedLayer:
 
     def _fill_slots(self, sequence: int, full: int) -> None:
         """The pages computed last are on the device already: they begin in the slots, the newest used last."""
-        newest = range(max(1, full - self.kv.slots.shape[2]), full)
-        for slot, page in enumerate(newest):
-            self.residency.begin_with(sequence, slot, page)
-            self.kv.slots[sequence, :, slot] = self.host_pages[sequence, page].to(self.shape.device)
+        newest = range(min(full, max(1, full - self.kv.slots.shape[2])), full)
+        self.residency.begin_with(sequence, newest)
+        pages = self.host_pages[sequence, newest.start : newest.stop].to(self.shape.device)
+        self.kv.slots[sequence, :, : len(newest)] = pages.transpose(0, 1)
 
     # ---- a decode step
+
+    @property
+    def host_rows(self) -> torch.Tensor:
+        """The host's pages, head by head, `[rows, page values]`: a view."""
+        return self.host_pages.view(self.host_pages.shape[:3].numel(), -1)
+
+    @property
+    def slot_rows(self) -> torch.Tensor:
+        """The slots, `[rows, page values]`: a view."""
+        return self.kv.slots.view(self.kv.slots.shape[:3].numel(), -1)
 
     def append(self, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor, *, store: bool) -> None:
         """The new token into the window. With `store`, the page that leaves goes to the host by the same kernel."""

@@ -5,6 +5,8 @@ The page table is the device's, or the CPU threads' where they resolve. Knows no
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from clo.engine.layers.selection import Selection
@@ -12,8 +14,24 @@ from clo.engine.layers.shape import LayerShape
 from clo.engine.words import Words
 from clo.schedule.ops import Stage
 from clo.specs import Cache, Design, OnMiss, ResolveOn
-from clo_kernels import reference
-from clo_kernels.layout import NO_SLOT, PageTable, Resolved
+from clo_kernels import host_resolve
+from clo_kernels.layout import INT32, NO_SLOT, PageTable, Resolved
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moves:
+    """Pages to move: rows of the host's pages and of the slots, each taken as `[rows, page values]`. int64 `[moves]`."""
+
+    source: torch.Tensor
+    target: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def part(self, number: int, parts: int) -> Moves:
+        """One of so many nearly equal parts."""
+        first, end = (len(self) * at // parts for at in (number, number + 1))
+        return Moves(self.source[first:end], self.target[first:end])
 
 
 class Residency:
@@ -26,6 +44,7 @@ class Residency:
         self, design: Design, shape: LayerShape, selection: Selection, *, num_slots: int, num_pages: int
     ) -> None:
         self._design, self._selection = design, selection
+        self._num_slots, self._num_pages = num_slots, num_pages
         self._kernels = shape.kernels
         self.table = PageTable.empty(*shape.rows, num_slots, num_pages, "cpu" if self.on_cpu else str(shape.device))
         self._found = {stage: Words(self._found_shapes(), shape.device) for stage in Stage}
@@ -56,11 +75,13 @@ class Residency:
         """Whether CPU threads keep the page table."""
         return self._design.resolve_on is ResolveOn.CPU and self._design.offloads and not self.replaces
 
-    def begin_with(self, sequence: int, slot: int, page: int) -> None:
-        """`page` of every head is in `slot`; what was put in last is used last."""
-        self.table.page_of_slot[sequence, :, slot] = page
-        self.table.slot_of_page[sequence, :, page] = slot
-        self.table.last_use[sequence, :, slot] = slot
+    def begin_with(self, sequence: int, pages: range) -> None:
+        """The first slots of every head hold `pages`; the last of them was used last."""
+        where = self.table.page_of_slot.device
+        page, slot = torch.arange(pages.start, pages.stop, device=where), torch.arange(len(pages), device=where)
+        self.table.page_of_slot[sequence, :, : len(pages)] = page.to(INT32)
+        self.table.slot_of_page[sequence, :, pages.start : pages.stop] = slot.to(INT32)
+        self.table.last_use[sequence, :, : len(pages)] = slot.to(INT32)
 
     def attend_selection(self) -> None:
         """Where every page has a slot of its own."""
@@ -78,7 +99,7 @@ class Residency:
         """What of the selection is resident, what leaves, what is to be fetched."""
         if self.on_cpu:
             asked, found = self._selection.letters[stage].host, self._resolved(self._found[stage].host)
-            reference.resolve_pages(asked["chosen"], asked["missed"].bool(), self.table, out=found)
+            host_resolve.resolve_pages(asked["chosen"], asked["missed"], self.table, out=found)
         elif not self.replaces:
             self._look_up(stage, missed, replace=False)
 
@@ -95,14 +116,17 @@ class Residency:
         if self.on_cpu:
             self._found[stage].send()
 
-    def fetches(self, stage: Stage) -> list[tuple[int, int, int, int]]:
-        """(sequence, KV head, page, slot) of what was found missing, as the host knows it."""
-        found, moves = self._found[stage].host, []
-        for b, h in found["num_fetched"].nonzero().tolist():
-            count = int(found["num_fetched"][b, h])
-            pages, slots = (found[name][b, h, :count].tolist() for name in ("fetch_pages", "fetch_slots"))
-            moves += [(b, h, page, slot) for page, slot in zip(pages, slots, strict=True)]
-        return moves
+    def fetches(self, stage: Stage) -> Moves:
+        """What was found missing, as the host knows it."""
+        found = self._found[stage].host
+        listed = torch.arange(found["fetch_pages"].shape[2]) < found["num_fetched"][..., None]
+        sequence, head, at = listed.nonzero(as_tuple=True)
+        page, slot = (found[name][sequence, head, at].long() for name in ("fetch_pages", "fetch_slots"))
+        heads = listed.shape[1]
+        return Moves(
+            source=(sequence * self._num_pages + page) * heads + head,
+            target=(sequence * heads + head) * self._num_slots + slot,
+        )
 
     def fetched_pages(self, stage: Stage) -> int:
         """Pages found missing; reads the device."""
