@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -30,6 +31,7 @@ GATHER_BYTES = 32 * MIB
 NODES = 200
 WARM_UP = 3
 DELAY_CYCLES = 400_000
+CYCLES_PER_S = 2e9
 """Longer than submitting what is timed takes."""
 
 Call = Callable[[], object]
@@ -49,14 +51,17 @@ def device_benchmarks(device: torch.device, threads: tuple[int, ...], repetition
 
 def device_seconds(call: Call, repetitions: int, *, before: Call = lambda: None) -> tuple[float, ...]:
     """Between two events around `call` on the current stream, which is busy until all of it has been submitted."""
-    samples = []
+    samples, cycles = [], DELAY_CYCLES
     for repetition in range(WARM_UP + repetitions):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         before()
-        torch.cuda._sleep(DELAY_CYCLES)
+        torch.cuda._sleep(cycles)
         start.record()
+        began = time.perf_counter()
         call()
+        # many copies take longer to submit than the usual delay
+        cycles = max(cycles, int(2 * CYCLES_PER_S * (time.perf_counter() - began)))
         end.record()
         torch.cuda.synchronize()
         if repetition >= WARM_UP:
@@ -78,7 +83,19 @@ def host_seconds(call: Call, repetitions: int, calls: int) -> tuple[float, ...]:
     return tuple(samples)
 
 
-def recorded(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+@dataclass(frozen=True, slots=True, eq=False)
+class Recording:
+    """A graph, and the calls it was recorded from: it holds their tensors' addresses, they the tensors."""
+
+    graph: torch.cuda.CUDAGraph
+    calls: tuple[Call, ...]
+
+    def replay(self) -> None:
+        """Run all of it on the current stream."""
+        self.graph.replay()
+
+
+def recorded(calls: Sequence[Call]) -> Recording:
     """One graph of all calls, each of which has run before."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -90,7 +107,7 @@ def recorded(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    return graph
+    return Recording(graph, tuple(calls))
 
 
 def _copies(arena: torch.Tensor, there: torch.Tensor, repetitions: int) -> Iterator[HostBenchmark]:

@@ -23,8 +23,8 @@ Graph = Any
 
 FLAG_SITES = 4096
 """Requests and waits of a step, at most: two of each a layer are usual."""
-DELAY_CYCLES = 1_000_000
-"""About half a millisecond: longer than submitting an operation takes."""
+CYCLES_PER_S = 2e9
+"""Of a device's clock, about."""
 LOOKS_PER_S = 1e6
 """Looks of a waiting kernel at a flag in host memory, about."""
 
@@ -81,7 +81,7 @@ class DeviceApi(Protocol):
     def event(self, *, timed: bool, recorded: bool = False) -> Event:
         """A new event; `recorded`: inside a graph, to be read after each replay."""
 
-    def delay(self) -> None:
+    def delay(self, seconds: float) -> None:
         """Keep the current stream busy until what follows has been submitted: its time is then its own."""
 
     def record(self, event: Event, stream: Stream) -> None:
@@ -199,8 +199,8 @@ class TorchDevice:
             return torch.cuda.Event(enable_timing=timed, external=True)
         return torch.cuda.Event(enable_timing=timed)
 
-    def delay(self) -> None:
-        torch.cuda._sleep(DELAY_CYCLES)
+    def delay(self, seconds: float) -> None:
+        torch.cuda._sleep(int(seconds * CYCLES_PER_S))
 
     def record(self, event: Event, stream: Stream) -> None:
         event.record(stream)
@@ -216,10 +216,14 @@ class TorchDevice:
 
     @contextmanager
     def capture(self, stream: Stream) -> Iterator[Graph]:
-        graph = torch.cuda.CUDAGraph()
-        # other threads go on using the device meanwhile
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            yield graph
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        try:
+            # other threads go on using the device meanwhile
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                yield graph
+        finally:
+            # a capture that cannot be ended leaves its own stream current
+            torch.cuda.set_stream(before)
 
     def replay(self, graph: Graph, stream: Stream) -> None:
         with self.on(stream):

@@ -22,10 +22,14 @@ from clo.engine.words import Words
 from clo.errors import EngineError
 from clo.schedule import Cause, HostWait, Lane, Op, Step, Token
 from clo.schedule.graph import runtime_op, submission
+from clo.schedule.work import Copy
 from clo.timeline import Timeline
 
 FLAG_PATIENCE = 0.25
 """A kernel gives up before the host does: then the report says which flag it was."""
+
+SUBMISSION_S, MANY_SUBMISSIONS_S = 5e-4, 2e-2
+"""Longer than the launching thread takes to submit an operation, and one that is a copy of every page."""
 
 STREAMS = (Lane.MAIN, Lane.PREFETCH, Lane.H2D, Lane.D2H)
 
@@ -66,7 +70,7 @@ class _Submitted:
     late: dict[Lane, Cause] = field(default_factory=dict)
     entered: set[Lane] = field(default_factory=set)
     used: set[Lane] = field(default_factory=set)
-    rung: dict[Token, int] = field(default_factory=dict)
+    rung: dict[Token, tuple[int, Lane, Event]] = field(default_factory=dict)
     answers: list[tuple[Token, int]] = field(default_factory=list)
     errands: list[Errand] = field(default_factory=list)
     polls: list[tuple[Op, int]] = field(default_factory=list)
@@ -125,11 +129,14 @@ class CudaMachine:
         self.close()
 
     def close(self) -> None:
-        """End the transfer thread and drop what was recorded; a second call does nothing."""
+        """End the transfer thread and drop what was recorded; a second call does nothing. The timeline stays."""
         if not self._closed:
             self._closed = True
             self._thread.close()
-            self._recorded = None
+            with suppress(RuntimeError):  # of a device that was lost
+                self._timeline = self.timeline
+            # these know the machine: without them nobody keeps the KV cache alive
+            self._recorded = self._last = None
 
     @property
     def timed(self) -> bool:
@@ -304,7 +311,7 @@ class CudaMachine:
             for wait in mark.waits:
                 self._follow(now, lane, wait.token)
             if self._one_at_a_time:
-                self._device.delay()
+                self._device.delay(MANY_SUBMISSIONS_S if isinstance(op.work, Copy) else SUBMISSION_S)
             if timed and (not recorded or mark.waits or lane not in now.used):
                 mark.start = self._device.event(timed=True, recorded=recorded)
                 self._device.record(mark.start, stream)
@@ -378,6 +385,8 @@ class CudaMachine:
         letter, stream = self._work.letter(mark.op), self._streams[mark.lane]
         with self._device.on(stream):
             self._run(mark.op, lambda: flags.ring(site, letter))
+            rung = self._device.event(timed=False)
+            self._device.record(rung, stream)
             if self._times(now):
                 mark.rings = self._device.event(timed=True, recorded=now.mode is _Mode.CAPTURE)
                 self._device.record(mark.rings, stream)
@@ -385,7 +394,7 @@ class CudaMachine:
             self._settle_stream(mark.lane, mark.op)
         seen = self._by_threads(now, runtime_op("doorbell", layer), lambda: None, lambda: flags.rung(site))
         now.marks[seen].hears = token
-        now.rung[seen] = site
+        now.rung[seen] = site, mark.lane, rung
         return seen
 
     def flagged_work(self, seen: Token, op: Op) -> Token:
@@ -421,7 +430,7 @@ class CudaMachine:
         """A kernel on `lane` polls the ready flag of the request `seen`, which is set once `done` is."""
         now, flags = self._now, self._flags
         assert flags is not None
-        site, place, op = now.rung[seen], len(now.polls), runtime_op("ready_flag", layer)
+        (site, _, _), place, op = now.rung[seen], len(now.polls), runtime_op("ready_flag", layer)
         if place >= FLAG_SITES:
             raise EngineError(f"a step waits for more than {FLAG_SITES} flags")
         now.polls.append((op, site))
@@ -429,11 +438,24 @@ class CudaMachine:
             now.answers.append((done, site))
         else:
             now.ledger.announce(done, site)
+        self._after_bells(now, lane, seen)
         token = self._on_stream(now, lane, op, lambda: flags.wait(site, place, FLAG_PATIENCE * self._patience_s))
         now.marks[token].polls = Waited(done, cause)
         if not now.in_graph:
             self._host_mark(now, submission(op))
         return token
+
+    def _after_bells(self, now: _Submitted, lane: Lane, seen: Token) -> None:
+        """What is next on `lane` comes after every bell that the threads must hear before they answer `seen`.
+
+        Streams may share a queue of the device: a poll that came first in it would keep the bell from ringing.
+        """
+        last = {stream: rung for token, (_, stream, rung) in now.rung.items() if token <= seen}
+        with self._device.on(self._streams[lane]):
+            self._join_in(now, lane)
+            for stream, rung in last.items():
+                if stream is not lane:
+                    self._device.wait(self._streams[lane], rung)
 
     def _by_threads(
         self, now: _Submitted, op: Op, do: Callable[[], None], is_asked: Callable[[], bool] | None = None

@@ -17,7 +17,7 @@ from clo.engine.cuda_device import torch_device
 from clo.engine.cuda_machine import CudaMachine
 from clo.engine.finite import explain_prompt
 from clo.engine.layers import DenseLayer, HeadSettings, Layer, LayerShape, OffloadedLayer, StreamedLayer
-from clo.engine.memory import check_memory, explain_need, ran_out
+from clo.engine.memory import check_memory, explain_need, host_memory_bytes, ran_out
 from clo.engine.network import Network
 from clo.engine.operations import Operations
 from clo.engine.prefill import PREFILL_CHUNK_TOKENS, read_into
@@ -147,7 +147,8 @@ class Decoder:
 
     `prefill` the prompts, then `step` with each next token, or `generate`. Close it, or use it in a `with` block.
     `max_new_tokens` is what there is room for after the prompts; `one_at_a_time` lets nothing overlap. Without `timed`
-    a CUDA step records no times but its own: an event costs about as much as a small kernel.
+    a CUDA step records no times but its own: an event costs about as much as a small kernel. Prompts are read in chunks
+    of `prefill_chunk_tokens` (512, on CUDA 2,048): longer ones bring less back from the host and take more memory.
     Raises `SpecError` where the design does not fit.
     """
 
@@ -162,12 +163,16 @@ class Decoder:
         patience_s: float = DEFAULT_PATIENCE_S,
         one_at_a_time: bool = False,
         timed: bool = True,
+        prefill_chunk_tokens: int | None = None,
     ) -> None:
         self.network = model if isinstance(model, Network) else Network(model)
         self.design = _sized(design, kv_memory_bytes)
         check_design(self.design, heads)
         self.heads = heads or HeadProfile()
         self.max_new_tokens = max_new_tokens
+        if prefill_chunk_tokens is not None and prefill_chunk_tokens < 1:
+            raise SpecError(f"prefill_chunk_tokens = {prefill_chunk_tokens}: must be at least 1")
+        self._chunk_tokens = prefill_chunk_tokens
         self._kv_memory_bytes, self._patience_s = kv_memory_bytes, patience_s
         self._one_at_a_time, self._timed = one_at_a_time, timed
         self._pool = ThreadPoolExecutor(self.design.transfer_threads, thread_name_prefix="clo transfer")
@@ -225,6 +230,10 @@ class Decoder:
         room = max(lengths) + self.max_new_tokens
         try:
             layers = make_layers(self.network, self.plan, self.heads, room)
+            if self.network.device.type == "cuda":
+                for layer in layers:
+                    if isinstance(layer, OffloadedLayer):
+                        layer.exercise()
             logits = [self._take_in(layers, sequence, prompt) for sequence, prompt in enumerate(prompts)]
         except (MemoryError, RuntimeError) as error:
             if not ran_out(error):
@@ -242,7 +251,8 @@ class Decoder:
     def _take_in(self, layers: Sequence[Layer], sequence: int, prompt: torch.Tensor | Prompt) -> torch.Tensor:
         """Logits of what follows the prompt."""
         if not isinstance(prompt, Prompt):
-            return read_into(layers, sequence, self.network, prompt, patience_s=self._patience_s)
+            chunk = self._chunk_tokens
+            return read_into(layers, sequence, self.network, prompt, patience_s=self._patience_s, chunk_tokens=chunk)
         for layer, (keys, values) in zip(layers, prompt.kv, strict=True):
             layer.load(sequence, keys, values)
         return prompt.logits
@@ -296,7 +306,7 @@ class Decoder:
 
     def _new_machine(self, operations: Operations) -> CpuMachine | CudaMachine:
         if self.network.device.type != "cuda":
-            return CpuMachine(self._do, patience_s=self._patience_s, one_at_a_time=self._one_at_a_time)
+            return CpuMachine(_doer(operations), patience_s=self._patience_s, one_at_a_time=self._one_at_a_time)
         return CudaMachine(
             operations,
             torch_device(self.network.device),
@@ -304,11 +314,6 @@ class Decoder:
             one_at_a_time=self._one_at_a_time,
             timed=self._timed,
         )
-
-    def _do(self, op: Op) -> float:
-        assert self._operations is not None
-        self._operations.run(op)
-        return self._operations.moved_bytes(op)
 
     def make_plan(self, lengths: Sequence[int]) -> DecodePlan:
         """The design's numbers for prompts of these lengths. Raises `SpecError` where it does not fit the model or the
@@ -398,22 +403,16 @@ def check_device(design: Design, heads: HeadProfile, device: torch.device) -> No
 
 def local_machine(device: torch.device) -> MachineSpec:
     """This machine's memory, for plans; rates are not known without calibration and are not used."""
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _host_memory()
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host_memory_bytes()
     return MachineSpec(
         name=f"this machine ({device.type})",
         source="as reported by the operating system",
         profile="none",
         gpu=GpuSpec(memory_bytes=float(memory), num_sms=1, hbm_bytes_per_s=1.0, peak_flops_per_s=1.0),
         link=LinkSpec(h2d_bytes_per_s=1.0, d2h_bytes_per_s=1.0),
-        host=HostSpec(memory_bytes=float(_host_memory()), memory_bytes_per_s=1.0, num_threads=torch.get_num_threads()),
+        host=HostSpec(memory_bytes=host_memory_bytes(), memory_bytes_per_s=1.0, num_threads=torch.get_num_threads()),
         reserve_bytes=0.0,
     )
-
-
-def _host_memory() -> int:
-    import os
-
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _sized(design: Design, kv_memory_bytes: float | None) -> Design:
@@ -421,6 +420,16 @@ def _sized(design: Design, kv_memory_bytes: float | None) -> Design:
     if left_open and kv_memory_bytes is None and design.offloads and design.selects:
         return design.with_fields(slot_budgets=DEFAULT_SLOT_BUDGETS)
     return design
+
+
+def _doer(operations: Operations) -> Callable[[Op], float]:
+    """What a CPU machine does with an operation. It does not know the decoder: a cycle would keep the KV cache."""
+
+    def do(op: Op) -> float:
+        operations.run(op)
+        return operations.moved_bytes(op)
+
+    return do
 
 
 def sampler_of(temperature: float, seed: int) -> Sampler:

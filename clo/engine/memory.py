@@ -17,6 +17,7 @@ from clo.units import format_bytes
 from clo_kernels.layout import ring_rows
 from clo_kernels.page_index import IndexKind, entry_shape
 
+STATED = "CLO_HOST_MEMORY_BYTES"
 MEMINFO = Path("/proc/meminfo")
 
 
@@ -92,14 +93,36 @@ def ran_out(error: BaseException) -> bool:
     return known or (isinstance(error, RuntimeError) and ("out of memory" in said or "allocate memory" in said))
 
 
+def stated_host_bytes() -> float | None:
+    """`CLO_HOST_MEMORY_BYTES`: for machines whose operating system does not know, such as a virtual one whose memory
+    grows as it is used, or a container with a limit. Raises `SpecError` for what is no number of bytes."""
+    stated = os.environ.get(STATED)
+    if not stated:
+        return None
+    try:
+        found = float(stated)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise SpecError(f"{STATED} = {stated}: must be a number of bytes, such as 120e9")
+    return found
+
+
+def host_memory_bytes() -> float:
+    """All of the host's memory: as stated, or as the operating system reports it."""
+    return stated_host_bytes() or float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
 def available_host_bytes() -> float:
-    """What can be taken without pushing anything out, as the operating system estimates it; a container's own limit is
-    not seen."""
+    """What can be taken without pushing anything out: as stated, or as the operating system estimates it; a container's
+    own limit is not seen."""
+    if stated := stated_host_bytes():
+        return stated
     try:
         lines = MEMINFO.read_text(encoding="ascii").splitlines()
         return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return host_memory_bytes()
 
 
 def available_device_bytes(device: torch.device) -> float:

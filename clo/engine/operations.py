@@ -42,32 +42,6 @@ class Operations:
         self._real: dict[int, torch.Tensor] = {}
         self._projected: dict[int, Projected] = {}
         self._staging = Staging()
-        self._by_name: dict[str, Callable[[Stage, int], None]] = {
-            "input_norm": self._input_norm,
-            "qkv_proj": self._qkv_proj,
-            "append_kv": self._append_kv,
-            "write_back": self._write_back,
-            "hit_test": self._hit_test,
-            "score_pages": self._score_pages,
-            "select_pages": lambda stage, layer: self._offloaded(layer).select(stage, self.lengths),
-            "resolve_pages": lambda stage, layer: self._offloaded(layer).resolve(stage),
-            "lru_update": lambda stage, layer: self._offloaded(layer).resolve(stage),
-            "gather_pages": lambda stage, layer: self._offloaded(layer).gather(stage),
-            "copy_pages": self._copy_pages,
-            "host_gather": self._host_gather,
-            "copy_staged": self._copy_staged,
-            "bar_write": self._bar_write,
-            "attention": self._attention,
-            "pinned_attention": self._pinned_attention,
-            "out_proj": self._out_proj,
-            "post_norm": self._post_norm,
-            "gate_up_proj": self._gate_up_proj,
-            "activation": self._activation,
-            "down_proj": self._down_proj,
-            "final_norm": self._final_norm,
-            "lm_head": self._lm_head,
-            "sample": self._nothing,
-        }
 
     def take(self, lengths: Sequence[int]) -> None:
         """Prompts of so many tokens have been read."""
@@ -107,7 +81,7 @@ class Operations:
         """Do `op`; of a name that the schedule does not use, `KeyError`."""
         stage = _stage_of(op)
         with torch.inference_mode():
-            self._by_name[op.name.removeprefix(PREFETCH_MARK)](stage, op.layer)
+            _BY_NAME[op.name.removeprefix(PREFETCH_MARK)](self, stage, op.layer)
 
     def moved_bytes(self, op: Op) -> float:
         """Bytes that `op`, just done, moved over the host link."""
@@ -173,6 +147,15 @@ class Operations:
         elif not design.gated:
             kv.gate.everyone_misses(stage)
         kv.score(stage, self._query_of(stage, layer), self.lengths)
+
+    def _select_pages(self, stage: Stage, layer: int) -> None:
+        self._offloaded(layer).select(stage, self.lengths)
+
+    def _resolve_pages(self, stage: Stage, layer: int) -> None:
+        self._offloaded(layer).resolve(stage)
+
+    def _gather_pages(self, stage: Stage, layer: int) -> None:
+        self._offloaded(layer).gather(stage)
 
     def _copy_pages(self, stage: Stage, layer: int) -> None:
         kv = self.layers[layer]
@@ -250,6 +233,35 @@ class Operations:
     def _lm_head(self, _stage: Stage, _layer: int) -> None:
         self.logits = self.network.lm_head(self._normed)
         self._finite = torch.isfinite(self.logits).all()
+
+
+# functions, not bound methods: those would keep the layers alive until a garbage collection
+_BY_NAME: dict[str, Callable[[Operations, Stage, int], None]] = {
+    "input_norm": Operations._input_norm,
+    "qkv_proj": Operations._qkv_proj,
+    "append_kv": Operations._append_kv,
+    "write_back": Operations._write_back,
+    "hit_test": Operations._hit_test,
+    "score_pages": Operations._score_pages,
+    "select_pages": Operations._select_pages,
+    "resolve_pages": Operations._resolve_pages,
+    "lru_update": Operations._resolve_pages,
+    "gather_pages": Operations._gather_pages,
+    "copy_pages": Operations._copy_pages,
+    "host_gather": Operations._host_gather,
+    "copy_staged": Operations._copy_staged,
+    "bar_write": Operations._bar_write,
+    "attention": Operations._attention,
+    "pinned_attention": Operations._pinned_attention,
+    "out_proj": Operations._out_proj,
+    "post_norm": Operations._post_norm,
+    "gate_up_proj": Operations._gate_up_proj,
+    "activation": Operations._activation,
+    "down_proj": Operations._down_proj,
+    "final_norm": Operations._final_norm,
+    "lm_head": Operations._lm_head,
+    "sample": Operations._nothing,
+}
 
 
 def _chooses(op: Op) -> bool:

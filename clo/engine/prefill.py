@@ -20,6 +20,13 @@ from clo.engine.network import Network
 from clo.plan import DecodePlan
 
 PREFILL_CHUNK_TOKENS = 512
+CUDA_CHUNK_TOKENS = 2048
+"""Every chunk brings all earlier ones back over the link, `tokens^2 / (2 * chunk)` tokens a layer."""
+
+
+def usual_chunk(device: torch.device) -> int:
+    """Tokens that are read at once on `device`."""
+    return CUDA_CHUNK_TOKENS if device.type == "cuda" else PREFILL_CHUNK_TOKENS
 
 
 def read_into(
@@ -29,18 +36,23 @@ def read_into(
     tokens: torch.Tensor,
     *,
     patience_s: float,
-    chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> torch.Tensor:
     """Read the prompt `tokens` `[tokens]` into new `layers` as their `sequence`; logits `[vocab_size]` of what follows.
 
     Raises `EngineError` naming layer and pages where they could not be moved; the layers then hold part of a prompt.
     """
+    size = chunk_tokens or usual_chunk(network.device)
     with torch.inference_mode(), Carrier(network.device, patience_s) as carrier:
-        cache = _PrefillCache(layers, sequence, len(tokens), chunk_tokens, carrier)
-        for start in range(0, len(tokens), chunk_tokens):
-            chunk = tokens[None, start : start + chunk_tokens].to(network.device)
-            logits = network.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        carrier.wait(carrier.ask("end of the prompt", _nothing))
+        belt = _Belt(carrier, len(tokens), size)
+        cache = _PrefillCache(layers, sequence, belt)
+        try:
+            for start in range(0, len(tokens), size):
+                chunk = tokens[None, start : start + size].to(network.device)
+                logits = network.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            carrier.wait(carrier.ask("end of the prompt", _nothing))
+        finally:
+            belt.clear()
     last: torch.Tensor = logits[0, -1]
     return last
 
@@ -60,10 +72,7 @@ def _nothing() -> None:
 class _PrefillCache(Cache):  # type: ignore[misc]
     """What the model takes for its KV cache: layers that pass on what they are given. One sequence."""
 
-    def __init__(
-        self, layers: Sequence[Layer], sequence: int, tokens: int, chunk_tokens: int, carrier: Carrier
-    ) -> None:
-        belt = _Belt(carrier, tokens, chunk_tokens)
+    def __init__(self, layers: Sequence[Layer], sequence: int, belt: _Belt) -> None:
         super().__init__(layers=[_passing(layer, sequence, index, belt) for index, layer in enumerate(layers)])
 
 
@@ -214,6 +223,10 @@ class _Belt:
             self._buffers = [torch.empty(size, dtype=shape.dtype, device=shape.device) for _ in range(2)]
         self._prompts.append(prompt)
         return prompt
+
+    def clear(self) -> None:
+        """Forget the layers, which know the belt: else nobody but a garbage collection would free them."""
+        self._prompts, self._buffers, self._coming = [], [], None
 
     def take(self, prompt: _HostedPrompt) -> torch.Tensor:
         """Room for the prompt up to the end of this chunk, `[2, kv_heads, tokens, head_dim]`; what came before it is

@@ -47,10 +47,13 @@ class FakeStream:
 
 
 class FakeDevice:
-    """Implements `DeviceApi`; close it. `ran` has (stream, name, layer) of every operation that ended."""
+    """Implements `DeviceApi`; close it. `ran` has (stream, name, layer) of every operation that ended.
 
-    def __init__(self, seed: int = 0, times_graphs: bool = True) -> None:
-        self.times_graphs = times_graphs
+    `one_queue`: what begins in a graph, a poll too, keeps the rest of it waiting until it has ended.
+    """
+
+    def __init__(self, seed: int = 0, *, times_graphs: bool = True, one_queue: bool = False) -> None:
+        self.times_graphs, self.one_queue = times_graphs, one_queue
         self.ran: list[tuple[str, str, int]] = []
         self.polled: list[FakeEvent] = []
         self.captures = self.replays = 0
@@ -103,7 +106,7 @@ class FakeDevice:
     def event(self, *, timed: bool, recorded: bool = False) -> FakeEvent:
         return FakeEvent(timed, recorded)
 
-    def delay(self) -> None:
+    def delay(self, seconds: float) -> None:
         self.submit(lambda: None)
 
     def record(self, event: FakeEvent, stream: FakeStream) -> None:
@@ -164,16 +167,20 @@ class FakeDevice:
                 reached.add(node)
                 border += node.after
         assert reached == set(graph.nodes), "lanes that left the main stream did not come back"
+        self._tails = {}
         self.captures += 1
 
     def replay(self, graph: FakeGraph, stream: FakeStream) -> None:
         self.replays += 1
-        left = set(graph.nodes)
+        left, begun = set(graph.nodes), list[FakeNode]()
 
         def advance() -> bool:
-            ready = [node for node in graph.nodes if node in left and not node.after & left and node.ready()]
-            if ready:
+            if not (begun and self.one_queue):
+                free = [node for node in graph.nodes if node in left and not node.after & left]
+                begun[:] = [self._chance.choice(free)] if free and self.one_queue else free
+            if ready := [node for node in begun if node.ready()]:
                 node = self._chance.choice(ready)
+                begun.remove(node)
                 left.discard(node)
                 node.do()
             return not left

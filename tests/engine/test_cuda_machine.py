@@ -43,6 +43,11 @@ DESIGNS = [
         for transfer in TRANSFERS
         for sync in SYNCS
     ],
+    *[
+        variant("clo-v2", f"clo-v2 {transfer} {depth} ahead", transfer=transfer, prefetch_depth=depth)
+        for transfer in TRANSFERS
+        for depth in (1, 2)
+    ],
     variant("streamed", "streamed, graph", sync="graph"),
     variant("clo", "pinned", pinned_head_fraction=0.5),
 ]
@@ -122,6 +127,17 @@ class TestOrder:
         for seed in range(3):
             device = FakeDevice(seed)
             with machine_of(device)[0] as machine:
+                for _ in range(4):
+                    check_order(plan, step(machine, plan))
+            device.close()
+
+    @pytest.mark.parametrize("chosen", named([one for one in DESIGNS if one.sync == "graph"]))
+    def test_a_poll_that_keeps_its_queue_keeps_no_bell_from_ringing(self, model: object, chosen: Design) -> None:
+        plan = plan_of(model, chosen)
+        for seed in range(3):
+            device = FakeDevice(seed, one_queue=True)
+            machine, _ = machine_of(device)
+            with machine:
                 for _ in range(4):
                     check_order(plan, step(machine, plan))
             device.close()

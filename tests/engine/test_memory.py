@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from deferred import DeferredMachine
+from fake_device import FakeDevice
 from small import DIM, KV_HEADS, design, prompt, small_model
 
 from clo import presets
@@ -129,3 +134,47 @@ class TestTooLittle:
         assert memory.available_host_bytes() == 50 * 1024
         monkeypatch.setattr(memory, "MEMINFO", tmp_path / "absent")
         assert memory.available_host_bytes() > 1e6
+
+    def test_what_is_stated_counts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(memory.STATED, "12e9")
+        assert memory.available_host_bytes() == memory.host_memory_bytes() == 12e9
+
+    @pytest.mark.parametrize("stated", ["many", "-1", "inf"])
+    def test_what_is_no_size_is_refused(self, monkeypatch: pytest.MonkeyPatch, stated: str) -> None:
+        monkeypatch.setenv(memory.STATED, stated)
+        with pytest.raises(SpecError, match=f"CLO_HOST_MEMORY_BYTES = {stated}: must be a number of bytes"):
+            memory.available_host_bytes()
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """What only a garbage collection frees stays: pinned pages do not make Python collect."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collection")
+class TestRelease:
+    @pytest.mark.parametrize("on_cuda", [False, True], ids=["cpu", "cuda"])
+    @pytest.mark.parametrize("name", ["clo", "clo-v2", "streamed", "lru-cpu"])
+    def test_who_drops_a_closed_decoder_has_the_memory_back(
+        self, name: str, on_cuda: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        device = FakeDevice()
+        if on_cuda:
+            made = lambda _, operations: DeferredMachine(operations, device, patience_s=10.0)  # noqa: E731
+            monkeypatch.setattr(Decoder, "_new_machine", made)
+        with Decoder(small_model(), design(name), max_new_tokens=9) as decoder:
+            held = []
+            for _ in range(2):
+                logits = decoder.prefill([prompt(50)])
+                held += [weakref.ref(layer) for layer in decoder.layers]
+                for _ in range(3):
+                    logits = decoder.step(logits.argmax(-1))
+        device.close()
+        assert decoder.timeline is not None
+        assert [layer() for layer in held[: len(held) // 2]] == [None] * (len(held) // 2)
+        del decoder
+        assert [layer() for layer in held] == [None] * len(held)

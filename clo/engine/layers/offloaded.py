@@ -17,7 +17,7 @@ from clo.schedule.ops import Stage
 from clo.specs import Cache
 from clo_kernels.layout import INT32, NO_PAGE, DeviceKV, ring_rows, window_start
 
-FETCH_TOKENS = 512
+FETCH_TOKENS = 8192
 """Pages of a prompt come back to the device in parts of this many tokens: what they pass through stays small."""
 
 
@@ -82,6 +82,15 @@ class OffloadedLayer:
         size, recent = self.page_size, self.kv.recent_tokens
         starts = [(window_start(n - 1, recent, size), window_start(n, recent, size)) for n in lengths]
         self._leaving = [(b, before // size) for b, (before, after) in enumerate(starts) if after > before]
+
+    def exercise(self) -> None:
+        """Use what a step may first need while a kernel polls on CUDA: code is loaded then, and the load would wait for
+        the poll. Before the layer holds anything."""
+        page = self._window_page(0, 0)
+        self.selection.index_pages(0, 0, page[:, None, 0])
+        self.host_pages[0, 0].copy_(page, non_blocking=True)
+        first = torch.zeros(1, dtype=torch.int64, device=self.shape.device)
+        self.slot_rows.index_copy_(0, first, self.slot_rows[:1].clone())
 
     # ---- prompts
 

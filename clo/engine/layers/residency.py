@@ -20,7 +20,7 @@ from clo_kernels.layout import INT32, NO_SLOT, PageTable, Resolved
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moves:
-    """Pages to move: rows of the host's pages and of the slots, each taken as `[rows, page values]`. int64 `[moves]`."""
+    """Pages to move, int64 `[moves]`: rows of the host's pages and of the slots, both as `[rows, page values]`."""
 
     source: torch.Tensor
     target: torch.Tensor
