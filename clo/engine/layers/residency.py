@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
+from clo.engine.layers import host_resolve
 from clo.engine.layers.selection import Selection
 from clo.engine.layers.shape import LayerShape
 from clo.engine.words import Words
 from clo.schedule.ops import Stage
 from clo.specs import Cache, Design, OnMiss, ResolveOn
-from clo_kernels import host_resolve
 from clo_kernels.layout import INT32, NO_SLOT, PageTable, Resolved
 
 

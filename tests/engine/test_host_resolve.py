@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clo_kernels import host_resolve, reference
+from clo.engine.layers import host_resolve
+from clo_kernels import reference
 from clo_kernels.layout import NO_PAGE, PageTable, Resolved
 
 MARKER = -12345
