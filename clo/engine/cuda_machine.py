@@ -10,13 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
-from enum import Enum
 from typing import Protocol
 
-from clo.engine.cuda_device import FLAG_SITES, DeviceApi, Event, Flags, Graph
+from clo.engine.cuda_device import FLAG_SITES, DeviceApi, Event, Flags
 from clo.engine.cuda_spans import HostMark, Mark, Waited, timeline, whole_step
-from clo.engine.cuda_threads import Errand, Ledger, TransferThread, poll
+from clo.engine.cuda_step import Mode, RecordedStep, SubmittedStep
+from clo.engine.cuda_threads import Errand, Ledger, TransferThread
+from clo.engine.cuda_waits import BoundedWaits
 from clo.engine.faults import FailedOperationError, explained
 from clo.engine.words import Words
 from clo.errors import EngineError
@@ -50,51 +50,6 @@ class Work(Protocol):
         """What a recorded step depends on; it is recorded anew when this changes."""
 
 
-class _Mode(Enum):
-    ALONE = "every operation by itself"
-    EAGER = "submitted one by one"
-    CAPTURE = "recorded as a graph"
-
-
-@dataclass(slots=True)
-class _Submitted:
-    """Everything of one step. Of a recorded one it stays, and each replay fills in its times again."""
-
-    title: str
-    prepare: Callable[[], None]
-    mode: _Mode
-    ledger: Ledger
-    marks: list[Mark] = field(default_factory=list)
-    host: list[HostMark] = field(default_factory=list)
-    pending: dict[Lane, list[Waited]] = field(default_factory=dict)
-    late: dict[Lane, Cause] = field(default_factory=dict)
-    entered: set[Lane] = field(default_factory=set)
-    used: set[Lane] = field(default_factory=set)
-    rung: dict[Token, tuple[int, Lane, Event]] = field(default_factory=dict)
-    answers: list[tuple[Token, int]] = field(default_factory=list)
-    errands: list[Errand] = field(default_factory=list)
-    polls: list[tuple[Op, int]] = field(default_factory=list)
-    is_open: bool = False
-    in_graph: bool = False
-    forked: Event = None
-    opened: Event = None
-    finished: Event = None
-    capture: ExitStack | None = None
-    graph: Graph = None
-    zero_s: float = 0.0
-    free_s: float = 0.0
-
-
-@dataclass(slots=True)
-class _Recorded:
-    """A step that can be replayed as long as `key` is what it was."""
-
-    graph: Graph
-    step: _Submitted
-    wait: HostWait
-    key: Hashable
-
-
 class CudaMachine:
     """Runs steps of a schedule on streams and one transfer thread. Close it, or use it in a `with` block.
 
@@ -114,11 +69,12 @@ class CudaMachine:
         self._work, self._device, self._patience_s = work, device, patience_s
         self._one_at_a_time, self._timed = one_at_a_time, timed
         self._streams = {lane: device.stream(lane.value) for lane in STREAMS}
+        self._waits = BoundedWaits(device, self._streams, patience_s)
         self._flags: Flags | None = None
         self._thread = TransferThread(device.done, patience_s)
-        self._recorded: _Recorded | None = None
-        self._step: _Submitted | None = None
-        self._last: _Submitted | None = None
+        self._recorded: RecordedStep | None = None
+        self._step: SubmittedStep | None = None
+        self._last: SubmittedStep | None = None
         self._timeline: Timeline | None = None
         self._warm = self._closed = self._lost = False
 
@@ -171,9 +127,9 @@ class CudaMachine:
                 self._timeline = whole_step(step.title, step.host, zero_s=step.zero_s, seconds=seconds)
         return self._timeline
 
-    def _times(self, step: _Submitted) -> bool:
+    def _times(self, step: SubmittedStep) -> bool:
         """Whether each operation is timed."""
-        return self._timed and (step.mode is not _Mode.CAPTURE or self._device.times_graphs)
+        return self._timed and (step.mode is not Mode.CAPTURE or self._device.times_graphs)
 
     def execute(
         self,
@@ -202,7 +158,7 @@ class CudaMachine:
         else:
             self._recorded = None
             alone = self._one_at_a_time or not self._warm
-            now = _Submitted(title, prepare, _Mode.ALONE if alone else _Mode.EAGER, self._ledger())
+            now = SubmittedStep(title, prepare, Mode.ALONE if alone else Mode.EAGER, self._ledger())
             self._step = now
             self._attempt(now, lambda: self._drive(step, key))
         self._warm = True
@@ -211,7 +167,7 @@ class CudaMachine:
     def _ledger(self) -> Ledger:
         return Ledger(self._publish, self._release)
 
-    def _attempt(self, now: _Submitted, work: Callable[[], None]) -> None:
+    def _attempt(self, now: SubmittedStep, work: Callable[[], None]) -> None:
         try:
             now.zero_s = now.free_s = time.perf_counter()
             work()
@@ -227,7 +183,7 @@ class CudaMachine:
         for wait in step:
             if now.capture is not None:
                 self._end_capture(now, wait, key)
-            elif now.mode is _Mode.CAPTURE:
+            elif now.mode is Mode.CAPTURE:
                 raise EngineError("the launching thread waits once in a graph, at its end")
             else:
                 self._block(now, wait)
@@ -235,7 +191,7 @@ class CudaMachine:
             raise EngineError("a step that waits for nothing has no end")
 
     @property
-    def _now(self) -> _Submitted:
+    def _now(self) -> SubmittedStep:
         assert self._step is not None, "verbs belong to a step: call execute"
         return self._step
 
@@ -245,8 +201,8 @@ class CudaMachine:
         """Record what follows; the first step only does it, one operation after another."""
         now = self._now
         now.in_graph = True
-        if now.mode is _Mode.EAGER:
-            now.mode = _Mode.CAPTURE
+        if now.mode is Mode.EAGER:
+            now.mode = Mode.CAPTURE
             self._begin()
             now.capture = ExitStack()
             now.graph = now.capture.enter_context(self._device.capture(self._streams[Lane.MAIN]))
@@ -262,11 +218,11 @@ class CudaMachine:
         with self._device.on(caller):
             self._device.record(before, caller)
         if self._timed:
-            self._await_event(before, None)
+            self._waits.event(before, None, self._now.ledger)
         with self._device.on(main):
             self._device.wait(main, before)
 
-    def _start_clock(self, now: _Submitted) -> None:
+    def _start_clock(self, now: SubmittedStep) -> None:
         """Host and device begin to count."""
         main = self._streams[Lane.MAIN]
         with self._device.on(main):
@@ -274,7 +230,7 @@ class CudaMachine:
             now.zero_s = now.free_s = time.perf_counter()
             self._device.record(now.opened, main)
 
-    def _enter(self, now: _Submitted) -> None:
+    def _enter(self, now: SubmittedStep) -> None:
         """The first thing on the main stream; other lanes come after its beginning."""
         assert self._flags is not None
         now.is_open = True
@@ -286,7 +242,7 @@ class CudaMachine:
             self._flags.advance()
             now.prepare()
 
-    def _open(self, now: _Submitted) -> None:
+    def _open(self, now: SubmittedStep) -> None:
         if not now.is_open:
             self._begin()
             self._start_clock(now)
@@ -303,9 +259,9 @@ class CudaMachine:
             self._host_mark(now, submission(op))
         return token
 
-    def _on_stream(self, now: _Submitted, lane: Lane, op: Op, do: Callable[[], None]) -> Token:
+    def _on_stream(self, now: SubmittedStep, lane: Lane, op: Op, do: Callable[[], None]) -> Token:
         mark, stream = self._mark(now, lane, op), self._streams[lane]
-        timed, recorded = self._times(now), now.mode is _Mode.CAPTURE
+        timed, recorded = self._times(now), now.mode is Mode.CAPTURE
         with self._device.on(stream):
             self._join_in(now, lane)
             for wait in mark.waits:
@@ -319,8 +275,8 @@ class CudaMachine:
             self._mark_end(mark, timed=timed, recorded=recorded)
         now.used.add(lane)
         token = Token(len(now.marks) - 1)
-        if now.mode is _Mode.ALONE:
-            self._await_event(mark.end, op)
+        if now.mode is Mode.ALONE:
+            self._waits.event(mark.end, op, now.ledger)
         return token
 
     def _mark_end(self, mark: Mark, *, timed: bool, recorded: bool) -> None:
@@ -335,20 +291,20 @@ class CudaMachine:
         mark.end = mark.order = self._device.event(timed=timed)
         self._device.record(mark.end, stream)
 
-    def _mark(self, now: _Submitted, lane: Lane, op: Op) -> Mark:
+    def _mark(self, now: SubmittedStep, lane: Lane, op: Op) -> Mark:
         waits = tuple(now.pending.pop(lane, ()))
         submitted = None if now.in_graph and lane in now.entered else time.perf_counter()
         mark = Mark(lane, op, waits, now.late.pop(lane, Cause.LAUNCH), submitted)
         now.marks.append(mark)
         return mark
 
-    def _join_in(self, now: _Submitted, lane: Lane) -> None:
+    def _join_in(self, now: SubmittedStep, lane: Lane) -> None:
         """The first operation of a lane comes after the step's beginning."""
         if lane not in now.entered:
             now.entered.add(lane)
             self._device.wait(self._streams[lane], now.forked)
 
-    def _follow(self, now: _Submitted, lane: Lane, token: Token) -> None:
+    def _follow(self, now: SubmittedStep, lane: Lane, token: Token) -> None:
         """The stream of `lane` goes on after `token`; a thread's operation has to be over by now."""
         mark = now.marks[token]
         if mark.order is not None:
@@ -388,10 +344,10 @@ class CudaMachine:
             rung = self._device.event(timed=False)
             self._device.record(rung, stream)
             if self._times(now):
-                mark.rings = self._device.event(timed=True, recorded=now.mode is _Mode.CAPTURE)
+                mark.rings = self._device.event(timed=True, recorded=now.mode is Mode.CAPTURE)
                 self._device.record(mark.rings, stream)
-        if now.mode is _Mode.ALONE:
-            self._settle_stream(mark.lane, mark.op)
+        if now.mode is Mode.ALONE:
+            self._waits.stream(mark.lane, mark.op, now.ledger)
         seen = self._by_threads(now, runtime_op("doorbell", layer), lambda: None, lambda: flags.rung(site))
         now.marks[seen].hears = token
         now.rung[seen] = site, mark.lane, rung
@@ -434,7 +390,7 @@ class CudaMachine:
         if place >= FLAG_SITES:
             raise EngineError(f"a step waits for more than {FLAG_SITES} flags")
         now.polls.append((op, site))
-        if now.mode is _Mode.CAPTURE:
+        if now.mode is Mode.CAPTURE:
             now.answers.append((done, site))
         else:
             now.ledger.announce(done, site)
@@ -445,7 +401,7 @@ class CudaMachine:
             self._host_mark(now, submission(op))
         return token
 
-    def _after_bells(self, now: _Submitted, lane: Lane, seen: Token) -> None:
+    def _after_bells(self, now: SubmittedStep, lane: Lane, seen: Token) -> None:
         """What is next on `lane` comes after every bell that the threads must hear before they answer `seen`.
 
         Streams may share a queue of the device: a poll that came first in it would keep the bell from ringing.
@@ -458,7 +414,7 @@ class CudaMachine:
                     self._device.wait(self._streams[lane], rung)
 
     def _by_threads(
-        self, now: _Submitted, op: Op, do: Callable[[], None], is_asked: Callable[[], bool] | None = None
+        self, now: SubmittedStep, op: Op, do: Callable[[], None], is_asked: Callable[[], bool] | None = None
     ) -> Token:
         mark = self._mark(now, Lane.POOL, op)
         mark.late = Cause.HOST_WORK if is_asked is None else Cause.SYNC
@@ -467,7 +423,7 @@ class CudaMachine:
         self._hand_over(now, Errand(op, (token,), do, is_asked), mark)
         return token
 
-    def _hand_over(self, now: _Submitted, errand: Errand, mark: Mark) -> None:
+    def _hand_over(self, now: SubmittedStep, errand: Errand, mark: Mark) -> None:
         """To the transfer thread at once; a recorded errand with every replay; alone, waited for."""
         do = errand.do
 
@@ -478,19 +434,19 @@ class CudaMachine:
             return event
 
         errand.do = timed
-        if now.mode is _Mode.CAPTURE:
+        if now.mode is Mode.CAPTURE:
             now.errands.append(errand)
             return
         self._thread.put(now.ledger, errand)
-        if now.mode is _Mode.ALONE:
-            self._await_threads(now, errand.tokens[-1], errand.op)
+        if now.mode is Mode.ALONE:
+            self._waits.threads(errand.tokens[-1], errand.op, now.ledger)
 
     # ---- waits of the launching thread
 
-    def _block(self, now: _Submitted, wait: HostWait) -> None:
+    def _block(self, now: SubmittedStep, wait: HostWait) -> None:
         began, mark = time.perf_counter(), now.marks[wait.token]
         if mark.order is None:
-            self._await_threads(now, wait.token, mark.op)
+            self._waits.threads(wait.token, mark.op, now.ledger)
         else:
             letter = self._work.letter(mark.op) if wait.op.name == "read_back" else None
             event = mark.order
@@ -499,39 +455,14 @@ class CudaMachine:
                 with self._device.on(stream):
                     letter.bring()
                     self._device.record(event, stream)
-            self._await_event(event, mark.op)
+            self._waits.event(event, mark.op, now.ledger)
         now.late = dict.fromkeys(Lane, wait.cause)
         now.free_s = time.perf_counter()
         self._host_mark(now, wait.op, ((wait.cause.value, now.free_s - began),))
-        self._raise_if_failed(now)
-
-    def _await_event(self, event: Event, op: Op | None) -> None:
-        def ready() -> bool:
-            step = self._step
-            return self._device.done(event) or (step is not None and step.ledger.failure is not None)
-
-        if not poll(ready, self._patience_s):
-            error = EngineError(f"not done in {self._patience_s:g} s")
-            raise error if op is None else FailedOperationError(op, error)
-
-    def _await_threads(self, now: _Submitted, token: Token, op: Op) -> None:
-        if not now.ledger.wait(token, self._patience_s):
-            raise FailedOperationError(op, EngineError(f"not done in {self._patience_s:g} s"))
-        self._raise_if_failed(now)
-
-    @staticmethod
-    def _raise_if_failed(now: _Submitted) -> None:
         if now.ledger.failure is not None:
             raise now.ledger.failure
 
-    def _settle_stream(self, lane: Lane, op: Op | None) -> None:
-        """The stream of `lane` has nothing left to do."""
-        event, stream = self._device.event(timed=False), self._streams[lane]
-        with self._device.on(stream):
-            self._device.record(event, stream)
-        self._await_event(event, op)
-
-    def _host_mark(self, now: _Submitted, op: Op, waits: tuple[tuple[str, float], ...] = ()) -> None:
+    def _host_mark(self, now: SubmittedStep, op: Op, waits: tuple[tuple[str, float], ...] = ()) -> None:
         """The launching thread works without pause but where it waits."""
         ended = time.perf_counter()
         now.host.append(HostMark(op, now.free_s, ended, waits))
@@ -539,7 +470,7 @@ class CudaMachine:
 
     # ---- graphs
 
-    def _end_capture(self, now: _Submitted, wait: HostWait, key: Hashable) -> None:
+    def _end_capture(self, now: SubmittedStep, wait: HostWait, key: Hashable) -> None:
         """Every lane comes back to the main stream; then the graph runs for the first time."""
         main, capture = self._streams[Lane.MAIN], now.capture
         assert capture is not None
@@ -552,14 +483,14 @@ class CudaMachine:
                     self._device.wait(main, joined)
         now.capture = None
         capture.close()
-        self._recorded = _Recorded(now.graph, now, wait, key)
+        self._recorded = RecordedStep(now.graph, now, wait, key)
         self._launch_graph(now)
 
-    def _replay(self, now: _Submitted) -> None:
+    def _replay(self, now: SubmittedStep) -> None:
         self._begin()
         self._launch_graph(now)
 
-    def _launch_graph(self, now: _Submitted) -> None:
+    def _launch_graph(self, now: SubmittedStep) -> None:
         assert self._recorded is not None
         main, wait = self._streams[Lane.MAIN], self._recorded.wait
         for token, site in now.answers:
@@ -576,34 +507,35 @@ class CudaMachine:
                 mark.submitted_s = now.zero_s
         self._host_mark(now, runtime_op("graph_launch", 0))
         began = time.perf_counter()
-        self._await_event(now.finished, now.marks[wait.token].op)
+        self._waits.event(now.finished, now.marks[wait.token].op, now.ledger)
         now.free_s = time.perf_counter()
         self._host_mark(now, wait.op, ((wait.cause.value, now.free_s - began),))
 
     # ---- the end of a step
 
-    def _finish(self, now: _Submitted) -> None:
+    def _finish(self, now: SubmittedStep) -> None:
         """Every lane is idle, every flag was answered in time."""
         for token, mark in enumerate(now.marks):
             if mark.lane is Lane.POOL or mark.order is None:
-                self._await_threads(now, Token(token), mark.op)
-        if now.mode is not _Mode.CAPTURE:
+                self._waits.threads(Token(token), mark.op, now.ledger)
+        if now.mode is not Mode.CAPTURE:
             for lane in STREAMS:
                 if lane in now.entered:
-                    self._settle_stream(lane, now.marks[-1].op)
+                    self._waits.stream(lane, now.marks[-1].op, now.ledger)
             if not self._timed:
                 self._close_clock(now)
-        self._raise_if_failed(now)
+        if now.ledger.failure is not None:
+            raise now.ledger.failure
         self._check_flags(now)
 
-    def _close_clock(self, now: _Submitted) -> None:
+    def _close_clock(self, now: SubmittedStep) -> None:
         main = self._streams[Lane.MAIN]
         with self._device.on(main):
             now.finished = self._device.event(timed=True)
             self._device.record(now.finished, main)
-        self._await_event(now.finished, None)
+        self._waits.event(now.finished, None, now.ledger)
 
-    def _check_flags(self, now: _Submitted) -> None:
+    def _check_flags(self, now: SubmittedStep) -> None:
         if now.polls and self._flags is not None and (late := self._flags.late(len(now.polls))) is not None:
             place, number, seen = late
             op, site = now.polls[place]
@@ -611,7 +543,7 @@ class CudaMachine:
                 op, EngineError(f"flag of request {site}: waited for number {number}, it stands at {seen}")
             )
 
-    def _abandon(self, now: _Submitted, error: BaseException) -> None:
+    def _abandon(self, now: SubmittedStep, error: BaseException) -> None:
         """Nothing more is done, nobody waits; then host and device count from 0 again."""
         now.ledger.fail(error)
         if now.capture is not None:
@@ -622,7 +554,7 @@ class CudaMachine:
         self._step = None
         try:
             for lane in STREAMS:
-                self._settle_stream(lane, None)
+                self._waits.stream(lane, None, None)
             if self._flags is not None:
                 self._flags.reset()
         except BaseException:
