@@ -515,6 +515,8 @@ class CudaMachine:
 
     def _finish(self, now: SubmittedStep) -> None:
         """Every lane is idle, every flag was answered in time."""
+        if now.mode is not Mode.CAPTURE and not self._timed:
+            self._stop_clock(now)  # before the host's own waits are in it
         for token, mark in enumerate(now.marks):
             if mark.lane is Lane.POOL or mark.order is None:
                 self._waits.threads(Token(token), mark.op, now.ledger)
@@ -522,18 +524,15 @@ class CudaMachine:
             for lane in STREAMS:
                 if lane in now.entered:
                     self._waits.stream(lane, now.marks[-1].op, now.ledger)
-            if not self._timed:
-                self._close_clock(now)
         if now.ledger.failure is not None:
             raise now.ledger.failure
         self._check_flags(now)
 
-    def _close_clock(self, now: SubmittedStep) -> None:
+    def _stop_clock(self, now: SubmittedStep) -> None:
         main = self._streams[Lane.MAIN]
         with self._device.on(main):
             now.finished = self._device.event(timed=True)
             self._device.record(now.finished, main)
-        self._waits.event(now.finished, None, now.ledger)
 
     def _check_flags(self, now: SubmittedStep) -> None:
         if now.polls and self._flags is not None and (late := self._flags.late(len(now.polls))) is not None:
