@@ -37,14 +37,14 @@ def plot_crossover(found: Mapping[str, Any]) -> Figure:
         )
         image = _cells(axes, rows)
         _names(axes, found, rows)
-        for name, style in zip(found["residents"], _BOUNDARIES, strict=False):
-            _boundary(axes, found["ratio"][name], style)
+        styles = zip(found["residents"], _BOUNDARIES, strict=False)
+        drawn = [(name, style) for name, style in styles if _boundary(axes, found["ratio"][name], style)]
         _ticks(axes, found)
         bar = figure.colorbar(image, ax=axes, extend="both", shrink=0.8)
         bar.set_label(f"mean E2E: best offloading / {found['residents'][0]}")
         lines: list[Any] = [
             Line2D([], [], color=INK, linestyle=style, label=f"crossover against {name}")
-            for name, style in zip(found["residents"], _BOUNDARIES, strict=False)
+            for name, style in drawn
         ]
         figure.legend(
             handles=[*lines, Patch(facecolor="white", edgecolor=INK, label="nothing keeps up")],
@@ -84,8 +84,10 @@ def _names(axes: Axes, found: Mapping[str, Any], rows: Sequence[Sequence[float |
                 axes.text(column, row, text, ha="center", va="center", fontsize=SMALL_PT - 2.5, linespacing=0.95)
 
 
-def _boundary(axes: Axes, rows: Sequence[Sequence[float | None]], style: Any) -> None:
-    """Edges between neighbouring cells of which offloading is faster in one only; blank cells have none."""
+def _boundary(axes: Axes, rows: Sequence[Sequence[float | None]], style: Any) -> bool:
+    """Edges between neighbouring cells of which offloading is faster in one only; blank cells have none. Whether there
+    are any."""
+    before = len(axes.lines)
 
     def faster(row: int, column: int) -> bool | None:
         inside = 0 <= row < len(rows) and 0 <= column < len(rows[0])
@@ -101,6 +103,7 @@ def _boundary(axes: Axes, rows: Sequence[Sequence[float | None]], style: Any) ->
                 axes.plot([x, x], [row - 0.5, y], color=INK, linestyle=style, linewidth=1.4)
             if here is not None and above is not None and here != above:
                 axes.plot([column - 0.5, x], [y, y], color=INK, linestyle=style, linewidth=1.4)
+    return len(axes.lines) > before
 
 
 def _ticks(axes: Axes, found: Mapping[str, Any]) -> None:
