@@ -53,9 +53,7 @@ def plot_pareto(points: Sequence[DesignPoint], *, title: str, memory_bytes: floa
         axes = figure.add_subplot(xlabel="GPU memory for KV (GB)", ylabel="TPOT (ms, log scale)")
         # above the name of the memory line
         axes.set_title(title, pad=6 if memory_bytes is None else 14)
-        # times without contention are no times that can be promised
-        simulated = [point for point in points if point.named or point.finalist]
-        front = pareto_front([point for point in simulated if point.allowed] or simulated or points)
+        front = pareto_front([point for point in points if point.allowed] or points)
         named = [point for point in points if point.named]
         _limits(axes, points, memory_bytes)
         line = _draw_front(axes, front)
