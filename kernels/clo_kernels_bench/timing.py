@@ -15,10 +15,22 @@ from clo_kernels_bench.figures import scaled
 
 Call = Callable[[], object]
 SLEEP_CYCLES = 400_000
-"""About 0.2 ms: longer than launching a graph takes."""
+"""About 0.2 ms: longer than launching a graph of SLEEP_CALLS calls takes."""
+SLEEP_CALLS = 128
 
 
-def graph_of(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+class RecordedCalls:
+    """A graph and the calls it was recorded from: only they keep the tensors alive whose addresses it has."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, calls: Sequence[Call]) -> None:
+        self._graph, self._calls = graph, tuple(calls)
+
+    def replay(self) -> None:
+        """All calls once more, on the current stream. Holding this method is enough to keep everything."""
+        self._graph.replay()
+
+
+def graph_of(calls: Sequence[Call]) -> RecordedCalls:
     """One graph of all calls; each runs once before, which compiles its kernels."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -31,22 +43,25 @@ def graph_of(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    return graph
+    return RecordedCalls(graph, calls)
 
 
 def graph_samples(calls: Sequence[Call], *, repeats: int = 20) -> tuple[float, ...]:
     """Microseconds of one call inside a graph of `calls`, one sample a replay."""
-    return scaled(event_samples(graph_of(calls).replay, repeats=repeats), len(calls))
+    sleep = SLEEP_CYCLES * -(-len(calls) // SLEEP_CALLS)
+    return scaled(event_samples(graph_of(calls).replay, repeats=repeats, sleep_cycles=sleep), len(calls))
 
 
-def event_samples(call: Call, *, repeats: int = 20, warmups: int = 3) -> tuple[float, ...]:
+def event_samples(
+    call: Call, *, repeats: int = 20, warmups: int = 3, sleep_cycles: int = SLEEP_CYCLES
+) -> tuple[float, ...]:
     """Microseconds between two events around `call` on the current stream."""
     for _ in range(warmups):
         call()
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     torch.cuda.synchronize()
     for start, end in pairs:
-        torch.cuda._sleep(SLEEP_CYCLES)
+        torch.cuda._sleep(sleep_cycles)
         start.record()
         call()
         end.record()

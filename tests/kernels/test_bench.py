@@ -3,13 +3,15 @@
 import json
 import subprocess
 import sys
+import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from clo_kernels.page_index import IndexKind
-from clo_kernels_bench import attention, correctness, problems, run, selection, transfers
+from clo_kernels_bench import attention, correctness, problems, run, selection, timing, transfers
 from clo_kernels_bench.figures import Figure, Report, Verdict
 from clo_kernels_bench.peaks import Peaks
 from tests.kernels.helpers import DEVICE
@@ -109,6 +111,23 @@ def test_what_changes_a_result_is_noticed():
     assert correctness.verdict("select_pages", "x", select, arguments).passed
     found = correctness.verdict("select_pages", "x", wrong, {**arguments, "selection": problems.empty_selection(sizes)})
     assert (found.passed, found.detail) == (False, "selection differs")
+
+
+def test_a_recorded_graph_keeps_what_its_calls_use():
+    """A graph has addresses only: who holds its replay must hold the tensors."""
+
+    class Graph:
+        def replay(self):
+            pass
+
+    tensor = torch.ones(1)
+    alive = weakref.ref(tensor)
+    replay = timing.RecordedCalls(Graph(), [partial(tensor.add_, 1)]).replay
+    del tensor
+    assert alive() is not None
+    replay()
+    del replay
+    assert alive() is None
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the bench itself runs there")
