@@ -195,6 +195,33 @@ class TestSections:
         assert len(figures) == 2 * 3 * 3
         assert [f.limit_us for f in figures if f.operation == "hit_test + resolve_pages"] == [10.0] * 3 + [None] * 3
 
+    @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+    def test_resolve_fetches_and_evicts_in_the_steady_state(self, share):
+        sizes = selection.Sizes(device=torch.device("cpu"), kv_heads=4)
+        gate = selection._Gate(sizes, share)
+        layer = selection._Residency(sizes, gate.missed)
+        steps = list(zip(gate.calls(len(layer.chain)), layer.calls(), strict=True))
+        for replay in range(3):
+            for look, resolve in steps:
+                before = layer.table.page_of_slot.clone()
+                look()
+                resolve()
+                assert (layer.out.num_fetched > 0).tolist() == [
+                    [True] * round(4 * share) + [False] * round(4 - 4 * share)
+                ]
+                if replay:
+                    left = ((before >= 0) & (before != layer.table.page_of_slot)).sum(-1)
+                    assert torch.equal(left.int(), layer.out.num_fetched)
+            assert (layer.fetched() > 0) == (share > 0)
+
+    def test_a_resolve_that_fetches_nothing_is_refused(self):
+        sizes = selection.Sizes(device=torch.device("cpu"))
+        layer = selection._Residency(sizes, problems.everyone(sizes))
+        for _ in range(2):
+            layer.calls()[0]()
+        with pytest.raises(AssertionError, match="resolve_pages: 0 pages fetched, slots full: False"):
+            layer.fetched()
+
     def test_drifting_heads_miss_in_every_step(self):
         sizes = selection.Sizes(device=torch.device("cpu"), kv_heads=4)
         gate = selection._Gate(sizes, 0.5)
@@ -207,6 +234,15 @@ class TestSections:
         figures = list(selection.selection_figures(torch.device("cpu"), Peaks(h2d=1, hbm=1e9), quick=False))
         assert {f.operation for f in figures} == {"score_pages", "select_pages"}
         assert {f.case["index"] for f in figures if f.operation == "score_pages"} == set(IndexKind)
+
+
+def test_selections_that_go_round_share_as_much_everywhere():
+    sizes = problems.Sizes(device=torch.device("cpu"), kv_heads=2, num_pages=101, budget=20, slots=40)
+    chain = problems.selection_cycle(sizes)
+    assert len(chain) % 2 == 0
+    for first, second in zip(chain, [*chain[1:], chain[0]], strict=True):
+        assert all(len(set(first[0, h].tolist()) & set(second[0, h].tolist())) == 12 for h in range(2))
+    assert len(torch.cat(chain)[:, 0].unique()) > sizes.slots
 
 
 def test_chained_selections_share_what_they_should():
