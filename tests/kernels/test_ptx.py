@@ -11,6 +11,8 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "kernels" / "clo_kernels_bench" / "compiled.py"
 ARCHS = [80, 90]
+# all compile once, for one worker
+pytestmark = pytest.mark.xdist_group("ptx")
 
 
 @pytest.fixture(scope="module")
