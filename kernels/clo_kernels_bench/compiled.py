@@ -77,8 +77,8 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
     "merge_splits": (
         merge_splits_kernel,
         "*fp32/16 *fp32/16 *bf16/16 i32",
-        {"DIM": 128, "DIM_PAD": 128, "SPLITS_PAD": 32},
-        2,
+        {"DIM": 128, "DIM_PAD": 128, "SPLITS_PAD": 64},
+        4,
     ),
     "select_pages": (select_pages_kernel, "*fp32/16 *i32/16 *u8/16 *i32/16 i32 i32 i32", {"BLOCK": 4096, "WAYS": 8}, 8),
     "page_logits": (
@@ -134,7 +134,7 @@ def compiled(
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": 2})
+    return triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": 3})
 
 
 def assembled(ptx: str) -> dict[str, int | None]:
