@@ -33,6 +33,16 @@ def wide_loads(ptx):
     return re.findall(r"ld\.global[.\w:]*\.v(?:4\.b32|2\.b64)", ptx)
 
 
+def loops(ptx):
+    """Code from each label to the last branch back to it."""
+    for label in re.finditer(r"^(\$L__BB\w+):", ptx, re.MULTILINE):
+        back = [
+            m.end() for m in re.finditer(rf"bra(?:\.uni)?\s+{re.escape(label[1])};", ptx) if m.start() > label.end()
+        ]
+        if back:
+            yield ptx[label.end() : back[-1]]
+
+
 def narrow_loads_of_pages(ptx):
     """Narrower loads inside the copy loop would be vectors of two words."""
     return re.findall(r"ld\.global[.\w:]*\.v2\.b32", ptx)
@@ -61,6 +71,39 @@ def test_doorbell_is_released_to_the_system_after_a_barrier(compiled, arch):
     message = before[: before.index("bar.sync")]
     assert "st.global" in message
     assert before[before.index("bar.sync") :].count("st.global") == 1
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_messages_leave_16_bytes_at_a_time(compiled, arch):
+    """Of any number of words, since none is promised to the compiler; but for the three words that may be left over."""
+    stores = re.findall(r"st\.global[.\w:]*\.b32", compiled[f"ring_doorbell:{arch}"]["ptx"])
+    assert sum(".v4." in store for store in stores) == 2  # 1024 words by 128 threads
+    assert len(stores) == 3
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    ("kernel", "in_registers"), [("select_pages", True), ("select_pages_32k", True), ("select_pages_more", False)]
+)
+def test_scores_are_searched_in_registers(compiled, kernel, in_registers, arch):
+    """There is a loop that sums over threads and loads nothing."""
+    sums = [body for body in loops(compiled[f"{kernel}:{arch}"]["ptx"]) if re.search(r"shfl\.sync|redux\.sync", body)]
+    assert sums
+    assert any("ld.global" not in body for body in sums) == in_registers
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("kernel", "budget", "slots"), [("resolve_pages", 2, 4), ("resolve_pages_4k", 4, 8)])
+def test_stamps_are_read_twice_and_searched_in_registers(compiled, kernel, budget, slots, arch):
+    """Loads of a thread: pages selected, their slots, slots freed; stamps before and after those in use, pages held."""
+    assert len(re.findall(r"ld\.global[.\w:]*\.b32", compiled[f"{kernel}:{arch}"]["ptx"])) == 3 * budget + 3 * slots
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_selection_changes_no_layout(compiled, arch):
+    """Shared memory is for the sums of warps only."""
+    for kernel in ("select_pages", "select_pages_32k", "select_pages_more"):
+        assert compiled[f"{kernel}:{arch}"]["shared_bytes"] <= 1024
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -26,7 +26,7 @@ def synchronize():
 
 
 @pytest.mark.parametrize("ring", [ring_doorbell, reference.ring_doorbell], ids=["kernel", "reference"])
-@pytest.mark.parametrize("words", [0, 1, 1500])
+@pytest.mark.parametrize("words", [0, 1, 3, 4, 1026, 1500])
 def test_message_and_number_arrive(words, ring):
     sequence, mailbox, doorbell = flags(words)
     for number in (42, 43):
