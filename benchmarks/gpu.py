@@ -67,7 +67,7 @@ ENGINE_TESTS = ("tests/engine/test_cuda_decoder.py", "tests/engine/test_cuda_mac
 QUICK = ("--designs", "resident,resolve,clo")
 # The shares are guesses until a GPU has timed them: the later steps live on what tests leave unspent, or on --minutes.
 STEPS = (
-    Step("bench", ("kernels/bench.py", "--out", "{out}/bench.json", "--seconds", "{seconds}"), 105, ("triton",)),
+    Step("bench", ("kernels/bench.py", "--out", "{out}/bench.json", "--seconds", "{seconds}"), 118, ("triton",)),
     Step(
         "kernel-tests",
         (*PYTEST, "tests/kernels", "--ignore=tests/kernels/test_sanitizer.py", "--junitxml={out}/kernel-tests.xml"),
@@ -77,7 +77,7 @@ STEPS = (
     Step(
         "engine-tests",
         (*PYTEST, *ENGINE_TESTS, "--junitxml={out}/engine-tests.xml"),
-        75,
+        70,
         ("pytest", "transformers", "pydantic", "triton"),
     ),
     Step(
@@ -89,16 +89,16 @@ STEPS = (
     Step(
         "calibrate",
         (*CLO, "calibrate", "--device", "cuda", "--out", "{out}/profile.json", "--rounds", "1", *QUICK),
-        65,
+        62,
         CLO_NEEDS,
     ),
     Step(
         "validate",
         (*CLO, "validate", "--profile", "{out}/profile.json", "--out", "{out}/verdict", "--rounds", "1", *QUICK),
-        40,
+        38,
         CLO_NEEDS,
     ),
-    Step("memory-checker", (*PYTEST, "tests/kernels/test_sanitizer.py", "-rs"), 65, ("pytest", "triton")),
+    Step("memory-checker", (*PYTEST, "tests/kernels/test_sanitizer.py", "-rs"), 62, ("pytest", "triton")),
 )
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 import weakref
 from functools import partial
 from pathlib import Path
@@ -96,6 +97,23 @@ def test_a_section_that_fails_keeps_what_it_has():
     assert len(report.figures) == 1
     assert report.left_out == ["section: RuntimeError: out of memory"]
     assert report.failed == ["section"]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the bench itself runs there")
+def test_the_compiler_gets_the_time_that_is_left(monkeypatch):
+    given = []
+
+    def slow(command, *, timeout, **_):
+        given.append(timeout)
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(run.torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(run.subprocess, "run", slow)
+    report, end = Report({}, True, ""), time.monotonic() + 40
+    run._run_section(report, "section", lambda: run._compiled(report, end, lambda text: None), end, lambda text: None)
+    assert 30 < given[0] <= 40
+    assert report.failed == []
+    assert report.left_out[0].startswith("registers and shared memory: not done after ")
 
 
 def test_what_changes_a_result_is_noticed():
