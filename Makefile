@@ -28,8 +28,9 @@ bench: $(VENV)/.base
 	$(BIN)/python benchmarks/serving.py
 
 # On a CUDA machine, with the Python that has torch, Triton and pytest there: nothing is installed.
+MINUTES ?= 8
 gpu:
-	@$(PYTHON) benchmarks/gpu.py
+	@$(PYTHON) benchmarks/gpu.py --minutes $(MINUTES)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 
@@ -17,6 +16,7 @@ from clo.engine.cuda_threads import poll
 from clo_calibration.host_benchmarks import HostBenchmark, thread_benchmarks
 from clo_kernels.gather_pages import gather_pages
 from clo_kernels.layout import INT32, DeviceKV, Resolved, ring_rows
+from clo_kernels.recorded_calls import Call, beside, recorded
 from clo_kernels.ring_doorbell import ring_doorbell
 from clo_kernels.sparse_decode_attention import sparse_decode_attention
 from clo_kernels.wait_ready import raise_if_late, wait_ready
@@ -33,8 +33,6 @@ WARM_UP = 3
 DELAY_CYCLES = 400_000
 CYCLES_PER_S = 2e9
 """Longer than submitting what is timed takes."""
-
-Call = Callable[[], object]
 
 
 def device_benchmarks(device: torch.device, threads: tuple[int, ...], repetitions: int = 15) -> list[HostBenchmark]:
@@ -81,33 +79,6 @@ def host_seconds(call: Call, repetitions: int, calls: int) -> tuple[float, ...]:
             samples.append(time.perf_counter() - began)
     torch.cuda.synchronize()
     return tuple(samples)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Recording:
-    """A graph, and the calls it was recorded from: it holds their tensors' addresses, they the tensors."""
-
-    graph: torch.cuda.CUDAGraph
-    calls: tuple[Call, ...]
-
-    def replay(self) -> None:
-        """Run all of it on the current stream."""
-        self.graph.replay()
-
-
-def recorded(calls: Sequence[Call]) -> Recording:
-    """One graph of all calls, each of which has run before."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return Recording(graph, tuple(calls))
 
 
 def _copies(arena: torch.Tensor, there: torch.Tensor, repetitions: int) -> Iterator[HostBenchmark]:
@@ -194,11 +165,11 @@ def _launches(device: torch.device, repetitions: int) -> Iterator[HostBenchmark]
     """A kernel that does next to nothing, one by one and in a graph."""
     word = torch.ones(1, device=device)
     event, stream = torch.cuda.Event(), torch.cuda.current_stream(device)
-    graph = recorded([lambda: word.add_(1)] * NODES)
+    replay = recorded([lambda: word.add_(1)] * NODES).replay
     nodes = {"nodes": float(NODES)}
     yield HostBenchmark("launch", {}, "times", 50.0, host_seconds(lambda: word.add_(1), repetitions, 50))
-    yield HostBenchmark("graph replay", nodes, "times", 1.0, host_seconds(graph.replay, repetitions, 1))
-    yield HostBenchmark("graph node", nodes, "times", float(NODES), device_seconds(graph.replay, repetitions))
+    yield HostBenchmark("graph replay", nodes, "times", 1.0, host_seconds(replay, repetitions, 1))
+    yield HostBenchmark("graph node", nodes, "times", float(NODES), device_seconds(replay, repetitions))
     yield HostBenchmark("event record", {}, "times", 50.0, host_seconds(lambda: event.record(stream), repetitions, 50))
     yield HostBenchmark(
         "event wait", {}, "times", 50.0, host_seconds(lambda: stream.wait_event(event), repetitions, 50)
@@ -261,35 +232,15 @@ def _interference(
     """Attention over a tenth of 128K tokens, eight sequences: alone, beside a copy engine, beside zero-copy."""
     attend = recorded([_attention(device)] * 16).replay
     yield HostBenchmark("attention alone", {}, "times", 16.0, device_seconds(attend, repetitions))
-    beside: list[tuple[str, dict[str, float], Call]] = [("attention beside dma", {}, _copier(there, arena))]
+    others: list[tuple[str, dict[str, float], Call]] = [("attention beside dma", {}, _copier(there, arena))]
     for programs in PROGRAMS[1:]:
         call = gather_call(arena, device, 8 * KIB, programs)
-        beside.append(("attention beside zero-copy", {"programs": float(programs)}, call))
-    for name, parameters, transfer in beside:
-        seconds = _beside(attend, transfer, repetitions)
+        others.append(("attention beside zero-copy", {"programs": float(programs)}, call))
+    for name, parameters, transfer in others:
+        times = 2 + int(3 * min(device_seconds(attend, 3)) / min(device_seconds(transfer, 3)))
+        seconds = beside(attend, transfer, times=times, repeats=repetitions, sleep_cycles=DELAY_CYCLES)
         if seconds:
             yield HostBenchmark(name, parameters, "times", 16.0, seconds)
-
-
-def _beside(work: Call, transfer: Call, repetitions: int) -> tuple[float, ...]:
-    """Seconds of `work` while another stream transfers; samples that the transfer did not outlast are dropped."""
-    other, samples = torch.cuda.Stream(), []
-    times = 2 + int(3 * min(device_seconds(work, 3)) / min(device_seconds(transfer, 3)))
-    for _ in range(repetitions):
-        start, end, covered = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-        torch.cuda.synchronize()
-        with torch.cuda.stream(other):
-            for _ in range(times):
-                transfer()
-            covered.record()
-        torch.cuda._sleep(DELAY_CYCLES)
-        start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        if end.elapsed_time(covered) > 0:
-            samples.append(start.elapsed_time(end) / 1e3)
-    return tuple(samples)
 
 
 def _attention(device: torch.device) -> Call:

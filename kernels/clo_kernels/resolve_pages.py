@@ -17,9 +17,26 @@ from clo_kernels.dispatch import on_device, runs_kernel
 from clo_kernels.layout import INT32, PageTable, Resolved
 
 MAX_BUDGET = 16384
-SLOT_BLOCK = 2048
+SLOT_BLOCK = 8192
+"""Slots whose stamps and pages registers hold."""
+LOOK_BLOCK = 4096
+"""Of more slots, those that are read at once, anew for every look."""
 SEARCH_WAYS = 8
 """Parts into which a look at all stamps cuts the range of the threshold: 11 looks find it among 2**32 values."""
+
+
+@triton.jit
+def _as_old(age, border):
+    """How many of these stamps are as old as each border."""
+    return tl.sum((age[None, :] <= border.to(tl.int32)[:, None]).to(tl.int32), 1)
+
+
+@triton.jit
+def _free(at, freed, leaving, freed_before, fetch_slots, slot_of_page, BLOCK: tl.constexpr):
+    """List the freed slots of a block after those before it, and forget the pages in them."""
+    index = freed_before + tl.cumsum(freed.to(tl.int32), 0) - 1
+    tl.store(fetch_slots + index, at, mask=freed)
+    tl.store(slot_of_page + leaving, tl.full([BLOCK], -1, tl.int32), mask=freed & (leaving >= 0))
 
 
 @triton.jit
@@ -38,6 +55,7 @@ def resolve_pages_kernel(
     num_pages,
     BUDGET_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    HELD: tl.constexpr,
     WAYS: tl.constexpr,
     REPLACE: tl.constexpr,
 ):
@@ -45,33 +63,39 @@ def resolve_pages_kernel(
     page_of_slot += row * num_slots
     last_use += row * num_slots
     slot_of_page += row * num_pages
+    selection += row * budget
+    out_slots += row * budget
+    fetch_pages += row * budget
     fetch_slots += row * budget
     rank = tl.arange(0, BUDGET_PAD)
-    mine = row * budget + rank
     inside = rank < budget
-    page = tl.load(selection + mine, mask=inside, other=-1)
+    page = tl.load(selection + rank, mask=inside, other=-1)
     wanted = inside & (page >= 0) & (page < num_pages)
     slot = tl.load(slot_of_page + page, mask=wanted, other=-1)
     absent = wanted if REPLACE else wanted & (slot < 0)
     place = tl.cumsum(absent.to(tl.int32), 0) - 1
     num_absent = tl.sum(absent.to(tl.int32), 0) * tl.load(missed + row).to(tl.int32)
     tl.store(num_fetched + row, num_absent)
-    tl.store(fetch_pages + mine, tl.full([BUDGET_PAD], -1, tl.int32), mask=inside & (rank >= num_absent))
+    tl.store(fetch_pages + rank, tl.full([BUDGET_PAD], -1, tl.int32), mask=inside & (rank >= num_absent))
     tl.store(fetch_slots + rank, tl.full([BUDGET_PAD], -1, tl.int32), mask=inside & (rank >= num_absent))
 
     if tl.load(missed + row) != 0:
+        # no stamp is the largest number, which stands for "no slot"
+        first = tl.arange(0, BLOCK)
+        if HELD:
+            held = tl.load(page_of_slot + first, mask=first < num_slots, other=-1)
         newest = tl.full([], -2147483647, tl.int32)
         oldest = tl.full([], 2147483647, tl.int32)
         for start in range(0, num_slots, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            newest = tl.maximum(newest, tl.max(tl.load(last_use + at, mask=at < num_slots, other=-2147483647), 0))
-            oldest = tl.minimum(oldest, tl.min(tl.load(last_use + at, mask=at < num_slots, other=2147483647), 0))
+            age = tl.load(last_use + start + first, mask=start + first < num_slots, other=2147483647)
+            newest = tl.maximum(newest, tl.max(tl.where(age < 2147483647, age, -2147483647), 0))
+            oldest = tl.minimum(oldest, tl.min(age, 0))
         stamp = newest + (budget - rank)  # the first of the selection leaves last
         tl.debug_barrier()  # all stamps are read
         if REPLACE:
             for start in range(0, num_slots, BLOCK):
-                at = start + tl.arange(0, BLOCK)
-                leaving = tl.load(page_of_slot + at, mask=at < num_slots, other=-1)
+                at = start + first
+                leaving = held if HELD else tl.load(page_of_slot + at, mask=at < num_slots, other=-1)
                 tl.store(slot_of_page + leaving, tl.full([BLOCK], -1, tl.int32), mask=leaving >= 0)
                 tl.store(page_of_slot + at, tl.full([BLOCK], -1, tl.int32), mask=at < num_slots)
             tl.debug_barrier()  # every slot is free
@@ -81,41 +105,47 @@ def resolve_pages_kernel(
             tl.debug_barrier()  # what is in use is stamped
 
         if (num_absent > 0) & (not REPLACE):
+            if HELD:
+                held_age = tl.load(last_use + first, mask=first < num_slots, other=2147483647)
             # smallest stamp such that enough slots are as old: all stamps are different
             low = oldest.to(tl.int64)
             high = newest.to(tl.int64)
             way = tl.arange(0, WAYS)
             while low < high:
                 border = low + (high - low) * (way + 1) // WAYS  # the last is `high`
-                count = tl.zeros([WAYS], tl.int32)
-                for start in range(0, num_slots, BLOCK):
-                    at = start + tl.arange(0, BLOCK)
-                    age = tl.load(last_use + at, mask=at < num_slots, other=2147483647)
-                    as_old = (age[None, :] <= border.to(tl.int32)[:, None]) & (at < num_slots)[None, :]
-                    count += tl.sum(as_old.to(tl.int32), 1)
+                if HELD:
+                    count = _as_old(held_age, border)
+                else:
+                    count = tl.zeros([WAYS], tl.int32)
+                    for start in range(0, num_slots, BLOCK):
+                        at = start + first
+                        age = tl.load(last_use + at, mask=at < num_slots, other=2147483647)
+                        count += _as_old(age, border)
                 enough = count >= num_absent
                 low = tl.max(tl.where(enough, low, border + 1), 0)
                 high = tl.min(tl.where(enough, border, high), 0)
 
-            freed_before = tl.full([], 0, tl.int32)
-            for start in range(0, num_slots, BLOCK):
-                at = start + tl.arange(0, BLOCK)
-                freed = tl.load(last_use + at, mask=at < num_slots, other=2147483647) <= low
-                index = freed_before + tl.cumsum(freed.to(tl.int32), 0) - 1
-                tl.store(fetch_slots + index, at, mask=freed)
-                leaving = tl.load(page_of_slot + at, mask=freed, other=-1)
-                tl.store(slot_of_page + leaving, tl.full([BLOCK], -1, tl.int32), mask=freed & (leaving >= 0))
-                freed_before += tl.sum(freed.to(tl.int32), 0)
+            if HELD:
+                freed = held_age <= low
+                _free(first, freed, held, 0, fetch_slots, slot_of_page, BLOCK)
+            else:
+                freed_before = tl.full([], 0, tl.int32)
+                for start in range(0, num_slots, BLOCK):
+                    at = start + first
+                    freed = tl.load(last_use + at, mask=at < num_slots, other=2147483647) <= low
+                    leaving = tl.load(page_of_slot + at, mask=freed, other=-1)
+                    _free(at, freed, leaving, freed_before, fetch_slots, slot_of_page, BLOCK)
+                    freed_before += tl.sum(freed.to(tl.int32), 0)
             tl.debug_barrier()  # the freed slots are listed
             arriving = tl.load(fetch_slots + place, mask=absent, other=-1)
             slot = tl.where(absent, arriving, slot)
         if REPLACE:
             tl.store(fetch_slots + place, slot, mask=absent)
-        tl.store(fetch_pages + row * budget + place, page, mask=absent)
+        tl.store(fetch_pages + place, page, mask=absent)
         tl.store(page_of_slot + slot, page, mask=absent)
         tl.store(slot_of_page + page, slot, mask=absent)
         tl.store(last_use + slot, stamp, mask=absent)
-    tl.store(out_slots + mine, tl.where(wanted, slot, -1), mask=inside)
+    tl.store(out_slots + rank, tl.where(wanted, slot, -1), mask=inside)
 
 
 def resolve_pages(
@@ -147,6 +177,8 @@ def resolve_pages(
     require(out.slots.shape == selection.shape, f"out: budget {out.slots.shape[2]}, expected {budget}")
     if not runs_kernel(selection):
         return reference.resolve_pages(selection, missed, table, replace=replace, out=out)
+    held, budget_pad = num_slots <= SLOT_BLOCK, triton.next_power_of_2(budget)
+    block = triton.next_power_of_2(num_slots) if held else min(SLOT_BLOCK, LOOK_BLOCK)
     if batch * heads:
         with on_device(selection):
             resolve_pages_kernel[(batch * heads,)](
@@ -162,10 +194,16 @@ def resolve_pages(
                 budget,
                 num_slots,
                 table.slot_of_page.shape[2],
-                BUDGET_PAD=triton.next_power_of_2(budget),
-                BLOCK=min(SLOT_BLOCK, triton.next_power_of_2(num_slots)),
+                BUDGET_PAD=budget_pad,
+                BLOCK=block,
+                HELD=held,
                 WAYS=SEARCH_WAYS,
                 REPLACE=replace,
-                num_warps=8,
+                num_warps=warps(max(block, budget_pad)),
             )
     return out
+
+
+def warps(slots: int) -> int:
+    """More for more slots, but no more than leave each thread the registers it needs."""
+    return 8 if slots <= 1024 else 16 if slots <= 8192 else 32

@@ -21,9 +21,12 @@ MESSAGE_BLOCK = 1024
 
 @triton.jit
 def ring_doorbell_kernel(sequence, message, mailbox, doorbell, num_words, BLOCK: tl.constexpr):
-    for start in range(0, num_words, BLOCK):
+    whole = num_words // 4 * 4  # 16 bytes at a time over the link, whatever the number of words
+    for start in range(0, whole, BLOCK):
         word = start + tl.arange(0, BLOCK)
-        tl.store(mailbox + word, tl.load(message + word, mask=word < num_words, other=0), mask=word < num_words)
+        tl.store(mailbox + word, tl.load(message + word, mask=word < whole, other=0), mask=word < whole)
+    rest = whole + tl.arange(0, 4)
+    tl.store(mailbox + rest, tl.load(message + rest, mask=rest < num_words, other=0), mask=rest < num_words)
     number = tl.load(sequence) + 1
     tl.debug_barrier()  # every thread's part of the message is stored
     tl.store(sequence, number)

@@ -1,7 +1,8 @@
 """The best pages of the heads that missed, among the candidates of each sequence.
 
-Finds the score of the last page chosen by cutting the range of bit patterns in eight again and again, so a row of any
-length takes one program and no sort. Does not know what the scores mean. Not yet run on a GPU.
+Finds the score of the last page chosen by cutting the range of bit patterns in three again and again, until exactly
+enough pages reach a border, so a row of any length takes one program and no sort. Does not know what the scores mean.
+Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -15,19 +16,34 @@ from clo_kernels.checks import check_tensor, require
 from clo_kernels.dispatch import on_device, runs_kernel
 from clo_kernels.layout import INT32
 
-PAGE_BLOCK = 4096
-SEARCH_WAYS = 8
-"""Parts into which a look at all scores cuts the range of the threshold: 11 looks find it among all bit patterns."""
+PAGE_BLOCK = 32768
+"""Scores that 32 warps keep in registers; more are read anew for every look."""
+PLACE_BLOCK = 4096
+MAX_WARPS = 32
 
 
 @triton.jit
 def _load_keys(scores, at, num_candidates):
-    """Integers in the order of the scores, -inf for what is not a number; and which pages are candidates."""
+    """Integers in the order of the scores; what is not a number counts as -inf, what is no candidate as less."""
     candidate = (at >= 1) & (at <= num_candidates)
-    score = tl.load(scores + at, mask=candidate, other=float("-inf"))
+    # neighbours go to neighbouring threads, as in stores: wider loads would not bear the mask, nor stores the layout
+    score = tl.load(tl.max_contiguous(scores + at, 1), mask=candidate, other=float("-inf"))
     score = tl.where(score != score, float("-inf"), score)
     bits = score.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), candidate
+    return tl.where(candidate, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), -2147483648)
+
+
+@triton.jit
+def _halves(first, second):
+    """Two flags in one number, whose sums over a block stay apart: one reduction or scan serves both."""
+    return first.to(tl.uint32) + (second.to(tl.uint32) << 16)
+
+
+@triton.jit
+def _reaching(key, first, second):
+    """How many keys reach each of two borders."""
+    both = tl.sum(_halves(key >= first.to(tl.int32), key >= second.to(tl.int32)), 0)
+    return (both & 0xFFFF).to(tl.int32), (both >> 16).to(tl.int32)
 
 
 @triton.jit
@@ -40,7 +56,8 @@ def select_pages_kernel(
     num_pages,
     budget,
     BLOCK: tl.constexpr,
-    WAYS: tl.constexpr,
+    HELD: tl.constexpr,
+    PLACE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     if tl.load(missed + row) != 0:
@@ -49,40 +66,53 @@ def select_pages_kernel(
         candidates = tl.minimum(tl.load(num_candidates + row // num_kv_heads), num_pages - 1)
         take = tl.maximum(tl.minimum(candidates, budget), 0)
 
-        # the largest key that enough candidates reach
-        low = tl.full([], -2147483648, tl.int64)
+        # the largest key that enough candidates reach is from `low` to `high`, and `above` have a key beyond `high`
+        low = tl.full([], -2147483647, tl.int64)
         high = tl.full([], 2147483647, tl.int64)
-        way = tl.arange(0, WAYS)
-        while low < high:
-            border = high - (high - low) * (way + 1) // WAYS  # the last is `low`
-            reaching = tl.zeros([WAYS], tl.int32)
-            for start in range(0, candidates + 1, BLOCK):
-                key, candidate = _load_keys(scores, start + tl.arange(0, BLOCK), candidates)
-                reaches = candidate[None, :] & (key[None, :] >= border.to(tl.int32)[:, None])
-                reaching += tl.sum(reaches.to(tl.int32), 1)
-            enough = reaching >= take
-            low = tl.max(tl.where(enough, border, low), 0)
-            high = tl.min(tl.where(enough, high, border - 1), 0)
-
         above = tl.full([], 0, tl.int32)
-        for start in range(0, candidates + 1, BLOCK):
-            key, candidate = _load_keys(scores, start + tl.arange(0, BLOCK), candidates)
-            above += tl.sum((candidate & (key > low)).to(tl.int32), 0)
+        if HELD:
+            held = _load_keys(scores, tl.arange(0, BLOCK), candidates)
+        while low < high:
+            first = low + (high - low + 2) // 3
+            second = low + (2 * (high - low) + 2) // 3
+            if HELD:
+                reach_first, reach_second = _reaching(held, first, second)
+            else:
+                reach_first = tl.full([], 0, tl.int32)
+                reach_second = tl.full([], 0, tl.int32)
+                for start in range(0, candidates + 1, BLOCK):
+                    key = _load_keys(scores, start + tl.arange(0, BLOCK), candidates)
+                    more_first, more_second = _reaching(key, first, second)
+                    reach_first += more_first
+                    reach_second += more_second
+            above = tl.where(reach_first < take, reach_first, tl.where(reach_second < take, reach_second, above))
+            high = tl.where(reach_first < take, first - 1, tl.where(reach_second < take, second - 1, high))
+            low = tl.where(reach_second >= take, second, tl.where(reach_first >= take, first, low))
+            # exactly enough: all that reach it are chosen, and no tie
+            exact = (reach_first == take) | (reach_second == take)
+            above = tl.where(exact, take, above)
+            low = tl.where(exact, tl.where(reach_second == take, second, first) - 1, low)
+            high = tl.where(exact, low, high)
+
+        room = take - above  # for pages whose key is `low`
+        above_before = tl.full([], 0, tl.int32)
         ties_before = tl.full([], 0, tl.int32)
-        chosen_before = tl.full([], 0, tl.int32)
-        for start in range(0, candidates + 1, BLOCK):
-            page = start + tl.arange(0, BLOCK)
-            key, candidate = _load_keys(scores, page, candidates)
-            tie = (candidate & (key == low)).to(tl.int32)
-            tie_rank = ties_before + tl.cumsum(tie, 0) - 1
-            chosen = candidate & ((key > low) | ((tie > 0) & (tie_rank < take - above)))
-            place = chosen_before + tl.cumsum(chosen.to(tl.int32), 0) - 1
+        for start in range(0, candidates + 1, PLACE):
+            page = start + tl.arange(0, PLACE)
+            key = _load_keys(scores, page, candidates)
+            is_above = key > low
+            is_tie = key == low
+            both = tl.cumsum(_halves(is_above, is_tie), 0)
+            above_here = above_before + (both & 0xFFFF).to(tl.int32)
+            ties_here = ties_before + (both >> 16).to(tl.int32)
+            chosen = is_above | (is_tie & (ties_here <= room))
+            place = above_here + tl.minimum(ties_here, room) - 1
             tl.store(selection + place, page, mask=chosen & (place < take))
-            ties_before += tl.sum(tie, 0)
-            chosen_before += tl.sum(chosen.to(tl.int32), 0)
-        for start in range(0, budget, BLOCK):
-            place = start + tl.arange(0, BLOCK)
-            tl.store(selection + place, tl.full([BLOCK], -1, tl.int32), mask=(place >= take) & (place < budget))
+            above_before += tl.sum(is_above.to(tl.int32), 0)
+            ties_before += tl.sum(is_tie.to(tl.int32), 0)
+        for start in range(0, budget, PLACE):
+            place = start + tl.arange(0, PLACE)
+            tl.store(selection + place, tl.full([PLACE], -1, tl.int32), mask=(place >= take) & (place < budget))
 
 
 def select_pages(
@@ -105,6 +135,7 @@ def select_pages(
     require(num_pages > 0, f"scores: {num_pages} pages, expected at least one")
     if not runs_kernel(scores):
         return reference.select_pages(scores, num_candidates, missed, selection)
+    block = min(PAGE_BLOCK, triton.next_power_of_2(num_pages))
     if batch * heads:
         with on_device(scores):
             select_pages_kernel[(batch * heads,)](
@@ -115,8 +146,9 @@ def select_pages(
                 heads,
                 num_pages,
                 budget,
-                BLOCK=min(PAGE_BLOCK, triton.next_power_of_2(num_pages)),
-                WAYS=SEARCH_WAYS,
-                num_warps=8,
+                BLOCK=block,
+                HELD=num_pages <= block,
+                PLACE=min(PLACE_BLOCK, block),
+                num_warps=max(4, min(MAX_WARPS, block // 256)),
             )
     return selection

@@ -1,7 +1,8 @@
 """Decode attention of one new token per sequence over sinks, selected slots and window; pinned heads over all tokens.
 
-Split-KV: programs attend to a share of the tokens each, a second launch merges them by their log-sum-exp. Does not know
-which pages the slots hold, and applies no rotary embedding. Not yet run on a GPU.
+Split-KV: programs attend to a share of the tokens each, a second launch merges them by their log-sum-exp. Slots, window
+and sinks are one list of blocks that programs take in turn: none gets two more than another, and one pipeline of copies
+serves all. Does not know which pages the slots hold, and applies no rotary embedding. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from clo_kernels.dispatch import INTERPRETED, on_device, runs_kernel
 from clo_kernels.layout import INT32, DeviceKV
 
 BLOCK_BYTES = 64 * 256
-"""Keys of a block of tokens. With values, and two blocks under way, about 70 KiB of shared memory."""
+"""Keys of a block of tokens."""
+PROGRAM_BYTES = 74 * 1024
+"""Shared memory of a program: keys and values of two blocks under way, and what it needs besides."""
+MAX_RESIDENT = 3
+"""Programs that the registers of a multiprocessor hold."""
 MAX_SPLITS = 64
 TRITON_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -86,34 +91,42 @@ def attend_split_kernel(
     total = tl.zeros([GROUP_PAD], tl.float32)
     acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
 
-    if pin >= 0:
-        base = (sequence * num_pinned + pin) * 2 * max_tokens * DIM
-        values = pinned + tl.cast(max_tokens, tl.int64) * DIM
-        for first in range(split * BLOCK, length, num_splits * BLOCK):
-            token = first + lane
-            at = base + token.to(tl.int64) * DIM
-            peak, total, acc = _attend(q, pinned, values, at, token < length, dim, scale, peak, total, acc, DIM, DOT)
-    else:
-        base = row * 2 * num_sinks * DIM
-        last_sink = tl.minimum(num_sinks, start)
-        for first in range(split * BLOCK, last_sink, num_splits * BLOCK):
-            token = first + lane
-            at = base + token.to(tl.int64) * DIM
-            values = sinks + num_sinks * DIM
-            peak, total, acc = _attend(q, sinks, values, at, token < last_sink, dim, scale, peak, total, acc, DIM, DOT)
-        for first in range(split * BLOCK, num_selected * PAGE, num_splits * BLOCK):
-            token = first + lane
-            entry = token // PAGE
-            slot = tl.load(selected + row * num_selected + entry, mask=entry < num_selected, other=-1)
-            at = ((row * num_slots + slot) * 2 * PAGE + token % PAGE) * DIM
-            values = slots + PAGE * DIM
-            peak, total, acc = _attend(q, slots, values, at, slot >= 0, dim, scale, peak, total, acc, DIM, DOT)
-        base = row * 2 * ring_tokens * DIM
-        for first in range(start + split * BLOCK, length, num_splits * BLOCK):
-            token = first + lane
-            at = base + (token % ring_tokens).to(tl.int64) * DIM
-            values = window + ring_tokens * DIM
-            peak, total, acc = _attend(q, window, values, at, token < length, dim, scale, peak, total, acc, DIM, DOT)
+    # blocks of slots, then of the ring, then of sinks; all tokens of a pinned head are a ring that never wraps
+    is_pinned = pin >= 0
+    ring = tl.where(is_pinned, pinned, window)
+    ring_row = tl.where(is_pinned, sequence * num_pinned + pin, row)
+    ring_length = tl.where(is_pinned, max_tokens, ring_tokens)
+    ring_first = tl.where(is_pinned, 0, start % ring_tokens)
+    in_ring = tl.where(is_pinned, length, length - start)
+    in_sinks = tl.where(is_pinned, 0, tl.minimum(num_sinks, start))
+    num_listed = tl.where(is_pinned, 0, num_selected)
+    ring_block = tl.cdiv(num_listed * PAGE, BLOCK)
+    sinks_block = ring_block + tl.cdiv(in_ring, BLOCK)
+    last_block = sinks_block + tl.cdiv(in_sinks, BLOCK)
+
+    selected += row * num_selected
+    entry = (split * BLOCK + lane) // PAGE
+    next_slot = tl.load(selected + entry, mask=entry < num_listed, other=-1)
+    for block in range(split, last_block, num_splits):
+        # slots are loaded a block ahead: keys and values of later blocks can then be under way
+        slot = next_slot.to(tl.int64)
+        entry = ((block + num_splits) * BLOCK + lane) // PAGE
+        next_slot = tl.load(selected + entry, mask=entry < num_listed, other=-1)
+
+        of_slots = block < ring_block
+        of_sinks = block >= sinks_block
+        token = (block - tl.where(of_sinks, sinks_block, tl.where(of_slots, 0, ring_block))) * BLOCK + lane
+        turn = ring_first + token
+        turn = tl.where(turn < ring_length, turn, turn - ring_length)
+        base = tl.where(of_slots, slots, tl.where(of_sinks, sinks, ring))
+        # vectors of keys before those of values, and rows of keys and values before this one
+        vectors = tl.where(of_slots, PAGE, tl.where(of_sinks, num_sinks, ring_length)).to(tl.int64)
+        before = tl.where(of_slots, row * num_slots, tl.where(of_sinks, row, ring_row))
+        vector = tl.where(of_slots, token % PAGE, tl.where(of_sinks, token, turn))
+        valid = tl.where(of_slots, slot >= 0, token < tl.where(of_sinks, in_sinks, in_ring))
+        at = ((before + tl.where(of_slots, slot, 0)) * 2 * vectors + vector) * DIM
+        values = base + vectors * DIM
+        peak, total, acc = _attend(q, base, values, at, valid, dim, scale, peak, total, acc, DIM, DOT)
 
     some = total > 0
     scaled = acc / tl.where(some, total, 1.0)[:, None]
@@ -207,7 +220,7 @@ def sparse_decode_attention(
             # the interpreter cannot multiply bfloat16 matrices
             DOT=tl.float32 if INTERPRETED else TRITON_TYPES[query.dtype],
             num_warps=4,
-            num_stages=2,
+            num_stages=3,
         )
         merge_splits_kernel[(batch * num_query_heads,)](
             partial,
@@ -217,7 +230,7 @@ def sparse_decode_attention(
             DIM=head_dim,
             DIM_PAD=triton.next_power_of_2(head_dim),
             SPLITS_PAD=triton.next_power_of_2(num_splits),
-            num_warps=2,
+            num_warps=4,
         )
     return out
 
@@ -225,14 +238,26 @@ def sparse_decode_attention(
 def block_tokens(query: torch.Tensor) -> int:
     """Tokens of a block: 16 to 64, as many as fit."""
     padded = int(triton.next_power_of_2(query.shape[-1]))
-    return max(16, min(64, BLOCK_BYTES // (padded * int(query.element_size()))))
+    # tensor cores multiply no float32 exactly: its products take registers, half a block is what they hold
+    block_bytes = BLOCK_BYTES // 2 if query.dtype == torch.float32 else BLOCK_BYTES
+    return max(16, min(64, block_bytes // (padded * int(query.element_size()))))
 
 
 def default_splits(query: torch.Tensor, kv: DeviceKV, selected: torch.Tensor) -> int:
-    """Enough programs for two on every SM, but none without tokens."""
-    rows = kv.slots.shape[0] * kv.slots.shape[1]
-    tokens: int = max(selected.shape[2] * kv.page_size, kv.ring_tokens)
+    """As many programs as run at once, but none without tokens."""
+    block = block_tokens(query)
+    parts = (selected.shape[2] * kv.page_size, kv.ring_tokens, kv.sinks.shape[3])
+    blocks = sum(-(-tokens // block) for tokens in parts)
     if kv.pinned.shape[1]:
-        tokens = max(tokens, kv.pinned.shape[3])
-    processors: int = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 1
-    return int(max(1, min(-(-2 * processors // max(1, rows)), -(-tokens // block_tokens(query)), MAX_SPLITS)))
+        blocks = max(blocks, -(-kv.pinned.shape[3] // block))
+    rows = kv.slots.shape[0] * kv.slots.shape[1]
+    return int(max(1, min(resident_programs(query.device) // max(1, rows), blocks, MAX_SPLITS)))
+
+
+def resident_programs(device: torch.device) -> int:
+    """Programs that all multiprocessors hold at once: one more would run alone, after the others."""
+    if device.type != "cuda":
+        return 2
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_multiprocessor", 2 * PROGRAM_BYTES)
+    return int(properties.multi_processor_count * max(1, min(MAX_RESIDENT, shared // PROGRAM_BYTES)))

@@ -18,12 +18,14 @@ MAX_SPINS = 2**22
 """At about a microsecond a look over the link, some seconds."""
 
 
-@triton.jit
+# a bound of 1 or a multiple of 16 would compile anew, perhaps while the CPU waits for the launch
+@triton.jit(do_not_specialize=["max_spins"])
 def wait_ready_kernel(sequence, ready, report, max_spins):
     number = tl.load(sequence)
     nothing = tl.full([], 0, tl.int64)
     spins = tl.full([], 0, tl.int64)
-    # an atomic that adds nothing: a load that no cache can answer, in every version of Triton
+    # an atomic that adds nothing: Triton makes it the acquiring load that it stands for, and test_ptx.py insists on
+    # that, since a read-modify-write would not be atomic with the CPU's store across the link
     seen = tl.atomic_add(ready, nothing, sem="acquire", scope="sys")
     while (seen != number) & (spins < max_spins):
         seen = tl.atomic_add(ready, nothing, sem="acquire", scope="sys")

@@ -11,12 +11,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from clo_kernels.layout import window_start
+from clo_kernels.recorded_calls import Call
 from clo_kernels.sparse_decode_attention import sparse_decode_attention
 from clo_kernels_bench import problems
 from clo_kernels_bench.figures import Figure
 from clo_kernels_bench.peaks import Peaks
 from clo_kernels_bench.problems import RECENT, SINKS, Sizes
-from clo_kernels_bench.timing import Call, copies_beyond_cache, graph_samples
+from clo_kernels_bench.timing import copies_beyond_cache, graph_samples
 
 SPLITS = (4, 16, 64)
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)

@@ -30,6 +30,8 @@ from clo_kernels.sparse_decode_attention import attend_split_kernel, merge_split
 from clo_kernels.token_logits import hash_query_kernel, token_logits_kernel
 from clo_kernels.wait_ready import wait_ready_kernel
 
+RESOLVE = "*i32/16 *u8/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 i32 i32 i32"
+SELECT = "*fp32/16 *i32/16 *u8/16 *i32/16 i32 i32 i32"
 APPEND = "*bf16/16 *bf16/16 *i32/16 *bf16/16 *bf16/16 *bf16/16 *i32/16 *bf16/16 *{}/16 *fp32/16" + 7 * " i32"
 APPENDED: dict[str, Any] = {"DIM": 128, "DIM_PAD": 128, "PAGE": 16, "BLOCK": 16}
 TOKEN_LOGITS: dict[str, Any] = {
@@ -46,15 +48,27 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
     ),
     "resolve_pages": (
         resolve_pages_kernel,
-        "*i32/16 *u8/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 i32 i32 i32",
-        {"BUDGET_PAD": 1024, "BLOCK": 2048, "WAYS": 8, "REPLACE": False},
-        8,
+        RESOLVE,
+        {"BUDGET_PAD": 1024, "BLOCK": 2048, "HELD": True, "WAYS": 8, "REPLACE": False},
+        16,
     ),
     "resolve_pages_replace": (
         resolve_pages_kernel,
-        "*i32/16 *u8/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 i32 i32 i32",
-        {"BUDGET_PAD": 1024, "BLOCK": 2048, "WAYS": 8, "REPLACE": True},
-        8,
+        RESOLVE,
+        {"BUDGET_PAD": 1024, "BLOCK": 2048, "HELD": True, "WAYS": 8, "REPLACE": True},
+        16,
+    ),
+    "resolve_pages_4k": (
+        resolve_pages_kernel,
+        RESOLVE,
+        {"BUDGET_PAD": 2048, "BLOCK": 4096, "HELD": True, "WAYS": 8, "REPLACE": False},
+        16,
+    ),
+    "resolve_pages_more": (
+        resolve_pages_kernel,
+        RESOLVE,
+        {"BUDGET_PAD": 2048, "BLOCK": 4096, "HELD": False, "WAYS": 8, "REPLACE": False},
+        16,
     ),
     "gather_pages": (
         gather_pages_kernel,
@@ -77,10 +91,12 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
     "merge_splits": (
         merge_splits_kernel,
         "*fp32/16 *fp32/16 *bf16/16 i32",
-        {"DIM": 128, "DIM_PAD": 128, "SPLITS_PAD": 32},
-        2,
+        {"DIM": 128, "DIM_PAD": 128, "SPLITS_PAD": 64},
+        4,
     ),
-    "select_pages": (select_pages_kernel, "*fp32/16 *i32/16 *u8/16 *i32/16 i32 i32 i32", {"BLOCK": 4096, "WAYS": 8}, 8),
+    "select_pages": (select_pages_kernel, SELECT, {"BLOCK": 8192, "HELD": True, "PLACE": 4096}, 32),
+    "select_pages_32k": (select_pages_kernel, SELECT, {"BLOCK": 32768, "HELD": True, "PLACE": 4096}, 32),
+    "select_pages_more": (select_pages_kernel, SELECT, {"BLOCK": 32768, "HELD": False, "PLACE": 4096}, 32),
     "page_logits": (
         page_logits_kernel,
         "*bf16/16 *bf16/16 *i32/16 *u8/16 *fp32/16 *fp32/16 *fp32/16 fp32 i32 i32 i32",
@@ -134,7 +150,7 @@ def compiled(
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": 2})
+    return triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": 3})
 
 
 def assembled(ptx: str) -> dict[str, int | None]:

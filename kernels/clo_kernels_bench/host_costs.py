@@ -9,12 +9,13 @@ from collections.abc import Iterator
 import torch
 
 from clo_kernels.hit_test import hit_test
+from clo_kernels.recorded_calls import Call, recorded
 from clo_kernels.ring_doorbell import ring_doorbell
 from clo_kernels.wait_ready import raise_if_late, wait_ready
 from clo_kernels_bench import problems
 from clo_kernels_bench.figures import Figure, scaled
 from clo_kernels_bench.problems import Sizes
-from clo_kernels_bench.timing import Call, event_samples, graph_of, host_samples
+from clo_kernels_bench.timing import event_samples, host_samples
 
 NODES = 200
 POLLS = 1000
@@ -25,7 +26,7 @@ def host_figures(device: torch.device, *, quick: bool) -> Iterator[Figure]:
     repeats = 10 if quick else 30
     word = torch.ones(1, device=device)
     stream, synchronize = torch.cuda.current_stream(), torch.cuda.synchronize
-    tiny = graph_of([lambda: word.add_(1)] * NODES)
+    tiny = recorded([lambda: word.add_(1)] * NODES)
     event = torch.cuda.Event()
     sizes = Sizes(device=device)
     query, anchor = problems.random_query(sizes), problems.random_query(sizes)
@@ -93,7 +94,7 @@ def flag_figures(device: torch.device, *, quick: bool) -> Iterator[Figure]:
             wait_ready(sequence, ready, report)
 
         with _Echo(doorbell, ready) as echo:
-            graph = graph_of([trip])
+            graph = recorded([trip])
             samples = _queued_samples(graph.replay, echo, repeats=20 if quick else 100)
         raise_if_late("ready flag", report)
         yield Figure(operation="ring_doorbell + wait_ready", case={"message_words": words}, samples_us=samples)

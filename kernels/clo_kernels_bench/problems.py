@@ -72,6 +72,20 @@ def selections(sizes: Sizes, steps: int, changed: float = 0.4) -> list[torch.Ten
     return result
 
 
+def selection_cycle(sizes: Sizes, changed: float = 0.4) -> list[torch.Tensor]:
+    """Selections to be gone through again and again, each as far from the last as `selections` makes them.
+
+    An even number of them. Together they have more pages than there are slots: in the steady state every step fetches
+    and evicts.
+    """
+    new = round(changed * sizes.budget)
+    steps = 2 * (max(sizes.slots, sizes.budget) // (2 * new) + 1)
+    assert sizes.slots < steps * new < sizes.num_pages, f"{steps} steps of {new} new pages, {sizes.slots} slots"
+    order = torch.rand(sizes.batch * sizes.kv_heads, sizes.num_pages - 1).argsort(1).to(INT32)[:, : steps * new] + 1
+    shifts = (order.roll(-step * new, 1)[:, : sizes.budget] for step in range(steps))
+    return [pages.sort(1).values.view(*sizes.rows, -1).to(sizes.device).contiguous() for pages in shifts]
+
+
 def page_table(sizes: Sizes) -> PageTable:
     """Empty, on the device."""
     return PageTable.empty(*sizes.rows, sizes.slots, sizes.num_pages, str(sizes.device))

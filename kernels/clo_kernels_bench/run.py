@@ -67,7 +67,7 @@ def run(report: Report, say: Say, *, quick: bool, seconds: float, save: Callable
     passed = sum(verdict.passed for verdict in report.correctness)
     say(f"correctness: {passed} of {len(report.correctness)} agree with the reference")
     save()
-    for name, section in _sections(report, device, quick=quick, say=say).items():
+    for name, section in _sections(report, device, end, quick=quick, say=say).items():
         if time.monotonic() > end:
             report.left_out.append(f"{name}: no time left of {seconds:.0f} s")
         else:
@@ -94,7 +94,7 @@ def _run_section(report: Report, name: str, section: Section, end: float, say: S
         say(f"failed: {report.left_out[-1]}")
 
 
-def _sections(report: Report, device: torch.device, *, quick: bool, say: Say) -> dict[str, Section]:
+def _sections(report: Report, device: torch.device, end: float, *, quick: bool, say: Say) -> dict[str, Section]:
     """What is asked most often comes first."""
     if device.type == "cpu":
         return {"references on the CPU": lambda: on_cpu.reference_figures(quick=quick)}
@@ -121,20 +121,26 @@ def _sections(report: Report, device: torch.device, *, quick: bool, say: Say) ->
     return {
         "limits of this machine": peaks,
         "pages from the host": lambda: gather_figures(storage(), device, limits(), quick=quick),
-        "attention": lambda: attention_figures(device, limits(), quick=quick, note=note),
         "gate and resolve, 32 layers in one graph": lambda: resolve_figures(device, quick=quick),
+        "attention": lambda: attention_figures(device, limits(), quick=quick, note=note),
         "attention beside a transfer": lambda: interference_figures(storage(), device, quick=quick),
         "flags": lambda: flag_figures(device, quick=quick),
         "launches and synchronisation": lambda: host_figures(device, quick=quick),
         "scores and selection": lambda: selection_figures(device, limits(), quick=quick),
-        "registers and shared memory": lambda: _compiled(report, say),
+        "registers and shared memory": lambda: _compiled(report, end, say),
     }
 
 
-def _compiled(report: Report, say: Say) -> Iterator[Figure]:
-    """The compiler's report, by a process of its own; no figures."""
+def _compiled(report: Report, end: float, say: Say) -> Iterator[Figure]:
+    """The compiler's report, by a process of its own that is ended when the time is over; no figures."""
     major, minor = torch.cuda.get_device_capability()
-    report.kernels.extend(compiled_kernels(10 * major + minor))
+    left = max(1.0, end - time.monotonic())
+    try:
+        report.kernels.extend(compiled_kernels(10 * major + minor, limit_s=left))
+    except subprocess.TimeoutExpired:
+        report.left_out.append(f"registers and shared memory: not done after {left:.0f} s")
+        say(report.left_out[-1])
+        return
     for kernel in report.kernels:
         say(
             f"{kernel['kernel']:24} {kernel['registers']} registers  {kernel['shared_bytes']:6} bytes of shared memory"
@@ -145,12 +151,15 @@ def _compiled(report: Report, say: Say) -> Iterator[Figure]:
     yield from ()
 
 
-def compiled_kernels(architecture: int) -> list[dict[str, Any]]:
-    """Registers, shared memory and spills of every kernel for sm_`architecture`. Raises `RuntimeError`."""
+def compiled_kernels(architecture: int, *, limit_s: float) -> list[dict[str, Any]]:
+    """Registers, shared memory and spills of every kernel for sm_`architecture`.
+
+    Raises `RuntimeError`, or `subprocess.TimeoutExpired` after `limit_s`.
+    """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     command = [sys.executable, str(COMPILER), str(architecture)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit_s)
     if done.returncode:
         raise RuntimeError(done.stderr[-500:])
     kernels: dict[str, dict[str, Any]] = json.loads(done.stdout)

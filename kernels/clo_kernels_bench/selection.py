@@ -12,6 +12,7 @@ import torch
 from clo_kernels.hit_test import hit_test
 from clo_kernels.layout import Resolved
 from clo_kernels.page_index import IndexKind, entry_shape, hash_planes, page_index
+from clo_kernels.recorded_calls import Call
 from clo_kernels.resolve_pages import resolve_pages
 from clo_kernels.score_pages import score_pages
 from clo_kernels.select_pages import select_pages
@@ -19,7 +20,7 @@ from clo_kernels_bench import problems
 from clo_kernels_bench.figures import Figure
 from clo_kernels_bench.peaks import Peaks
 from clo_kernels_bench.problems import Sizes
-from clo_kernels_bench.timing import Call, copies_beyond_cache, graph_samples
+from clo_kernels_bench.timing import copies_beyond_cache, graph_samples
 
 LAYERS = 32
 GOAL_US = 10.0
@@ -38,40 +39,57 @@ class _Gate:
         self.turned[:, :drifting] *= -1
         self.missed = problems.everyone(sizes)
 
+    def calls(self, steps: int = 2) -> list[Call]:
+        """An even number of steps, there and back, so that the drifting heads miss in all."""
+        queries = (self.turned, self.query) * (steps // 2)
+        return [partial(hit_test, query, self.anchor, self.tau, out=self.missed) for query in queries]
+
+
+class _Residency:
+    """A layer's page table, and selections that go round: in the steady state each step fetches and evicts."""
+
+    def __init__(self, sizes: Sizes, missed: torch.Tensor) -> None:
+        self.table, self.chain, self.missed = problems.page_table(sizes), problems.selection_cycle(sizes), missed
+        self.out = Resolved.like(self.chain[0])
+
     def calls(self) -> list[Call]:
-        """Two steps: there and back, so that the drifting heads miss in both."""
-        return [partial(hit_test, query, self.anchor, self.tau, out=self.missed) for query in (self.turned, self.query)]
+        """One for each selection."""
+        return [partial(resolve_pages, selection, self.missed, self.table, out=self.out) for selection in self.chain]
 
-
-def _resolve_calls(sizes: Sizes, missed: torch.Tensor, steps: int) -> list[Call]:
-    table, chain = problems.page_table(sizes), problems.selections(sizes, steps)
-    out = Resolved.like(chain[0])
-    return [partial(resolve_pages, selection, missed, table, out=out) for selection in chain]
-
-
-def _layer(sizes: Sizes, miss_share: float) -> list[tuple[Call, Call]]:
-    """Two steps of a layer: gate, then resolve."""
-    gate = _Gate(sizes, miss_share)
-    return list(zip(gate.calls(), _resolve_calls(sizes, gate.missed, 2), strict=True))
+    def fetched(self) -> int:
+        """Pages that a head that missed fetched in the last step. None, or room to spare, make a figure worthless."""
+        missed = int(self.missed.sum())
+        fetched = int(self.out.num_fetched.sum()) // max(1, missed)
+        full = bool((self.table.page_of_slot[self.missed] >= 0).all())
+        assert not missed or (fetched > 0 and full), f"resolve_pages: {fetched} pages fetched, slots full: {full}"
+        return fetched
 
 
 def resolve_figures(device: torch.device, *, quick: bool) -> Iterator[Figure]:
-    """`hit_test` and `resolve_pages` of 32 layers in one graph, together and alone."""
+    """`hit_test` and `resolve_pages` of 32 layers in one graph, together and alone. Pages come and go in every step."""
     for batch in (1,) if quick else (1, 16):
         sizes = Sizes(device=device, batch=batch)
         for share in (0.25,) if quick else (0.0, 0.25, 1.0):
             case = {"batch": batch, "missed": share, "budget": sizes.budget, "slots": sizes.slots}
-            layers = [_layer(sizes, share) for _ in range(LAYERS)]
-            calls = [call for step in range(2) for layer in layers for call in layer[step]]
+            gated = [_Gate(sizes, share) for _ in range(LAYERS)]
+            tables = [_Residency(sizes, gate.missed) for gate in gated]
+            steps = len(tables[0].chain)
+            layers = [
+                list(zip(gate.calls(steps), table.calls(), strict=True))
+                for gate, table in zip(gated, tables, strict=True)
+            ]
+            calls = [call for step in range(steps) for layer in layers for call in layer[step]]
             pair = tuple(2 * sample for sample in graph_samples(calls))
-            figure = Figure(operation="hit_test + resolve_pages", case=case, samples_us=pair)
+            fetching = case | {"fetched": tables[0].fetched()}
+            figure = Figure(operation="hit_test + resolve_pages", case=fetching, samples_us=pair)
             yield replace(figure, limit_us=GOAL_US, limit="goal, a layer at batch 1") if batch == 1 else figure
             gates = [call for _ in range(LAYERS) for call in _Gate(sizes, share).calls()]
             yield Figure(operation="hit_test", case=case, samples_us=graph_samples(gates))
             mask = problems.everyone(sizes, missed=False)
             mask[:, : round(share * sizes.kv_heads)] = True
-            resolves = [call for _ in range(LAYERS) for call in _resolve_calls(sizes, mask, 2)]
-            yield Figure(operation="resolve_pages", case=case, samples_us=graph_samples(resolves))
+            tables = [_Residency(sizes, mask) for _ in range(LAYERS)]
+            samples = graph_samples([call for table in tables for call in table.calls()])
+            yield Figure(operation="resolve_pages", case=case | {"fetched": tables[0].fetched()}, samples_us=samples)
 
 
 def selection_figures(device: torch.device, peaks: Peaks, *, quick: bool) -> Iterator[Figure]:

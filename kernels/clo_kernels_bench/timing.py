@@ -7,46 +7,34 @@ launching thread is then never what is measured. Calls in one graph rotate over 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
+from clo_kernels.recorded_calls import Call, recorded
 from clo_kernels_bench.figures import scaled
 
-Call = Callable[[], object]
 SLEEP_CYCLES = 400_000
-"""About 0.2 ms: longer than launching a graph takes."""
-
-
-def graph_of(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
-    """One graph of all calls; each runs once before, which compiles its kernels."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
+"""About 0.2 ms: longer than launching a graph of SLEEP_CALLS calls takes."""
+SLEEP_CALLS = 128
 
 
 def graph_samples(calls: Sequence[Call], *, repeats: int = 20) -> tuple[float, ...]:
     """Microseconds of one call inside a graph of `calls`, one sample a replay."""
-    return scaled(event_samples(graph_of(calls).replay, repeats=repeats), len(calls))
+    sleep = SLEEP_CYCLES * -(-len(calls) // SLEEP_CALLS)
+    return scaled(event_samples(recorded(calls).replay, repeats=repeats, sleep_cycles=sleep), len(calls))
 
 
-def event_samples(call: Call, *, repeats: int = 20, warmups: int = 3) -> tuple[float, ...]:
+def event_samples(
+    call: Call, *, repeats: int = 20, warmups: int = 3, sleep_cycles: int = SLEEP_CYCLES
+) -> tuple[float, ...]:
     """Microseconds between two events around `call` on the current stream."""
     for _ in range(warmups):
         call()
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     torch.cuda.synchronize()
     for start, end in pairs:
-        torch.cuda._sleep(SLEEP_CYCLES)
+        torch.cuda._sleep(sleep_cycles)
         start.record()
         call()
         end.record()

@@ -8,12 +8,13 @@ from dataclasses import replace
 import torch
 
 from clo_kernels.gather_pages import gather_pages
+from clo_kernels.recorded_calls import Call, beside, recorded
 from clo_kernels_bench import problems
 from clo_kernels_bench.attention import attention_calls
 from clo_kernels_bench.figures import Figure, scaled
 from clo_kernels_bench.peaks import Peaks
 from clo_kernels_bench.problems import Sizes
-from clo_kernels_bench.timing import SLEEP_CYCLES, Call, event_samples, graph_of, graph_samples
+from clo_kernels_bench.timing import SLEEP_CYCLES, event_samples, graph_samples
 
 KIB = 1024
 HOST_BYTES = 1 << 30
@@ -79,7 +80,7 @@ def interference_figures(storage: torch.Tensor, device: torch.device, *, quick: 
     """
     sizes = Sizes(device=device, batch=8, slots=819)
     calls = attention_calls(sizes, copies=1) * 16
-    attention = graph_of(calls)
+    attention = recorded(calls)
     alone = Figure(
         operation="sparse_decode_attention beside a transfer",
         case={"transfer": "nothing"},
@@ -92,35 +93,16 @@ def interference_figures(storage: torch.Tensor, device: torch.device, *, quick: 
     transfers: dict[str, Call] = {"copy engine": lambda: there.copy_(here, non_blocking=True)}
     for programs in (8, 32) if quick else (4, 8, 16, 32, 64):
         gathers = gather_calls(storage, device, 8, programs, LAUNCH_BYTES)
-        transfers[f"gather, {programs} programs"] = graph_of(gathers).replay
+        transfers[f"gather, {programs} programs"] = recorded(gathers).replay
     for name, transfer in transfers.items():
         once = min(event_samples(transfer, repeats=3))
-        samples = beside(attention.replay, transfer, times=int(room // once) + 2, repeats=5 if quick else 10)
-        if samples:
+        times, repeats = int(room // once) + 2, 5 if quick else 10
+        seconds = beside(attention.replay, transfer, times=times, repeats=repeats, sleep_cycles=SLEEP_CYCLES)
+        if seconds:
             yield replace(
                 alone,
                 case={"transfer": name},
-                samples_us=scaled(samples, len(calls)),
+                samples_us=scaled([sample * 1e6 for sample in seconds], len(calls)),
                 limit_us=alone.median_us,
                 limit="the same beside nothing",
             )
-
-
-def beside(work: Call, transfer: Call, *, times: int, repeats: int) -> tuple[float, ...]:
-    """Microseconds of `work` while another stream does `transfer` `times` over; samples not covered are dropped."""
-    other, samples = torch.cuda.Stream(), []
-    for _ in range(repeats):
-        start, end, covered = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-        torch.cuda.synchronize()
-        with torch.cuda.stream(other):
-            for _ in range(times):
-                transfer()
-            covered.record()
-        torch.cuda._sleep(SLEEP_CYCLES)
-        start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        if end.elapsed_time(covered) > 0:
-            samples.append(start.elapsed_time(end) * 1e3)
-    return tuple(samples)

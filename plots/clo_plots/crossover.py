@@ -43,8 +43,7 @@ def plot_crossover(found: Mapping[str, Any]) -> Figure:
         bar = figure.colorbar(image, ax=axes, extend="both", shrink=0.8)
         bar.set_label(f"mean E2E: best offloading / {found['residents'][0]}")
         lines: list[Any] = [
-            Line2D([], [], color=INK, linestyle=style, label=f"crossover against {name}")
-            for name, style in drawn
+            Line2D([], [], color=INK, linestyle=style, label=f"crossover against {name}") for name, style in drawn
         ]
         figure.legend(
             handles=[*lines, Patch(facecolor="white", edgecolor=INK, label="nothing keeps up")],

@@ -3,12 +3,16 @@
 import json
 import subprocess
 import sys
+import time
+import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from clo_kernels.page_index import IndexKind
+from clo_kernels.recorded_calls import RecordedCalls
 from clo_kernels_bench import attention, correctness, problems, run, selection, transfers
 from clo_kernels_bench.figures import Figure, Report, Verdict
 from clo_kernels_bench.peaks import Peaks
@@ -96,6 +100,23 @@ def test_a_section_that_fails_keeps_what_it_has():
     assert report.failed == ["section"]
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="the bench itself runs there")
+def test_the_compiler_gets_the_time_that_is_left(monkeypatch):
+    given = []
+
+    def slow(command, *, timeout, **_):
+        given.append(timeout)
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(run.torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(run.subprocess, "run", slow)
+    report, end = Report({}, True, ""), time.monotonic() + 40
+    run._run_section(report, "section", lambda: run._compiled(report, end, lambda text: None), end, lambda text: None)
+    assert 30 < given[0] <= 40
+    assert report.failed == []
+    assert report.left_out[0].startswith("registers and shared memory: not done after ")
+
+
 def test_what_changes_a_result_is_noticed():
     sizes = problems.Sizes(
         device=torch.device(DEVICE), batch=2, kv_heads=2, head_dim=64, num_pages=64, budget=12, slots=20,
@@ -109,6 +130,23 @@ def test_what_changes_a_result_is_noticed():
     assert correctness.verdict("select_pages", "x", select, arguments).passed
     found = correctness.verdict("select_pages", "x", wrong, {**arguments, "selection": problems.empty_selection(sizes)})
     assert (found.passed, found.detail) == (False, "selection differs")
+
+
+def test_a_recorded_graph_keeps_what_its_calls_use():
+    """A graph has addresses only: who holds its replay must hold the tensors."""
+
+    class Graph:
+        def replay(self):
+            pass
+
+    tensor = torch.ones(1)
+    alive = weakref.ref(tensor)
+    replay = RecordedCalls(Graph(), [partial(tensor.add_, 1)]).replay
+    del tensor
+    assert alive() is not None
+    replay()
+    del replay
+    assert alive() is None
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the bench itself runs there")
@@ -150,7 +188,7 @@ class TestSections:
         monkeypatch.setattr(transfers, "SMALLER_BYTES", (1 << 19,))
         for module in (attention, selection, transfers):
             monkeypatch.setattr(module, "graph_samples", once)
-        monkeypatch.setattr(transfers, "graph_of", Graph)
+        monkeypatch.setattr(transfers, "recorded", Graph)
         monkeypatch.setattr(transfers, "event_samples", lambda call, **_: once([call]))
         monkeypatch.setattr(transfers, "beside", lambda work, transfer, **_: once([work, transfer]))
         monkeypatch.setattr(transfers, "attention_calls", lambda given, copies: [lambda: None])
@@ -176,6 +214,33 @@ class TestSections:
         assert len(figures) == 2 * 3 * 3
         assert [f.limit_us for f in figures if f.operation == "hit_test + resolve_pages"] == [10.0] * 3 + [None] * 3
 
+    @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+    def test_resolve_fetches_and_evicts_in_the_steady_state(self, share):
+        sizes = selection.Sizes(device=torch.device("cpu"), kv_heads=4)
+        gate = selection._Gate(sizes, share)
+        layer = selection._Residency(sizes, gate.missed)
+        steps = list(zip(gate.calls(len(layer.chain)), layer.calls(), strict=True))
+        for replay in range(3):
+            for look, resolve in steps:
+                before = layer.table.page_of_slot.clone()
+                look()
+                resolve()
+                assert (layer.out.num_fetched > 0).tolist() == [
+                    [True] * round(4 * share) + [False] * round(4 - 4 * share)
+                ]
+                if replay:
+                    left = ((before >= 0) & (before != layer.table.page_of_slot)).sum(-1)
+                    assert torch.equal(left.int(), layer.out.num_fetched)
+            assert (layer.fetched() > 0) == (share > 0)
+
+    def test_a_resolve_that_fetches_nothing_is_refused(self):
+        sizes = selection.Sizes(device=torch.device("cpu"))
+        layer = selection._Residency(sizes, problems.everyone(sizes))
+        for _ in range(2):
+            layer.calls()[0]()
+        with pytest.raises(AssertionError, match="resolve_pages: 0 pages fetched, slots full: False"):
+            layer.fetched()
+
     def test_drifting_heads_miss_in_every_step(self):
         sizes = selection.Sizes(device=torch.device("cpu"), kv_heads=4)
         gate = selection._Gate(sizes, 0.5)
@@ -188,6 +253,15 @@ class TestSections:
         figures = list(selection.selection_figures(torch.device("cpu"), Peaks(h2d=1, hbm=1e9), quick=False))
         assert {f.operation for f in figures} == {"score_pages", "select_pages"}
         assert {f.case["index"] for f in figures if f.operation == "score_pages"} == set(IndexKind)
+
+
+def test_selections_that_go_round_share_as_much_everywhere():
+    sizes = problems.Sizes(device=torch.device("cpu"), kv_heads=2, num_pages=101, budget=20, slots=40)
+    chain = problems.selection_cycle(sizes)
+    assert len(chain) % 2 == 0
+    for first, second in zip(chain, [*chain[1:], chain[0]], strict=True):
+        assert all(len(set(first[0, h].tolist()) & set(second[0, h].tolist())) == 12 for h in range(2))
+    assert len(torch.cat(chain)[:, 0].unique()) > sizes.slots
 
 
 def test_chained_selections_share_what_they_should():

@@ -14,6 +14,8 @@ from clo_kernels.resolve_pages import resolve_pages
 from tests.kernels.helpers import DEVICE, cases
 
 MARKER = -12345
+# batch, heads, budget, slots, pages, repeats
+LARGE = (4, 8, 3000, 5000, 16384, 100) if DEVICE == "cuda" else (1, 2, 300, 500, 1600, 1)
 
 
 def int32(values):
@@ -161,6 +163,29 @@ def test_rules_hold_for_any_history(data):
         pages = data.draw(st.lists(st.integers(0, num_pages - 1), max_size=budget, unique=True))
         padded = data.draw(st.permutations(pages + [NO_PAGE] * (budget - len(pages))))
         run_and_check(int32([[padded]]), torch.tensor([[data.draw(st.booleans())]], device=DEVICE), table)
+
+
+@pytest.mark.parametrize("slot_block", [256, module.SLOT_BLOCK], ids=["many-blocks", "usual-blocks"])
+@pytest.mark.parametrize("replace", [False, True], ids=["differences", "whole-sets"])
+def test_large_tables_come_out_the_same_again_and_again(replace, slot_block, monkeypatch):
+    """Threads exchange page tables through memory: a missing barrier shows only now and then, at many slots."""
+    monkeypatch.setattr(module, "SLOT_BLOCK", slot_block)
+    batch, heads, budget, slots, pages, repeats = LARGE
+    table = PageTable.empty(batch, heads, slots, pages, DEVICE)
+    for _ in range(4):
+        selection = random_selection(batch, heads, budget, pages, 0.1)
+        missed = torch.rand(batch, heads, device=DEVICE) < 0.9
+        wanted = PageTable(**{name: tensor.cpu() for name, tensor in tensors(copied(table)).items()})
+        expected = reference.resolve_pages(
+            selection.cpu(), missed.cpu(), wanted, replace=replace, out=poisoned(selection.cpu())
+        )
+        wanted_there = {name: tensor.to(DEVICE) for name, tensor in (tensors(wanted) | tensors(expected)).items()}
+        for _ in range(repeats):
+            found, out = copied(table), poisoned(selection)
+            resolve_pages(selection, missed, found, replace=replace, out=out)
+            for name, tensor in (tensors(found) | tensors(out)).items():
+                assert torch.equal(tensor, wanted_there[name]), name
+        table = found
 
 
 def test_least_recently_used_leaves_by_hand():

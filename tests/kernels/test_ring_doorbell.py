@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from clo_kernels import reference
+from clo_kernels.checks import check_host_tensor
 from clo_kernels.ring_doorbell import ring_doorbell
 from tests.kernels.helpers import DEVICE, needs_gpu
 
@@ -25,7 +26,7 @@ def synchronize():
 
 
 @pytest.mark.parametrize("ring", [ring_doorbell, reference.ring_doorbell], ids=["kernel", "reference"])
-@pytest.mark.parametrize("words", [0, 1, 1500])
+@pytest.mark.parametrize("words", [0, 1, 3, 4, 1026, 1500])
 def test_message_and_number_arrive(words, ring):
     sequence, mailbox, doorbell = flags(words)
     for number in (42, 43):
@@ -34,6 +35,13 @@ def test_message_and_number_arrive(words, ring):
         synchronize()
         assert (sequence.item(), doorbell.item()) == (number, number)
         assert torch.equal(mailbox, message.cpu())
+
+
+def test_an_empty_mailbox_need_not_be_pinned():
+    """Torch calls no empty tensor pinned."""
+    check_host_tensor("mailbox", torch.empty(0), torch.device("cuda", 0))
+    with pytest.raises(ValueError, match="mailbox: on cpu, expected cuda:0 or pinned host memory"):
+        check_host_tensor("mailbox", torch.empty(1), torch.device("cuda", 0))
 
 
 @needs_gpu

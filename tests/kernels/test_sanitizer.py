@@ -15,8 +15,7 @@ CHECKER = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer",
 FAULTY = 86
 
 
-def command(*operations):
-    return [sys.executable, str(SCRIPT), *operations]
+COMMAND = [sys.executable, str(SCRIPT)]
 
 
 def environment():
@@ -25,19 +24,19 @@ def environment():
 
 
 def test_what_is_watched_runs_and_agrees():
-    done = subprocess.run(command(), env=environment(), capture_output=True, text=True)
+    done = subprocess.run(COMMAND, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("passed=True") == 9
 
 
 @needs_gpu
 @pytest.mark.skipif(CHECKER is None, reason="needs compute-sanitizer")
-@pytest.mark.parametrize(("tool", "operations"), [("memcheck", []), ("racecheck", ["resolve_pages"])])
-def test_the_checker_finds_nothing(tool, operations):
-    watched = [CHECKER, "--tool", tool, "--error-exitcode", str(FAULTY), *command(*operations)]
+def test_the_checker_finds_nothing():
+    """Only memory errors: its race checker sees shared memory, and what threads exchange here is in global memory."""
+    watched = [CHECKER, "--tool", "memcheck", "--error-exitcode", str(FAULTY), *COMMAND]
     done = subprocess.run(watched, env=environment(), capture_output=True, text=True, timeout=240)
     said = done.stdout + done.stderr
     if "Device not supported" in said or "not supported on this" in said:
         pytest.skip("compute-sanitizer cannot watch this device")
     assert done.returncode == 0, said[-4000:]
-    assert "ERROR SUMMARY: 0 errors" in said or "RACECHECK SUMMARY: 0 hazards" in said
+    assert "ERROR SUMMARY: 0 errors" in said

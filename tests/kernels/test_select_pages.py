@@ -56,6 +56,15 @@ def test_best_candidates(candidates, heads, pages, budget, block, share, monkeyp
     check(scores, candidates, torch.rand(len(candidates), heads, device=DEVICE) < share, budget)
 
 
+@pytest.mark.parametrize("levels", [None, 3, 1000], ids=["all-different", "few-values", "some-ties"])
+@pytest.mark.parametrize("pages", [30_000, 40_000], ids=["in-registers", "beyond-registers"])
+def test_many_pages(pages, levels):
+    scores = torch.randn(1, 2, pages, device=DEVICE)
+    if levels:
+        scores = (scores * levels).round() / levels
+    check(scores, [pages - 9], torch.ones(1, 2, dtype=torch.bool, device=DEVICE), pages // 10)
+
+
 @pytest.mark.parametrize(
     "values",
     [[0.5] * 12, [0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0], [-3.0, -1.0, -2.0, -1.0, -5e-45, 0.0, 5e-45, 1e38, -1e38]],

@@ -94,6 +94,14 @@ def test_default_number_of_splits():
     check(*problem((300,), 1, 2, 64, 16, budget=4))
 
 
+def test_default_splits_run_at_once_and_have_a_block_each(monkeypatch):
+    query, kv, selected, *_ = problem((300,), 2, 2, 64, 16, budget=40)
+    for programs, splits in ((1, 1), (7, 3), (8, 4), (10**6, 10 + 1 + 1)):
+        monkeypatch.setattr(module, "resident_programs", lambda _, programs=programs: programs)
+        monkeypatch.setattr(module, "block_tokens", lambda _: 64)
+        assert module.default_splits(query, kv, selected) == splits
+
+
 def test_no_tokens_give_zeros():
     query, kv, selected, lengths, _, _ = problem((40, 33), 1, 2, 64, 16, budget=2, share=0.0)
     lengths[1] = 0
