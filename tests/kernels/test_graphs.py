@@ -8,9 +8,9 @@ import torch
 
 from clo_kernels import reference
 from clo_kernels.layout import PageTable
+from clo_kernels.recorded_calls import recorded
 from clo_kernels_bench.correctness import cases, on_cpu, pairs
 from clo_kernels_bench.problems import Sizes
-from clo_kernels_bench.timing import graph_of
 from tests.kernels.helpers import DEVICE, TOLERANCE
 from tests.kernels.test_ring_doorbell import synchronize
 
@@ -115,7 +115,7 @@ def test_replays_see_what_changed(name):
     operation, given = cases(SIZES)[name]
     if name == "resolve_pages":
         given = {**given, "table": PageTable.empty(*SIZES.rows, SIZES.slots, SIZES.num_pages, DEVICE)}
-    replay = graph_of([lambda: operation(**given)]).replay if DEVICE == "cuda" else lambda: operation(**given)
+    replay = recorded([lambda: operation(**given)]).replay if DEVICE == "cuda" else lambda: operation(**given)
     mirror = {key: on_cpu(value) for key, value in given.items()}
     for _ in range(REPLAYS):
         CHANGES[name](given)
