@@ -6,6 +6,7 @@ ran the operations, and so it fits any machine that can run them. Knows nothing 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -256,8 +257,8 @@ class OperationPricer:
 
     @property
     def common_spread(self) -> float:
-        """What whole steps vary beyond their operations."""
-        return self.profile.common_spread
+        """What whole steps vary beyond their operations, and a machine from one time to another."""
+        return math.hypot(self.profile.common_spread, self.profile.drift)
 
     def segment_demand(self, parts: Sequence[PricedPart], mean_bytes: float) -> Demand:
         """How much others slow these operations and how much they slow others, weighted by their time."""

@@ -180,6 +180,8 @@ def load_profile(path: Path) -> Profile:
     data = read_json(path, ProfileError)
     if not isinstance(data, dict):
         raise ProfileError(f"{path}: a JSON object is expected")
+    if data.get("kind") == "operations":
+        raise ProfileError(f"{path}: a calibrated machine, not a profile of rates: give it as --machine")
     try:
         return Profile.model_validate(data)
     except ValidationError as error:

@@ -18,7 +18,7 @@ from clo.engine.decoder import local_machine
 from clo.engine.measure import MachineRun, fastest
 from clo.engine.network import Network
 from clo.engine.random_weights import checked, dtype_on, random_model
-from clo.errors import CloError
+from clo.errors import CloError, SpecError
 from clo.files import read_json, write_text
 from clo.operation_costs import BenchmarkRow, FitPoint, OperationCost, OperationProfile
 from clo.specs import MachineSpec, ModelSpec
@@ -35,7 +35,7 @@ from clo_calibration.operation_fit import (
     observations,
     predicted_s,
 )
-from clo_calibration.probes import DESIGNS, Probe, calibration_probes, grid_of, plan_of, run_probe
+from clo_calibration.probes import DESIGNS, Probe, calibration_probes, grid_of, local_design, plan_of, run_probe
 from clo_calibration.run_files import load_run, save_run
 
 Progress = Callable[[str, int, int], None]
@@ -58,22 +58,34 @@ def calibrate(
     designs: Sequence[str] = DESIGNS,
     steps: int = 6,
     rounds: int = 3,
+    again: bool = False,
     progress: Progress = lambda *_: None,
 ) -> OperationProfile:
-    """Measure, fit, and return the profile; raw samples go to the folder `samples` and are taken up from there.
+    """Measure, fit, and return the profile; raw samples go to the folder `samples` and are taken up from there, unless
+    everything is to be measured `again`.
 
-    Raises `CloError` if `samples` holds measurements of another machine or model.
+    Raises `SpecError` for fewer layers than the designs keep dense, and `CloError` if `samples` holds measurements of
+    another machine or model.
     """
     device = device or torch.device("cpu")
+    _check_layers(model, designs)
     network = network_of(model, device)
     here = fingerprint(device)
-    claim_folder(samples, here, network.spec)
+    claim_folder(samples, here, network.spec, again=again)
     probes = calibration_probes(designs, steps=steps, grid=grid_of(device))
     progress("microbenchmarks", 0, 1)
     benchmarks = _microbenchmarks(device)
     progress("microbenchmarks", 1, 1)
     runs = measure(network, probes, samples, progress, rounds=rounds)
     return fit_profile(list(zip(probes, runs, strict=True)), benchmarks, name=name, here=here, network=network)
+
+
+def _check_layers(model: ModelSpec, designs: Sequence[str]) -> None:
+    """Every design has a layer to offload: else nothing would be learnt of what it does there."""
+    chosen = [local_design(name, 0.1) for name in designs]
+    dense = max((design.dense_layers for design in chosen if design.selects), default=0)
+    if model.num_layers <= dense:
+        raise SpecError(f"model.num_layers = {model.num_layers}: designs keep {dense} of them dense: take more")
 
 
 def _microbenchmarks(device: torch.device) -> list[HostBenchmark]:
@@ -85,11 +97,14 @@ def _microbenchmarks(device: torch.device) -> list[HostBenchmark]:
     return device_benchmarks(device, threads)
 
 
-def claim_folder(folder: Path, here: dict[str, str], model: ModelSpec) -> None:
-    """Samples of one machine and model only."""
+def claim_folder(folder: Path, here: dict[str, str], model: ModelSpec, *, again: bool = False) -> None:
+    """Samples of one machine and model only; `again`: none that are there already."""
     claim, wanted = folder / "machine.json", {"fingerprint": here, "model": model.model_dump(mode="json")}
     if claim.exists() and read_json(claim) != wanted:
         raise CloError(f"{folder}: holds samples of another machine, model or version: choose another folder")
+    if again and claim.exists():
+        for old in folder.glob("*.npz"):
+            old.unlink()
     write_text(claim, _json(wanted))
 
 
@@ -228,13 +243,14 @@ def _machine(device: torch.device, benchmarks: Sequence[HostBenchmark], name: st
         rates[row.name] = max(row.per_second, rates.get(row.name, 0.0))
     found, on_cuda = local_machine(device), device.type == "cuda"
     to_device, to_host, memory = ("dma to device", "dma to host", "device memory") if on_cuda else ("copy",) * 3
-    # a copy of host memory reads and writes it; a link reads or writes
+    # a copy within a CPU's memory reads and writes it; a link reads or writes
     host = rates[to_device] if on_cuda else 2 * rates["copy"]
+    device_memory = rates[memory] if on_cuda else host
     return found.with_fields(
         name=name,
         source="clo calibrate",
         profile=f"{name}.json",
-        gpu=found.gpu.model_dump() | {"hbm_bytes_per_s": rates[memory], "peak_flops_per_s": rates["matmul"]},
+        gpu=found.gpu.model_dump() | {"hbm_bytes_per_s": device_memory, "peak_flops_per_s": rates["matmul"]},
         link={"h2d_bytes_per_s": rates[to_device], "d2h_bytes_per_s": rates[to_host]},
         host=found.host.model_dump() | {"memory_bytes_per_s": host},
     )

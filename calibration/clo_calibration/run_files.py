@@ -51,7 +51,7 @@ def load_run(path: Path, plan: DecodePlan) -> MachineRun:
         with np.load(path, allow_pickle=False) as held:
             arrays = {name: held[name] for name in held.files}
         return _run_of(arrays, plan)
-    except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile):
         raise CloError(f"{path}: no samples that clo wrote, or cut short: delete it") from None
 
 

@@ -29,6 +29,7 @@ def validate(
     sizes: int | None = None,
     steps: int = 6,
     rounds: int = 3,
+    again: bool = False,
     any_machine: bool = False,
     timeline: Path | None = None,
     progress: Progress = lambda *_: None,
@@ -43,7 +44,7 @@ def validate(
     if not any_machine and (found := differences(here, profile.fingerprint)):
         raise CloError(f"profile {profile.name} is of another machine ({'; '.join(found)}): --any-machine to go on")
     network = network_of(profile.model, device)
-    claim_folder(samples, here, network.spec)
+    claim_folder(samples, here, network.spec, again=again)
     probes = _first_sizes(validation_probes(designs, steps=steps, grid=grid_of(device)), sizes)
     runs = measure(network, probes, samples, progress, rounds=rounds)
     points = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -130,6 +131,9 @@ class Verdict(Spec):
 
 
 def _rank_correlation(points: Sequence[Point]) -> float:
+    """NaN where all are equal."""
+    if any(len(set(seconds)) < 2 for seconds in zip(*((p.real_s, p.simulated_s) for p in points), strict=True)):
+        return math.nan
     return float(spearmanr([point.real_s for point in points], [point.simulated_s for point in points]).statistic)
 
 

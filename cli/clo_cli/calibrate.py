@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @click.option("--designs", help="Comma-separated presets to learn from [default: all].")
 @click.option("--rounds", default=3, show_default=True, help="Repetitions, of which the fastest counts.")
 @click.option("--samples", type=click.Path(path_type=Path), help="Raw samples [default: a folder beside --out].")
+@click.option("--again", is_flag=True, help="Measure anew what is in --samples.")
 @click.option("--figure", type=click.Path(path_type=Path), help="Draw every fit over its points, with its residuals.")
 @click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON.")
 def calibrate(
@@ -33,6 +34,7 @@ def calibrate(
     designs: str | None,
     rounds: int,
     samples: Path | None,
+    again: bool,
     figure: Path | None,
     as_json: bool,
 ) -> None:
@@ -53,7 +55,12 @@ def calibrate(
             check_target(path)
     if rounds < 1:
         raise SpecError(f"--rounds = {rounds}: must be at least 1")
-    profile = _calibrated(device, out, model, layers, settings, designs, rounds, samples)
+    samples = samples or out.with_suffix(".samples")
+    try:
+        profile = _calibrated(device, out, model, layers, settings, designs, rounds, samples, again)
+    except KeyboardInterrupt:
+        click.echo(f"what was measured is in {samples}: the same command goes on from there", err=True)
+        raise
     write_text(out, profile.model_dump_json(indent=1))
     if figure is not None:
         from clo_plots.fits import plot_fits
@@ -77,7 +84,8 @@ def _calibrated(
     settings: tuple[str, ...],
     designs: str | None,
     rounds: int,
-    samples: Path | None,
+    samples: Path,
+    again: bool,
 ) -> OperationProfile:
     from clo import presets
     from clo.specs.overrides import apply, parse_overrides
@@ -95,10 +103,11 @@ def _calibrated(
     with half_the_cores(), progress_bar() as progress:
         return run(
             shape,
-            samples=samples or out.with_suffix(".samples"),
+            samples=samples,
             name=out.stem,
             device=found,
             designs=named(designs, found),
             rounds=rounds,
+            again=again,
             progress=progress,
         )

@@ -90,7 +90,7 @@ def _variants(options: dict[str, Any]) -> list[Any]:
     """Every design at every value asked for. Raises `SpecError`."""
     from clo.errors import SpecError
 
-    overrides = overrides_from(options["settings"])
+    overrides = overrides_from(options["settings"], ("design",))
     names = [name.strip() for name in options["designs"].split(",") if name.strip()]
     if not names:
         raise SpecError(f"--designs = {options['designs']!r}: name at least one design")

@@ -43,7 +43,7 @@ def generate(
     """
     from clo.files import check_target
 
-    design, words = design_from(design_name, overrides_from(settings)), _prompt(prompt)
+    design, words = design_from(design_name, overrides_from(settings, ("design",))), _prompt(prompt)
     _check(tokens, temperature)
     if timeline is not None:
         check_target(timeline)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -51,11 +51,11 @@ def scene_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return functools.reduce(lambda wrapped, option: option(wrapped), reversed(_SCENE_OPTIONS), command)
 
 
-def overrides_from(settings: tuple[str, ...]) -> Overrides:
-    """Parsed `--set` options by root."""
+def overrides_from(settings: tuple[str, ...], roots: Sequence[str] = ROOTS) -> Overrides:
+    """Parsed `--set` options by root. Raises `SpecError` for roots that the command has no use for."""
     from clo.specs.overrides import parse_overrides
 
-    return parse_overrides(settings, ROOTS)
+    return {**{root: {} for root in ROOTS}, **parse_overrides(settings, roots)}
 
 
 def scene_from(options: dict[str, Any], overrides: Overrides) -> Scene:

@@ -59,7 +59,7 @@ def run(
     from clo.errors import SpecError
     from clo.files import check_target
 
-    design = design_from(design_name, overrides_from(settings))
+    design = design_from(design_name, overrides_from(settings, ("design",)))
     for name, value in (("--context", context), ("--batch", batch), ("--steps", steps)):
         if value < 1:
             raise SpecError(f"{name} = {value}: must be at least 1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import click
@@ -16,6 +17,7 @@ import click
 @click.option("--designs", help="Comma-separated presets [default: all].")
 @click.option("--rounds", default=3, show_default=True, help="Repetitions, of which the fastest counts.")
 @click.option("--quick", is_flag=True, help="Three designs at two sizes: under a minute.")
+@click.option("--again", is_flag=True, help="Measure anew what an earlier run left in --out.")
 @click.option("--any-machine", is_flag=True, help="Go on with a profile of another machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def validate(
@@ -24,13 +26,15 @@ def validate(
     designs: str | None,
     rounds: int,
     quick: bool,
+    again: bool,
     any_machine: bool,
     as_json: bool,
 ) -> None:
     """Run designs for real, simulate each on its own hits and misses, and say how far apart they are.
 
     Half of the runs are at sizes, or with choices, from which nothing was fitted: the verdict is over these. Leaves
-    verdict.json, verdict.md, figures, and one step in both worlds for https://ui.perfetto.dev in --out.
+    verdict.json, verdict.md, figures, and one step in both worlds for https://ui.perfetto.dev in --out. What is
+    measured is kept there, and not measured again unless you say so.
     """
     from clo.errors import SpecError
     from clo.files import check_target, write_text
@@ -57,6 +61,7 @@ def validate(
             designs=QUICK_DESIGNS if quick and designs is None else named(designs, device),
             sizes=1 if quick else None,
             rounds=min(rounds, 2) if quick else rounds,
+            again=again,
             any_machine=any_machine,
             timeline=out / "step.json",
             progress=progress,
@@ -70,7 +75,8 @@ def validate(
     save_figure(plot_verdict(judged), out / "verdict.png")
     save_figure(plot_ablation(verdict.ablation()), out / "ablation.png")
     if as_json:
-        click.echo(json.dumps(summary, indent=1))
+        known = {name: value if math.isfinite(value) else None for name, value in summary.items()}
+        click.echo(json.dumps(known, indent=1))
         return
     from clo_cli.calibration_tables import print_verdict
 

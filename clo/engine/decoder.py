@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from clo import presets
 from clo.engine.cpu_machine import DEFAULT_PATIENCE_S, CpuMachine
 from clo.engine.cuda_device import torch_device
 from clo.engine.cuda_machine import CudaMachine
@@ -34,6 +35,7 @@ from clo.specs import (
     HostSpec,
     LinkSpec,
     MachineSpec,
+    ModelSpec,
     Selector,
     Sync,
     Transfer,
@@ -143,8 +145,9 @@ def read_prompt(
 
 
 class Decoder:
-    """One batch of sequences decoding under `design`.
+    """One batch of sequences decoding under `design`: a record, a preset's name or a TOML file.
 
+    A budget that is a share of the context is one of the batch's longest prompt, for every sequence.
     `prefill` the prompts, then `step` with each next token, or `generate`. Close it, or use it in a `with` block.
     `max_new_tokens` is what there is room for after the prompts; `one_at_a_time` lets nothing overlap. Without `timed`
     a CUDA step records no times but its own: an event costs about as much as a small kernel. Prompts are read in chunks
@@ -155,7 +158,7 @@ class Decoder:
     def __init__(
         self,
         model: Any,
-        design: Design,
+        design: str | Design,
         *,
         max_new_tokens: int = 256,
         heads: HeadProfile | None = None,
@@ -166,9 +169,13 @@ class Decoder:
         prefill_chunk_tokens: int | None = None,
     ) -> None:
         self.network = model if isinstance(model, Network) else Network(model)
+        design = presets.load_design(design) if isinstance(design, str) else design
+        if max_new_tokens < 1:
+            raise SpecError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
         self.design = _sized(design, kv_memory_bytes)
         check_design(self.design, heads)
         self.heads = heads or HeadProfile()
+        _check_heads(self.heads, self.network.spec)
         self.max_new_tokens = max_new_tokens
         if prefill_chunk_tokens is not None and prefill_chunk_tokens < 1:
             raise SpecError(f"prefill_chunk_tokens = {prefill_chunk_tokens}: must be at least 1")
@@ -178,7 +185,8 @@ class Decoder:
         self._pool = ThreadPoolExecutor(self.design.transfer_threads, thread_name_prefix="clo transfer")
         self._machine: CpuMachine | CudaMachine | None = None
         self._operations: Operations | None = None
-        self._broken = False
+        self._broken = self._closed = False
+        self._prefills = 0
         self.plan: DecodePlan | None = None
 
     def __enter__(self) -> Decoder:
@@ -188,7 +196,8 @@ class Decoder:
         self.close()
 
     def close(self) -> None:
-        """End all threads; a second call does nothing."""
+        """End all threads; a second call does nothing. What was decoded can still be read."""
+        self._closed = True
         if self._machine is not None:
             self._machine.close()
         self._pool.shutdown()
@@ -220,7 +229,13 @@ class Decoder:
         Their pages go to the host while the next chunk is computed. Prompts that have been read before (`read_prompt`)
         are only taken in. Starts the decoder anew: after an error there is nothing to decode.
         """
+        if self._closed:
+            raise EngineError("the decoder is closed: make a new one")
+        self._prefills += 1
         check_device(self.design, self.heads, self.network.device)
+        for prompt in prompts:
+            if not isinstance(prompt, Prompt):
+                _check_tokens(prompt, "prompt", self.network.spec.vocab_size)
         lengths = [prompt.num_tokens if isinstance(prompt, Prompt) else len(prompt) for prompt in prompts]
         if self._machine is not None:
             self._machine.close()
@@ -264,6 +279,7 @@ class Decoder:
         """
         operations, machine = self._ready(), self._machine
         assert machine is not None
+        _check_tokens(tokens, "tokens", self.network.spec.vocab_size, count=len(operations.host_lengths))
         assert self.plan is not None
         room = min(layer.shape.max_tokens for layer in operations.layers)
         if max(operations.host_lengths) + 1 > room:
@@ -283,18 +299,24 @@ class Decoder:
     def generate(
         self, prompts: Sequence[torch.Tensor | Prompt], *, sampler: Sampler | None = None
     ) -> Iterator[torch.Tensor]:
-        """Tokens `[batch]` one after another, `max_new_tokens` of them; greedy unless a `sampler` is given."""
+        """Tokens `[batch]` one after another, `max_new_tokens` of them; greedy unless a `sampler` is given.
+
+        Raises `EngineError` if the decoder was given other prompts meanwhile.
+        """
         choose = sampler or _greedy
-        logits = self.prefill(prompts)
+        logits, mine = self.prefill(prompts), self._prefills
         for _ in range(self.max_new_tokens):
             tokens = choose(logits)
             yield tokens
+            if self._prefills != mine:
+                raise EngineError("decoder: it has been given other prompts: these cannot go on")
             logits = self.step(tokens)
 
     @property
     def traffic(self) -> StepTraffic:
-        """What the last step moved."""
-        assert self.plan is not None
+        """What the last step moved. Raises `EngineError` before there is one."""
+        if self.plan is None or self._operations is None:
+            raise EngineError("decoder: no prompt yet: call prefill first")
         return StepTraffic.of(self.plan, self.layers)
 
     def _ready(self) -> Operations:
@@ -374,9 +396,15 @@ def _settings(plan: DecodePlan, heads: HeadProfile, layer: int) -> HeadSettings:
 def check_design(design: Design, heads: HeadProfile | None) -> None:
     """Raise `SpecError` for what needs a head profile that is not given, or whole layers where heads are streamed."""
     if design.gated and design.target_hit_rate is not None and (heads is None or heads.tau is None):
-        raise SpecError("design.target_hit_rate: thresholds per head come from a head profile: give one, or set tau")
+        raise SpecError(
+            "design.target_hit_rate: thresholds per head come from a head profile: give one (see "
+            "clo.engine.heads.heads_for), or set tau"
+        )
     if design.gated and design.gqa_fold is GqaFold.IMPORTANCE and (heads is None or heads.importance is None):
-        raise SpecError("design.gqa_fold = importance: the weights come from a head profile: give one")
+        raise SpecError(
+            "design.gqa_fold = importance: the weights come from a head profile: give one (see "
+            "clo.engine.heads.heads_for), or choose mean"
+        )
     if design.attend is Attend.FULL and design.offloads and design.pinned_head_fraction:
         raise SpecError("design.pinned_head_fraction: the decoder streams whole layers: set it to 0")
 
@@ -430,6 +458,27 @@ def _doer(operations: Operations) -> Callable[[Op], float]:
         return operations.moved_bytes(op)
 
     return do
+
+
+def _check_tokens(tokens: torch.Tensor, what: str, vocab_size: int, count: int | None = None) -> None:
+    """Raise `SpecError` for what are no token ids, `count` of them; ids on a device are not looked at."""
+    if tokens.ndim != 1 or tokens.is_floating_point() or count not in (None, len(tokens)):
+        wanted = "[tokens]" if count is None else f"[{count}], one a sequence"
+        raise SpecError(f"{what}: {tokens.dtype} of shape {list(tokens.shape)}, expected integers {wanted}")
+    if tokens.device.type == "cpu" and bool(((tokens < 0) | (tokens >= vocab_size)).any()):
+        raise SpecError(
+            f"{what}: ids from {int(tokens.min())} to {int(tokens.max())}, the model has 0 to {vocab_size - 1}"
+        )
+
+
+def _check_heads(heads: HeadProfile, model: ModelSpec) -> None:
+    """Raise `SpecError` for a profile of another model."""
+    for name, found, count in (
+        ("tau", heads.tau, model.num_kv_heads),
+        ("importance", heads.importance, model.num_query_heads),
+    ):
+        if found is not None and tuple(found.shape) != (model.num_layers, count):
+            raise SpecError(f"heads.{name}: shape {list(found.shape)}, {model.name} has {[model.num_layers, count]}")
 
 
 def sampler_of(temperature: float, seed: int) -> Sampler:

@@ -8,6 +8,7 @@ The model's own forward pass drives; what the design fetches, it fetches on the 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,9 @@ def offload(
 
     Give it to `model.generate` or to the model as `past_key_values`; one cache serves one batch of prompts of equal
     length. Prefill is the model's own, exact. `max_new_tokens` is the room after the prompt. With any other cache the
-    model works as before. Raises `SpecError` for a model or a design that does not fit.
+    model works as before, with SDPA as its attention: it returns no attention weights. `close`, the end of a `with`
+    block, or dropping the last of a model's caches gives the model back as it was. Raises `SpecError` for a model or a
+    design that does not fit.
     """
     chosen = presets.load_design(design) if isinstance(design, str) else design
     decoder = Decoder(
@@ -51,18 +54,63 @@ def offload(
     decoder.close()  # only its sizes and checks are needed: the model drives
     AttentionInterface.register(ATTENTION_NAME, _attend)
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
-    cache = OffloadedCache(decoder)
-    model.set_attn_implementation(ATTENTION_NAME)
-    return cache
+    return OffloadedCache(decoder)
+
+
+class _Mount:
+    """What a model is given as long as any cache uses it: hooks and an attention. It does not know the caches."""
+
+    def __init__(self, network: Network) -> None:
+        self._model, self._layers = network.model, network.layers
+        self._attention_before = network.model.config._attn_implementation
+        self._users: set[int] = set()
+        self._hooks = [
+            layer.register_forward_pre_hook(_before(index), with_kwargs=True)
+            for index, layer in enumerate(network.layers)
+        ]
+        network.model.set_attn_implementation(ATTENTION_NAME)
+        network.model.clo_mount = self
+
+    @staticmethod
+    def on(network: Network) -> _Mount:
+        """The one of this model."""
+        return vars(network.model).get("clo_mount") or _Mount(network)
+
+    def join(self, user: int) -> None:
+        """A cache uses it."""
+        self._users.add(user)
+
+    def leave(self, user: int) -> None:
+        """A cache uses it no more; after the last the model is as it was."""
+        self._users.discard(user)
+        if self._users:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        for layer in self._layers:
+            vars(layer.self_attn).pop("clo_layer", None)
+        vars(self._model).pop("clo_mount", None)
+        self._model.set_attn_implementation(self._attention_before)
+
+
+def _before(layer: int) -> Callable[..., None]:
+    """Runs before decoder layer `layer`, whatever cache the model was given."""
+
+    def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, OffloadedCache):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            cache.before_layer(layer, hidden, kwargs["position_embeddings"])
+
+    return hook
 
 
 class OffloadedCache(Cache):  # type: ignore[misc]
-    """The KV cache of one batch. `traffic` says what the last token moved; `close` gives the model back as it was."""
+    """The KV cache of one batch. `traffic` says what the last token moved; close it, or use it in a `with` block."""
 
     def __init__(self, decoder: Decoder) -> None:
         network = decoder.network
         self._decoder, self._network = decoder, network
-        self._attention_before = network.model.config._attn_implementation
         self.plan: DecodePlan | None = None
         self._kv: list[Layer] = []
         self._lengths = torch.zeros(0, dtype=torch.int32)
@@ -70,19 +118,28 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         self._predicted: set[int] = set()
         count = len(network.layers)
         super().__init__(layers=[_CacheLayer(self, layer) for layer in range(count)])
-        self._hooks = [
-            layer.register_forward_pre_hook(self._before(index), with_kwargs=True)
-            for index, layer in enumerate(network.layers)
-        ]
+        mount = _Mount.on(network)
+        mount.join(id(self))
+        # also when nobody has the cache any more
+        self._leave = weakref.finalize(self, mount.leave, id(self))
+
+    def __enter__(self) -> OffloadedCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
-        """Take the hooks off the model and set its attention back; a second call does nothing."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        for layer in self._network.layers:
-            vars(layer.self_attn).pop("clo_layer", None)
-        self._network.model.set_attn_implementation(self._attention_before)
+        """Free the KV cache. The model is as it was once all its caches are closed. A second call does nothing."""
+        self._leave()
+        self._kv = []
+        for layer in self.layers:
+            layer.hand_over()
+
+    def check_open(self) -> None:
+        """Raises `EngineError` after `close`."""
+        if not self._leave.alive:
+            raise EngineError("cache: closed: offload() the model anew")
 
     @property
     def traffic(self) -> StepTraffic:
@@ -113,19 +170,13 @@ class OffloadedCache(Cache):  # type: ignore[misc]
                 kv.load(sequence, layer.keys[sequence], layer.values[sequence])
             layer.hand_over()
 
-    def _before(self, layer: int) -> Callable[..., None]:
-        """Runs before decoder layer `layer`: a new token begins with the first, and prefetches start with each."""
-
-        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if kwargs.get("past_key_values") is not self:
-                return
-            hidden = args[0] if args else kwargs["hidden_states"]
-            if layer == 0 and not self._starts(hidden):
-                return
-            if self.decodes and hidden.shape[1] == 1:
-                self._prefetch(layer, hidden, kwargs["position_embeddings"])
-
-        return hook
+    def before_layer(self, layer: int, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Decoder layer `layer` is about to run: a new token begins with the first, and prefetches start with each."""
+        self.check_open()
+        if layer == 0 and not self._starts(hidden):
+            return
+        if self.decodes and hidden.shape[1] == 1:
+            self._prefetch(layer, hidden, rotation)
 
     def _starts(self, hidden: torch.Tensor) -> bool:
         """Whether a token is decoded, and not the prompt read."""
@@ -185,7 +236,14 @@ class _CacheLayer(DynamicLayer):  # type: ignore[misc]
 
     def __init__(self, cache: OffloadedCache, index: int) -> None:
         super().__init__()
-        self._cache, self._index = cache, index
+        # the cache owns its layers: the other way round it would live until a garbage collection
+        self._owner, self._index = weakref.ref(cache), index
+
+    @property
+    def _cache(self) -> OffloadedCache:
+        cache = self._owner()
+        assert cache is not None, "a layer does not outlive its cache"
+        return cache
 
     def hand_over(self) -> None:
         """Prefill's copy is not needed any more."""
@@ -195,6 +253,7 @@ class _CacheLayer(DynamicLayer):  # type: ignore[misc]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """New keys and values; while decoding, those of the new token: attention knows where the rest is."""
+        self._cache.check_open()
         if not self._cache.decodes:
             grown: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states)
             return grown

@@ -18,7 +18,7 @@ from clo_kernels.layout import ring_rows
 from clo_kernels.page_index import IndexKind, entry_shape
 
 STATED = "CLO_HOST_MEMORY_BYTES"
-MEMINFO = Path("/proc/meminfo")
+MEMINFO, STATM = Path("/proc/meminfo"), Path("/proc/self/statm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,11 +113,19 @@ def host_memory_bytes() -> float:
     return stated_host_bytes() or float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
+def _taken_bytes() -> float:
+    """What this process holds in memory now, where the system tells."""
+    try:
+        return float(STATM.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):
+        return 0.0
+
+
 def available_host_bytes() -> float:
-    """What can be taken without pushing anything out: as stated, or as the operating system estimates it; a container's
-    own limit is not seen."""
+    """What can be taken without pushing anything out: what is stated, less what this process has, or what the operating
+    system estimates; a container's own limit is not seen."""
     if stated := stated_host_bytes():
-        return stated
+        return max(0.0, stated - _taken_bytes())
     try:
         lines = MEMINFO.read_text(encoding="ascii").splitlines()
         return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

@@ -50,8 +50,10 @@ def _parts(annotation: Any) -> set[Any]:
 
 def check_version(version: int, known: int, what: str) -> int:
     """`version` if this program reads it. Raises `ValueError` that says which it reads."""
-    if version != known:
+    if version > known:
         raise ValueError(f"this version reads {known} (a newer {what} needs a newer clo-offload)")
+    if version < known:
+        raise ValueError(f"this version reads {known} (an older clo-offload wrote this {what}: make it anew)")
     return version
 
 

@@ -332,9 +332,10 @@ class TestRunFiles:
     def test_a_cut_file_is_named(self, tmp_path: Path, runs: dict[str, tuple[MachineRun, MachineRun]]) -> None:
         run, path = runs["resident"][1], tmp_path / "a.npz"
         save_run(path, run)
-        path.write_bytes(path.read_bytes()[:-200])
-        with pytest.raises(CloError, match=r"a\.npz: no samples that clo wrote, or cut short"):
-            load_run(path, run.plan)
+        for kept in (path.read_bytes()[:-200], b""):
+            path.write_bytes(kept)
+            with pytest.raises(CloError, match=r"a\.npz: no samples that clo wrote, or cut short"):
+                load_run(path, run.plan)
 
     def test_the_fastest_of_each_step_counts(self, runs: dict[str, tuple[MachineRun, MachineRun]]) -> None:
         alone, beside = runs["resolve"]
@@ -463,6 +464,8 @@ class TestEndToEnd:
         assert len(kept) == 4
         found = calibrate(shape, samples=samples, name="t", designs=chosen, steps=2, rounds=1)
         assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+        calibrate(shape, samples=samples, name="t", designs=chosen, steps=2, rounds=1, again=True)
+        assert all(path.stat().st_mtime_ns > when for path, when in kept.items())
         assert all(cost.source == "measured" for cost in found.operations.values())
         path = tmp_path / "t.json"
         path.write_text(found.model_dump_json())
@@ -492,6 +495,7 @@ class TestEndToEnd:
             (["calibrate", "--layers", "0"], "model.num_layers = 0"),
             (["calibrate", "--rounds", "0"], "--rounds = 0"),
             (["calibrate", "--designs", "nosuch"], "--designs nosuch"),
+            (["calibrate", "--layers", "2"], "model.num_layers = 2: designs keep 2 of them dense"),
             (["validate", "--profile", "nosuch.json"], "nosuch.json: No such file"),
         ],
     )

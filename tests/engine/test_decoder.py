@@ -9,7 +9,7 @@ import torch
 from small import PAGE, WINDOW, dense_logits, design, prompt, small_model
 
 from clo import presets
-from clo.engine.decoder import Decoder
+from clo.engine.decoder import Decoder, HeadProfile
 from clo.engine.layers import OffloadedLayer
 from clo.errors import EngineError, SpecError
 from clo.specs import Design, Selector
@@ -335,3 +335,54 @@ class TestRefusals:
     def test_what_needs_something_that_is_not_there(self, changes: dict[str, Any], message: str) -> None:
         with pytest.raises(SpecError, match=message):
             Decoder(small_model(), design("clo", **changes))
+
+
+class TestInput:
+    @pytest.mark.parametrize(
+        ("tokens", "message"),
+        [
+            (torch.tensor([7]), r"tokens: torch.int64 of shape \[1\], expected integers \[2\], one a sequence"),
+            (torch.tensor([[7], [8]]), r"of shape \[2, 1\]"),
+            (torch.tensor([1.0, 2.0]), "torch.float32"),
+            (torch.tensor([3, -1]), "tokens: ids from -1 to 3, the model has 0 to"),
+        ],
+    )
+    def test_what_are_no_tokens_is_refused_and_the_next_step_works(self, tokens: torch.Tensor, message: str) -> None:
+        with Decoder(small_model(), "clo", max_new_tokens=4) as decoder:
+            decoder.prefill([prompt(40), prompt(50)])
+            with pytest.raises(SpecError, match=message):
+                decoder.step(tokens)
+            assert decoder.step(torch.tensor([1, 2])).shape[0] == 2
+
+    def test_a_prompt_of_another_vocabulary(self) -> None:
+        with Decoder(small_model(), "clo", max_new_tokens=4) as decoder:
+            with pytest.raises(SpecError, match="prompt: ids from 1 to 1000000"):
+                decoder.prefill([torch.tensor([1, 10**6])])
+            with pytest.raises(EngineError, match="no prompt yet"):
+                _ = decoder.traffic
+
+    def test_no_room(self) -> None:
+        with pytest.raises(SpecError, match="max_new_tokens = 0: must be at least 1"):
+            Decoder(small_model(), "clo", max_new_tokens=0)
+        with pytest.raises(SpecError, match="prefill_chunk_tokens = 0: must be at least 1"):
+            Decoder(small_model(), "clo", prefill_chunk_tokens=0)
+
+    def test_a_profile_of_another_model(self) -> None:
+        heads = HeadProfile(tau=torch.zeros(2, 99))
+        with pytest.raises(SpecError, match=r"heads\.tau: shape \[2, 99\], .* has \["):
+            Decoder(small_model(), "clo", heads=heads)
+
+    @pytest.mark.parametrize("name", ["clo", "staged"])
+    def test_a_closed_decoder_says_so(self, name: str) -> None:
+        decoder = Decoder(small_model(), name, max_new_tokens=4)
+        decoder.close()
+        with pytest.raises(EngineError, match="the decoder is closed: make a new one"):
+            decoder.prefill([prompt(40)])
+
+    def test_tokens_of_earlier_prompts_do_not_go_on(self) -> None:
+        with Decoder(small_model(), "clo", max_new_tokens=4) as decoder:
+            earlier = decoder.generate([prompt(40)])
+            next(earlier)
+            assert len(list(decoder.generate([prompt(50)]))) == 4
+            with pytest.raises(EngineError, match="given other prompts"):
+                next(earlier)

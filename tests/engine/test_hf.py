@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -92,3 +94,50 @@ def test_what_it_cannot_do_is_refused() -> None:
             torch.stack([text, text]), attention_mask=mask, past_key_values=cache, max_new_tokens=3, do_sample=False
         )
     cache.close()
+
+
+def generated(model: Any, cache: Any, tokens: int = 8) -> list[int]:
+    found = model.generate(prompt(70)[None], past_key_values=cache, max_new_tokens=tokens, do_sample=False)
+    return list(found[0, 70:].tolist())
+
+
+class TestSeveralCaches:
+    def test_one_that_is_closed_leaves_the_others_alone(self) -> None:
+        model, chosen = small_model(), design("clo", budget_pages=3)
+        with offload(model, chosen, max_new_tokens=20) as cache:
+            wanted = generated(model, cache)
+        first, second, third = (offload(model, chosen, max_new_tokens=20) for _ in range(3))
+        first.close()
+        assert generated(model, second) == wanted
+        second.close()
+        second.close()
+        assert generated(model, third) == wanted
+        third.close()
+        assert model.config._attn_implementation != "clo"
+        assert not any(layer._forward_pre_hooks for layer in model.model.layers)
+
+    @pytest.mark.parametrize("decoded", [False, True])
+    def test_a_closed_one_says_so(self, decoded: bool) -> None:
+        model = small_model()
+        with offload(model, design("clo", budget_pages=3), max_new_tokens=20) as other:
+            cache = offload(model, design("clo", budget_pages=3), max_new_tokens=20)
+            if decoded:
+                generated(model, cache)
+            cache.close()
+            with pytest.raises(EngineError, match="cache: closed"):
+                generated(model, cache)
+            assert len(generated(model, other)) == 8
+
+    def test_one_that_is_dropped_is_gone_and_the_model_as_before(self) -> None:
+        model = small_model()
+        gc.collect()
+        gc.disable()
+        try:
+            cache = offload(model, design("clo", budget_pages=3), max_new_tokens=20)
+            generated(model, cache)
+            held = weakref.ref(cache.layer(2))
+            del cache
+            assert held() is None
+            assert model.config._attn_implementation != "clo"
+        finally:
+            gc.enable()
