@@ -187,8 +187,15 @@ class PricedStep:
     @cached_property
     def handovers(self) -> NDArray[np.float64]:
         """`[segments]`, seconds: what it costs to begin when another lane has come to an end."""
-        handed = [any(hands_over(wait.lane, wait.cause) for wait in segment.after) for segment in self.segments]
-        return np.array(handed) * self.pricer.handover_s
+        return np.array([cause is not None for cause in self.woken_for]) * self.pricer.handover_s
+
+    @cached_property
+    def woken_for(self) -> tuple[Cause | None, ...]:
+        """For each segment that is woken by other lanes, what it waits for last."""
+        return tuple(
+            next((wait.cause for wait in reversed(segment.after) if hands_over(wait.lane, wait.cause)), None)
+            for segment in self.segments
+        )
 
     @cached_property
     def demands(self) -> list[Demand]:

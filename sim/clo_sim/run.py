@@ -133,8 +133,9 @@ def _stalls(priced: PricedStep, times: StepTimes) -> dict[str, float]:
             stalls[Cause.DEMAND.value] += _mean(priced.seconds(node.op))
         elif node.op.part is Part.RUNTIME:
             stalls[Cause.SYNC.value] += _mean(priced.seconds(node.op))
-    handed = zip(priced.segments, priced.handovers, strict=True)
-    stalls[Cause.SYNC.value] += float(sum(seconds for segment, seconds in handed if segment.lane is Lane.MAIN))
+    for segment, cause, seconds in zip(priced.segments, priced.woken_for, priced.handovers, strict=True):
+        if segment.lane is Lane.MAIN and cause is not None:
+            stalls[cause.value] += float(seconds)
     return stalls
 
 

@@ -71,12 +71,12 @@ def _named(waits: tuple[tuple[int, float], ...]) -> Waits:
     return tuple((CAUSES[cause].value, seconds) for cause, seconds in waits)
 
 
-def _with_handover(waits: Waits, seconds: float) -> Waits:
-    """Being woken belongs to what was waited for last."""
-    if seconds <= 0:
+def _with_handover(waits: Waits, cause: Cause | None, seconds: float) -> Waits:
+    """Being woken belongs to what was waited for last, even if it had come by then."""
+    if cause is None or seconds <= 0:
         return waits
-    *others, (cause, waited) = waits or ((Cause.SYNC.value, 0.0),)
-    return (*others, (cause, waited + seconds))
+    *others, (last, waited) = waits or ((cause.value, 0.0),)
+    return (*others, (last, waited + seconds))
 
 
 def _unfold(priced: PricedStep, step: int, ran: Ran) -> list[Span]:
@@ -87,7 +87,7 @@ def _unfold(priced: PricedStep, step: int, ran: Ran) -> list[Span]:
     handover = float(priced.handovers[column])
     total = handover + sum(alone)
     edges = start + (end - start) * np.cumsum([handover, *alone]) / total if total else [start] * (len(nodes) + 1)
-    waits = _with_handover(waits, float(edges[0]) - start)
+    waits = _with_handover(waits, priced.woken_for[column], float(edges[0]) - start)
     spans = []
     for number, node in enumerate(nodes):
         spans.append(
