@@ -43,8 +43,6 @@ class Errand:
     tokens: tuple[Token, ...]
     do: Callable[[], Any]
     is_asked: Callable[[], bool] | None = None
-    began_s: float = 0.0
-    ended_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -133,10 +131,7 @@ class TransferThread:
             raise EngineError(f"the doorbell did not ring in {self._patience_s:g} s")
         if ledger.failure is not None:
             return None
-        errand.began_s = time.perf_counter()
-        event = errand.do()
-        errand.ended_s = time.perf_counter()
-        return event
+        return errand.do()
 
     def _asked(self, ledger: Ledger, errand: Errand) -> bool:
         self._look_at_copies()

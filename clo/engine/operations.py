@@ -173,9 +173,8 @@ class Operations:
         moves = kv.residency.fetches(stage)
         staging, host = self._staging.take((stage, layer), kv, len(moves)), kv.host_rows
 
-        def collect(part: int, parts: int) -> None:
-            first, end = (len(moves) * at // parts for at in (part, part + 1))
-            torch.index_select(host, 0, moves.source[first:end], out=staging[first:end])
+        def collect(part: slice) -> None:
+            torch.index_select(host, 0, moves.source[part], out=staging[part])
 
         self._in_parts(collect, len(moves))
 
@@ -190,15 +189,16 @@ class Operations:
         kv.residency.announce(stage)
         moves, host, slots = kv.residency.fetches(stage), kv.host_rows, kv.slot_rows
 
-        def write(part: int, parts: int) -> None:
-            mine = moves.part(part, parts)
-            slots.index_copy_(0, mine.target, host.index_select(0, mine.source))
+        def write(part: slice) -> None:
+            slots.index_copy_(0, moves.target[part], host.index_select(0, moves.source[part]))
 
         self._in_parts(write, len(moves))
 
-    def _in_parts(self, work: Callable[[int, int], None], count: int) -> None:
-        parts = min(self.plan.design.transfer_threads, count)
-        futures = [self._pool.submit(_quietly, work, part, parts) for part in range(parts)]
+    def _in_parts(self, work: Callable[[slice], None], count: int) -> None:
+        """Nearly equal parts, one a thread."""
+        threads = min(self.plan.design.transfer_threads, count)
+        parts = [slice(count * at // threads, count * (at + 1) // threads) for at in range(threads)]
+        futures = [self._pool.submit(_quietly, work, part) for part in parts]
         for future in futures:
             future.result()
 
@@ -272,6 +272,6 @@ def _stage_of(op: Op) -> Stage:
     return Stage.PREFETCH if op.name.startswith(PREFETCH_MARK) else Stage.DEMAND
 
 
-def _quietly(work: Callable[[int, int], None], part: int, parts: int) -> None:
+def _quietly(work: Callable[[slice], None], part: slice) -> None:
     with torch.inference_mode():
-        work(part, parts)
+        work(part)

@@ -28,11 +28,6 @@ class Moves:
     def __len__(self) -> int:
         return len(self.source)
 
-    def part(self, number: int, parts: int) -> Moves:
-        """One of so many nearly equal parts."""
-        first, end = (len(self) * at // parts for at in (number, number + 1))
-        return Moves(self.source[first:end], self.target[first:end])
-
 
 class Residency:
     """The page table of one layer and what each stage found missing.
