@@ -35,7 +35,7 @@ from clo_calibration.operation_fit import (
     observations,
     predicted_s,
 )
-from clo_calibration.probes import DESIGNS, Probe, calibration_probes, grid_of, local_design, plan_of, run_probe
+from clo_calibration.probes import DESIGNS, STEPS, Probe, calibration_probes, grid_of, local_design, plan_of, run_probe
 from clo_calibration.run_files import load_run, save_run
 
 Progress = Callable[[str, int, int], None]
@@ -56,7 +56,7 @@ def calibrate(
     name: str,
     device: torch.device | None = None,
     designs: Sequence[str] = DESIGNS,
-    steps: int = 6,
+    steps: int = STEPS,
     rounds: int = 3,
     again: bool = False,
     progress: Progress = lambda *_: None,

@@ -79,6 +79,12 @@ def grid_of(device: torch.device) -> Grid:
 SPARE_TOKENS = 48
 """Room for the tokens of a run."""
 
+WARMUP_STEPS = {"cpu": 1, "cuda": 2}
+"""Steps that do not count: on a CPU the second takes as long as later ones; on CUDA it records graphs."""
+
+STEPS = 5
+"""Steps of a run that count."""
+
 
 def designs_of(device: torch.device) -> tuple[str, ...]:
     """Presets that run on `device`: CUDA machines do not store through the BAR."""
@@ -145,7 +151,7 @@ def local_design(name: str, budget: float) -> Design:
     return design.with_fields(**fields)
 
 
-def calibration_probes(designs: Sequence[str] = DESIGNS, *, steps: int = 8, grid: Grid = CPU_GRID) -> list[Probe]:
+def calibration_probes(designs: Sequence[str] = DESIGNS, *, steps: int = STEPS, grid: Grid = CPU_GRID) -> list[Probe]:
     """Every design at every fitted size, alone and beside others; the baseline comes back to show how calm it is."""
     probes: list[Probe] = []
     for number, name in enumerate(designs):
@@ -166,7 +172,7 @@ def calibration_probes(designs: Sequence[str] = DESIGNS, *, steps: int = 8, grid
     return probes
 
 
-def validation_probes(designs: Sequence[str] = DESIGNS, *, steps: int = 8, grid: Grid = CPU_GRID) -> list[Probe]:
+def validation_probes(designs: Sequence[str] = DESIGNS, *, steps: int = STEPS, grid: Grid = CPU_GRID) -> list[Probe]:
     """Half at the fitted sizes, half at others, where some choices of a design are others too."""
     probes: list[Probe] = []
     for size in (*grid.fitted, *grid.held_out):
@@ -211,7 +217,8 @@ def run_probe(network: Network, probe: Probe) -> MachineRun:
     context, batch, _ = probe.size
     with Decoder(network, probe.design, max_new_tokens=SPARE_TOKENS, one_at_a_time=probe.alone) as decoder:
         prompts = [random_prompt(network, context - probe.steps, seed=seed) for seed in range(batch)]
-        return run_steps(decoder, prompts, steps=probe.steps)
+        warmup_steps = WARMUP_STEPS[network.device.type]
+        return run_steps(decoder, prompts, steps=probe.steps, warmup_steps=warmup_steps)
 
 
 def plan_of(network: Network, probe: Probe) -> DecodePlan:

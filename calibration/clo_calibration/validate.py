@@ -16,7 +16,7 @@ from clo.timeline import save_chrome_trace
 from clo_calibration.calibrate import Progress, claim_folder, measure, network_of, rounds_of
 from clo_calibration.comparison import ABLATIONS, Comparison, compare, price_run, simulated_s
 from clo_calibration.fingerprint import differences, fingerprint
-from clo_calibration.probes import DESIGNS, Probe, grid_of, validation_probes
+from clo_calibration.probes import DESIGNS, STEPS, Probe, grid_of, validation_probes
 from clo_calibration.verdict import Pair, Point, Verdict
 from clo_sim.intervals import predict
 
@@ -27,7 +27,7 @@ def validate(
     samples: Path,
     designs: Sequence[str] = DESIGNS,
     sizes: int | None = None,
-    steps: int = 6,
+    steps: int = STEPS,
     rounds: int = 3,
     again: bool = False,
     any_machine: bool = False,

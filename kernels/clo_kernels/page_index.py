@@ -133,7 +133,18 @@ def token_products(query: torch.Tensor, entries: torch.Tensor, planes: torch.Ten
     """
     now = query.float()
     if planes is None:
-        return torch.einsum("gd,ptd->gpt", now, dequantized(entries))
+        return _code_products(now, entries)
     distance = differing_bits(sign_codes(now, planes)[:, None, None], entries)
     lengths = now.norm(dim=-1) * math.sqrt(query.shape[-1])
     return lengths[:, None, None] * torch.cos(distance * (math.pi / HASH_BITS))
+
+
+def _code_products(query: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Products with `dequantized(words)`, without it: code by code in bytes, step and lowest value once a token."""
+    # two codes a byte, the first in its lower half: words are stored lowest byte first wherever torch runs
+    pairs = words[..., :-1].view(torch.uint8).flatten(0, -2).float()
+    odd = (pairs / (LARGEST_CODE + 1)).floor_()  # in floats, exactly: torch shifts bytes one by one
+    even = pairs.sub_(odd, alpha=LARGEST_CODE + 1)
+    coded = (query[:, 0::2] @ even.T + query[:, 1::2] @ odd.T).unflatten(1, words.shape[:-1])
+    step, low = words[..., -1:].view(torch.float16).float().unbind(-1)
+    return coded * step + low * query.sum(-1)[:, None, None]
