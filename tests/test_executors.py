@@ -6,6 +6,7 @@ step that knows no device, no fast path and no SimPy.
 
 from __future__ import annotations
 
+import math
 import tracemalloc
 from collections import defaultdict
 from dataclasses import replace
@@ -113,10 +114,26 @@ def costly_profile() -> Any:
     )
 
 
-def tiny_priced(design: Design, seed: int = 0) -> PricedStep:
+class HandingOver:
+    """Prices of a machine whose lanes see what others have done some time later."""
+
+    def __init__(self, prices: Any, handover_s: float) -> None:
+        self.prices, self.handover_s = prices, handover_s
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.prices, name)
+
+
+def tiny_priced(design: Design, seed: int = 0, handover_s: float = 0.0) -> PricedStep:
     trace = random_trace(seed)
     tiny = tiny_scene(trace, profile=costly_profile())
-    return tiny.priced(tiny.plan(design))
+    priced = tiny.priced(tiny.plan(design))
+    return replace(priced, pricer=HandingOver(priced.pricer, handover_s))
+
+
+def handovers() -> st.SearchStrategy[float]:
+    """None, less than any operation takes, and more than most."""
+    return st.sampled_from([0.0, 0.0625, 0.7])
 
 
 def lane_sums(priced: PricedStep) -> dict[Lane, Any]:
@@ -133,7 +150,7 @@ def longest_path(priced: PricedStep, step: int) -> float:
     for node in priced.graph.nodes:
         seconds = priced.seconds(node.op)
         alone = float(seconds) if np.ndim(seconds) == 0 else float(seconds[step])
-        ready = [ends[wait.node] for wait in node.after]
+        ready = [ends[wait.node] + priced.pricer.handover_s for wait in node.after]
         lane_end[node.lane] = max([lane_end[node.lane], *ready]) + alone
         ends.append(lane_end[node.lane])
     return lane_end[Lane.LAUNCH]
@@ -154,33 +171,43 @@ def slow_fluid_ends(priced: PricedStep, step: int, rules: Contention) -> list[fl
     ends: dict[int, float] = {}
     now = 0.0
     while len(ends) < len(segments):
-        for queue in queues.values():
-            if queue and queue[0] not in left and all(wait.segment in ends for wait in segments[queue[0]].after):
-                left[queue[0]] = float(priced.durations[queue[0], step])
+        due = [math.inf]
+        for number in (queue[0] for queue in queues.values() if queue and queue[0] not in left):
+            if all(wait.segment in ends for wait in segments[number].after):
+                seen = max([now, *(ends[wait.segment] + priced.pricer.handover_s for wait in segments[number].after)])
+                if seen > now:
+                    due.append(seen)
+                else:
+                    left[number] = float(priced.durations[number, step])
         rates = dict(zip(left, rules.rates(tuple(demands[number] for number in left)), strict=True))
-        soonest = min(left, key=lambda number: left[number] / rates[number])
-        passed = left[soonest] / rates[soonest]
-        now += passed
-        left = {number: work - passed * rates[number] for number, work in left.items() if number != soonest}
-        ends[soonest] = now
-        queues[segments[soonest].lane].pop(0)
+        soonest = min(left, key=lambda number: left[number] / rates[number], default=None)
+        until = now + left[soonest] / rates[soonest] if soonest is not None else math.inf
+        if min(due) < until:
+            soonest, until = None, min(due)
+        left = {number: work - (until - now) * rates[number] for number, work in left.items() if number != soonest}
+        now = until
+        if soonest is not None:
+            ends[soonest] = now
+            queues[segments[soonest].lane].pop(0)
     return [ends[number] for number in range(len(segments))]
 
 
 class TestOneStep:
     """What holds for any design, any order, any cost."""
 
-    @given(designs(), st.integers(0, 20))
+    @given(designs(), st.integers(0, 20), handovers())
     @settings(max_examples=100, deadline=None)
-    def test_the_clock_is_the_longest_path(self, design: Design, seed: int) -> None:
-        priced = tiny_priced(design, seed)
+    def test_the_clock_is_the_longest_path(self, design: Design, seed: int, handover_s: float) -> None:
+        priced = tiny_priced(design, seed, handover_s)
         expected = [longest_path(priced, step) for step in range(priced.num_steps)]
         np.testing.assert_allclose(run_clock(priced).seconds, expected, rtol=1e-12)
 
-    @given(designs(), st.integers(0, 20), st.integers(0, 5))
-    @settings(max_examples=100, deadline=None)
-    def test_the_simulator_is_the_slow_fluid_service(self, design: Design, seed: int, step: int) -> None:
-        priced = tiny_priced(design, seed)
+    @given(designs(), st.integers(0, 20), st.integers(0, 5), handovers())
+    @settings(max_examples=150, deadline=None)
+    def test_the_simulator_is_the_slow_fluid_service(
+        self, design: Design, seed: int, step: int, handover_s: float
+    ) -> None:
+        priced = tiny_priced(design, seed, handover_s)
         ends = slow_fluid_ends(priced, step, Contention(priced.pricer.interference))
         of_lane = {segment.lane: end for segment, end in zip(priced.segments, ends, strict=True)}
         times = run_simpy(priced)
@@ -227,10 +254,12 @@ class TestOneStep:
             assert np.all(seconds >= longest * (1 - 1e-12))
             assert np.all(seconds <= everything * (1 + 1e-12))
 
-    @given(designs(), st.integers(0, 20))
+    @given(designs(), st.integers(0, 20), handovers())
     @settings(max_examples=120, deadline=None)
-    def test_clock_and_simulator_agree_where_nothing_contends(self, design: Design, seed: int) -> None:
-        priced = tiny_priced(design, seed)
+    def test_clock_and_simulator_agree_where_nothing_contends(
+        self, design: Design, seed: int, handover_s: float
+    ) -> None:
+        priced = tiny_priced(design, seed, handover_s)
         clock, simulated = run_clock(priced), run_simpy(priced, contention=without_contention(priced))
         np.testing.assert_array_equal(simulated.seconds, clock.seconds)
         np.testing.assert_array_equal(step_seconds(priced), clock.seconds)

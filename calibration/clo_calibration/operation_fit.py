@@ -5,6 +5,7 @@ Knows nothing about how the steps were run or which of them to run.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -18,7 +19,7 @@ from clo.engine.measure import MachineRun
 from clo.operation_costs import OperationCost, feature_values, is_runtime, price_key
 from clo.profile import Source
 from clo.schedule import Op
-from clo.schedule.graph import hands_over, record_step
+from clo.schedule.graph import record_step
 from clo.schedule.ops import price_name
 from clo.timeline import Span, Timeline
 
@@ -178,19 +179,26 @@ def predicted_s(row: Observation, per_unit: dict[str, float]) -> float:
 
 
 def handover_s(runs: Iterable[MachineRun]) -> float:
-    """From the end of an operation to the start of one on another lane that waited for it: the mean, seconds."""
+    """From the end of an operation until a lane that slept until then begins another one: the mean, seconds."""
     gaps = [gap for run in runs for timeline in run.timelines for gap in _handovers(run, timeline)]
     return float(np.mean(np.minimum(gaps, OUTLIER * np.median(gaps)))) if gaps else 0.0
 
 
 def _handovers(run: MachineRun, timeline: Timeline) -> Iterator[float]:
-    nodes = record_step(run.plan).nodes
-    spans = {(span.lane, span.name, span.layer): span for span in timeline.spans}
-    for node in nodes:
-        span = spans.get((node.lane.value, node.op.name, node.op.layer))
-        awaited = [nodes[wait.node] for wait in node.after if hands_over(nodes[wait.node].lane, wait.cause)]
-        if span is None or not awaited:
+    """A lane that was busy when its input came goes on without a gap, and tells nothing."""
+    of_name: dict[tuple[str, str, int], deque[Span]] = {}
+    for span in timeline.spans:
+        of_name.setdefault((span.lane, span.name, span.layer), deque()).append(span)
+    found: list[Span | None] = []
+    free: dict[str, float] = {}
+    for node in record_step(run.plan).nodes:
+        same = of_name.get((node.lane.value, node.op.name, node.op.layer))
+        here = same.popleft() if same else None
+        found.append(here)
+        if here is None:
             continue
-        ends = [spans.get((other.lane.value, other.op.name, other.op.layer)) for other in awaited]
-        ready = max((other.end_s for other in ends if other is not None), default=0.0)
-        yield max(0.0, span.start_s - max(ready, span.start_s - span.waited_s))
+        ends = [awaited.end_s for awaited in (found[wait.node] for wait in node.after) if awaited is not None]
+        ready = max(ends, default=0.0)
+        if ready > free.get(here.lane, 0.0):
+            yield max(0.0, here.start_s - ready)
+        free[here.lane] = here.end_s

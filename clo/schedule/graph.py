@@ -105,11 +105,6 @@ class _Recorder:
         return Token(len(nodes) - 1)
 
 
-def hands_over(awaited: Lane, cause: Cause) -> bool:
-    """Whether a dependency wakes a lane that sleeps: it waits for another lane, or for a launch that came late."""
-    return awaited is not Lane.LAUNCH or cause is not Cause.LAUNCH
-
-
 def submission(op: Op) -> Op:
     """What the CPU pays to submit `op`: a descriptor per piece of a copy, one launch otherwise."""
     if isinstance(op.work, Copy):

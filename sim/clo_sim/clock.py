@@ -18,14 +18,19 @@ def step_seconds(priced: PricedStep) -> Times:
     """Duration of each step, `[steps]`: the sweep's fast path, without causes."""
     nothing = np.zeros(priced.num_steps)
     lane_end = dict.fromkeys(priced.graph.lanes(), nothing)
-    ends: list[Times] = []
+    seen: list[Times] = []
     for segment, seconds in zip(priced.segments, priced.durations, strict=True):
         start = lane_end[segment.lane]
         for wait in segment.after:
-            start = np.maximum(start, ends[wait.segment])
-        lane_end[segment.lane] = start + seconds
-        ends.append(lane_end[segment.lane])
+            start = np.maximum(start, seen[wait.segment])
+        end = lane_end[segment.lane] = start + seconds
+        seen.append(_seen(end, priced.handover_s))
     return lane_end[Lane.LAUNCH]
+
+
+def _seen(end: Times, handover_s: float) -> Times:
+    """When other lanes see that a segment has ended."""
+    return end + handover_s if handover_s else end
 
 
 def segment_times(priced: PricedStep) -> Iterator[tuple[Times, Times, list[tuple[Cause, Times]]]]:
@@ -36,19 +41,19 @@ def segment_times(priced: PricedStep) -> Iterator[tuple[Times, Times, list[tuple
     """
     nothing = np.zeros(priced.num_steps)
     lane_end = dict.fromkeys(priced.graph.lanes(), nothing)
-    ends: list[Times] = []
+    seen: list[Times] = []
     for segment, seconds in zip(priced.segments, priced.durations, strict=True):
-        start, waits = _start(segment, lane_end[segment.lane], ends)
+        start, waits = _start(segment, lane_end[segment.lane], seen)
         end = start + seconds
         lane_end[segment.lane] = end
-        ends.append(end)
+        seen.append(_seen(end, priced.handover_s))
         yield start, end, waits
 
 
-def _start(segment: Segment, free: Times, ends: list[Times]) -> tuple[Times, list[tuple[Cause, Times]]]:
+def _start(segment: Segment, free: Times, seen: list[Times]) -> tuple[Times, list[tuple[Cause, Times]]]:
     start, waits = free, []
     for wait in segment.after:
-        later = np.maximum(start, ends[wait.segment])
+        later = np.maximum(start, seen[wait.segment])
         waits.append((wait.cause, later - start))
         start = later
     return start, waits

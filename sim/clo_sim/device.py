@@ -47,11 +47,19 @@ class Span:
 class Device:
     """Lanes in fluid service. One step at a time; between steps every lane is idle.
 
-    `watched` is the lane whose gaps are accounted by cause (the main stream). With `record`, `spans` keeps what ran.
+    `watched` is the lane whose gaps are accounted by cause (the main stream). A lane sees what another one, or the
+    launching thread, has completed `handover_s` later. With `record`, `spans` keeps what ran.
     """
 
     def __init__(
-        self, programs: Sequence[LaneProgram], rates: Rates, *, watched: int, num_causes: int, record: bool = False
+        self,
+        programs: Sequence[LaneProgram],
+        rates: Rates,
+        *,
+        watched: int,
+        num_causes: int,
+        handover_s: float = 0.0,
+        record: bool = False,
     ) -> None:
         self.programs = tuple(programs)
         self.gaps = [0.0] * num_causes
@@ -60,6 +68,7 @@ class Device:
         self.spans: list[Span] | None = [] if record else None
         self._rates_of = rates
         self._watched = watched
+        self._handover_s = handover_s
         self._num_classes = 1 + max((max(program.classes, default=0) for program in programs), default=0)
         self._rate_table: dict[int, tuple[float, ...]] = {}
         self._work: Sequence[float] = ()
@@ -136,7 +145,7 @@ class Device:
         return now
 
     def _may_start(self, lane: int, now: float) -> bool:
-        """Whether the lane's next segment can be in service from now on; arms a timer if only its submission is due."""
+        """Whether the lane's next segment can be in service from now on; arms a timer if an input is due later."""
         program, position = self.programs[lane], len(self._ends[lane])
         if position >= len(program.classes):
             return False
@@ -145,15 +154,17 @@ class Device:
             if len(ends[other]) < count:
                 return False
         submissions, _ = program.host_waits[position]
-        if submissions:
-            if submissions > len(self._host_times):
-                return False
-            due = self._host_times[submissions - 1]
-            if due > now:
-                self._timed[lane] = True
-                self._finish[lane] = due
-                return False
-            self._timed[lane] = False
+        if submissions > len(self._host_times):
+            return False
+        later = self._handover_s
+        due = self._host_times[submissions - 1] + later if submissions else now
+        if later:
+            due = max([due, *(ends[other][count - 1] + later for other, count, _ in program.waits[position])])
+        if due > now:
+            self._timed[lane] = True
+            self._finish[lane] = due
+            return False
+        self._timed[lane] = False
         self._start[lane] = now
         if lane == self._watched or self.spans is not None:
             self._account(lane, program, position)
@@ -161,20 +172,25 @@ class Device:
 
     def _account(self, lane: int, program: LaneProgram, position: int) -> None:
         """Inputs are waited for in their order: each gets what it took beyond the ones before it."""
-        ends = self._ends
-        covered = ends[lane][-1] if ends[lane] else self._begin
-        inputs = [(ends[other][count - 1], cause) for other, count, cause in program.waits[position]]
-        submissions, host_cause = program.host_waits[position]
-        if submissions:
-            inputs.append((self._host_times[submissions - 1], host_cause))
+        own = self._ends[lane]
+        covered = own[-1] if own else self._begin
         waits: list[tuple[int, float]] = []
-        for end, cause in inputs:
+        for end, cause in self._inputs(program, position):
             if end > covered:
                 if lane == self._watched:
                     self.gaps[cause] += end - covered
                 waits.append((cause, end - covered))
                 covered = end
         self._waits[lane] = tuple(waits)
+
+    def _inputs(self, program: LaneProgram, position: int) -> list[tuple[float, int]]:
+        """When the lane sees each input of a segment, all of which are there, and its cause."""
+        ends, later = self._ends, self._handover_s
+        inputs = [(ends[other][count - 1] + later, cause) for other, count, cause in program.waits[position]]
+        submissions, cause = program.host_waits[position]
+        if submissions:
+            inputs.append((self._host_times[submissions - 1] + later, cause))
+        return inputs
 
     def _change_rates(self, key: int, now: float) -> None:
         """Those in service go on at their new rates; what they have left takes longer or shorter."""

@@ -17,7 +17,6 @@ from clo.errors import SpecError
 from clo.plan import DecodePlan
 from clo.pricing import Demand, PricedPart, Prices, Seconds, hbm_bytes
 from clo.schedule import Cause, Lane, Op, StepGraph, record_step
-from clo.schedule.graph import hands_over
 from clo.schedule.ops import price_name
 from clo.schedule.work import DecodeAttention, Gemm, StreamKernel, Work
 from clo.traffic import Traffic
@@ -182,20 +181,12 @@ class PricedStep:
         for task, places in self.shape.places.items():
             price = self.prices[task]
             places.add(fixed if isinstance(price, float | int) else varying, price)
-        return varying + fixed + self.handovers[:, None]
+        return varying + fixed
 
-    @cached_property
-    def handovers(self) -> NDArray[np.float64]:
-        """`[segments]`, seconds: what it costs to begin when another lane has come to an end."""
-        return np.array([cause is not None for cause in self.woken_for]) * self.pricer.handover_s
-
-    @cached_property
-    def woken_for(self) -> tuple[Cause | None, ...]:
-        """For each segment that is woken by other lanes, what it waits for last."""
-        return tuple(
-            next((wait.cause for wait in reversed(segment.after) if hands_over(wait.lane, wait.cause)), None)
-            for segment in self.segments
-        )
+    @property
+    def handover_s(self) -> float:
+        """From the end of a segment until another lane sees it."""
+        return self.pricer.handover_s
 
     @cached_property
     def demands(self) -> list[Demand]:

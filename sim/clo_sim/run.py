@@ -133,9 +133,6 @@ def _stalls(priced: PricedStep, times: StepTimes) -> dict[str, float]:
             stalls[Cause.DEMAND.value] += _mean(priced.seconds(node.op))
         elif node.op.part is Part.RUNTIME:
             stalls[Cause.SYNC.value] += _mean(priced.seconds(node.op))
-    for segment, cause, seconds in zip(priced.segments, priced.woken_for, priced.handovers, strict=True):
-        if segment.lane is Lane.MAIN and cause is not None:
-            stalls[cause.value] += float(seconds)
     return stalls
 
 

@@ -63,7 +63,14 @@ class SimulatedGpu:
         self._host = program.host_program()
         self._record = record
         self._rows = priced.durations.T
-        self.device = Device(self._programs, self._rates, watched=self._main, num_causes=len(CAUSES), record=record)
+        self.device = Device(
+            self._programs,
+            self._rates,
+            watched=self._main,
+            num_causes=len(CAUSES),
+            handover_s=priced.handover_s,
+            record=record,
+        )
         self._pair = None if record else self._make_pair()
 
     def decode_step(self, step: int) -> Generator[simpy.Event, None, StepOutcome]:
@@ -74,9 +81,12 @@ class SimulatedGpu:
         return (yield from self._launched_step(row))
 
     def _make_pair(self) -> LanePair | None:
-        """The fast service of a graph: one submission, then nothing but the device until the launching thread wakes."""
+        """The fast service of a graph: one submission, then nothing but the device until the launching thread wakes.
+
+        Where lanes hand over at once.
+        """
         one_submission = len(self._host) == 2 and not self._host[0].waits
-        if not one_submission or len(self._programs) > 2:
+        if self.priced.handover_s or not one_submission or len(self._programs) > 2:
             return None
         idle = LaneProgram((), (), (), (), ())
         others = [program for lane, program in enumerate(self._programs) if lane != self._main]
@@ -97,7 +107,7 @@ class SimulatedGpu:
         device.begin_step(local, row)
         for instruction in self._host:
             for lane, count in instruction.waits:
-                local = max(local, device.run_until(lane, count))
+                local = max(local, device.run_until(lane, count) + self.priced.handover_s)
             if instruction.waits:
                 yield env.timeout(local - slept)
                 slept = local

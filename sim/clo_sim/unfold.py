@@ -11,7 +11,7 @@ import numpy as np
 import simpy
 
 from clo.pricing import Seconds, link_bytes
-from clo.schedule import Cause, Lane
+from clo.schedule import Lane
 from clo.schedule.work import Work
 from clo.timeline import Span, Timeline
 from clo_sim.clock import segment_times
@@ -71,23 +71,13 @@ def _named(waits: tuple[tuple[int, float], ...]) -> Waits:
     return tuple((CAUSES[cause].value, seconds) for cause, seconds in waits)
 
 
-def _with_handover(waits: Waits, cause: Cause | None, seconds: float) -> Waits:
-    """Being woken belongs to what was waited for last, even if it had come by then."""
-    if cause is None or seconds <= 0:
-        return waits
-    *others, (last, waited) = waits or ((cause.value, 0.0),)
-    return (*others, (last, waited + seconds))
-
-
 def _unfold(priced: PricedStep, step: int, ran: Ran) -> list[Span]:
     column, start, end, waits = ran
     segment = priced.segments[column]
     nodes = [priced.graph.nodes[node] for node in segment.nodes]
     alone = [_at(priced.seconds(node.op), step) for node in nodes]
-    handover = float(priced.handovers[column])
-    total = handover + sum(alone)
-    edges = start + (end - start) * np.cumsum([handover, *alone]) / total if total else [start] * (len(nodes) + 1)
-    waits = _with_handover(waits, priced.woken_for[column], float(edges[0]) - start)
+    total = sum(alone)
+    edges = start + (end - start) * np.cumsum([0.0, *alone]) / total if total else [start] * (len(nodes) + 1)
     spans = []
     for number, node in enumerate(nodes):
         spans.append(

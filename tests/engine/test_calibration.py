@@ -72,6 +72,7 @@ from clo_sim.contention import Contention
 from clo_sim.intervals import predict
 from clo_sim.serving.prefill import prefill_prices
 from clo_sim.simulator import run_simpy
+from clo_sim.unfold import simulated_timeline
 
 DESIGNS = ("resident", "streamed", "staged", "lru-cpu", "recall", "resolve", "clo-v1", "clo")
 SHAPE = load_model("smollm2-135m").with_fields(
@@ -268,6 +269,16 @@ class TestFit:
         found = fit_interference({"a": Timed(rows(0, 4, {"calls": 1.0}, 1e-3))}, costs)
         assert found.slowed["a"] == pytest.approx(1.0)
         assert found.lane_factor["a"] == pytest.approx(1.0, rel=1e-3)
+
+    @pytest.mark.parametrize("name", DESIGNS)
+    def test_the_hand_over_that_was_simulated_is_found_again(
+        self, name: str, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
+    ) -> None:
+        """Only lanes that sleep are woken, and operations of one name and layer are told apart."""
+        run = runs[name][1]
+        priced = price_run(profile.model_copy(update={"handover_s": 1.25e-3}), run)
+        steps = tuple(simulated_timeline(priced, step, name) for step in range(priced.num_steps))
+        assert handover_s([replace(run, timelines=steps)]) == pytest.approx(1.25e-3)
 
     def test_every_node_of_every_design_has_a_price(
         self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
