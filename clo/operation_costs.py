@@ -7,7 +7,7 @@ ran the operations, and so it fits any machine that can run them. Knows nothing 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from clo.plan import DecodePlan
 from clo.pricing import Demand, PricedPart, Seconds, value_of
 from clo.profile import Cost, InterferenceCost, Source
 from clo.schedule.graph import record_step
+from clo.schedule.machine import Lane
 from clo.schedule.work import (
     Amount,
     BarWrite,
@@ -41,7 +42,7 @@ from clo.specs import Cache, Design, MachineSpec, ModelSpec, OnMiss
 from clo.specs.base import Spec, check_version, explain
 from clo.traffic import Traffic
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 GEMM_ROWS = (1, 2, 3, 4, 6, 8)
 """Rows of a GEMM at which its time per weight is a coefficient of its own: libraries work in tiles of rows, so that
@@ -87,7 +88,10 @@ class OperationProfile(Spec):
     model: ModelSpec
     fingerprint: dict[str, str] = Field(description="what the costs depend on: processor, threads, library versions")
     operations: dict[str, OperationCost]
-    handover_s: NonNegativeFloat = Field(default=0.0, description="from the end of an operation to a lane it wakes")
+    handover_s: dict[Lane, NonNegativeFloat] = Field(
+        default_factory=dict,
+        description="from the end of an operation until this lane, which it wakes, begins",
+    )
     drift: NonNegativeFloat = Field(default=0.0, description="relative spread of one run, minutes apart")
     common_spread: NonNegativeFloat = Field(
         default=0.0, description="relative spread of whole steps beyond what the spreads of operations explain"
@@ -231,8 +235,8 @@ class OperationPricer:
         return InterferenceCost(source=Source.MEASURED, per_sm_share=0.0, dma=0.0)
 
     @property
-    def handover_s(self) -> float:
-        """From the end of an operation to the start of one on another lane that waited for it."""
+    def handover_s(self) -> Mapping[Lane, float]:
+        """From the end of an operation until a lane that waited for it sees that, by this lane; else nothing."""
         return self.profile.handover_s
 
     def seconds(self, work: Work, traffic: Traffic, name: str = "") -> Seconds:

@@ -5,7 +5,7 @@ Joins a profile (costs) with a machine (capacities). Knows nothing about order, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatchmethod
 from typing import NamedTuple, Protocol
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clo.profile import Cost, InterferenceCost, Profile, Source, StreamCost
+from clo.schedule.machine import Lane
 from clo.schedule.work import (
     Amount,
     BarWrite,
@@ -72,8 +73,8 @@ class Prices(Protocol):
         """How operations disturb each other beyond shared bandwidth."""
 
     @property
-    def handover_s(self) -> float:
-        """From the end of an operation to the start of one on another lane that waited for it."""
+    def handover_s(self) -> Mapping[Lane, float]:
+        """From the end of an operation until a lane that waited for it sees that, by this lane; else nothing."""
 
     def seconds(self, work: Work, traffic: Traffic, name: str = "") -> Seconds:
         """Time of `work` of the operation `name` when nothing else runs."""
@@ -135,9 +136,9 @@ class Pricer:
         return self.profile.interference
 
     @property
-    def handover_s(self) -> float:
+    def handover_s(self) -> Mapping[Lane, float]:
         """Streams that wait for each other's events lose no time that the profile would know of."""
-        return 0.0
+        return {}
 
     def seconds(self, work: Work, traffic: Traffic, name: str = "") -> Seconds:
         """Time of `work` when nothing else runs: a float if the plan fixes it, else `[steps, layers]`.

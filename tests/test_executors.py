@@ -117,23 +117,23 @@ def costly_profile() -> Any:
 class HandingOver:
     """Prices of a machine whose lanes see what others have done some time later."""
 
-    def __init__(self, prices: Any, handover_s: float) -> None:
+    def __init__(self, prices: Any, handover_s: dict[Lane, float]) -> None:
         self.prices, self.handover_s = prices, handover_s
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.prices, name)
 
 
-def tiny_priced(design: Design, seed: int = 0, handover_s: float = 0.0) -> PricedStep:
+def tiny_priced(design: Design, seed: int = 0, handover_s: dict[Lane, float] | None = None) -> PricedStep:
     trace = random_trace(seed)
     tiny = tiny_scene(trace, profile=costly_profile())
     priced = tiny.priced(tiny.plan(design))
-    return replace(priced, pricer=HandingOver(priced.pricer, handover_s))
+    return replace(priced, pricer=HandingOver(priced.pricer, handover_s or {}))
 
 
-def handovers() -> st.SearchStrategy[float]:
-    """None, less than any operation takes, and more than most."""
-    return st.sampled_from([0.0, 0.0625, 0.7])
+def handovers() -> st.SearchStrategy[dict[Lane, float]]:
+    """By lane: none, less than any operation takes, and more than most."""
+    return st.dictionaries(st.sampled_from(list(Lane)), st.sampled_from([0.0625, 0.7]))
 
 
 def lane_sums(priced: PricedStep) -> dict[Lane, Any]:
@@ -150,7 +150,7 @@ def longest_path(priced: PricedStep, step: int) -> float:
     for node in priced.graph.nodes:
         seconds = priced.seconds(node.op)
         alone = float(seconds) if np.ndim(seconds) == 0 else float(seconds[step])
-        ready = [ends[wait.node] + priced.pricer.handover_s for wait in node.after]
+        ready = [ends[wait.node] + priced.handover_s.get(node.lane, 0.0) for wait in node.after]
         lane_end[node.lane] = max([lane_end[node.lane], *ready]) + alone
         ends.append(lane_end[node.lane])
     return lane_end[Lane.LAUNCH]
@@ -174,7 +174,8 @@ def slow_fluid_ends(priced: PricedStep, step: int, rules: Contention) -> list[fl
         due = [math.inf]
         for number in (queue[0] for queue in queues.values() if queue and queue[0] not in left):
             if all(wait.segment in ends for wait in segments[number].after):
-                seen = max([now, *(ends[wait.segment] + priced.pricer.handover_s for wait in segments[number].after)])
+                later = priced.handover_s.get(segments[number].lane, 0.0)
+                seen = max([now, *(ends[wait.segment] + later for wait in segments[number].after)])
                 if seen > now:
                     due.append(seen)
                 else:
@@ -197,7 +198,7 @@ class TestOneStep:
 
     @given(designs(), st.integers(0, 20), handovers())
     @settings(max_examples=100, deadline=None)
-    def test_the_clock_is_the_longest_path(self, design: Design, seed: int, handover_s: float) -> None:
+    def test_the_clock_is_the_longest_path(self, design: Design, seed: int, handover_s: dict[Lane, float]) -> None:
         priced = tiny_priced(design, seed, handover_s)
         expected = [longest_path(priced, step) for step in range(priced.num_steps)]
         np.testing.assert_allclose(run_clock(priced).seconds, expected, rtol=1e-12)
@@ -205,7 +206,7 @@ class TestOneStep:
     @given(designs(), st.integers(0, 20), st.integers(0, 5), handovers())
     @settings(max_examples=150, deadline=None)
     def test_the_simulator_is_the_slow_fluid_service(
-        self, design: Design, seed: int, step: int, handover_s: float
+        self, design: Design, seed: int, step: int, handover_s: dict[Lane, float]
     ) -> None:
         priced = tiny_priced(design, seed, handover_s)
         ends = slow_fluid_ends(priced, step, Contention(priced.pricer.interference))
@@ -257,7 +258,7 @@ class TestOneStep:
     @given(designs(), st.integers(0, 20), handovers())
     @settings(max_examples=120, deadline=None)
     def test_clock_and_simulator_agree_where_nothing_contends(
-        self, design: Design, seed: int, handover_s: float
+        self, design: Design, seed: int, handover_s: dict[Lane, float]
     ) -> None:
         priced = tiny_priced(design, seed, handover_s)
         clock, simulated = run_clock(priced), run_simpy(priced, contention=without_contention(priced))

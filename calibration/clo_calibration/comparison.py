@@ -86,7 +86,7 @@ def _without(profile: OperationProfile, part: Ablation) -> OperationProfile:
         operations = {name: cost.model_copy(update={"slowed": 0.0}) for name, cost in operations.items()}
     silent = {"launch cost": LAUNCH_COSTS, "synchronisation cost": SYNC_COSTS}.get(part, ())
     operations |= {name: operations[name].model_copy(update={"per_unit": {}}) for name in silent if name in operations}
-    handover = 0.0 if part == "synchronisation cost" else profile.handover_s
+    handover = {} if part == "synchronisation cost" else profile.handover_s
     return profile.model_copy(update={"operations": operations, "handover_s": handover})
 
 

@@ -18,7 +18,7 @@ from scipy.optimize import nnls
 from clo.engine.measure import MachineRun
 from clo.operation_costs import OperationCost, feature_values, is_runtime, price_key
 from clo.profile import Source
-from clo.schedule import Op
+from clo.schedule import Lane, Op
 from clo.schedule.graph import record_step
 from clo.schedule.ops import price_name
 from clo.timeline import Span, Timeline
@@ -178,19 +178,23 @@ def predicted_s(row: Observation, per_unit: dict[str, float]) -> float:
     return sum(per_unit.get(name, 0.0) * value for name, value in row.features.items())
 
 
-def handover_s(runs: Iterable[MachineRun]) -> float:
-    """From the end of an operation until a lane that slept until then begins another one: the mean, seconds."""
-    gaps = [gap for run in runs for timeline in run.timelines for gap in _handovers(run, timeline)]
-    return float(np.mean(np.minimum(gaps, OUTLIER * np.median(gaps)))) if gaps else 0.0
+def handover_s(runs: Iterable[MachineRun]) -> dict[Lane, float]:
+    """From the end of an operation until a lane that slept until then begins another one: the mean by lane, seconds."""
+    gaps: dict[Lane, list[float]] = {}
+    for run in runs:
+        for timeline in run.timelines:
+            for lane, gap in _handovers(run, timeline):
+                gaps.setdefault(lane, []).append(gap)
+    return {lane: float(np.mean(found)) for lane, found in sorted(gaps.items())}
 
 
-def _handovers(run: MachineRun, timeline: Timeline) -> Iterator[float]:
+def _handovers(run: MachineRun, timeline: Timeline) -> Iterator[tuple[Lane, float]]:
     """A lane that was busy when its input came goes on without a gap, and tells nothing."""
     of_name: dict[tuple[str, str, int], deque[Span]] = {}
     for span in timeline.spans:
         of_name.setdefault((span.lane, span.name, span.layer), deque()).append(span)
     found: list[Span | None] = []
-    free: dict[str, float] = {}
+    free: dict[Lane, float] = {}
     for node in record_step(run.plan).nodes:
         same = of_name.get((node.lane.value, node.op.name, node.op.layer))
         here = same.popleft() if same else None
@@ -199,6 +203,6 @@ def _handovers(run: MachineRun, timeline: Timeline) -> Iterator[float]:
             continue
         ends = [awaited.end_s for awaited in (found[wait.node] for wait in node.after) if awaited is not None]
         ready = max(ends, default=0.0)
-        if ready > free.get(here.lane, 0.0):
-            yield max(0.0, here.start_s - ready)
-        free[here.lane] = here.end_s
+        if ready > free.get(node.lane, 0.0):
+            yield node.lane, max(0.0, here.start_s - ready)
+        free[node.lane] = here.end_s

@@ -41,7 +41,7 @@ def calibrate(
     """Time every operation of the real decoder on this machine and fit what each costs.
 
     \b
-    Operations are timed alone and beside others, with random weights; about 4 minutes on two cores. What is measured
+    Operations are timed alone and beside others, with random weights; under 3 minutes on two cores. What is measured
     is kept: an interrupted calibration goes on where it stopped. --device cuda has not yet run on a GPU.
     \b
     clo calibrate --out my-laptop.json --figure fits.png

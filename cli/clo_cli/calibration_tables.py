@@ -22,10 +22,9 @@ def print_calibration(profile: OperationProfile) -> None:
     out = console()
     out.print(_benchmarks(profile))
     out.print(_operations(profile))
-    out.print(
-        f"woken by another lane: {profile.handover_s * US_PER_S:.0f} us; spread of whole steps beyond that of their "
-        f"operations: {profile.common_spread:.1%}"
-    )
+    woken = ", ".join(f"{lane} {seconds * US_PER_S:.0f} us" for lane, seconds in profile.handover_s.items())
+    out.print(f"woken by another lane: {woken}")
+    out.print(f"spread of whole steps beyond that of their operations: {profile.common_spread:.1%}")
     out.print(f"the same run, minutes apart: ± {profile.drift:.1%}")
     if profile.drift > QUIET:
         out.print("Something else kept this machine busy: calibrate again when it is quiet, in another --samples.")

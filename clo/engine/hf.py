@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from clo.engine import inline
 from clo.engine.decoder import Decoder, HeadProfile, StepTraffic, make_layers
 from clo.engine.layers import Layer, OffloadedLayer, StreamedLayer
 from clo.engine.network import Network
+from clo.engine.record import project_query
 from clo.errors import EngineError, SpecError
 from clo.plan import DecodePlan
 from clo.schedule.ops import Stage
@@ -42,7 +44,8 @@ def offload(
     """Make `model` attend through a cache of `design` (a record, a preset's name or a TOML file), and return the cache.
 
     Give it to `model.generate` or to the model as `past_key_values`; one cache serves one batch of prompts of equal
-    length. Prefill is the model's own, exact. `max_new_tokens` is the room after the prompt. With any other cache the
+    length. Prefill is the model's own, exact. Whatever comes after the first generated token, a chat's next turn too,
+    is decoded token by token under the design; `max_new_tokens` is the room for all of it. With any other cache the
     model works as before, with SDPA as its attention: it returns no attention weights. `close`, the end of a `with`
     block, or dropping the last of a model's caches gives the model back as it was. Raises `SpecError` for a model or a
     design that does not fit.
@@ -115,7 +118,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         self._kv: list[Layer] = []
         self._lengths = torch.zeros(0, dtype=torch.int32)
         self._tokens: list[int] = []
-        self._predicted: set[int] = set()
+        self._predicted: dict[int, torch.Tensor] = {}
         count = len(network.layers)
         super().__init__(layers=[_CacheLayer(self, layer) for layer in range(count)])
         mount = _Mount.on(network)
@@ -171,62 +174,75 @@ class OffloadedCache(Cache):  # type: ignore[misc]
             layer.hand_over()
 
     def before_layer(self, layer: int, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Decoder layer `layer` is about to run: a new token begins with the first, and prefetches start with each."""
+        """Decoder layer `layer` is about to run: with the first tokens arrive; each predicts what a later one asks."""
         self.check_open()
-        if layer == 0 and not self._starts(hidden):
+        if layer == 0:
+            self._arrive(hidden.shape[1])
+        if self.plan is None:
             return
-        if self.decodes and hidden.shape[1] == 1:
-            self._prefetch(layer, hidden, rotation)
-
-    def _starts(self, hidden: torch.Tensor) -> bool:
-        """Whether a token is decoded, and not the prompt read."""
-        if self.get_seq_length() == 0 or (hidden.shape[1] > 1 and not self.decodes):
-            return False
-        if hidden.shape[1] > 1:
-            raise EngineError("cache: a second prompt of several tokens: decode one token at a time, or offload() anew")
-        if not self.decodes:
-            self.begin_decoding()
-        self._lengths = self._lengths + 1
-        self._tokens = [tokens + 1 for tokens in self._tokens]
-        room = self._kv[0].shape.max_tokens
-        if max(self._tokens) > room:
-            raise EngineError(f"cache: there is room for {room} tokens: give offload() a larger max_new_tokens")
-        self._predicted.clear()
-        for kv in self._kv:
-            kv.begin(self._tokens)
-        return True
-
-    def _prefetch(self, layer: int, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> None:
-        assert self.plan is not None
         target = inline.predicts(self.plan, layer)
         if target is not None:
-            kv = self._kv[target]
-            assert isinstance(kv, OffloadedLayer)
-            inline.prefetch(kv, self._network.predicted_query(target, hidden, rotation), self._lengths)
-            self._predicted.add(target)
+            self._predicted[target] = project_query(self._network.layers[target], hidden, rotation)
 
-    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """The new token of each sequence, `[batch, kv_heads, 1, head_dim]`."""
-        kv, new = self._kv[layer], (key[:, :, 0].contiguous(), value[:, :, 0].contiguous())
-        if isinstance(kv, OffloadedLayer):
-            kv.append(*new, self._lengths, store=True)
-        else:
-            kv.append(*new, self._lengths)
-        self._network.layers[layer].self_attn.clo_layer = (self, layer)
+    def _arrive(self, count: int) -> None:
+        """So many tokens more of each sequence, unless they are the prompt's."""
+        if not self.decodes:
+            if self.get_seq_length() == 0 or count > 1:
+                return
+            self.begin_decoding()
+        room = self._kv[0].shape.max_tokens
+        if max(self._tokens) + count > room:
+            raise EngineError(f"cache: there is room for {room} tokens: give offload() a larger max_new_tokens")
+        self._lengths = self._lengths + count
+        self._tokens = [tokens + count for tokens in self._tokens]
 
-    def attend(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        """Attention output `[batch, query_heads, head_dim]` under the design."""
+    def take(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """New tokens of each sequence, `[batch, kv_heads, tokens, head_dim]`: what is attended next is their query."""
+        self._network.layers[layer].self_attn.clo_layer = _Arrived(self, layer, key, value)
+
+    def attend(self, arrived: _Arrived, query: torch.Tensor) -> torch.Tensor:
+        """Attention output `[batch, tokens, query_heads, head_dim]` under the design, as if they came one by one.
+
+        Nothing overlaps here, so that a prefetch may as well be done when its layer runs.
+        """
+        predicted = self._predicted.pop(arrived.layer, None)
+        return torch.stack(
+            [self._attend_one(arrived, query, predicted, at) for at in range(query.shape[2])],
+            dim=1,
+        )
+
+    def _attend_one(
+        self, arrived: _Arrived, query: torch.Tensor, predicted: torch.Tensor | None, at: int
+    ) -> torch.Tensor:
         assert self.plan is not None
-        kv = self._kv[layer]
+        kv, before = self._kv[arrived.layer], query.shape[2] - 1 - at
+        lengths = self._lengths - before
+        key, value = (tensor[:, :, at].contiguous() for tensor in (arrived.key, arrived.value))
+        now = query[:, :, at].contiguous()
+        kv.begin([tokens - before for tokens in self._tokens])
         if isinstance(kv, OffloadedLayer):
-            return inline.attend(kv, query, self._lengths, was_predicted=layer in self._predicted)
+            if predicted is not None:
+                inline.prefetch(kv, predicted[:, :, at].contiguous(), lengths)
+            kv.append(key, value, lengths, store=True)
+            return inline.attend(kv, now, lengths, was_predicted=predicted is not None)
+        kv.append(key, value, lengths)
         if isinstance(kv, StreamedLayer):
             kv.copy(Stage.DEMAND, self.plan.design.page_size)
-        return kv.attend(query, self._lengths)
+        return kv.attend(now, lengths)
 
     def decoded_length(self) -> int:
         """Tokens in the cache while decoding."""
         return max(self._tokens)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Arrived:
+    """New keys and values `[batch, kv_heads, tokens, head_dim]` of a layer, on their way to its attention."""
+
+    cache: OffloadedCache
+    layer: int
+    key: torch.Tensor
+    value: torch.Tensor
 
 
 class _CacheLayer(DynamicLayer):  # type: ignore[misc]
@@ -252,12 +268,12 @@ class _CacheLayer(DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """New keys and values; while decoding, those of the new token: attention knows where the rest is."""
+        """New keys and values; while decoding, those of the new tokens: attention knows where the rest is."""
         self._cache.check_open()
         if not self._cache.decodes:
             grown: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states)
             return grown
-        self._cache.append(self._index, key_states, value_states)
+        self._cache.take(self._index, key_states, value_states)
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -265,9 +281,9 @@ class _CacheLayer(DynamicLayer):  # type: ignore[misc]
         return self._cache.decoded_length() if self._cache.decodes else int(super().get_seq_length())
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """While decoding no mask is needed: every cached token may be attended."""
-        length = self.get_seq_length() + (0 if self._cache.decodes else query_length)
-        return length, 0
+        """Every cached token and the new ones; of one token that is decoded no mask is made."""
+        alone = self._cache.decodes and query_length == 1
+        return self.get_seq_length() + (0 if alone else query_length), 0
 
     def reset(self) -> None:
         """Not possible once decoding has begun."""
@@ -283,11 +299,10 @@ class _CacheLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def _attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
-    """SDPA, but for a token that an `OffloadedCache` has just taken in."""
-    owner = vars(module).pop("clo_layer", None)
-    if owner is None:
-        if mask is not None and mask.shape[0] > 1 and query.shape[2] > 1 and not bool(mask[:, :, -1].all()):
-            raise SpecError("attention_mask: padded prompts are not supported here: use clo.engine.decoder.Decoder")
+    """SDPA, but for tokens that an `OffloadedCache` has just taken in."""
+    arrived: _Arrived | None = vars(module).pop("clo_layer", None)
+    if mask is not None and mask.shape[0] > 1 and query.shape[2] > 1 and not bool(mask[:, :, -1].all()):
+        raise SpecError("attention_mask: padded prompts are not supported here: use clo.engine.decoder.Decoder")
+    if arrived is None:
         return sdpa_attention_forward(module, query, key, value, mask, **options)
-    cache, layer = owner
-    return cache.attend(layer, query[:, :, 0].contiguous())[:, None], None
+    return arrived.cache.attend(arrived, query), None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from clo.engine import containers
 from clo.engine.prefill import prefill_bytes
 from clo.errors import SpecError
 from clo.plan import DecodePlan
@@ -95,7 +96,7 @@ def ran_out(error: BaseException) -> bool:
 
 def stated_host_bytes() -> float | None:
     """`CLO_HOST_MEMORY_BYTES`: for machines whose operating system does not know, such as a virtual one whose memory
-    grows as it is used, or a container with a limit. Raises `SpecError` for what is no number of bytes."""
+    grows as it is used. Raises `SpecError` for what is no number of bytes."""
     stated = os.environ.get(STATED)
     if not stated:
         return None
@@ -109,8 +110,9 @@ def stated_host_bytes() -> float | None:
 
 
 def host_memory_bytes() -> float:
-    """All of the host's memory: as stated, or as the operating system reports it."""
-    return stated_host_bytes() or float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    """All of the host's memory: as stated, or as the operating system reports it, up to a container's limit."""
+    reported = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return stated_host_bytes() or min(reported, containers.limit_bytes())
 
 
 def _taken_bytes() -> float:
@@ -123,9 +125,13 @@ def _taken_bytes() -> float:
 
 def available_host_bytes() -> float:
     """What can be taken without pushing anything out: what is stated, less what this process has, or what the operating
-    system estimates; a container's own limit is not seen."""
+    system estimates, up to what a container leaves."""
     if stated := stated_host_bytes():
         return max(0.0, stated - _taken_bytes())
+    return min(_estimated_bytes(), containers.room_bytes())
+
+
+def _estimated_bytes() -> float:
     try:
         lines = MEMINFO.read_text(encoding="ascii").splitlines()
         return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

@@ -5,7 +5,7 @@ Evaluates all steps (of many designs, if they share a graph) at once with numpy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -18,19 +18,20 @@ def step_seconds(priced: PricedStep) -> Times:
     """Duration of each step, `[steps]`: the sweep's fast path, without causes."""
     nothing = np.zeros(priced.num_steps)
     lane_end = dict.fromkeys(priced.graph.lanes(), nothing)
-    seen: list[Times] = []
+    ends: list[Times] = []
+    handover_s = priced.handover_s
     for segment, seconds in zip(priced.segments, priced.durations, strict=True):
         start = lane_end[segment.lane]
         for wait in segment.after:
-            start = np.maximum(start, seen[wait.segment])
-        end = lane_end[segment.lane] = start + seconds
-        seen.append(_seen(end, priced.handover_s))
+            start = np.maximum(start, _seen(ends[wait.segment], segment.lane, handover_s))
+        lane_end[segment.lane] = start + seconds
+        ends.append(lane_end[segment.lane])
     return lane_end[Lane.LAUNCH]
 
 
-def _seen(end: Times, handover_s: float) -> Times:
-    """When other lanes see that a segment has ended."""
-    return end + handover_s if handover_s else end
+def _seen(end: Times, lane: Lane, handover_s: Mapping[Lane, float]) -> Times:
+    """When `lane` sees that a segment of another one has ended."""
+    return end + handover_s[lane] if lane in handover_s else end
 
 
 def segment_times(priced: PricedStep) -> Iterator[tuple[Times, Times, list[tuple[Cause, Times]]]]:
@@ -41,19 +42,22 @@ def segment_times(priced: PricedStep) -> Iterator[tuple[Times, Times, list[tuple
     """
     nothing = np.zeros(priced.num_steps)
     lane_end = dict.fromkeys(priced.graph.lanes(), nothing)
-    seen: list[Times] = []
+    ends: list[Times] = []
+    handover_s = priced.handover_s
     for segment, seconds in zip(priced.segments, priced.durations, strict=True):
-        start, waits = _start(segment, lane_end[segment.lane], seen)
+        start, waits = _start(segment, lane_end[segment.lane], ends, handover_s)
         end = start + seconds
         lane_end[segment.lane] = end
-        seen.append(_seen(end, priced.handover_s))
+        ends.append(end)
         yield start, end, waits
 
 
-def _start(segment: Segment, free: Times, seen: list[Times]) -> tuple[Times, list[tuple[Cause, Times]]]:
+def _start(
+    segment: Segment, free: Times, ends: list[Times], handover_s: Mapping[Lane, float]
+) -> tuple[Times, list[tuple[Cause, Times]]]:
     start, waits = free, []
     for wait in segment.after:
-        later = np.maximum(start, seen[wait.segment])
+        later = np.maximum(start, _seen(ends[wait.segment], segment.lane, handover_s))
         waits.append((wait.cause, later - start))
         start = later
     return start, waits

@@ -48,7 +48,7 @@ class Device:
     """Lanes in fluid service. One step at a time; between steps every lane is idle.
 
     `watched` is the lane whose gaps are accounted by cause (the main stream). A lane sees what another one, or the
-    launching thread, has completed `handover_s` later. With `record`, `spans` keeps what ran.
+    launching thread, has completed `handover_s[lane]` later. With `record`, `spans` keeps what ran.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Device:
         *,
         watched: int,
         num_causes: int,
-        handover_s: float = 0.0,
+        handover_s: Sequence[float] = (),
         record: bool = False,
     ) -> None:
         self.programs = tuple(programs)
@@ -68,7 +68,7 @@ class Device:
         self.spans: list[Span] | None = [] if record else None
         self._rates_of = rates
         self._watched = watched
-        self._handover_s = handover_s
+        self._handover_s = tuple(handover_s) or (0.0,) * len(programs)
         self._num_classes = 1 + max((max(program.classes, default=0) for program in programs), default=0)
         self._rate_table: dict[int, tuple[float, ...]] = {}
         self._work: Sequence[float] = ()
@@ -156,7 +156,7 @@ class Device:
         submissions, _ = program.host_waits[position]
         if submissions > len(self._host_times):
             return False
-        later = self._handover_s
+        later = self._handover_s[lane]
         due = self._host_times[submissions - 1] + later if submissions else now
         if later:
             due = max([due, *(ends[other][count - 1] + later for other, count, _ in program.waits[position])])
@@ -175,7 +175,7 @@ class Device:
         own = self._ends[lane]
         covered = own[-1] if own else self._begin
         waits: list[tuple[int, float]] = []
-        for end, cause in self._inputs(program, position):
+        for end, cause in self._inputs(lane, program, position):
             if end > covered:
                 if lane == self._watched:
                     self.gaps[cause] += end - covered
@@ -183,9 +183,9 @@ class Device:
                 covered = end
         self._waits[lane] = tuple(waits)
 
-    def _inputs(self, program: LaneProgram, position: int) -> list[tuple[float, int]]:
+    def _inputs(self, lane: int, program: LaneProgram, position: int) -> list[tuple[float, int]]:
         """When the lane sees each input of a segment, all of which are there, and its cause."""
-        ends, later = self._ends, self._handover_s
+        ends, later = self._ends, self._handover_s[lane]
         inputs = [(ends[other][count - 1] + later, cause) for other, count, cause in program.waits[position]]
         submissions, cause = program.host_waits[position]
         if submissions:

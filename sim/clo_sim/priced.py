@@ -6,6 +6,7 @@ other lane waits for a part of it. Clock and simulator both work on segments; ti
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -184,8 +185,8 @@ class PricedStep:
         return varying + fixed
 
     @property
-    def handover_s(self) -> float:
-        """From the end of a segment until another lane sees it."""
+    def handover_s(self) -> Mapping[Lane, float]:
+        """From the end of a segment until another lane, this one, sees it; nothing for a lane that is not named."""
         return self.pricer.handover_s
 
     @cached_property

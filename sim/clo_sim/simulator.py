@@ -68,7 +68,7 @@ class SimulatedGpu:
             self._rates,
             watched=self._main,
             num_causes=len(CAUSES),
-            handover_s=priced.handover_s,
+            handover_s=[priced.handover_s.get(lane, 0.0) for lane in self.lanes],
             record=record,
         )
         self._pair = None if record else self._make_pair()
@@ -104,10 +104,11 @@ class SimulatedGpu:
     def _launched_step(self, row: list[float]) -> Generator[simpy.Event, None, StepOutcome]:
         env, device = self.env, self.device
         local = slept = 0.0
+        woken_s = self.priced.handover_s.get(Lane.LAUNCH, 0.0)
         device.begin_step(local, row)
         for instruction in self._host:
             for lane, count in instruction.waits:
-                local = max(local, device.run_until(lane, count) + self.priced.handover_s)
+                local = max(local, device.run_until(lane, count) + woken_s)
             if instruction.waits:
                 yield env.timeout(local - slept)
                 slept = local

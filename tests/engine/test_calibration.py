@@ -276,9 +276,12 @@ class TestFit:
     ) -> None:
         """Only lanes that sleep are woken, and operations of one name and layer are told apart."""
         run = runs[name][1]
-        priced = price_run(profile.model_copy(update={"handover_s": 1.25e-3}), run)
+        later = {lane: (1 + number) * 1e-3 for number, lane in enumerate(Lane)}
+        priced = price_run(profile.model_copy(update={"handover_s": later}), run)
         steps = tuple(simulated_timeline(priced, step, name) for step in range(priced.num_steps))
-        assert handover_s([replace(run, timelines=steps)]) == pytest.approx(1.25e-3)
+        found = handover_s([replace(run, timelines=steps)])
+        assert found == pytest.approx({lane: later[lane] for lane in found})
+        assert Lane.MAIN in found
 
     def test_every_node_of_every_design_has_a_price(
         self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile

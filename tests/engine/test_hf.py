@@ -70,6 +70,32 @@ def test_sampling_and_a_batch_and_a_streamer() -> None:
     cache.close()
 
 
+@pytest.mark.parametrize("name", presets.names("designs"))
+def test_a_chats_next_turn_is_decoded_as_if_its_tokens_came_one_by_one(name: str) -> None:
+    model, chosen = small_model(), design(name, **sizes(name))
+    first, question = prompt(80, 1), prompt(9, 2)
+    with Decoder(model, chosen, max_new_tokens=40) as decoder:
+        logits, talk = decoder.prefill([first]), first.tolist()
+        for number in range(15):
+            talk.append(int(logits.argmax()) if number < 6 else int(question[number - 6]))
+            logits = decoder.step(torch.tensor(talk[-1:]))
+    with offload(model, chosen, max_new_tokens=40) as cache:
+        told = model.generate(first[None], past_key_values=cache, max_new_tokens=6, do_sample=False)
+        assert told[0].tolist() == talk[:86]
+        asked = torch.tensor(talk)[None]
+        answer = model.generate(
+            asked,
+            past_key_values=cache,
+            max_new_tokens=3,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        assert answer.sequences[0, : len(talk)].tolist() == talk
+        torch.testing.assert_close(answer.logits[0], logits, rtol=1e-4, atol=1e-4)
+        assert cache.get_seq_length() == len(talk) + 2
+
+
 def test_what_it_cannot_do_is_refused() -> None:
     model, text = small_model(), prompt(70)
     cache = offload(model, design("clo", budget_pages=3), max_new_tokens=3)
@@ -79,7 +105,7 @@ def test_what_it_cannot_do_is_refused() -> None:
             logits = model(logits[:, -1:].argmax(-1), past_key_values=cache).logits
         with pytest.raises(EngineError, match="room for 73 tokens"):
             model(logits[:, -1:].argmax(-1), past_key_values=cache)
-        with pytest.raises(EngineError, match="second prompt"):
+        with pytest.raises(EngineError, match="room for 73 tokens"):
             model(text[None], past_key_values=cache)
     cache.close()
     cache = offload(model, design("clo", budget_pages=3))
