@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from clo import presets
+from clo.engine import bar
 from clo.engine.decoder import Decoder
 from clo.engine.measure import MachineRun, run_steps
 from clo.engine.network import Network
@@ -87,8 +88,8 @@ STEPS = 5
 
 
 def designs_of(device: torch.device) -> tuple[str, ...]:
-    """Presets that run on `device`: CUDA machines do not store through the BAR."""
-    if device.type != "cuda":
+    """Presets that run on `device`: on CUDA storing through the BAR needs GDRCopy."""
+    if device.type != "cuda" or bar.is_installed(device):
         return DESIGNS
     return tuple(name for name in DESIGNS if presets.load_design(name).transfer is not Transfer.CPU_ZERO_COPY)
 

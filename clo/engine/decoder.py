@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from clo import presets
+from clo.engine.bar import Bar, open_bar
+from clo.engine.bar import is_installed as bar_is_installed
 from clo.engine.cpu_machine import DEFAULT_PATIENCE_S, CpuMachine
 from clo.engine.cuda_device import torch_device
 from clo.engine.cuda_machine import CudaMachine
@@ -185,6 +187,7 @@ class Decoder:
         self._pool = ThreadPoolExecutor(self.design.transfer_threads, thread_name_prefix="clo transfer")
         self._machine: CpuMachine | CudaMachine | None = None
         self._operations: Operations | None = None
+        self._bar: Bar | None = None
         self._broken = self._closed = False
         self._prefills = 0
         self.plan: DecodePlan | None = None
@@ -200,6 +203,7 @@ class Decoder:
         self._closed = True
         if self._machine is not None:
             self._machine.close()
+        self._close_bar()
         self._pool.shutdown()
 
     @property
@@ -239,6 +243,7 @@ class Decoder:
         lengths = [prompt.num_tokens if isinstance(prompt, Prompt) else len(prompt) for prompt in prompts]
         if self._machine is not None:
             self._machine.close()
+        self._close_bar()
         # until everything has been read there is nothing to decode, and what was there before makes room
         self._machine = self._operations = None
         self.plan = self.make_plan(lengths)
@@ -257,11 +262,22 @@ class Decoder:
         read = torch.stack(logits)
         if not bool(torch.isfinite(read).all()):
             raise EngineError(f"prefill: the logits are not finite, {explain_prompt(layers, lengths)}")
-        operations = Operations(self.network, self.plan, layers, self._pool)
+        self._bar = self._new_bar()
+        operations = Operations(self.network, self.plan, layers, self._pool, self._bar)
         operations.take(lengths)
         self._machine = self._new_machine(operations)
         self._operations, self._broken = operations, False
         return read
+
+    def _new_bar(self) -> Bar | None:
+        """Where CPU threads of a CUDA device's machine store into its memory."""
+        stores = self.design.transfer is Transfer.CPU_ZERO_COPY and self.design.offloads and self.design.selects
+        return open_bar(self.network.device) if stores and self.network.device.type == "cuda" else None
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
 
     def _take_in(self, layers: Sequence[Layer], sequence: int, prompt: torch.Tensor | Prompt) -> torch.Tensor:
         """Logits of what follows the prompt."""
@@ -413,10 +429,11 @@ def check_device(design: Design, heads: HeadProfile, device: torch.device) -> No
     """Raise `SpecError` for what cannot run on a CUDA device: it is simulated only, or needs the host in every step."""
     if device.type != "cuda":
         return
-    if design.offloads and design.selects and design.transfer is Transfer.CPU_ZERO_COPY:
+    stores = design.offloads and design.selects and design.transfer is Transfer.CPU_ZERO_COPY
+    if stores and not bar_is_installed(device):
         raise SpecError(
-            "design.transfer = cpu_zero_copy: CPU stores through the PCIe BAR need GDRCopy, which the decoder does not "
-            "use: on CUDA this is simulated only: choose gpu_zero_copy, page_copies or staged"
+            "design.transfer = cpu_zero_copy: CPU stores through the PCIe BAR need GDRCopy (libgdrapi and its driver), "
+            "which is not installed: here this is simulated only: choose gpu_zero_copy, page_copies or staged"
         )
     if design.sync is not Sync.GRAPH:
         return

@@ -10,6 +10,7 @@ from concurrent.futures import Executor
 
 import torch
 
+from clo.engine.bar import Bar
 from clo.engine.finite import Projected, explain_step
 from clo.engine.layers import DenseLayer, Layer, OffloadedLayer, StreamedLayer
 from clo.engine.network import Network, Rotation
@@ -25,9 +26,11 @@ from clo_kernels.layout import INT32
 class Operations:
     """The tensors of one batch while it decodes, and every operation on them by its name in the schedule."""
 
-    def __init__(self, network: Network, plan: DecodePlan, layers: Sequence[Layer], pool: Executor) -> None:
+    def __init__(
+        self, network: Network, plan: DecodePlan, layers: Sequence[Layer], pool: Executor, bar: Bar | None = None
+    ) -> None:
         self.network, self.plan, self.layers = network, plan, layers
-        self._pool = pool
+        self._pool, self._bar = pool, bar
         self._stores = not (plan.design.cpu_moves and plan.design.sync != "graph")
         self.host_lengths = [0] * plan.workload.batch
         self.lengths = torch.zeros(plan.workload.batch, dtype=INT32, device=network.device)
@@ -184,15 +187,24 @@ class Operations:
         self._staging.send((stage, layer), kv, kv.residency.fetches(stage).target)
 
     def _bar_write(self, stage: Stage, layer: int) -> None:
-        """On the CPU machine device memory is as writable as any: threads store into the slots."""
-        kv = self._offloaded(layer)
-        kv.residency.announce(stage)
+        """Threads store into the slots: on the CPU machine device memory is as writable as any."""
+        kv, bar = self._offloaded(layer), self._bar
         moves, host, slots = kv.residency.fetches(stage), kv.host_rows, kv.slot_rows
 
         def write(part: slice) -> None:
-            slots.index_copy_(0, moves.target[part], host.index_select(0, moves.source[part]))
+            if bar is None:
+                slots.index_copy_(0, moves.target[part], host.index_select(0, moves.source[part]))
+            else:
+                bar.write(slots, moves.target[part], host, moves.source[part])
 
+        if bar is not None:
+            bar.prepare(slots)
         self._in_parts(write, len(moves))
+        if bar is None:
+            kv.residency.announce(stage)
+        else:
+            kv.residency.announce_through(stage, bar)
+            bar.flush()
 
     def _in_parts(self, work: Callable[[slice], None], count: int) -> None:
         """Nearly equal parts, one a thread."""

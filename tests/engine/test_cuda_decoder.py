@@ -10,6 +10,7 @@ import torch
 from small import design, prompt, small_model
 
 from clo import presets
+from clo.engine import bar
 from clo.engine.cuda_machine import CudaMachine
 from clo.engine.decoder import Decoder
 from clo.errors import EngineError, SpecError
@@ -19,15 +20,17 @@ from clo.specs import Design
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 SYNCS = ["host", "events", "flags", "graph"]
-TRANSFERS = ["page_copies", "staged", "gpu_zero_copy"]
+HAS_BAR = torch.cuda.is_available() and bar.is_installed(torch.device("cuda"))
+TRANSFERS = ["page_copies", "staged", "gpu_zero_copy", *(["cpu_zero_copy"] if HAS_BAR else [])]
 
 
 def on_cuda(preset: str, **changes: Any) -> Design:
-    """A preset, with page copies in the place of stores through the BAR."""
+    """A preset, with page copies in the place of stores through the BAR where GDRCopy is not installed."""
     chosen = design(preset, **changes)
     if chosen.selects:
         chosen = chosen.with_fields(budget_pages=4, slot_budgets=None, slot_pages=None)
-    return chosen.with_fields(transfer="page_copies") if chosen.transfer == "cpu_zero_copy" else chosen
+    stores = chosen.transfer == "cpu_zero_copy"
+    return chosen.with_fields(transfer="page_copies") if stores and not HAS_BAR else chosen
 
 
 DESIGNS = [

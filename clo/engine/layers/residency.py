@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from clo.engine.bar import Bar
 from clo.engine.layers import host_resolve
 from clo.engine.layers.selection import Selection
 from clo.engine.layers.shape import LayerShape
@@ -110,6 +111,13 @@ class Residency:
         """What CPU threads resolved, to the device."""
         if self.on_cpu:
             self._found[stage].send()
+
+    def announce_through(self, stage: Stage, bar: Bar) -> None:
+        """The same by the CPU's own stores."""
+        if self.on_cpu:
+            words, first = self._found[stage], torch.zeros(1, dtype=torch.int64)
+            bar.prepare(words.message[None])
+            bar.write(words.message[None], first, words.mailbox[None], first)
 
     def fetches(self, stage: Stage) -> Moves:
         """What was found missing, as the host knows it."""
