@@ -126,6 +126,7 @@ class TestTimelines:
 
 
 class TestFaults:
+    @pytest.mark.skipif(HAS_BAR, reason="GDRCopy is installed")
     def test_stores_through_the_bar_are_refused(self) -> None:
         with (
             Decoder(small_model().cuda(), design("clo-v2"), max_new_tokens=8) as decoder,
