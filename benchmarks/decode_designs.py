@@ -33,8 +33,8 @@ CONTEXT = 130_816
 """With the tokens that follow at most 2**17: pinned memory comes in powers of two."""
 SPARE = 128
 DESIGNS = ("clo", "clo-v2", "resolve", "staged", "lru-cpu", "recall", "streamed", "resident-sparse", "resident")
-"""Those whose pages are on the host come after each other: pinned memory is taken once. Without GDRCopy `clo-v2` is left
-out, and the file says so."""
+"""Those whose pages are on the host come after each other: pinned memory is taken once. `clo-v2` needs GDRCopy: without
+it the file names it among those left out."""
 COPY_BYTES = 256 << 20
 
 
