@@ -8,6 +8,7 @@ from typing import Any
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from clo import presets
+from clo.trace_stats import describe
 from clo_sim.synthetic import fit_synthetic
 
 
@@ -25,7 +26,7 @@ def rows(statistics: dict[str, Any]) -> dict[str, float]:
 def main() -> None:
     trace = presets.load_trace()
     generated = fit_synthetic(trace).generate(num_steps=trace.header.num_steps)
-    recorded, synthetic = rows(trace.describe()), rows(generated.describe())
+    recorded, synthetic = rows(describe(trace)), rows(describe(generated))
     for name, value in recorded.items():
         print(f"| {name} | {value:.2f} | {synthetic[name]:.2f} |")
 

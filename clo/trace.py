@@ -142,12 +142,6 @@ class AttentionTrace:
         """First layer that has an approximate query from `distance` layers below; zeros are stored before it."""
         return distance
 
-    def describe(self) -> dict[str, Any]:
-        """Statistics as plain data: see `clo.trace_stats.describe`."""
-        from clo.trace_stats import describe
-
-        return describe(self)
-
     @cached_property
     def queries(self) -> FloatArray:
         """Rotated queries, float32 [steps, layers, query heads, head_dim]."""

@@ -10,6 +10,7 @@ from scipy import stats
 
 from clo import presets
 from clo.trace import AttentionTrace
+from clo.trace_stats import describe
 from clo_sim.synthetic import Drift, _decay, correlation_of_overlap, fit_drift, fit_synthetic
 
 Pair = tuple[AttentionTrace, AttentionTrace]
@@ -24,19 +25,19 @@ def pair() -> Pair:
 
 @pytest.mark.parametrize("lag", ["1", "4", "16", "64"])
 def test_cosines_at_every_distance_are_kept(pair: Pair, lag: str) -> None:
-    recorded, generated = (trace.describe()["cosine_at_lag"][lag] for trace in pair)
+    recorded, generated = (describe(trace)["cosine_at_lag"][lag] for trace in pair)
     assert generated == pytest.approx(recorded, abs=0.04)
 
 
 @pytest.mark.parametrize("selector", ["exact", "page_minmax"])
 def test_overlap_of_adjacent_sets_is_kept_at_the_fitted_budget(pair: Pair, selector: str) -> None:
-    recorded, generated = (trace.describe()["adjacent_overlap"][selector]["32"] for trace in pair)
+    recorded, generated = (describe(trace)["adjacent_overlap"][selector]["32"] for trace in pair)
     assert generated == pytest.approx(recorded, abs=0.04)
 
 
 @pytest.mark.parametrize("distance", ["1", "2"])
 def test_predicted_pages_agree_as_often(pair: Pair, distance: str) -> None:
-    recorded, generated = (trace.describe()["lookahead_overlap"]["page_minmax"][distance]["32"] for trace in pair)
+    recorded, generated = (describe(trace)["lookahead_overlap"]["page_minmax"][distance]["32"] for trace in pair)
     assert generated == pytest.approx(recorded, abs=0.04)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from clo.errors import TraceError
 from clo.trace import DEFAULT_TRACE, NO_PAGE, AttentionTrace, TraceHeader, candidate_pages
-from clo.trace_stats import anchored_hits, group_cosine, overlap
+from clo.trace_stats import anchored_hits, describe, group_cosine, overlap
 
 STEPS, LAYERS, KV_HEADS, HEADS, DIM, BUDGET = 7, 4, 2, 6, 16, 12
 # every element is off by at most half a step of 0.12 of the root mean square: 0.06 ** 2 / 2
@@ -371,7 +371,7 @@ class TestStatistics:
         assert overlap(np.array([NO_PAGE]), np.array([NO_PAGE]), 1, 10) == 0
 
     def test_describe_is_plain_data(self, trace: AttentionTrace) -> None:
-        described = trace.describe()
+        described = describe(trace)
         assert json.loads(json.dumps(described, allow_nan=False)) == described
         assert list(described["cosine_at_lag"]) == ["1", "4"]
         assert len(described["layers"]) == LAYERS
@@ -379,7 +379,7 @@ class TestStatistics:
 
     def test_describe_one_step(self) -> None:
         header = make_header(num_steps=1, max_budget_pages=1, lookaheads=())
-        described = AttentionTrace.from_arrays(header, **random_arrays(header)).describe()
+        described = describe(AttentionTrace.from_arrays(header, **random_arrays(header)))
         assert described["cosine_at_lag"] == {}
         assert described["layers"] == []
 
@@ -410,7 +410,7 @@ class TestCommittedTrace:
         assert time.process_time() - start < 1.0
 
     def test_statistics_are_those_of_attention(self, committed: AttentionTrace) -> None:
-        described = committed.describe()
+        described = describe(committed)
         cosines = list(described["cosine_at_lag"].values())
         assert 0.5 < cosines[-1] < cosines[0] < 0.95
         assert cosines == sorted(cosines, reverse=True)

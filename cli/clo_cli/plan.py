@@ -6,24 +6,22 @@ Knows nothing about how a service is simulated.
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from clo_cli.fleet_prices import Priced, best_of, prices_from, rank, with_price
 from clo_cli.options import design_from, overrides_from
 from clo_cli.serve_options import serve_options, service_from, serving_scene, trace_from
 
 if TYPE_CHECKING:
     from clo.specs import Design
     from clo_cli.plan_jobs import Question
-    from clo_sim.serving import RequestTrace
     from clo_sim.serving.crossover import CrossoverMap
-    from clo_sim.serving.plan import Attempt, Fleet
+    from clo_sim.serving.plan import Attempt
 
 Job = TypeVar("Job")
 Done = TypeVar("Done")
@@ -33,24 +31,6 @@ DESIGNS = "resident,resident-sparse,streamed,lru-cpu,resolve,clo"
 RESIDENT = ("resident", "resident-sparse")
 CURVE = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25)
 """Latency is drawn at these multiples of the load that the fleet bears."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Priced:
-    """A fleet with what it costs; costs are none where no price was given. `best`: the best design of its machine."""
-
-    fleet: Fleet
-    best: bool = False
-    cost_per_hour: float | None = None
-    cost_per_million: float | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON: numbers that are infinite are left out."""
-        data = asdict(self.fleet) | {"best": self.best, "cost_per_hour": self.cost_per_hour}
-        data["cost_per_million_output_tokens"] = self.cost_per_million
-        data["margin"] = None if math.isinf(self.fleet.margin) else self.fleet.margin
-        data["result"] = None if self.fleet.result is None else self.fleet.result.as_dict()
-        return data
 
 
 @click.command()
@@ -98,7 +78,7 @@ def plan(
 
     overrides, slo = overrides_from(settings), parse_slo(slo_text)
     machine_names = _listed(machines, "--machines")
-    prices = _prices(price, machine_names)
+    prices = prices_from(price, machine_names)
     chosen = {name: design_from(name, overrides) for name in _listed(designs, "--designs")}
     for name in (*machine_names, *([map_machine] if map_machine else [])):
         serving_scene(options, overrides, name)
@@ -115,8 +95,8 @@ def plan(
     )
     workers = jobs or os.cpu_count() or 1
     fleets = _fleets(question, machine_names, list(chosen.values()), workers)
-    priced = [_with_price(one, prices, machine, question.trace) for machine, one in fleets]
-    best = _overall(priced)
+    priced = [with_price(one, prices, machine, question.trace) for machine, one in fleets]
+    best = best_of(priced)
     found: dict[str, Any] = {"priced": priced, "curve": None, "map": None}
     if best is not None and out is not None:
         found["curve"] = _curve(question, machine_names, best, chosen, workers)
@@ -133,24 +113,6 @@ def _listed(text: str, option: str) -> list[str]:
     if not names:
         raise SpecError(f"{option}: name at least one")
     return list(dict.fromkeys(names))
-
-
-def _prices(given: Sequence[str], machines: Sequence[str]) -> dict[str, float]:
-    from clo.errors import SpecError
-
-    prices = {}
-    for text in given:
-        name, _, dollars = text.partition("=")
-        try:
-            value = float(dollars)
-        except ValueError:
-            value = math.nan
-        if name not in machines or not (value > 0 and math.isfinite(value)):
-            raise SpecError(
-                f"--price {text}: expected MACHINE=DOLLARS per GPU and hour, MACHINE of {', '.join(machines)}"
-            )
-        prices[name] = value
-    return prices
 
 
 def _fleets(
@@ -170,7 +132,7 @@ def _fleets(
     jobs, fleets = [*first, *others], [*known, *(_run(run_fleet, others, workers, "fleets") if others else [])]
     by_machine = {
         one: sorted(
-            (pair for pair in zip(jobs, fleets, strict=True) if pair[0].machine == one), key=lambda pair: _rank(pair[1])
+            (pair for pair in zip(jobs, fleets, strict=True) if pair[0].machine == one), key=lambda pair: rank(pair[1])
         )
         for one in machines
     }
@@ -184,32 +146,6 @@ def _fleets(
             leads = place == 0 and machine in rooms
             listed.append((machine, Priced(fleet=rooms[machine] if leads else fleet, best=leads)))
     return listed
-
-
-def _rank(fleet: Fleet) -> tuple[float, float]:
-    """Fewer GPUs, then more distance to the limits; what cannot be done comes last."""
-    return (math.inf if fleet.gpus is None else fleet.gpus, fleet.margin)
-
-
-def _with_price(one: Priced, prices: dict[str, float], machine: str, trace: RequestTrace) -> Priced:
-    from dataclasses import replace
-
-    fleet = one.fleet
-    if fleet.gpus is None or machine not in prices or fleet.result is None:
-        return one
-    per_hour = fleet.gpus * prices[machine]
-    per_million = per_hour / 3600 / fleet.result.output_tokens_per_s * 1e6
-    return replace(one, cost_per_hour=per_hour, cost_per_million=per_million)
-
-
-def _overall(priced: Iterable[Priced]) -> Priced | None:
-    """The cheapest of the machines' best fleets; without prices for all of them, the one with the fewest GPUs."""
-    able = [one for one in priced if one.best]
-    if not able:
-        return None
-    if all(one.cost_per_hour is not None for one in able):
-        return min(able, key=lambda one: one.cost_per_hour or 0.0)
-    return min(able, key=lambda one: _rank(one.fleet))
 
 
 def _run(work: Callable[[Job], Done], jobs: Sequence[Job], workers: int, what: str) -> list[Done]:

@@ -12,7 +12,7 @@ from clo.units import format_bytes, format_seconds
 from clo_cli.tables import console
 
 if TYPE_CHECKING:
-    from clo_cli.plan import Priced
+    from clo_cli.fleet_prices import Priced
     from clo_sim.serving import ServiceResult
     from clo_sim.serving.crossover import CrossoverMap
     from clo_sim.serving.metrics import Latency

@@ -14,8 +14,9 @@ import click
 def trace(name: str | None, as_json: bool) -> None:
     """Show statistics of an attention trace: a preset or a file (default: the one that ships with clo)."""
     from clo import presets
+    from clo.trace_stats import describe
 
-    described = presets.load_trace(presets.DEFAULT_TRACE if name is None else name).describe()
+    described = describe(presets.load_trace(presets.DEFAULT_TRACE if name is None else name))
     if as_json:
         click.echo(json.dumps(described, indent=2))
     else:
