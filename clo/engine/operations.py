@@ -11,11 +11,12 @@ from concurrent.futures import Executor
 import torch
 
 from clo.engine.bar import Bar
+from clo.engine.cuda_copies import copy_rows
 from clo.engine.finite import Projected, explain_step
 from clo.engine.layers import DenseLayer, Layer, OffloadedLayer, StreamedLayer
 from clo.engine.network import Network, Rotation
 from clo.engine.staging import Staging
-from clo.engine.words import Words
+from clo.engine.words import Words, two_memories
 from clo.errors import EngineError
 from clo.plan import DecodePlan
 from clo.schedule import Op
@@ -168,8 +169,11 @@ class Operations:
         offloaded = self._offloaded(layer)
         offloaded.residency.announce(stage)
         moves, host, slots = offloaded.residency.fetches(stage), offloaded.host_rows, offloaded.slot_rows
+        if two_memories(slots.device):
+            copy_rows(slots, moves.target, host, moves.source)
+            return
         for source, target in zip(moves.source.tolist(), moves.target.tolist(), strict=True):
-            slots[target].copy_(host[source], non_blocking=True)
+            slots[target].copy_(host[source])
 
     def _host_gather(self, stage: Stage, layer: int) -> None:
         kv = self._offloaded(layer)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -18,22 +16,11 @@ from clo.engine.decoder import Decoder
 from clo.errors import EngineError
 
 CPU = torch.device("cpu")
-SOURCE = Path(__file__).with_name("gdr_stand_in.c")
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("needs a C compiler")
-    library = tmp_path_factory.mktemp("gdr") / "libgdrapi.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(SOURCE)], check=True)
-    return library
 
 
 @pytest.fixture
-def gdr(built: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(built))
+def gdr(cuda_stand_in: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(cuda_stand_in))
     library.stand_in_refuse(0, 0)
     library.stand_in_written.restype = ctypes.c_ulong
     assert library.stand_in_left_open() == 0
@@ -83,9 +70,11 @@ def test_what_fails_is_named_and_left_clean(gdr: ctypes.CDLL) -> None:
         Bar(gdr, gdr, CPU)
 
 
-def test_it_is_found_where_it_is_installed(gdr: ctypes.CDLL, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LIBRARIES", ("libabsent.so", str(built)))
-    monkeypatch.setattr(module, "DRIVER", str(built))
+def test_it_is_found_where_it_is_installed(
+    gdr: ctypes.CDLL, cuda_stand_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LIBRARIES", ("libabsent.so", str(cuda_stand_in)))
+    monkeypatch.setattr(module, "DRIVER", str(cuda_stand_in))
     assert is_installed(CPU)
     gdr.stand_in_refuse(1, 0)
     assert open_bar(CPU) is None

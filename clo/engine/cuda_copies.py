@@ -1,0 +1,55 @@
+"""Copies of single rows from pinned memory to a CUDA device, each submitted by the driver's own call.
+
+No tensor is made for a row, which from Python takes longer than the submission. Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+from clo.errors import EngineError
+
+DRIVER = "libcuda.so.1"
+
+
+def copy_rows(device: torch.Tensor, targets: torch.Tensor, host: torch.Tensor, sources: torch.Tensor) -> None:
+    """Rows `sources` of pinned `host` to rows `targets` of `device`, `[rows, values]` both, on the current stream.
+
+    The caller keeps both tensors until the stream has done them. Raises `EngineError` with the driver's code.
+    """
+    torch.cuda.set_device(device.device)  # the thread may not have used the device before
+    stream = torch.cuda.current_stream(device.device).cuda_stream
+    submit_rows(_driver(DRIVER), stream, device, targets, host, sources)
+
+
+def submit_rows(
+    driver: ctypes.CDLL,
+    stream: int,
+    device: torch.Tensor,
+    targets: torch.Tensor,
+    host: torch.Tensor,
+    sources: torch.Tensor,
+) -> None:
+    """The same on a stream given by its handle."""
+    row_bytes = host.nbytes // len(host)
+    assert device.is_contiguous(), "rows of the device lie one after another"
+    assert host.is_contiguous(), "rows of the host lie one after another"
+    assert device.nbytes == row_bytes * len(device), "rows are of one length"
+    copy, to, where = driver.cuMemcpyHtoDAsync_v2, device.data_ptr(), host.data_ptr()
+    for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
+        if code := copy(to + target * row_bytes, where + source * row_bytes, row_bytes, stream):
+            raise EngineError(f"cuMemcpyHtoDAsync failed with code {code}")
+
+
+@functools.cache
+def _driver(name: str) -> ctypes.CDLL:
+    return declared(ctypes.CDLL(name))
+
+
+def declared(driver: ctypes.CDLL) -> ctypes.CDLL:
+    """The function's types, after cuda.h."""
+    driver.cuMemcpyHtoDAsync_v2.argtypes = (ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+    return driver
