@@ -1,0 +1,109 @@
+"""The machine's runs and their simulation name the same operations. Nothing here asserts a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clo.engine.measure import MachineRun, fastest
+from clo.errors import CloError, EngineError, ProfileError
+from clo.operation_costs import (
+    OperationProfile,
+)
+from clo.schedule import Lane
+from clo_calibration.calibrate import claim_folder
+from clo_calibration.comparison import ABLATIONS, compare, price_run, simulated_s
+from clo_calibration.run_files import load_run, save_run
+from tests.engine.calibration.calibrated import DESIGNS, SHAPE
+
+
+class TestOneAtATime:
+    def test_nothing_overlaps(self, runs: dict[str, tuple[MachineRun, MachineRun]]) -> None:
+        for alone, _ in runs.values():
+            for timeline in alone.timelines:
+                spans = sorted((s for s in timeline.spans if s.lane != Lane.LAUNCH), key=lambda span: span.start_s)
+                for before, after in pairwise(spans):
+                    assert after.start_s >= before.end_s
+
+    def test_moves_the_same_pages(self, runs: dict[str, tuple[MachineRun, MachineRun]]) -> None:
+        for alone, beside in runs.values():
+            assert np.array_equal(alone.traffic.fetched_pages, beside.traffic.fetched_pages)
+            assert np.array_equal(alone.traffic.demand_heads, beside.traffic.demand_heads)
+
+    def test_lanes_account_for_all_of_their_time(self, runs: dict[str, tuple[MachineRun, MachineRun]]) -> None:
+        """A span begins where the last one ended, but for the waits it names."""
+        for _, beside in runs.values():
+            for timeline in beside.timelines:
+                spans = [span for span in timeline.spans if span.lane == Lane.MAIN]
+                for before, after in pairwise(spans):
+                    assert after.start_s - before.end_s == pytest.approx(after.waited_s, abs=2e-6)
+
+
+class TestBothWorlds:
+    @pytest.mark.parametrize("name", DESIGNS)
+    def test_same_operations_in_the_same_order_with_the_same_bytes(
+        self, name: str, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
+    ) -> None:
+        assert compare(profile, runs[name][1]).differences() == []
+
+    @pytest.mark.parametrize("name", DESIGNS)
+    def test_leaving_out_a_part_never_makes_it_slower_on_the_simulator(
+        self, name: str, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
+    ) -> None:
+        run = runs[name][1]
+        complete = simulated_s(profile, run)
+        assert all(simulated_s(profile, run, part) <= complete * (1 + 1e-9) for part in ABLATIONS)
+
+    def test_a_difference_is_named(
+        self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
+    ) -> None:
+        found = compare(profile, runs["clo"][1])
+        spans = tuple(replace(s, num_bytes=7.0) if s.name == "gather_pages" else s for s in found.real.spans)
+        broken = replace(found, real=replace(found.real, spans=spans))
+        assert "gather_pages" in broken.differences()[0]
+
+    def test_an_operation_that_was_never_timed_is_named(
+        self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
+    ) -> None:
+        few = {key: cost for key, cost in profile.operations.items() if key != "attention:sparse"}
+        with pytest.raises(ProfileError, match="attention:sparse was never timed"):
+            price_run(profile.model_copy(update={"operations": few}), runs["clo"][1])
+
+
+class TestRunFiles:
+    def test_samples_come_back_as_they_were(
+        self, tmp_path: Path, runs: dict[str, tuple[MachineRun, MachineRun]]
+    ) -> None:
+        run = runs["clo"][1]
+        save_run(tmp_path / "a.npz", run)
+        back = load_run(tmp_path / "a.npz", run.plan)
+        assert np.array_equal(back.step_s, run.step_s)
+        assert [timeline.spans for timeline in back.timelines] == [timeline.spans for timeline in run.timelines]
+        assert np.array_equal(back.traffic.demand_pages, run.traffic.demand_pages)
+
+    def test_a_cut_file_is_named(self, tmp_path: Path, runs: dict[str, tuple[MachineRun, MachineRun]]) -> None:
+        run, path = runs["resident"][1], tmp_path / "a.npz"
+        save_run(path, run)
+        for kept in (path.read_bytes()[:-200], b""):
+            path.write_bytes(kept)
+            with pytest.raises(CloError, match=r"a\.npz: no samples that clo wrote, or cut short"):
+                load_run(path, run.plan)
+
+    def test_the_fastest_of_each_step_counts(self, runs: dict[str, tuple[MachineRun, MachineRun]]) -> None:
+        alone, beside = runs["resolve"]
+        both = fastest([alone, beside])
+        assert np.array_equal(both.step_s, np.minimum(alone.step_s, beside.step_s))
+
+    def test_runs_that_moved_other_pages_are_not_compared(self, runs: dict[str, tuple[MachineRun, MachineRun]]) -> None:
+        with pytest.raises(EngineError, match="moved different pages"):
+            fastest([runs["resolve"][1], runs["staged"][1]])
+
+    def test_samples_of_another_machine_are_not_mixed_in(self, tmp_path: Path) -> None:
+        claim_folder(tmp_path, {"processor": "a"}, SHAPE)
+        claim_folder(tmp_path, {"processor": "a"}, SHAPE)
+        with pytest.raises(CloError, match="another machine, model or version"):
+            claim_folder(tmp_path, {"processor": "b"}, SHAPE)

@@ -1,0 +1,196 @@
+"""Known costs are found again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clo.engine.measure import MachineRun
+from clo.errors import ProfileError, SpecError
+from clo.operation_costs import (
+    GEMM_ROWS,
+    OperationPricer,
+    OperationProfile,
+    feature_values,
+    price_key,
+)
+from clo.pricing import Demand
+from clo.profile import InterferenceCost, Source
+from clo.schedule import Lane, record_step
+from clo.schedule.ops import price_name
+from clo.schedule.work import Gemm
+from clo_calibration.comparison import price_run
+from clo_calibration.interference_fit import fit_interference
+from clo_calibration.operation_fit import (
+    Observation,
+    Timed,
+    fit_costs,
+    handover_s,
+)
+from clo_calibration.probes import (
+    CPU_GRID,
+    CUDA_GRID,
+    Grid,
+    calibration_probes,
+    named,
+    validation_probes,
+)
+from clo_sim.contention import Contention
+from clo_sim.unfold import simulated_timeline
+from tests.engine.calibration.calibrated import DESIGNS
+
+
+def rows(run: int, count: int, features: dict[str, float], seconds: float, **more: object) -> list[Observation]:
+    settled = {"key": "a", "is_runtime": False, "beside": {}} | more
+    return [Observation(run=run, features=features, seconds=seconds, **settled) for _ in range(count)]  # type: ignore[arg-type]
+
+
+def overlapped(key: str, seconds: float, *groups: tuple[str, ...]) -> Timed:
+    """Forty runs of an operation that takes `seconds`, beside each group for an equal part of them."""
+    beside = {group: 1.0 / len(groups) for group in groups}
+    return Timed([row for run in range(40) for row in rows(run, 4, {"calls": 1.0}, seconds, key=key, beside=beside)])
+
+
+class TestFit:
+    @given(
+        st.floats(1e-6, 1e-3),
+        st.floats(1e-12, 1e-8),
+        st.lists(st.floats(1e2, 1e6), min_size=3, max_size=6, unique_by=lambda x: round(x, -2)),
+    )
+    @settings(max_examples=30, deadline=None)
+    def test_linear_costs_are_found_again(self, call: float, byte: float, sizes: list[float]) -> None:
+        found = Timed()
+        for run, size in enumerate(sizes):
+            found.rows += rows(run, 3, {"calls": 1.0, "bytes": size}, call + byte * size)
+        cost = fit_costs({"a": found})["a"]
+        for size in sizes:
+            fitted = sum(cost.per_unit.get(name, 0.0) * value for name, value in {"calls": 1.0, "bytes": size}.items())
+            assert fitted == pytest.approx(call + byte * size, rel=1e-6)
+        assert cost.spread < 1e-6
+
+    @given(st.integers(1, 24), st.integers(1, 64), st.integers(1, 64))
+    def test_gemms_share_their_weights_between_the_nearest_rows(self, rows: int, n: int, k: int) -> None:
+        found = feature_values(Gemm(rows, n, k), None, None)  # type: ignore[arg-type]
+        weights = {int(name.split("_")[1]): value for name, value in found.items()}
+        assert sum(at * value for at, value in weights.items()) == pytest.approx(rows * n * k)
+        if rows <= GEMM_ROWS[-1]:
+            assert sum(weights.values()) == pytest.approx(n * k)
+            assert all(not min(rows, at) < between < max(rows, at) for at in weights for between in GEMM_ROWS)
+
+    def test_a_batch_that_was_never_timed_is_named(
+        self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
+    ) -> None:
+        pricer = OperationPricer(profile, runs["clo"][1].plan)
+        with pytest.raises(ProfileError, match="operation out_proj was never timed for a batch of 5"):
+            pricer.seconds(Gemm(5, 48, 48), runs["clo"][1].traffic, "out_proj")
+
+    def test_every_grid_times_gemms_of_every_number_of_rows(self) -> None:
+        for grid in (CPU_GRID, CUDA_GRID):
+            assert {probe.size[1] for probe in calibration_probes(grid=grid) if probe.alone} >= set(GEMM_ROWS)
+
+    def test_an_outlier_does_not_count(self) -> None:
+        found = Timed(rows(0, 50, {"calls": 1.0}, 1e-4) + rows(0, 1, {"calls": 1.0}, 5.0))
+        assert fit_costs({"a": found})["a"].per_unit["calls"] < 1.2e-4
+
+    def test_costs_are_never_negative(self) -> None:
+        found = Timed(rows(0, 3, {"calls": 1.0, "bytes": 1.0}, 2e-4) + rows(1, 3, {"calls": 1.0, "bytes": 100.0}, 1e-4))
+        assert min(fit_costs({"a": found})["a"].per_unit.values()) >= 0
+
+    def test_known_interference_is_found_again(self) -> None:
+        """Two operations that always run beside each other: a three times as long, b half as long again."""
+        costs = fit_costs({key: Timed(rows(0, 4, {"calls": 1.0}, 1e-3, key=key)) for key in ("a", "b")})
+        beside = {"a": overlapped("a", 3e-3, ("b",)), "b": overlapped("b", 1.5e-3, ("a",))}
+        found = fit_interference(beside, costs)
+        slowed_a = 1 + found.slowed["a"] * found.host_share["b"]
+        slowed_b = 1 + found.slowed["b"] * found.host_share["a"]
+        assert slowed_a * found.lane_factor["a"] == pytest.approx(3.0, rel=0.03)
+        assert slowed_b * found.lane_factor["b"] == pytest.approx(1.5, rel=0.03)
+
+    def test_shares_of_all_that_run_beside_add_up(self) -> None:
+        """What an operation suffers beside two others is what it suffers beside each: the simulator's rule."""
+        keys = ("a", "b", "c")
+        costs = fit_costs({key: Timed(rows(0, 4, {"calls": 1.0}, 1e-3, key=key)) for key in keys})
+        beside = {
+            "a": overlapped("a", 1.7e-3, ("b", "c")),
+            "b": overlapped("b", 1.35e-3, ("a",), ("a", "c")),
+            "c": overlapped("c", 1.35e-3, ("a",), ("a", "b")),
+        }
+        found = fit_interference(beside, costs)
+        demands = [Demand(is_kernel=True, slowed=found.slowed[key], host_share=found.host_share[key]) for key in keys]
+        rate = Contention(InterferenceCost(source=Source.MEASURED, per_sm_share=0.0, dma=0.0)).rates(tuple(demands))[0]
+        assert found.lane_factor["a"] / rate == pytest.approx(1.7, rel=0.03)
+
+    def test_a_pair_that_was_never_seen_does_not_stop(self) -> None:
+        """a suffers beside b, c suffers from d; nobody saw a beside d."""
+        keys = ("a", "b", "c", "d")
+        costs = fit_costs({key: Timed(rows(0, 4, {"calls": 1.0}, 1e-3, key=key)) for key in keys})
+        beside = {
+            "a": overlapped("a", 5e-3, ("b",)),
+            "b": overlapped("b", 1e-3, ("a",)),
+            "c": overlapped("c", 5e-3, ("d",)),
+            "d": overlapped("d", 1e-3, ("c",)),
+        }
+        found = fit_interference(beside, costs)
+        assert found.slowed["a"] * found.host_share["d"] < 2.5
+
+    def test_nothing_beside_means_the_prior_stays(self) -> None:
+        costs = fit_costs({"a": Timed(rows(0, 4, {"calls": 1.0}, 1e-3))})
+        found = fit_interference({"a": Timed(rows(0, 4, {"calls": 1.0}, 1e-3))}, costs)
+        assert found.slowed["a"] == pytest.approx(1.0)
+        assert found.lane_factor["a"] == pytest.approx(1.0, rel=1e-3)
+
+    @pytest.mark.parametrize("name", DESIGNS)
+    def test_the_hand_over_that_was_simulated_is_found_again(
+        self, name: str, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
+    ) -> None:
+        """Only lanes that sleep are woken, and operations of one name and layer are told apart."""
+        run = runs[name][1]
+        later = {lane: (1 + number) * 1e-3 for number, lane in enumerate(Lane)}
+        priced = price_run(profile.model_copy(update={"handover_s": later}), run)
+        steps = tuple(simulated_timeline(priced, step, name) for step in range(priced.num_steps))
+        found = handover_s([replace(run, timelines=steps)])
+        assert found == pytest.approx({lane: later[lane] for lane in found})
+        assert Lane.MAIN in found
+
+    def test_every_node_of_every_design_has_a_price(
+        self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
+    ) -> None:
+        for _, run in runs.values():
+            pricer = OperationPricer(profile, run.plan)
+            for node in record_step(run.plan).nodes:
+                name, work = price_name(node.op), node.op.work
+                seconds = pricer.seconds(work, run.traffic, name)
+                by_hand = sum(
+                    profile.operations[price_key(name, work, run.plan)].per_unit.get(feature, 0.0) * np.asarray(value)
+                    for feature, value in feature_values(work, run.plan, run.traffic).items()
+                )
+                assert np.allclose(seconds, by_hand, rtol=1e-12)
+
+
+class TestProbes:
+    @pytest.mark.parametrize("grid", [CPU_GRID, CUDA_GRID])
+    def test_half_of_the_grid_is_held_out(self, grid: Grid) -> None:
+        probes = validation_probes(grid=grid)
+        fitted = {probe.size for probe in calibration_probes(grid=grid)} | {grid.baseline}
+        held_out = [probe for probe in probes if not probe.fitted]
+        assert len(held_out) >= len(probes) / 2
+        assert not fitted & {probe.size for probe in held_out}
+
+    def test_keys_tell_probes_apart(self) -> None:
+        probes = [*calibration_probes(), *validation_probes()]
+        assert len({probe.key for probe in probes}) == len(set(probes))
+
+    def test_unknown_designs_are_refused(self) -> None:
+        with pytest.raises(SpecError, match="--designs clo,nosuch"):
+            named("clo,nosuch", torch.device("cpu"))
+
+    def test_cuda_takes_no_design_that_stores_through_the_bar(self) -> None:
+        assert "clo-v2" in named(None, torch.device("cpu"))
+        assert not {"clo-v1", "clo-v2"} & set(named(None, torch.device("cuda")))
+        with pytest.raises(SpecError, match="--designs clo-v2: choose from resident"):
+            named("clo-v2", torch.device("cuda"))

@@ -1,0 +1,76 @@
+"""What a verdict says of known pairs of real and simulated runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from clo.errors import CloError
+from clo_calibration.fingerprint import differences, fingerprint
+from clo_calibration.verdict import Point, Verdict, load_verdict, markdown
+
+
+def point(real: float, simulated: float, *, design: str = "a", fitted: bool = False, half: float = 0.1) -> Point:
+    return Point(
+        design=design,
+        context_tokens=100,
+        batch=1,
+        budget_fraction=0.1,
+        fitted=fitted,
+        real_s=real,
+        disturbed_s=real,
+        simulated_s=simulated,
+        low_s=simulated * (1 - half),
+        high_s=simulated * (1 + half),
+        hit_rate=0.5,
+        differences=(),
+        without={"nothing": simulated, "interference": simulated / 2},
+        operations={},
+        lanes={},
+        stalls={},
+    )
+
+
+def verdict(*points: Point) -> Verdict:
+    return Verdict(
+        profile="p", machine="m", model="x", date="2026-01-01", fingerprint={"cores": "2"}, drift=0.01, points=points
+    )
+
+
+class TestVerdict:
+    def test_by_hand(self) -> None:
+        found = verdict(
+            point(1.0, 1.05, design="a"),
+            point(2.0, 1.8, design="b"),
+            point(0.9, 1.2, design="c"),
+            point(5.0, 50.0, design="d", fitted=True),
+        )
+        summary = found.summary()
+        assert summary["tpot_error_median"] == pytest.approx(0.1)
+        assert summary["tpot_error_worst"] == pytest.approx(1 / 3)
+        assert summary["tpot_error_bias"] == pytest.approx((0.05 - 0.1 + 1 / 3) / 3)
+        # a is chosen for its 1.05, c would have taken 0.9
+        assert summary["regret"] == pytest.approx(1 / 0.9 - 1)
+        # ranks: real c a b, simulated a c b
+        assert summary["rank_correlation"] == pytest.approx(0.5)
+        # 1.0 in 0.945 to 1.155, 2.0 beyond 1.98, 0.9 below 1.08
+        assert summary["interval_coverage"] == pytest.approx(1 / 3)
+        assert found.ablation()["interference"] == pytest.approx(0.475)
+
+    def test_text_names_every_run_and_survives_a_file(self, tmp_path: Path) -> None:
+        found = verdict(point(1.0, 1.05), point(2.0, 4.0, design="b"))
+        assert "| b | 100 | 1 |" in markdown(found)
+        assert "(outside)" in markdown(found)
+        path = tmp_path / "v.json"
+        path.write_text(found.model_dump_json())
+        assert load_verdict(path) == found
+        path.write_text(found.model_copy(update={"schema_version": 9}).model_dump_json())
+        with pytest.raises(CloError, match="schema_version"):
+            load_verdict(path)
+
+    def test_machines_differ_by_what_they_are_not_by_versions(self) -> None:
+        here = fingerprint(torch.device("cpu"))
+        assert differences(here, here | {"torch": "0"}) == []
+        assert "processor is" in differences(here, here | {"processor": "abacus"})[0]
