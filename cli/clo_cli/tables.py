@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clo.specs import ModelSpec
-from clo.units import GB, MS_PER_S, format_bytes, format_seconds
+from clo.units import MS_PER_S, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from clo.choices import Choices
@@ -23,11 +23,11 @@ WIDE = 160
 NUMBER_COLUMNS = (
     "TPOT",
     "tokens/s",
-    "GPU mem\nGB",
-    "of it KV\nGB",
+    "GPU\nmemory",
+    "of it\nKV",
     "overlap",
     "hit\nrate",
-    "h2d/step\nGB",
+    "h2d a\nstep",
     "PCIe\nused",
     "CPU threads\nbusy",
     "stall",
@@ -50,7 +50,7 @@ LEGEND = (
 
 NARROW = 125
 """A terminal with fewer columns gets `NARROW_COLUMNS` only."""
-NARROW_COLUMNS = ("TPOT", "of it KV\nGB", "overlap", "hit\nrate", "stall")
+NARROW_COLUMNS = ("TPOT", "of it\nKV", "overlap", "hit\nrate", "stall")
 _LONGEST_NAME = 44
 
 
@@ -77,11 +77,11 @@ def _design_row(result: Result) -> list[str]:
         result.design.name,
         format_seconds(result.tpot_s),
         f"{result.tokens_per_s:.0f}" if result.tokens_per_s >= 10 else f"{result.tokens_per_s:.2g}",
-        f"{result.device_bytes / GB:.0f}",
-        f"{result.kv_device_bytes / GB:.0f}",
+        format_bytes(result.device_bytes),
+        format_bytes(result.kv_device_bytes),
         _share(result.overlap),
         f"{result.hit_rate:.1%}",
-        f"{result.h2d_bytes_per_step / GB:.2f}",
+        format_bytes(result.h2d_bytes_per_step),
         _share(result.h2d_utilisation),
         f"{result.cpu_threads_s / result.tpot_s:.0%}",
         f"{result.total_stall_s / result.tpot_s:.0%}",
