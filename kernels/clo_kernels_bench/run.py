@@ -60,10 +60,16 @@ def run(report: Report, say: Say, *, quick: bool, seconds: float, save: Callable
     """Fill `report`. `save` is called after each section, so that a run cut short leaves what it has."""
     end = time.monotonic() + seconds
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu", 0 if torch.cuda.is_available() else None)
-    for verdict in verdicts(device):
-        report.correctness.append(verdict)
-        if not verdict.passed:
-            say(f"WRONG {verdict.operation} ({verdict.case}): {verdict.detail}")
+    try:
+        for verdict in verdicts(device):
+            report.correctness.append(verdict)
+            if not verdict.passed:
+                say(f"WRONG {verdict.operation} ({verdict.case}): {verdict.detail}")
+    except Exception as error:  # a device that is lost with one operation has no inputs for the next
+        report.failed.append("correctness")
+        report.left_out.append(f"everything else: {type(error).__name__}: {str(error)[:500]}")
+        save()
+        return
     passed = sum(verdict.passed for verdict in report.correctness)
     say(f"correctness: {passed} of {len(report.correctness)} agree with the reference")
     save()

@@ -27,7 +27,7 @@ CASES = cases(
 
 
 def grow(append, full, tokens, kv, host, index, idle=()):
-    """Append `tokens` of every sequence, to the end: pages are in host memory then. In `idle`, sequences of length 0."""
+    """Append `tokens` of every sequence and wait: pages are in host memory then. Those in `idle` have length 0."""
     for token in tokens:
         lengths = torch.full((full.shape[0],), token + 1, dtype=torch.int32, device=DEVICE)
         lengths[list(idle)] = 0
