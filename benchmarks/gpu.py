@@ -22,9 +22,11 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -138,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     now = datetime.datetime.now(datetime.UTC)
     environment["date"] = now.isoformat(timespec="seconds")
     environment["packages_missing"] = sorted({n for step in STEPS for n in step.needs if not installed(n)})
+    environment |= builders()
     device = re.sub(r"\W+", "-", str(environment["device"])).strip("-").lower()
     out = (options.out or ROOT / "out" / "gpu" / f"{device}-{now:%Y%m%d-%H%M%S}").resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -156,6 +159,15 @@ def probe() -> dict[str, object] | str:
         return f"{sys.executable} cannot use torch ({reason[0]}): name another with make gpu PYTHON=..."
     found: dict[str, object] = json.loads(done.stdout)
     return found if "device" in found else f"no CUDA device that torch {found['torch']} of {sys.executable} can use"
+
+
+def builders() -> dict[str, object]:
+    """What Triton builds its launchers with when a kernel first runs: without these no kernel does."""
+    compilers = (os.environ.get("CC"), "gcc", "clang")
+    return {
+        "c_compiler": next((found for name in compilers if name and (found := shutil.which(name))), None),
+        "python_headers": (Path(sysconfig.get_path("include")) / "Python.h").exists(),
+    }
 
 
 def installed(package: str) -> bool:
