@@ -74,11 +74,13 @@ def run(report: Report, say: Say, *, quick: bool, seconds: float, save: Callable
     say(f"correctness: {passed} of {len(report.correctness)} agree with the reference")
     save()
     for name, section in _sections(report, device, end, quick=quick, say=say).items():
-        if time.monotonic() > end:
-            report.left_out.append(f"{name}: no time left of {seconds:.0f} s")
-        else:
-            _run_section(report, name, section, end, say)
-        save()
+        try:
+            if time.monotonic() > end:
+                report.left_out.append(f"{name}: no time left of {seconds:.0f} s")
+            else:
+                _run_section(report, name, section, end, say)
+        finally:  # an interrupt loses nothing either
+            save()
 
 
 def _run_section(report: Report, name: str, section: Section, end: float, say: Say) -> None:
