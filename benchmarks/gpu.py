@@ -69,7 +69,7 @@ PYTEST = (
 )
 CLO = ("-m", "clo_cli.main")
 CLO_NEEDS = ("transformers", "pydantic", "triton", "scipy", "simpy", "click", "rich", "matplotlib")
-WORKERS = 8
+WORKERS = 12
 GRACE_S = 10.0
 """A step whose time is over is interrupted first, and ended after this: tests say what has failed so far."""
 NO_GPU = ("test_ptx.py", "test_bench.py", "test_sanitizer.py")
