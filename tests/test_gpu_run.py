@@ -57,6 +57,17 @@ def test_a_step_that_fails_or_hangs_or_lacks_a_package_stops_no_other(gpu: Modul
     assert all(f"| {step} | {result} |" in summary for step, result in results.items())
 
 
+def test_a_step_whose_time_is_over_may_still_say_what_it_found(gpu: ModuleType, tmp_path: Path) -> None:
+    code = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGINT, lambda *_: sys.exit(pathlib.Path(r'{out}/found').write_text('so far')))
+time.sleep(60)
+"""
+    outcome = gpu.run_step(gpu.Step("slow", ("-c", code), 20), tmp_path, 6)
+    assert (outcome.result, outcome.seconds < 7) == ("failed: not done after 6 s", True)
+    assert (tmp_path / "found").read_text() == "so far"
+
+
 def test_minutes_scale_every_limit_and_what_is_left_goes_on(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

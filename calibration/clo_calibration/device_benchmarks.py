@@ -24,15 +24,18 @@ from clo_kernels.wait_ready import raise_if_late, wait_ready
 KIB, MIB = 2**10, 2**20
 ARENA_BYTES = 256 * MIB
 COPY_BYTES = (4 * KIB, 64 * KIB, MIB, 16 * MIB, 256 * MIB)
-DESCRIPTORS = (16, 256, 2048)
+DESCRIPTORS = (16, 128, 512)
+"""Fewer than a stream takes before the thread that submits them has to wait: about a thousand."""
 PAGE_BYTES = (4 * KIB, 8 * KIB, 32 * KIB)
 PROGRAMS = (1, 4, 16, 32)
 GATHER_BYTES = 32 * MIB
 NODES = 200
 WARM_UP = 3
 DELAY_CYCLES = 400_000
+"""Longer than submitting one operation takes."""
+MOST_DELAY_CYCLES = 100_000_000
+"""More would not help: a stream that is full lets nobody submit until the delay is over, however long it is."""
 CYCLES_PER_S = 2e9
-"""Longer than submitting what is timed takes."""
 
 
 def device_benchmarks(device: torch.device, threads: tuple[int, ...], repetitions: int = 15) -> list[HostBenchmark]:
@@ -49,22 +52,31 @@ def device_benchmarks(device: torch.device, threads: tuple[int, ...], repetition
 
 def device_seconds(call: Call, repetitions: int, *, before: Call = lambda: None) -> tuple[float, ...]:
     """Between two events around `call` on the current stream, which is busy until all of it has been submitted."""
-    samples, cycles = [], DELAY_CYCLES
+    samples, cycles = [], delay_cycles(call, before)
     for repetition in range(WARM_UP + repetitions):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         before()
         torch.cuda._sleep(cycles)
         start.record()
-        began = time.perf_counter()
         call()
-        # many copies take longer to submit than the usual delay
-        cycles = max(cycles, int(2 * CYCLES_PER_S * (time.perf_counter() - began)))
         end.record()
         torch.cuda.synchronize()
         if repetition >= WARM_UP:
             samples.append(start.elapsed_time(end) / 1e3)
     return tuple(samples)
+
+
+def delay_cycles(call: Call, before: Call = lambda: None) -> int:
+    """Twice what submitting `call` to an idle device takes, once all that it needs has been compiled and loaded."""
+    for _ in range(2):
+        before()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        call()
+        submitting_s = time.perf_counter() - began
+    torch.cuda.synchronize()
+    return max(DELAY_CYCLES, min(MOST_DELAY_CYCLES, int(2 * CYCLES_PER_S * submitting_s)))
 
 
 def host_seconds(call: Call, repetitions: int, calls: int) -> tuple[float, ...]:

@@ -39,8 +39,8 @@ def sheet_bytes_per_s(device: torch.device) -> float | None:
 
 def measure_peaks(device: torch.device, *, quick: bool) -> tuple[Peaks, list[Figure]]:
     """Pinned copies both ways, a device copy (reads and writes counted), a reduction (reads)."""
-    host = torch.randint(0, 255, (COPY_BYTES,), dtype=torch.uint8).pin_memory()
-    there = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+    there = torch.randint(0, 255, (COPY_BYTES,), dtype=torch.uint8, device=device)
+    host = there.cpu().pin_memory()
     source = torch.randn((MEMORY_BYTES >> (2 if quick else 0)) // 4, device=device)
     target = torch.empty_like(source)
     memory_bytes = float(source.numel() * 4)

@@ -81,9 +81,10 @@ def selection_cycle(sizes: Sizes, changed: float = 0.4) -> list[torch.Tensor]:
     new = round(changed * sizes.budget)
     steps = 2 * (max(sizes.slots, sizes.budget) // (2 * new) + 1)
     assert sizes.slots < steps * new < sizes.num_pages, f"{steps} steps of {new} new pages, {sizes.slots} slots"
-    order = torch.rand(sizes.batch * sizes.kv_heads, sizes.num_pages - 1).argsort(1).to(INT32)[:, : steps * new] + 1
+    order = torch.rand(sizes.batch * sizes.kv_heads, sizes.num_pages - 1, device=sizes.device).argsort(1)
+    order = order.to(INT32)[:, : steps * new] + 1
     shifts = (order.roll(-step * new, 1)[:, : sizes.budget] for step in range(steps))
-    return [pages.sort(1).values.view(*sizes.rows, -1).to(sizes.device).contiguous() for pages in shifts]
+    return [pages.sort(1).values.view(*sizes.rows, -1).contiguous() for pages in shifts]
 
 
 def page_table(sizes: Sizes) -> PageTable:

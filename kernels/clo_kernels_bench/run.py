@@ -60,19 +60,27 @@ def run(report: Report, say: Say, *, quick: bool, seconds: float, save: Callable
     """Fill `report`. `save` is called after each section, so that a run cut short leaves what it has."""
     end = time.monotonic() + seconds
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu", 0 if torch.cuda.is_available() else None)
-    for verdict in verdicts(device):
-        report.correctness.append(verdict)
-        if not verdict.passed:
-            say(f"WRONG {verdict.operation} ({verdict.case}): {verdict.detail}")
+    try:
+        for verdict in verdicts(device):
+            report.correctness.append(verdict)
+            if not verdict.passed:
+                say(f"WRONG {verdict.operation} ({verdict.case}): {verdict.detail}")
+    except Exception as error:  # a device that is lost with one operation has no inputs for the next
+        report.failed.append("correctness")
+        report.left_out.append(f"everything else: {type(error).__name__}: {str(error)[:500]}")
+        save()
+        return
     passed = sum(verdict.passed for verdict in report.correctness)
     say(f"correctness: {passed} of {len(report.correctness)} agree with the reference")
     save()
     for name, section in _sections(report, device, end, quick=quick, say=say).items():
-        if time.monotonic() > end:
-            report.left_out.append(f"{name}: no time left of {seconds:.0f} s")
-        else:
-            _run_section(report, name, section, end, say)
-        save()
+        try:
+            if time.monotonic() > end:
+                report.left_out.append(f"{name}: no time left of {seconds:.0f} s")
+            else:
+                _run_section(report, name, section, end, say)
+        finally:  # an interrupt loses nothing either
+            save()
 
 
 def _run_section(report: Report, name: str, section: Section, end: float, say: Say) -> None:

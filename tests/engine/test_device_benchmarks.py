@@ -106,6 +106,25 @@ def test_every_benchmark_runs_and_a_machine_comes_of_them() -> None:
 
 
 @pytest.mark.usefixtures("no_device")
+def test_what_compiles_or_fills_its_stream_is_not_delayed_for_longer_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first call that takes seconds, and calls that return only when the delay before them is over."""
+    now, delays, pending = [0.0], list[float](), [0.0]
+
+    def sleep(cycles: int) -> None:
+        delays.append(cycles / benchmarks.CYCLES_PER_S)
+        pending[0] = delays[-1]
+
+    def call() -> None:
+        now[0] += pending[0] + (0.01 if delays or now[0] else 2.0)
+        pending[0] = 0.0
+
+    monkeypatch.setattr(benchmarks.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    assert len(benchmarks.device_seconds(call, 10)) == 10
+    assert delays == pytest.approx([0.02] * (10 + benchmarks.WARM_UP))
+
+
+@pytest.mark.usefixtures("no_device")
 def test_the_link_s_rate_is_that_of_the_best_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("clo_calibration.calibrate.local_machine", lambda _: local())
     rows = [

@@ -13,6 +13,7 @@ from clo_kernels.page_index import IndexKind, entry_shape, hash_planes
 from tests.kernels import oracle
 from tests.kernels.helpers import DEVICE, TOLERANCE, cases
 from tests.kernels.sequences import empty_kv, lay_out
+from tests.kernels.test_ring_doorbell import pinned, synchronize
 
 CASES = cases(
     "page_size recent sinks dim vectors",
@@ -26,11 +27,12 @@ CASES = cases(
 
 
 def grow(append, full, tokens, kv, host, index, idle=()):
-    """Append `tokens` of every sequence; sequences in `idle` have length 0."""
+    """Append `tokens` of every sequence and wait: pages are in host memory then. Those in `idle` have length 0."""
     for token in tokens:
         lengths = torch.full((full.shape[0],), token + 1, dtype=torch.int32, device=DEVICE)
         lengths[list(idle)] = 0
         append(full[:, :, 0, token].contiguous(), full[:, :, 1, token].contiguous(), lengths, kv, host, index)
+    synchronize()
 
 
 def same(first, second):
@@ -45,7 +47,7 @@ def setup(page_size, recent, sinks, dim, vectors, *, batch=2, heads=3, tokens=90
     pages = tokens // page_size + 1
     host = torch.full((batch, pages, heads, 2, page_size, dim), float("nan"), dtype=dtype)
     index = torch.full((batch, heads, pages, vectors, dim), float("nan"), dtype=dtype, device=DEVICE)
-    return full, kv, host.pin_memory() if DEVICE == "cuda" else host, index
+    return full, kv, pinned(host), index
 
 
 @CASES
@@ -123,7 +125,7 @@ def test_only_the_new_token_is_written_while_no_page_leaves():
 
 def test_what_does_not_fit_is_dropped():
     full, kv, host, index = setup(4, 5, 3, 64, 2, tokens=30)
-    short_host, short_index = host[:, :2].contiguous(), index[:, :, :2].contiguous()
+    short_host, short_index = pinned(host[:, :2].contiguous()), index[:, :, :2].contiguous()
     guard = short_host.clone(), short_index.clone()
     grow(append_kv, full, range(17), kv, short_host, short_index)
     assert torch.equal(short_host[:, :, 0, 0], full[:, 0, 0, :8].unflatten(1, (2, 4)).to(short_host.device))

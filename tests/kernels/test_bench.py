@@ -100,6 +100,32 @@ def test_a_section_that_fails_keeps_what_it_has():
     assert report.failed == ["section"]
 
 
+def test_a_device_that_is_lost_leaves_what_was_found(monkeypatch):
+    def lost(device):
+        yield Verdict("hit_test", "float32", False, "CUDA error: an illegal memory access was encountered")
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(run, "verdicts", lost)
+    report, saved = Report({}, True, ""), []
+    run.run(report, lambda text: None, quick=True, seconds=9, save=lambda: saved.append(report.as_json()))
+    assert [verdict["operation"] for verdict in saved[-1]["correctness"]] == ["hit_test"]
+    assert saved[-1]["failed"] == ["correctness"]
+    assert saved[-1]["figures"] == []
+
+
+def test_an_interrupt_loses_nothing(monkeypatch):
+    def section():
+        yield Figure(operation="x", case={}, samples_us=(1.0,))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "verdicts", lambda device: [])
+    monkeypatch.setattr(run, "_sections", lambda *_, **__: {"section": section})
+    report, saved = Report({}, True, ""), []
+    with pytest.raises(KeyboardInterrupt):
+        run.run(report, lambda text: None, quick=True, seconds=9, save=lambda: saved.append(report.as_json()))
+    assert [figure["operation"] for figure in saved[-1]["figures"]] == ["x"]
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="the bench itself runs there")
 def test_the_compiler_gets_the_time_that_is_left(monkeypatch):
     given = []

@@ -132,6 +132,7 @@ def test_reference_agrees_with_float64():
 )
 def test_refuses(change, message):
     kv = empty_kv(1, 2, 3, 16, 64, sinks=4, recent=16, max_tokens=1, dtype=torch.float32)
+    change = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in change.items()}
     kv = replace(kv, **{k: v for k, v in change.items() if hasattr(kv, k)})
     arguments = {
         "query": torch.zeros(1, 4, 64, device=DEVICE),
