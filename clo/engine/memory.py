@@ -29,6 +29,13 @@ class CacheBytes:
     device: float
     host: float
     prefill: float
+    host_layers: int
+
+    @property
+    def pinned(self) -> float:
+        """What pinned host memory takes: torch gives it in powers of two, and each layer has its own."""
+        layer = math.ceil(self.host / max(1, self.host_layers))
+        return float(self.host_layers << max(0, layer - 1).bit_length()) if layer else 0.0
 
 
 def cache_bytes(plan: DecodePlan, max_tokens: int) -> CacheBytes:
@@ -37,11 +44,11 @@ def cache_bytes(plan: DecodePlan, max_tokens: int) -> CacheBytes:
     sparse, whole = model.num_layers - dense, batch * max_tokens * model.layer_token_bytes
     reading = prefill_bytes(plan, plan.workload.context_tokens)
     if plan.design.attend is Attend.FULL:
-        return CacheBytes(device=model.num_layers * whole, host=sparse * whole, prefill=reading)
+        return CacheBytes(device=model.num_layers * whole, host=sparse * whole, prefill=reading, host_layers=sparse)
     pages = math.ceil(max_tokens / plan.design.page_size)
     device = dense * whole + sparse * batch * _offloaded_bytes(plan, max_tokens, pages)
     host = sparse * batch * pages * plan.design.page_size * model.layer_token_bytes
-    return CacheBytes(device=device, host=host, prefill=reading)
+    return CacheBytes(device=device, host=host, prefill=reading, host_layers=sparse)
 
 
 def _offloaded_bytes(plan: DecodePlan, max_tokens: int, pages: int) -> float:
@@ -64,7 +71,7 @@ def check_memory(plan: DecodePlan, device: torch.device, max_tokens: int) -> Non
     on_device = needed.device + needed.prefill
     if device.type == "cuda":
         _check(plan, max_tokens, "device memory", on_device, available_device_bytes(device))
-        _check(plan, max_tokens, "pinned host memory", needed.host, available_host_bytes())
+        _check(plan, max_tokens, "pinned host memory", needed.pinned, available_host_bytes())
     else:
         # a CPU's "device" is the host's memory too
         _check(plan, max_tokens, "host memory", on_device + needed.host, available_host_bytes())

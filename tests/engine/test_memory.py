@@ -93,15 +93,23 @@ class TestTooLittle:
         needed = memory.cache_bytes(plan, 220)
         for device, host, message in [
             (needed.device, 1e12, "of device memory"),
-            (1e12, needed.host - 1, "of pinned host memory"),
+            (1e12, needed.pinned - 1, "of pinned host memory"),
         ]:
             monkeypatch.setattr(memory, "available_device_bytes", lambda _, free=device: free)
             monkeypatch.setattr(memory, "available_host_bytes", lambda free=host: free)
             with pytest.raises(SpecError, match=message):
                 memory.check_memory(plan, gpu, 220)
         monkeypatch.setattr(memory, "available_device_bytes", lambda _: needed.device + needed.prefill)
-        monkeypatch.setattr(memory, "available_host_bytes", lambda: needed.host)
+        monkeypatch.setattr(memory, "available_host_bytes", lambda: needed.pinned)
         memory.check_memory(plan, gpu, 220)
+
+    @pytest.mark.parametrize(
+        ("host", "layers", "pinned"),
+        [(0.0, 3, 0), (3.0, 3, 3), (24.0, 3, 24), (27.0, 3, 48), (3 * 2.0**29, 3, 3 << 29)],
+    )
+    def test_pinned_memory_comes_in_powers_of_two(self, host: float, layers: int, pinned: int) -> None:
+        needed = memory.CacheBytes(device=0.0, host=host, prefill=0.0, host_layers=layers)
+        assert needed.pinned == pinned
 
     def test_memory_that_is_gone_when_it_is_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A real failure of the allocator: more than any machine can address."""
