@@ -9,6 +9,7 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ from clo.schedule.ops import price_name
 from clo.schedule.work import Gemm
 from clo.specs import Design
 from clo.timeline import load_chrome_trace
-from clo_calibration.calibrate import calibrate, claim_folder, network_of
+from clo_calibration.calibrate import calibrate, claim_folder, drift, network_of
 from clo_calibration.comparison import ABLATIONS, compare, price_run, simulated_s
 from clo_calibration.fingerprint import differences, fingerprint
 from clo_calibration.interference_fit import fit_interference
@@ -223,6 +224,22 @@ class TestFit:
         found = Timed(rows(0, 50, {"calls": 1.0}, 1e-4) + rows(0, 1, {"calls": 1.0}, 5.0))
         assert fit_costs({"a": found})["a"].per_unit["calls"] < 1.2e-4
 
+    def test_the_few_operations_with_much_to_do_count_in_full(self) -> None:
+        """A page is stored in one step of five: rare, and many times as long, but not disturbed."""
+        found = Timed()
+        for run, pages in enumerate((6.0, 12.0)):
+            idle, busy = {"calls": 1.0, "some": 0.0, "pages": 0.0}, {"calls": 1.0, "some": 1.0, "pages": pages}
+            found.rows += rows(run, 16, idle, 2e-4) + rows(run, 4, busy, 2e-4 + 5e-4 * pages)
+            found.rows += rows(run, 1, idle, 5.0) + rows(run, 1, busy, 5.0)
+        cost = fit_costs({"a": found})["a"]
+        for pages in (6.0, 12.0):
+            fitted = cost.per_unit["calls"] + cost.per_unit.get("some", 0.0) + cost.per_unit["pages"] * pages
+            # of five the disturbed one counts thrice
+            assert fitted == pytest.approx(1.4 * (2e-4 + 5e-4 * pages), rel=0.1)
+        assert cost.per_unit["calls"] < 1.2 * 2e-4
+        quiet = Timed([row for row in found.rows if row.seconds < 5.0])
+        assert fit_costs({"a": quiet})["a"].spread < 1e-4
+
     def test_costs_are_never_negative(self) -> None:
         found = Timed(rows(0, 3, {"calls": 1.0, "bytes": 1.0}, 2e-4) + rows(1, 3, {"calls": 1.0, "bytes": 100.0}, 1e-4))
         assert min(fit_costs({"a": found})["a"].per_unit.values()) >= 0
@@ -298,7 +315,36 @@ class TestFit:
                 assert np.allclose(seconds, by_hand, rtol=1e-12)
 
 
+def test_drift_is_the_spread_of_which_few_repeats_are_a_sample(
+    runs: dict[str, tuple[MachineRun, MachineRun]],
+) -> None:
+    """Four repeats of a step that varies by a tenth: a tenth on average, in the square."""
+    run, source = runs["resident"][1], np.random.default_rng(0)
+
+    def repeated(seconds: float) -> MachineRun:
+        span = replace(run.timelines[0].spans[0], start_s=0.0, end_s=seconds)
+        return replace(run, timelines=(replace(run.timelines[0], spans=(span,)),))
+
+    found = [drift([repeated(seconds) for seconds in source.normal(1.0, 0.1, 4)]) for _ in range(400)]
+    assert np.sqrt(np.mean(np.square(found))) == pytest.approx(0.1, rel=0.08)
+
+
 class TestIntervals:
+    def test_nine_in_ten_outcomes_are_inside(
+        self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
+    ) -> None:
+        """As many draws as are made by default, of a distribution that is known: log-normal with mean 1."""
+        priced = price_run(profile.model_copy(update={"common_spread": 0.1}), runs["resident"][1])
+        times, sigma = run_simpy(priced), float(np.sqrt(np.log1p(0.01)))
+        middle = float(times.seconds.mean())
+
+        def share(seed: int) -> float:
+            found = predict(priced, seed=seed, run=lambda *_, **__: times).intervals["tpot_s"]
+            ends = [(np.log(end / middle) + sigma**2 / 2) / sigma for end in (found.low, found.high)]
+            return NormalDist().cdf(ends[1]) - NormalDist().cdf(ends[0])
+
+        assert np.mean([share(seed) for seed in range(200)]) == pytest.approx(0.9, abs=0.012)
+
     def test_no_spread_gives_points(
         self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
     ) -> None:
@@ -437,6 +483,18 @@ class TestVerdict:
         # 1.0 in 0.945 to 1.155, 2.0 beyond 1.98, 0.9 below 1.08
         assert summary["interval_coverage"] == pytest.approx(1 / 3)
         assert found.ablation()["interference"] == pytest.approx(0.475)
+
+    def test_one_design_has_no_order_and_no_regret(self) -> None:
+        summary = verdict(point(1.0, 1.1)).summary()
+        assert np.isnan(summary["regret"])
+        assert np.isnan(summary["rank_correlation"])
+        assert summary["tpot_error_worst"] == pytest.approx(0.1)
+
+    def test_a_size_at_which_all_are_equal_says_nothing_of_the_order(self) -> None:
+        equal = [point(1.0, 1.1), point(1.0, 1.2, design="b")]
+        other = [point(real, real, design=name) for name, real in (("a", 1.0), ("b", 2.0), ("c", 3.0))]
+        larger = [one.model_copy(update={"batch": 2}) for one in other]
+        assert verdict(*equal, *larger).summary()["rank_correlation"] == pytest.approx(1.0)
 
     def test_text_names_every_run_and_survives_a_file(self, tmp_path: Path) -> None:
         found = verdict(point(1.0, 1.05), point(2.0, 4.0, design="b"))
