@@ -335,6 +335,16 @@ def test_until_it_is_launched_an_operation_waits_for_nothing_else(scene: Scene, 
     assert not any(found[0] == "on-demand transfer" for found in causes if found)
 
 
+@pytest.mark.parametrize("executor", ["clock", "simpy"])
+@pytest.mark.parametrize("name", ["clo-v1", "clo-v2"])
+def test_waits_of_operations_that_take_no_time_are_not_lost(scene: Scene, name: str, executor: str) -> None:
+    free = scene.profile.model_copy(update={"ready_flag": FixedCost(seconds=0.0, source="assumed")})
+    priced = replace(scene, profile=free).priced(scene.plan(presets.load_design(name)))
+    main = [span for span in timeline_of(priced, 5, executor).spans if span.lane == Lane.MAIN]
+    busy_s = sum(span.end_s - span.start_s for span in main)
+    assert busy_s + sum(span.waited_s for span in main) == pytest.approx(max(span.end_s for span in main))
+
+
 @pytest.mark.parametrize("name", DESIGNS)
 class TestNamedDesigns:
     """The presets on a real model and machine."""
