@@ -223,23 +223,30 @@ def predicted_s(row: Observation, per_unit: dict[str, float]) -> float:
 
 
 def handover_s(runs: Iterable[MachineRun]) -> dict[Lane, float]:
-    """From the end of an operation until a lane that slept until then begins another one: the mean by lane, seconds."""
+    """From the end of an operation until a lane that slept until then begins another one: the mean by lane, seconds.
+
+    Of one hand-over in the steps of a run the median counts each time: what comes once is the operating system's.
+    """
     gaps: dict[Lane, list[float]] = {}
     for run in runs:
+        of_node: dict[int, list[float]] = {}
         for timeline in run.timelines:
-            for lane, gap in _handovers(run, timeline):
-                gaps.setdefault(lane, []).append(gap)
+            for number, gap in _handovers(run, timeline):
+                of_node.setdefault(number, []).append(gap)
+        nodes = record_step(run.plan).nodes
+        for number, found in of_node.items():
+            gaps.setdefault(nodes[number].lane, []).extend([float(np.median(found))] * len(found))
     return {lane: float(np.mean(found)) for lane, found in sorted(gaps.items())}
 
 
-def _handovers(run: MachineRun, timeline: Timeline) -> Iterator[tuple[Lane, float]]:
-    """A lane that was busy when its input came goes on without a gap, and tells nothing."""
+def _handovers(run: MachineRun, timeline: Timeline) -> Iterator[tuple[int, float]]:
+    """Number of an operation, seconds. A lane that was busy when its input came goes on at once, and tells nothing."""
     of_name: dict[tuple[str, str, int], deque[Span]] = {}
     for span in timeline.spans:
         of_name.setdefault((span.lane, span.name, span.layer), deque()).append(span)
     found: list[Span | None] = []
     free: dict[Lane, float] = {}
-    for node in record_step(run.plan).nodes:
+    for number, node in enumerate(record_step(run.plan).nodes):
         same = of_name.get((node.lane.value, node.op.name, node.op.layer))
         here = same.popleft() if same else None
         found.append(here)
@@ -248,5 +255,5 @@ def _handovers(run: MachineRun, timeline: Timeline) -> Iterator[tuple[Lane, floa
         ends = [awaited.end_s for awaited in (found[wait.node] for wait in node.after) if awaited is not None]
         ready = max(ends, default=0.0)
         if ready > free.get(node.lane, 0.0):
-            yield node.lane, max(0.0, here.start_s - ready)
+            yield number, max(0.0, here.start_s - ready)
         free[node.lane] = here.end_s

@@ -300,6 +300,22 @@ class TestFit:
         assert found == pytest.approx({lane: later[lane] for lane in found})
         assert Lane.MAIN in found
 
+    def test_a_lane_that_once_was_not_woken_for_long_counts_for_little(
+        self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
+    ) -> None:
+        run = runs["resolve"][1]
+        later = dict.fromkeys(Lane, 0.001)
+        priced = price_run(profile.model_copy(update={"handover_s": later}), run)
+        steps = [simulated_timeline(priced, step, "resolve") for step in range(priced.num_steps)]
+        # the end of the last step comes a second late
+        *others, last = steps[-1].spans
+        assert last.lane == Lane.LAUNCH
+        late = replace(last, start_s=last.start_s + 1.0, end_s=last.end_s + 1.0)
+        steps[-1] = replace(steps[-1], spans=(*others, late))
+        assert handover_s([replace(run, timelines=tuple(steps))]) == pytest.approx(
+            dict.fromkeys(handover_s([replace(run, timelines=tuple(steps[:-1]))]), 0.001)
+        )
+
     def test_every_node_of_every_design_has_a_price(
         self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
     ) -> None:
