@@ -258,6 +258,18 @@ def test_two_lane_service_is_the_general_one(data: st.DataObject) -> None:
     assert list(pair.busy) == pytest.approx(device.busy)
 
 
+def test_a_lane_waits_for_its_submission_before_its_inputs() -> None:
+    # submitted at 2, its input is there at 3: two seconds of the first cause, one of the second
+    lane = LaneProgram((0,), (((1, 1, 1),),), ((2, 0),), ((),), (0,))
+    other = LaneProgram((0,), ((),), ((1, 0),), ((0,),), (1,))
+    device = Device((lane, other), lambda classes: (1.0,) * len(classes), watched=0, num_causes=2)
+    device.begin_step(0.0, [1.0, 3.0])
+    device.submit(0.0)
+    device.submit(2.0)
+    assert device.run_until(0, 1) == 4.0
+    assert device.gaps == [2.0, 1.0]
+
+
 Item = tuple[int, float, list[tuple[int, int]], int]
 """Contention class, seconds alone, (lane, completions) it waits for, submission it belongs to."""
 

@@ -267,6 +267,16 @@ class TestOneStep:
         for cause, gaps in clock.gaps.items():
             np.testing.assert_allclose(simulated.gaps[cause], gaps, rtol=1e-12, atol=1e-12, err_msg=cause)
 
+    @given(designs(), st.integers(0, 20), handovers())
+    @settings(max_examples=60, deadline=None)
+    def test_work_and_gaps_of_the_main_stream_are_the_step(
+        self, design: Design, seed: int, handover_s: dict[Lane, float]
+    ) -> None:
+        priced = tiny_priced(design, seed, handover_s)
+        for times in (run_clock(priced), run_simpy(priced)):
+            accounted = times.main_busy + np.sum(list(times.gaps.values()), axis=0)
+            np.testing.assert_allclose(accounted, times.seconds, rtol=1e-9)
+
     @given(designs(), st.integers(0, 20))
     @settings(max_examples=60, deadline=None)
     def test_contention_only_ever_delays_the_devices_own_lanes(self, design: Design, seed: int) -> None:
@@ -314,6 +324,25 @@ class TestOneStep:
         assert step(4.0) == 14.0
         # kernel 2: gather alone for 2 s, then halved: 2-6; attention 6-16
         assert step(2.0) == 16.0
+
+
+@pytest.mark.parametrize("executor", ["clock", "simpy"])
+def test_until_it_is_launched_an_operation_waits_for_nothing_else(scene: Scene, executor: str) -> None:
+    """The launching thread reads back who missed, then launches the copy and the attention that waits for it."""
+    timeline = timeline_of(scene.priced(scene.plan(presets.load_design("recall"))), 5, executor)
+    causes = [[cause for cause, _ in span.waits] for span in timeline.spans if span.name == "attention"]
+    assert ["sync", "on-demand transfer"] in causes
+    assert not any(found[0] == "on-demand transfer" for found in causes if found)
+
+
+@pytest.mark.parametrize("executor", ["clock", "simpy"])
+@pytest.mark.parametrize("name", ["clo-v1", "clo-v2"])
+def test_waits_of_operations_that_take_no_time_are_not_lost(scene: Scene, name: str, executor: str) -> None:
+    free = scene.profile.model_copy(update={"ready_flag": FixedCost(seconds=0.0, source="assumed")})
+    priced = replace(scene, profile=free).priced(scene.plan(presets.load_design(name)))
+    main = [span for span in timeline_of(priced, 5, executor).spans if span.lane == Lane.MAIN]
+    busy_s = sum(span.end_s - span.start_s for span in main)
+    assert busy_s + sum(span.waited_s for span in main) == pytest.approx(max(span.end_s for span in main))
 
 
 @pytest.mark.parametrize("name", DESIGNS)

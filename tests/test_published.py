@@ -12,7 +12,7 @@ def test_gains_grow_with_reuse(monkeypatch: pytest.MonkeyPatch) -> None:
     found = published.claims()
     assert len(found) == 5
     for claim in found[:3]:
-        reused = [int(share) for share in re.findall(r"(\d+)% of heads reused", claim.ours)]
+        reused = [int(share) for share in re.findall(r"(\d+)% of sets kept", claim.ours)]
         gains = [int(gain) for gain in re.findall(r"over lru-cpu ([+-]\d+)%", claim.ours)]
         assert reused == sorted(reused)
         assert gains == sorted(gains)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -106,6 +108,14 @@ class TestQueueingTheory:
         assert summarise_service(serve(trace, toy_costs(), ServiceSettings())).unstable is None
 
 
+def test_of_a_steady_load_the_excess_stays_behind() -> None:
+    # one comes every 800 ns, one leaves every 1000: of 1.25 requests 0.25 stay
+    arrival = np.arange(10_000) * 800
+    found = judge(arrival, (np.arange(10_000) + 1) * 1000)
+    assert found.unstable is True
+    assert found.excess_share == pytest.approx(0.2, rel=1e-3)
+
+
 def test_backlog_is_averaged_over_time() -> None:
     arrival, finish = np.array([0, 10, 20]), np.array([30, 15, 40])
     edges = np.array([0.0, 10.0, 20.0, 40.0])
@@ -178,6 +188,55 @@ def services(draw: st.DrawFn) -> tuple[RequestTrace, WorkerCosts, ServiceSetting
 def everything(run: ServiceRun) -> Any:
     tallies = [{name: getattr(replica.tally, name) for name in replica.tally.__slots__} for replica in run.replicas]
     return run.stamps.first_ns, run.stamps.finish_ns, dict(run.rejected), tallies
+
+
+def served_by_the_rules(
+    rows: Sequence[tuple[int, int, int]], *, token_ns: int, chunk_tokens: int, max_batch: int
+) -> tuple[list[int], list[int]]:
+    """First and last tokens of one worker that has memory for all, iteration by iteration, as the docs have it."""
+    first, finish, waiting = [-1] * len(rows), [-1] * len(rows), list(range(len(rows)))
+    to_prefill = [inputs for _, inputs, _ in rows]
+    running: dict[int, int] = {}  # answer tokens that have come out
+    now = 0
+    while waiting or running:
+        if not running:
+            now = max(now, rows[waiting[0]][0])
+        room, ended = chunk_tokens, []
+        for number in [number for number in waiting if rows[number][0] <= now][: max_batch - len(running)]:
+            taken = min(room, to_prefill[number])
+            room, to_prefill[number] = room - taken, to_prefill[number] - taken
+            ended += [] if to_prefill[number] else [number]
+        step_ns = token_ns * (chunk_tokens - room)
+        if running:
+            contexts = [rows[number][1] + out for number, out in running.items()]
+            step_ns += growing_clock(len(running)).total(sum(contexts) // len(contexts), 1)
+        now += step_ns
+        running = {number: out + 1 for number, out in running.items()} | dict.fromkeys(ended, 1)
+        for number in [number for number, out in running.items() if out == rows[number][2]]:
+            finish[number] = now
+            del running[number]
+        for number in ended:
+            first[number] = now
+            waiting.remove(number)
+    return first, finish
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 20_000), st.integers(1, 40), st.integers(1, 30)), min_size=1, max_size=25),
+    st.sampled_from([0, 70, 1000]),
+    st.integers(1, 50),
+    st.sampled_from([1, 3, 256]),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_worker_does_what_the_rules_say(
+    drawn: list[tuple[int, int, int]], token_ns: int, chunk_tokens: int, max_batch: int
+) -> None:
+    arrivals = accumulate(gap for gap, _, _ in drawn)
+    rows = [(now, inputs, outputs) for now, (_, inputs, outputs) in zip(arrivals, drawn, strict=True)]
+    costs = toy_costs(clock=growing_clock, token_ns=token_ns, chunk_tokens=chunk_tokens)
+    run = serve(trace_of(rows), costs, ServiceSettings(max_batch=max_batch))
+    expected = served_by_the_rules(rows, token_ns=token_ns, chunk_tokens=chunk_tokens, max_batch=max_batch)
+    assert (run.stamps.first_ns, run.stamps.finish_ns) == expected
 
 
 class TestEveryRun:

@@ -181,7 +181,7 @@ def drift(baselines: Sequence[MachineRun]) -> float:
         same = [run for run in baselines if (run.plan.workload.context_tokens, run.plan.workload.batch) == size]
         times = np.array([float(np.median(run.step_s)) for run in same])
         if len(times) > 2:
-            spreads.append(float(times.std() / times.mean()))
+            spreads.append(float(times.std(ddof=1) / times.mean()))
     return max(spreads, default=0.0)
 
 

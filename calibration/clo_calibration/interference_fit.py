@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
 from clo.operation_costs import OperationCost
-from clo_calibration.operation_fit import OUTLIER, Observation, Timed, predicted_s
+from clo_calibration.operation_fit import Observation, Timed, predicted_s, undisturbed
 
 Floats = NDArray[np.float64]
 
@@ -115,8 +115,7 @@ class _Total:
 
 
 def _total(rows: Sequence[Observation], per_unit: dict[str, float], number: dict[str, int]) -> _Total:
-    typical = float(np.median([row.seconds for row in rows]))
-    kept = [row for row in rows if row.seconds <= OUTLIER * typical]
+    kept = undisturbed(rows, per_unit)
     beside: dict[tuple[int, ...], float] = {}
     for row in kept:
         for group, share in row.beside.items():

@@ -29,7 +29,12 @@ Group = tuple[str, ...]
 """Prices of operations that run at the same time on different lanes, sorted."""
 
 OUTLIER = 3.0
-"""Durations beyond so many medians of their run are counted as that: the operating system took the processor away."""
+"""Durations beyond so many medians of their run, or so many times what such work takes in most cases, count as that:
+the operating system took the processor away.
+"""
+
+PASSES = 30
+"""Of reweighting, until absolute errors are least."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,32 +150,71 @@ def fit_costs(alone: dict[str, Timed]) -> dict[str, OperationCost]:
 
 
 def _fit(timed: Timed) -> OperationCost:
-    runs = timed.per_run()
-    names = sorted({name for row in timed.rows for name in row.features})
-    matrix, seconds, weights = [], [], []
-    for rows in runs.values():
-        typical = float(np.median([row.seconds for row in rows]))
-        for row in rows:
-            matrix.append([row.features.get(name, 0.0) for name in names])
-            seconds.append(min(row.seconds, OUTLIER * typical))
-            weights.append(1.0 / (max(typical, 1e-9) * np.sqrt(len(rows))))
-    design, times, votes = np.array(matrix), np.array(seconds), np.array(weights)
-    scale = np.maximum(design.max(axis=0), 1e-30)
-    found, _ = nnls(design / scale * votes[:, None], times * votes)
-    per_unit = {name: float(value) for name, value in zip(names, found / scale, strict=True) if value > 0}
-    return OperationCost(
-        source=Source.MEASURED, per_unit=per_unit, samples=len(times), spread=_spread(runs.values(), per_unit)
-    )
+    rows = _Rows.of(timed)
+    counted = np.minimum(rows.seconds, rows.limits())
+    found = rows.solved(counted, rows.votes)
+    per_unit = {name: float(value) for name, value in zip(rows.names, found, strict=True) if value > 0}
+    spread = rows.spread(found, counted)
+    return OperationCost(source=Source.MEASURED, per_unit=per_unit, samples=len(counted), spread=spread)
 
 
-def _spread(runs: Iterable[Sequence[Observation]], per_unit: dict[str, float]) -> float:
-    """Root mean square of the relative errors of whole runs: what fit, machine and moment leave unexplained."""
-    errors = []
-    for rows in runs:
-        typical = float(np.median([row.seconds for row in rows]))
-        real = sum(min(row.seconds, OUTLIER * typical) for row in rows)
-        errors.append(sum(predicted_s(row, per_unit) for row in rows) / real - 1.0 if real else 0.0)
-    return float(np.sqrt(np.mean(np.square(errors))))
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """All observations of one price: features `[rows, names]`, seconds, number of the run, its median, and votes."""
+
+    names: tuple[str, ...]
+    features: Floats
+    seconds: Floats
+    run: NDArray[np.intp]
+    typical: Floats
+    votes: Floats
+
+    @classmethod
+    def of(cls, timed: Timed) -> _Rows:
+        names = tuple(sorted({name for row in timed.rows for name in row.features}))
+        seconds = np.array([row.seconds for row in timed.rows])
+        _, run, counts = np.unique([row.run for row in timed.rows], return_inverse=True, return_counts=True)
+        typical = _medians(seconds, run)
+        return cls(
+            names=names,
+            features=np.array([[row.features.get(name, 0.0) for name in names] for row in timed.rows]),
+            seconds=seconds,
+            run=run,
+            typical=typical,
+            votes=1.0 / (np.maximum(typical, 1e-9) * np.sqrt(counts[run])),
+        )
+
+    def solved(self, seconds: Floats, votes: Floats) -> Floats:
+        """Seconds per unit of each feature: least squares."""
+        scale = np.maximum(self.features.max(axis=0), 1e-30)
+        found, _ = nnls(self.features / scale * votes[:, None], seconds * votes)
+        return np.asarray(found / scale)
+
+    def limits(self) -> Floats:
+        """What is beyond belief, by row. An operation that seldom has anything to do may take many medians then."""
+        votes = self.votes
+        for _ in range(PASSES):
+            work = self.features @ self.solved(self.seconds, votes)
+            off = np.abs(work - self.seconds) / np.maximum(self.typical, 1e-9)
+            votes = self.votes / np.sqrt(np.maximum(off, 1e-3))
+        return OUTLIER * np.maximum(self.typical, work)
+
+    def spread(self, per_unit: Floats, seconds: Floats) -> float:
+        """Root mean square of the relative errors of whole runs: what fit, machine and moment leave unexplained."""
+        real, fitted = np.bincount(self.run, seconds), np.bincount(self.run, self.features @ per_unit)
+        known = real > 0
+        return float(np.sqrt(np.mean(np.square(fitted[known] / real[known] - 1.0)))) if known.any() else 0.0
+
+
+def _medians(values: Floats, run: NDArray[np.intp]) -> Floats:
+    """Of each row's run."""
+    return np.array([np.median(values[run == number]) for number in range(run.max() + 1)])[run]
+
+
+def undisturbed(rows: Sequence[Observation], per_unit: dict[str, float]) -> list[Observation]:
+    """Operations of one run, but for those that took much longer than most and than their work takes alone."""
+    typical = float(np.median([row.seconds for row in rows]))
+    return [row for row in rows if row.seconds <= OUTLIER * max(typical, predicted_s(row, per_unit))]
 
 
 def predicted_s(row: Observation, per_unit: dict[str, float]) -> float:
@@ -179,23 +223,30 @@ def predicted_s(row: Observation, per_unit: dict[str, float]) -> float:
 
 
 def handover_s(runs: Iterable[MachineRun]) -> dict[Lane, float]:
-    """From the end of an operation until a lane that slept until then begins another one: the mean by lane, seconds."""
+    """From the end of an operation until a lane that slept until then begins another one: the mean by lane, seconds.
+
+    Of one hand-over in the steps of a run the median counts each time: what comes once is the operating system's.
+    """
     gaps: dict[Lane, list[float]] = {}
     for run in runs:
+        of_node: dict[int, list[float]] = {}
         for timeline in run.timelines:
-            for lane, gap in _handovers(run, timeline):
-                gaps.setdefault(lane, []).append(gap)
+            for number, gap in _handovers(run, timeline):
+                of_node.setdefault(number, []).append(gap)
+        nodes = record_step(run.plan).nodes
+        for number, found in of_node.items():
+            gaps.setdefault(nodes[number].lane, []).extend([float(np.median(found))] * len(found))
     return {lane: float(np.mean(found)) for lane, found in sorted(gaps.items())}
 
 
-def _handovers(run: MachineRun, timeline: Timeline) -> Iterator[tuple[Lane, float]]:
-    """A lane that was busy when its input came goes on without a gap, and tells nothing."""
+def _handovers(run: MachineRun, timeline: Timeline) -> Iterator[tuple[int, float]]:
+    """Number of an operation, seconds. A lane that was busy when its input came goes on at once, and tells nothing."""
     of_name: dict[tuple[str, str, int], deque[Span]] = {}
     for span in timeline.spans:
         of_name.setdefault((span.lane, span.name, span.layer), deque()).append(span)
     found: list[Span | None] = []
     free: dict[Lane, float] = {}
-    for node in record_step(run.plan).nodes:
+    for number, node in enumerate(record_step(run.plan).nodes):
         same = of_name.get((node.lane.value, node.op.name, node.op.layer))
         here = same.popleft() if same else None
         found.append(here)
@@ -204,5 +255,5 @@ def _handovers(run: MachineRun, timeline: Timeline) -> Iterator[tuple[Lane, floa
         ends = [awaited.end_s for awaited in (found[wait.node] for wait in node.after) if awaited is not None]
         ready = max(ends, default=0.0)
         if ready > free.get(node.lane, 0.0):
-            yield node.lane, max(0.0, here.start_s - ready)
+            yield number, max(0.0, here.start_s - ready)
         free[node.lane] = here.end_s

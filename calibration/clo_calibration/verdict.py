@@ -91,12 +91,18 @@ class Verdict(Spec):
             "tpot_error_p90": float(np.percentile(errors, 90)),
             "tpot_error_worst": float(errors.max()),
             "tpot_error_bias": float(np.mean([point.error for point in self.judged])),
-            "rank_correlation": float(np.mean([_rank_correlation(group) for group in self.groups()])),
-            "regret": float(max(_regret(group) for group in self.groups())),
+            "rank_correlation": self.rank_correlation(),
+            "regret": max((_regret(group) for group in self.groups()), default=math.nan),
             "interval_coverage": float(np.mean([point.is_covered for point in self.judged])),
             "slower_than_calibrated": self.slower_than_calibrated(),
             "disturbance": float(np.median([point.disturbed_s / point.real_s - 1.0 for point in self.points])),
         }
+
+    def rank_correlation(self) -> float:
+        """Mean over the sizes; NaN where no designs can be told apart."""
+        found = [_rank_correlation(group) for group in self.groups()]
+        known = [value for value in found if math.isfinite(value)]
+        return float(np.mean(known)) if known else math.nan
 
     def slower_than_calibrated(self) -> float:
         """How much longer the very runs take now from which costs were fitted: what no simulation could foresee."""

@@ -99,7 +99,8 @@ class _Recorder:
     def _add(self, lane: Lane, op: Op, after: tuple[Dependency, ...]) -> Token:
         nodes = self.nodes
         pending = self._pending.pop(lane, None)
-        waits = (*pending, *after) if pending else after
+        # a lane looks for what it is to do, then for what that waits for
+        waits = (*after, *pending) if pending else after
         # what runs on the same lane is waited for by its order
         nodes.append(Node(lane, op, tuple([wait for wait in waits if nodes[wait.node].lane is not lane])))
         return Token(len(nodes) - 1)

@@ -37,8 +37,8 @@ def _seen(end: Times, lane: Lane, handover_s: Mapping[Lane, float]) -> Times:
 def segment_times(priced: PricedStep) -> Iterator[tuple[Times, Times, list[tuple[Cause, Times]]]]:
     """Start and end of every segment and its waits by cause, each `[steps]`.
 
-    Inputs are waited for in the order in which the schedule names them: the time until the first has come is its
-    cause's, what the second takes beyond that is the second's, and so on.
+    An operation's launch is waited for first, then its inputs in the order in which the schedule names them: the time
+    until the first has come is its cause's, what the second takes beyond that is the second's, and so on.
     """
     nothing = np.zeros(priced.num_steps)
     lane_end = dict.fromkeys(priced.graph.lanes(), nothing)

@@ -184,13 +184,11 @@ class Device:
         self._waits[lane] = tuple(waits)
 
     def _inputs(self, lane: int, program: LaneProgram, position: int) -> list[tuple[float, int]]:
-        """When the lane sees each input of a segment, all of which are there, and its cause."""
+        """When the lane sees each input of a segment, its submission first, and the cause; all are there."""
         ends, later = self._ends, self._handover_s[lane]
-        inputs = [(ends[other][count - 1] + later, cause) for other, count, cause in program.waits[position]]
-        submissions, cause = program.host_waits[position]
-        if submissions:
-            inputs.append((self._host_times[submissions - 1] + later, cause))
-        return inputs
+        submissions, submitted = program.host_waits[position]
+        inputs = [(self._host_times[submissions - 1] + later, submitted)] if submissions else []
+        return inputs + [(ends[other][count - 1] + later, cause) for other, count, cause in program.waits[position]]
 
     def _change_rates(self, key: int, now: float) -> None:
         """Those in service go on at their new rates; what they have left takes longer or shorter."""

@@ -7,7 +7,7 @@ that do account for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -57,9 +57,14 @@ def predict(
         common = _factor(source, priced.pricer.common_spread)
         for name, value in step_numbers(times).items():
             found.setdefault(name, []).append(common * value)
-    tail = 50 * (1 - LEVEL)
-    intervals = {name: Interval(*np.percentile(values, [tail, 100 - tail]).tolist()) for name, values in found.items()}
+    intervals = {name: _interval(values) for name, values in found.items()}
     return Prediction(intervals, _known_share(priced))
+
+
+def _interval(values: Sequence[float]) -> Interval:
+    """Between order statistics i and j of n draws lies (j - i) / (n + 1) of the distribution, on average."""
+    tail = 50 * (1 - LEVEL)
+    return Interval(*np.percentile(values, [tail, 100 - tail], method="weibull").tolist())
 
 
 def step_numbers(times: StepTimes) -> dict[str, float]:

@@ -30,8 +30,8 @@ class LanePair:
         self._programs = (watched, other)
         self._needs = tuple([_needed(waits) for waits in program.waits] for program in (watched, other))
         self._causes = [waits[-1][2] if waits else 0 for waits in watched.waits]
-        # a first segment that waits for the other lane waits for that, not for its submission
-        self._start_cause = self._causes[0] if watched.waits[0] else watched.host_waits[0][1]
+        submissions, submitted = watched.host_waits[0]
+        self._start_cause = submitted if submissions else self._causes[0]
         self._num_causes = num_causes
         num_classes = 1 + max((*watched.classes, *other.classes), default=0)
         self._table = [[rates((mine, theirs)) for theirs in range(num_classes)] for mine in range(num_classes)]

@@ -5,7 +5,8 @@ Segments are unfolded into their operations, each stretched as its segment was. 
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from dataclasses import replace
 
 import numpy as np
 import simpy
@@ -61,10 +62,21 @@ def _timeline(priced: PricedStep, step: int, title: str, ran: list[Ran]) -> Time
     spans: list[Span] = []
     for segment in ran:
         spans += _unfold(priced, step, segment)
-    spans = [span for span in spans if span.end_s > span.start_s]
+    spans = list(_that_take_time(spans))
     order = {lane.value: number for number, lane in enumerate(Lane)}
     spans.sort(key=lambda span: (span.start_s, order[span.lane]))
     return Timeline(title=title, spans=tuple(spans), lanes=tuple(lane.value for lane in priced.graph.lanes()))
+
+
+def _that_take_time(spans: list[Span]) -> Iterator[Span]:
+    """What an operation that takes no time waited for, its lane's next one waited for."""
+    waited: dict[str, Waits] = {}
+    for span in spans:
+        waits = (*waited.pop(span.lane, ()), *span.waits)
+        if span.end_s > span.start_s:
+            yield replace(span, waits=waits)
+        elif waits:
+            waited[span.lane] = waits
 
 
 def _named(waits: tuple[tuple[int, float], ...]) -> Waits:

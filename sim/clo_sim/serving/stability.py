@@ -41,7 +41,7 @@ def judge(arrival_ns: Nanoseconds, finish_ns: Nanoseconds) -> Stability:
     backlog = mean_in_system(arrival_ns, finish_ns, edges)
     slope, error = _trend(backlog[1:])
     rise = slope * (WINDOWS - 1)
-    share = max(0.0, rise / len(arrival_ns))
+    share = max(0.0, slope * WINDOWS / len(arrival_ns))
     grows = share > MIN_SHARE and rise > backlog[1:].mean() and slope > MIN_T * error
     return Stability(unstable=bool(grows), excess_share=share, backlog=tuple(backlog.tolist()))
 

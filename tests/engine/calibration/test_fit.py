@@ -24,6 +24,7 @@ from clo.profile import InterferenceCost, Source
 from clo.schedule import Lane, record_step
 from clo.schedule.ops import price_name
 from clo.schedule.work import Gemm
+from clo_calibration.calibrate import drift
 from clo_calibration.comparison import price_run
 from clo_calibration.interference_fit import fit_interference
 from clo_calibration.operation_fit import (
@@ -97,6 +98,22 @@ class TestFit:
         found = Timed(rows(0, 50, {"calls": 1.0}, 1e-4) + rows(0, 1, {"calls": 1.0}, 5.0))
         assert fit_costs({"a": found})["a"].per_unit["calls"] < 1.2e-4
 
+    def test_the_few_operations_with_much_to_do_count_in_full(self) -> None:
+        """A page is stored in one step of five: rare, and many times as long, but not disturbed."""
+        found = Timed()
+        for run, pages in enumerate((6.0, 12.0)):
+            idle, busy = {"calls": 1.0, "some": 0.0, "pages": 0.0}, {"calls": 1.0, "some": 1.0, "pages": pages}
+            found.rows += rows(run, 16, idle, 2e-4) + rows(run, 4, busy, 2e-4 + 5e-4 * pages)
+            found.rows += rows(run, 1, idle, 5.0) + rows(run, 1, busy, 5.0)
+        cost = fit_costs({"a": found})["a"]
+        for pages in (6.0, 12.0):
+            fitted = cost.per_unit["calls"] + cost.per_unit.get("some", 0.0) + cost.per_unit["pages"] * pages
+            # of five the disturbed one counts thrice
+            assert fitted == pytest.approx(1.4 * (2e-4 + 5e-4 * pages), rel=0.1)
+        assert cost.per_unit["calls"] < 1.2 * 2e-4
+        quiet = Timed([row for row in found.rows if row.seconds < 5.0])
+        assert fit_costs({"a": quiet})["a"].spread < 1e-4
+
     def test_costs_are_never_negative(self) -> None:
         found = Timed(rows(0, 3, {"calls": 1.0, "bytes": 1.0}, 2e-4) + rows(1, 3, {"calls": 1.0, "bytes": 100.0}, 1e-4))
         assert min(fit_costs({"a": found})["a"].per_unit.values()) >= 0
@@ -157,6 +174,22 @@ class TestFit:
         assert found == pytest.approx({lane: later[lane] for lane in found})
         assert Lane.MAIN in found
 
+    def test_a_lane_that_once_was_not_woken_for_long_counts_for_little(
+        self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
+    ) -> None:
+        run = runs["resolve"][1]
+        later = dict.fromkeys(Lane, 0.001)
+        priced = price_run(profile.model_copy(update={"handover_s": later}), run)
+        steps = [simulated_timeline(priced, step, "resolve") for step in range(priced.num_steps)]
+        # the end of the last step comes a second late
+        *others, last = steps[-1].spans
+        assert last.lane == Lane.LAUNCH
+        late = replace(last, start_s=last.start_s + 1.0, end_s=last.end_s + 1.0)
+        steps[-1] = replace(steps[-1], spans=(*others, late))
+        assert handover_s([replace(run, timelines=tuple(steps))]) == pytest.approx(
+            dict.fromkeys(handover_s([replace(run, timelines=tuple(steps[:-1]))]), 0.001)
+        )
+
     def test_every_node_of_every_design_has_a_price(
         self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
     ) -> None:
@@ -170,6 +203,20 @@ class TestFit:
                     for feature, value in feature_values(work, run.plan, run.traffic).items()
                 )
                 assert np.allclose(seconds, by_hand, rtol=1e-12)
+
+
+def test_drift_is_the_spread_of_which_few_repeats_are_a_sample(
+    runs: dict[str, tuple[MachineRun, MachineRun]],
+) -> None:
+    """Four repeats of a step that varies by a tenth: a tenth on average, in the square."""
+    run, source = runs["resident"][1], np.random.default_rng(0)
+
+    def repeated(seconds: float) -> MachineRun:
+        span = replace(run.timelines[0].spans[0], start_s=0.0, end_s=seconds)
+        return replace(run, timelines=(replace(run.timelines[0], spans=(span,)),))
+
+    found = [drift([repeated(seconds) for seconds in source.normal(1.0, 0.1, 4)]) for _ in range(400)]
+    assert np.sqrt(np.mean(np.square(found))) == pytest.approx(0.1, rel=0.08)
 
 
 class TestProbes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 
@@ -15,6 +17,21 @@ from clo_sim.simulator import run_simpy
 
 
 class TestIntervals:
+    def test_nine_in_ten_outcomes_are_inside(
+        self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
+    ) -> None:
+        """As many draws as are made by default, of a distribution that is known: log-normal with mean 1."""
+        priced = price_run(profile.model_copy(update={"common_spread": 0.1}), runs["resident"][1])
+        times, sigma = run_simpy(priced), float(np.sqrt(np.log1p(0.01)))
+        middle = float(times.seconds.mean())
+
+        def share(seed: int) -> float:
+            found = predict(priced, seed=seed, run=lambda *_, **__: times).intervals["tpot_s"]
+            ends = [(np.log(end / middle) + sigma**2 / 2) / sigma for end in (found.low, found.high)]
+            return NormalDist().cdf(ends[1]) - NormalDist().cdf(ends[0])
+
+        assert np.mean([share(seed) for seed in range(200)]) == pytest.approx(0.9, abs=0.012)
+
     def test_no_spread_gives_points(
         self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
     ) -> None:

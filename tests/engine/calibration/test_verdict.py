@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,6 +59,18 @@ class TestVerdict:
         # 1.0 in 0.945 to 1.155, 2.0 beyond 1.98, 0.9 below 1.08
         assert summary["interval_coverage"] == pytest.approx(1 / 3)
         assert found.ablation()["interference"] == pytest.approx(0.475)
+
+    def test_one_design_has_no_order_and_no_regret(self) -> None:
+        summary = verdict(point(1.0, 1.1)).summary()
+        assert np.isnan(summary["regret"])
+        assert np.isnan(summary["rank_correlation"])
+        assert summary["tpot_error_worst"] == pytest.approx(0.1)
+
+    def test_a_size_at_which_all_are_equal_says_nothing_of_the_order(self) -> None:
+        equal = [point(1.0, 1.1), point(1.0, 1.2, design="b")]
+        other = [point(real, real, design=name) for name, real in (("a", 1.0), ("b", 2.0), ("c", 3.0))]
+        larger = [one.model_copy(update={"batch": 2}) for one in other]
+        assert verdict(*equal, *larger).summary()["rank_correlation"] == pytest.approx(1.0)
 
     def test_text_names_every_run_and_survives_a_file(self, tmp_path: Path) -> None:
         found = verdict(point(1.0, 1.05), point(2.0, 4.0, design="b"))
