@@ -92,6 +92,7 @@ class OperationProfile(Spec):
         default_factory=dict,
         description="from the end of an operation until this lane, which it wakes, begins",
     )
+    rounds: int = Field(default=1, ge=1, description="of each step the fastest of so many was fitted to")
     drift: NonNegativeFloat = Field(default=0.0, description="relative spread of one run, minutes apart")
     common_spread: NonNegativeFloat = Field(
         default=0.0, description="relative spread of whole steps beyond what the spreads of operations explain"

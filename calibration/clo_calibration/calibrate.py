@@ -77,7 +77,8 @@ def calibrate(
     benchmarks = _microbenchmarks(device)
     progress("microbenchmarks", 1, 1)
     runs = measure(network, probes, samples, progress, rounds=rounds)
-    return fit_profile(list(zip(probes, runs, strict=True)), benchmarks, name=name, here=here, network=network)
+    profile = fit_profile(list(zip(probes, runs, strict=True)), benchmarks, name=name, here=here, network=network)
+    return profile.model_copy(update={"rounds": rounds})
 
 
 def _check_layers(model: ModelSpec, designs: Sequence[str]) -> None:

@@ -63,6 +63,8 @@ def validate(
         date=date.today().isoformat(),
         fingerprint=here,
         drift=profile.drift,
+        rounds=rounds,
+        calibrated_rounds=profile.rounds,
         points=tuple(points),
     )
 

@@ -14,7 +14,7 @@ from clo.errors import CloError
 from clo.files import read_json
 from clo.specs.base import Spec, check_version, explain
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Pair(Spec):
@@ -71,6 +71,8 @@ class Verdict(Spec):
     date: str
     fingerprint: dict[str, str]
     drift: float
+    rounds: int
+    calibrated_rounds: int
     points: tuple[Point, ...]
 
     @field_validator("schema_version")
@@ -157,6 +159,13 @@ def load_verdict(path: Path) -> Verdict:
         raise CloError(f"{path}: {explain(Verdict, error)}") from None
 
 
+def _rounds(verdict: Verdict) -> str:
+    said = f"A step counts as the fastest of {verdict.rounds} rounds, which decoded the same"
+    if verdict.rounds == verdict.calibrated_rounds:
+        return f"{said}, here as in the calibration."
+    return f"{said}; costs were fitted to the fastest of {verdict.calibrated_rounds}: more rounds find faster steps."
+
+
 def markdown(verdict: Verdict) -> str:
     """The verdict for people."""
     held = sum(not point.fitted for point in verdict.points)
@@ -183,7 +192,7 @@ def markdown(verdict: Verdict) -> str:
         f"| baseline, minutes apart | ± {verdict.drift:.1%} |",
         f"| disturbed by others: a typical round against the fastest | +{summary['disturbance']:.1%} |",
         "",
-        "A step counts as the fastest of its rounds, which decoded the same.",
+        _rounds(verdict),
         "",
         "## What each part of the simulator earns",
         "",

@@ -36,7 +36,15 @@ def point(real: float, simulated: float, *, design: str = "a", fitted: bool = Fa
 
 def verdict(*points: Point) -> Verdict:
     return Verdict(
-        profile="p", machine="m", model="x", date="2026-01-01", fingerprint={"cores": "2"}, drift=0.01, points=points
+        profile="p",
+        machine="m",
+        model="x",
+        date="2026-01-01",
+        fingerprint={"cores": "2"},
+        drift=0.01,
+        rounds=2,
+        calibrated_rounds=3,
+        points=points,
     )
 
 
@@ -76,6 +84,8 @@ class TestVerdict:
         found = verdict(point(1.0, 1.05), point(2.0, 4.0, design="b"))
         assert "| b | 100 | 1 |" in markdown(found)
         assert "(outside)" in markdown(found)
+        assert "the fastest of 2 rounds" in markdown(found)
+        assert "fitted to the fastest of 3" in markdown(found)
         path = tmp_path / "v.json"
         path.write_text(found.model_dump_json())
         assert load_verdict(path) == found
