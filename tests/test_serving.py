@@ -348,3 +348,6 @@ class TestPrices:
 def test_a_load_whose_last_request_never_comes_is_refused() -> None:
     with pytest.raises(RequestError, match="load rate = 1e-300 requests/s: the last of 50 would never come"):
         generate("poisson", rate_per_s=1e-300, num_requests=50, lengths=[(5, 5)])
+    trace = generate("poisson", rate_per_s=4, num_requests=50, lengths=[(5, 5)])
+    with pytest.raises(RequestError, match="rate multiplier = 1e-300: the last request would never come"):
+        trace.at_rate(1e-300)

@@ -214,6 +214,18 @@ def test_guesses_that_are_taken_back_are_refused() -> None:
         greedy(model, prompt(70)[None], cache, 9, prompt_lookup_num_tokens=3)
 
 
+@pytest.mark.parametrize("tokens", [0, -1, 1.5, float("nan"), "a", None])
+def test_room_is_a_whole_number(tokens: Any) -> None:
+    with pytest.raises(SpecError, match=f"max_new_tokens = {tokens}: must be at least 1, a whole number"):
+        offload(small_model(), design("clo"), max_new_tokens=tokens)
+
+
+@pytest.mark.parametrize("memory", [0, -1.0, float("nan"), "a"])
+def test_memory_is_a_number_of_bytes(memory: Any) -> None:
+    with pytest.raises(SpecError, match=f"kv_memory_bytes = {memory}: must be a positive number of bytes"):
+        offload(small_model(), design("clo"), kv_memory_bytes=memory)
+
+
 def test_a_design_is_a_record_a_name_or_a_file(tmp_path: Path) -> None:
     model, file = small_model(), tmp_path / "mine.toml"
     file.write_text('cache = "none"\nprefetch_depth = 0\n')
