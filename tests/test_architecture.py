@@ -19,7 +19,18 @@ ROOMS = {
     "vocabulary": ("clo", {"numpy", "pydantic"}),
     "engine": (
         "clo/engine",
-        {"clo", "clo_kernels", "numpy", "torch", "transformers", "gguf", "tokenizers", "safetensors"},
+        # the hub's client comes with transformers
+        {
+            "clo",
+            "clo_kernels",
+            "numpy",
+            "torch",
+            "transformers",
+            "huggingface_hub",
+            "gguf",
+            "tokenizers",
+            "safetensors",
+        },
     ),
     "kernels": ("kernels/clo_kernels", {"torch", "triton"}),
     # optuna and distributed come with extras: imported where they are used only

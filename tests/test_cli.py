@@ -357,3 +357,26 @@ def test_nothing_is_left_of_a_file_that_could_not_be_finished(tmp_path: Path, mo
         write_whole(path, fail)
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes\nmore"), RuntimeError("?")],
+)
+def test_memory_that_runs_out_is_said_in_a_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> int:
+        raise error
+
+    monkeypatch.setattr("clo_cli.main._invoke", fail)
+    if str(error) == "?":
+        with pytest.raises(RuntimeError, match=r"\?"):
+            main()
+        return
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("clo: error: memory ran out: ")
+    assert said.count("\n") == 1

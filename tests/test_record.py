@@ -325,8 +325,25 @@ def test_unknown_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(NotFoundError, match="absent: no such model folder"):
         record(tmp_path / "absent", "text", context_tokens=200, num_steps=2)
+    with pytest.raises(NotFoundError, match=r"not a model folder: no config\.json in it"):
+        record(str(tmp_path), "text", context_tokens=200, num_steps=2)
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(NotFoundError, match="no model folder"):
         record(tmp_path, "text", context_tokens=200, num_steps=2)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Session:
+        def head(self, url: str, timeout: float) -> None:
+            asked.append(url)
+            raise OSError
+
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+    with pytest.raises(NotFoundError, match=r"not-there: .*the hub does not answer, and its cache here has no such"):
+        record("not-there", "text", context_tokens=200, num_steps=2)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("package", ["torch", "transformers"])

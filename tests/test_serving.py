@@ -16,6 +16,7 @@ from toy_service import PLENTY, toy_costs, trace_of
 
 import clo_sim
 from clo import presets
+from clo.errors import RequestError
 from clo.plan import make_plan
 from clo_sim.serving import (
     RequestTrace,
@@ -401,3 +402,11 @@ class TestPrices:
         flops = 2 * tokens * model.num_layers * model.layer_weight_bytes / 2
         flops += 4 * model.num_layers * model.num_query_heads * model.head_dim * tokens**2 / 2
         assert costs.prefill.alone_ns(tokens) / 1e9 > flops / scene.machine.gpu.peak_flops_per_s
+
+
+def test_a_load_whose_last_request_never_comes_is_refused() -> None:
+    with pytest.raises(RequestError, match="load rate = 1e-300 requests/s: the last of 50 would never come"):
+        generate("poisson", rate_per_s=1e-300, num_requests=50, lengths=[(5, 5)])
+    trace = generate("poisson", rate_per_s=4, num_requests=50, lengths=[(5, 5)])
+    with pytest.raises(RequestError, match="rate multiplier = 1e-300: the last request would never come"):
+        trace.at_rate(1e-300)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from clo_sim.scene import Scene
     from clo_sim.workers import Workers
 
+WORKERS_PER_CORE = 16
+
 
 @click.command()
 @scene_options
@@ -176,6 +178,9 @@ def _workers(scene: Scene, count: int | None, cluster: str | None) -> Workers:
         if count is not None:
             raise SpecError("--workers and --cluster: a cluster has its own workers: give one of the two")
         return Workers(scene, DaskPool(scene, cluster))
+    most = WORKERS_PER_CORE * num_cores()
+    if count is not None and count > most:
+        raise SpecError(f"--workers = {count}: must be at most {most}, {WORKERS_PER_CORE} for each core")
     count = count or num_cores()
     return Workers(scene, LocalPool(scene, count) if count > 1 else None)
 

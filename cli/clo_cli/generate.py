@@ -44,7 +44,7 @@ def generate(
     from clo.files import check_target
 
     design, words = design_from(design_name, overrides_from(settings, ("design",))), _prompt(prompt)
-    _check(tokens, temperature)
+    _check(tokens, temperature, seed)
     if timeline is not None:
         check_target(timeline)
     figures = _generate(model, design, words, tokens, temperature, seed, trace_path, timeline, as_json)
@@ -61,13 +61,15 @@ def generate(
         )
 
 
-def _check(tokens: int, temperature: float) -> None:
+def _check(tokens: int, temperature: float, seed: int) -> None:
     from clo.errors import SpecError
 
     if tokens < 1:
         raise SpecError(f"--tokens = {tokens}: must be at least 1")
     if not 0 <= temperature < float("inf"):
         raise SpecError(f"--temperature = {temperature}: must be 0 or a positive number")
+    if not 0 <= seed < 2**63:
+        raise SpecError(f"--seed = {seed}: must be from 0 to 2^63 - 1")
 
 
 def _prompt(given: str) -> str:

@@ -92,6 +92,17 @@ def _run() -> int:
     except click.Abort:
         click.echo("clo: interrupted", err=True)
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if not _ran_out(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return _refuse(f"memory ran out: a smaller model, context or batch takes less ({reason})")
+
+
+def _ran_out(error: BaseException) -> bool:
+    """Whether memory could not be had, of this machine or of what the process may take; torch says so in words."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in said or "allocate memory" in said
 
 
 def _invoke() -> int:

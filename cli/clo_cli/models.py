@@ -27,6 +27,15 @@ def load_for_decoding(name: str) -> tuple[Any, Any]:
     return load_model(name)
 
 
+def first_layers(shape: Any, layers: int | None) -> Any:
+    """The shape with so many of its layers. Raises `SpecError` for more than it has."""
+    from clo.errors import SpecError
+
+    if layers is not None and layers > shape.num_layers:
+        raise SpecError(f"--layers {layers}: {shape.name} has {shape.num_layers}")
+    return shape if layers is None else shape.with_fields(num_layers=layers)
+
+
 def with_heads(design: Any, model: Any, trace_path: str | None) -> tuple[Any, Any]:
     """The design with the head profile it needs, if any."""
     from clo import presets

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from clo.engine.measure import MachineRun
     from clo.specs import Design
 
+LARGEST_BATCH = 65536
+
 
 @click.command()
 @click.option(
@@ -63,6 +65,8 @@ def run(
     for name, value in (("--context", context), ("--batch", batch), ("--steps", steps)):
         if value < 1:
             raise SpecError(f"{name} = {value}: must be at least 1")
+    if batch > LARGEST_BATCH:
+        raise SpecError(f"--batch = {batch}: must be at most {LARGEST_BATCH}")
     if weights and layers:
         raise SpecError(f"--layers {layers}: real weights have their own layers: leave it out, or --weights")
     for path in (timeline, out):
@@ -91,6 +95,7 @@ def _measured(
 
     network = _network(model, weights, layers, device)
     with Decoder(network, _without_profile(design), max_new_tokens=steps + 4) as decoder:
+        decoder.make_plan([context] * batch)  # what does not fit is refused before a prompt is made up
         prompts = [random_prompt(network, context, seed=seed) for seed in range(batch)]
         return run_steps(decoder, prompts, steps=steps)
 
@@ -104,14 +109,12 @@ def _network(model: str, weights: str | None, layers: int | None, device: str) -
     from clo import presets
     from clo.engine.network import Network
     from clo.engine.random_weights import checked, dtype_on, need_device, random_model
-    from clo_cli.models import load_for_decoding
+    from clo_cli.models import first_layers, load_for_decoding
 
     need_device(device)
     if weights:
         return Network(load_for_decoding(weights)[0].to(device))
-    shape = presets.load_model(model)
-    if layers is not None:
-        shape = shape.with_fields(num_layers=layers)
+    shape = first_layers(presets.load_model(model), layers)
     return Network(random_model(checked(shape, device), dtype=dtype_on(device), device=device), shape.name)
 
 

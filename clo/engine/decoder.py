@@ -172,8 +172,10 @@ class Decoder:
     ) -> None:
         self.network = model if isinstance(model, Network) else Network(model)
         design = presets.load_design(design) if isinstance(design, str) else design
-        if max_new_tokens < 1:
-            raise SpecError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise SpecError(f"max_new_tokens = {max_new_tokens}: must be at least 1, a whole number")
+        if kv_memory_bytes is not None and not (isinstance(kv_memory_bytes, int | float) and kv_memory_bytes > 0):
+            raise SpecError(f"kv_memory_bytes = {kv_memory_bytes}: must be a positive number of bytes")
         self.design = _sized(design, kv_memory_bytes)
         check_design(self.design, heads)
         self.heads = heads or HeadProfile()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ ATTENTION_NAME = "clo"
 
 def offload(
     model: Any,
-    design: str | Design = "clo",
+    design: str | Path | Design = "clo",
     *,
     max_new_tokens: int = 1024,
     heads: HeadProfile | None = None,
@@ -50,7 +51,7 @@ def offload(
     block, or dropping the last of a model's caches gives the model back as it was. Raises `SpecError` for a model or a
     design that does not fit.
     """
-    chosen = presets.load_design(design) if isinstance(design, str) else design
+    chosen = design if isinstance(design, Design) else presets.load_design(str(design))
     decoder = Decoder(
         Network(model), chosen, max_new_tokens=max_new_tokens, heads=heads, kv_memory_bytes=kv_memory_bytes
     )
@@ -96,6 +97,15 @@ class _Mount:
         self._model.set_attn_implementation(self._attention_before)
 
 
+def _refuse_padding(mask: torch.Tensor | None, count: int) -> None:
+    """Of one token that is decoded the mask says nothing. Raises `SpecError` where the last does not see all others."""
+    if mask is None or count < 2:
+        return
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    if not bool(seen[..., -1, :].all()):
+        raise SpecError("attention_mask: padded prompts are not supported here: use clo.engine.decoder.Decoder")
+
+
 def _before(layer: int) -> Callable[..., None]:
     """Runs before decoder layer `layer`, whatever cache the model was given."""
 
@@ -103,6 +113,8 @@ def _before(layer: int) -> Callable[..., None]:
         cache = kwargs.get("past_key_values")
         if isinstance(cache, OffloadedCache):
             hidden = args[0] if args else kwargs["hidden_states"]
+            if layer == 0:
+                cache.arrive(hidden, kwargs.get("attention_mask"), kwargs.get("position_ids"))
             cache.before_layer(layer, hidden, kwargs["position_embeddings"])
 
     return hook
@@ -119,6 +131,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         self._lengths = torch.zeros(0, dtype=torch.int32)
         self._tokens: list[int] = []
         self._predicted: dict[int, torch.Tensor] = {}
+        self._under_way = False
         count = len(network.layers)
         super().__init__(layers=[_CacheLayer(self, layer) for layer in range(count)])
         mount = _Mount.on(network)
@@ -174,18 +187,46 @@ class OffloadedCache(Cache):  # type: ignore[misc]
             layer.hand_over()
 
     def before_layer(self, layer: int, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Decoder layer `layer` is about to run: with the first tokens arrive; each predicts what a later one asks."""
-        self.check_open()
-        if layer == 0:
-            self._arrive(hidden.shape[1])
+        """Decoder layer `layer` is about to run: it predicts what a later one asks."""
         if self.plan is None:
             return
         target = inline.predicts(self.plan, layer)
         if target is not None:
             self._predicted[target] = project_query(self._network.layers[target], hidden, rotation)
 
-    def _arrive(self, count: int) -> None:
-        """So many tokens more of each sequence, unless they are the prompt's."""
+    def arrive(self, hidden: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None) -> None:
+        """New tokens `[batch, tokens, hidden_size]` are about to run. Raises `CloError` for what cannot be done."""
+        self.check_open()
+        if self._under_way:
+            raise EngineError("cache: tokens were broken off half-way: offload() the model anew")
+        batch, count = hidden.shape[:2]
+        self._check_batch(batch)
+        _refuse_padding(mask, count)
+        self._check_turn(count, positions)
+        self._make_room(count)
+        self._under_way = True
+
+    def arrived(self, layer: int) -> None:
+        """Layer `layer` has the new tokens: once the last one has, others may come."""
+        self._under_way = self._under_way and layer < len(self.layers) - 1
+
+    def _check_batch(self, batch: int) -> None:
+        held = len(self._tokens) if self.decodes else self.layers[0].keys.shape[0] if self.get_seq_length() else batch
+        if batch != held:
+            raise SpecError(f"input_ids: a batch of {batch}, the cache holds one of {held}: offload() anew for another")
+
+    def _check_turn(self, count: int, positions: torch.Tensor | None) -> None:
+        """A prompt that does not go on where the cache ends would be attended as if it did."""
+        held = self.get_seq_length()
+        begins = int(positions[0, 0]) if held and count > 1 and positions is not None else held
+        if count == 0 or begins != held:
+            raise SpecError(
+                f"input_ids: {count} new tokens from position {begins} on, the cache holds {held}: give it the whole "
+                "conversation, or offload() anew for another prompt"
+            )
+
+    def _make_room(self, count: int) -> None:
+        """For so many tokens more of each sequence, unless they are the prompt's."""
         if not self.decodes:
             if self.get_seq_length() == 0 or count > 1:
                 return
@@ -206,10 +247,9 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         Nothing overlaps here, so that a prefetch may as well be done when its layer runs.
         """
         predicted = self._predicted.pop(arrived.layer, None)
-        return torch.stack(
-            [self._attend_one(arrived, query, predicted, at) for at in range(query.shape[2])],
-            dim=1,
-        )
+        attended = [self._attend_one(arrived, query, predicted, at) for at in range(query.shape[2])]
+        self.arrived(arrived.layer)
+        return torch.stack(attended, dim=1)
 
     def _attend_one(
         self, arrived: _Arrived, query: torch.Tensor, predicted: torch.Tensor | None, at: int
@@ -272,6 +312,7 @@ class _CacheLayer(DynamicLayer):  # type: ignore[misc]
         self._cache.check_open()
         if not self._cache.decodes:
             grown: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states)
+            self._cache.arrived(self._index)
             return grown
         self._cache.take(self._index, key_states, value_states)
         return key_states, value_states
@@ -295,14 +336,16 @@ class _CacheLayer(DynamicLayer):  # type: ignore[misc]
         """Beam search keeps several continuations of one prompt, which this cache does not."""
         raise SpecError("cache: beam search is not supported: sample or decode greedily")
 
-    batch_repeat_interleave = batch_select_indices = crop = reorder_cache
+    batch_repeat_interleave = batch_select_indices = reorder_cache
+
+    def crop(self, max_length: int) -> None:
+        """Assisted generation takes back tokens that it guessed, which this cache does not."""
+        raise SpecError("cache: tokens cannot be taken back: generate without an assistant model or prompt lookup")
 
 
 def _attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
     """SDPA, but for tokens that an `OffloadedCache` has just taken in."""
     arrived: _Arrived | None = vars(module).pop("clo_layer", None)
-    if mask is not None and mask.shape[0] > 1 and query.shape[2] > 1 and not bool(mask[:, :, -1].all()):
-        raise SpecError("attention_mask: padded prompts are not supported here: use clo.engine.decoder.Decoder")
     if arrived is None:
         return sdpa_attention_forward(module, query, key, value, mask, **options)
     return arrived.cache.attend(arrived, query), None

@@ -25,6 +25,7 @@ from clo.errors import NotFoundError, SpecError
 from clo.trace import NO_PAGE, AttentionTrace, TraceHeader, candidate_pages
 
 ATTENTION_NAME = "clo_record"
+HUB_PATIENCE_S = 5.0
 SELECTORS = ("exact", "page_minmax")
 PREFILL_CHUNK_TOKENS = 512
 GROUP_FOLD = (
@@ -145,17 +146,35 @@ def load_model(model: str | Path) -> tuple[Any, Any]:
     register_attention()
     source = str(ensure_smollm2()) if str(model) == MODEL_NAME else str(model)
     transformers.utils.logging.disable_progress_bar()
-    if isinstance(model, Path) and not model.is_dir():
+    folder = Path(source).is_dir()
+    if isinstance(model, Path) and not folder:
         raise NotFoundError(f"model {model}: no such model folder")
+    if folder and not (Path(source) / "config.json").is_file():
+        raise NotFoundError(f"model {model}: not a model folder: no config.json in it")
+    away = not folder and not _hub_answers()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=away)
         network = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, attn_implementation=ATTENTION_NAME
+            source, dtype=torch.float32, attn_implementation=ATTENTION_NAME, local_files_only=away
         )
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if away:
+            reason = "the hub does not answer, and its cache here has no such model"
         raise NotFoundError(f"model {model}: no model folder, and no hub model that can be loaded: {reason}") from None
     return network.eval(), tokenizer
+
+
+def _hub_answers() -> bool:
+    """Asked once: its own client would ask for most of a minute where there is no network."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_PATIENCE_S)
+    except Exception:  # of whichever library the client uses
+        return False
+    return True
 
 
 def register_attention() -> None:

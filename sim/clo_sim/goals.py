@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -31,10 +32,10 @@ class Bound:
         if match is None:
             raise SpecError(f"{text!r}: expected METRIC>=VALUE or METRIC<=VALUE, e.g. overlap>=0.9")
         name, sign, number = match.groups()
-        try:
-            return cls(check_metric(name), float(number), sign == ">=")
-        except ValueError as error:
-            raise error if isinstance(error, SpecError) else SpecError(f"{text!r}: {number} is no number") from None
+        metric, value = check_metric(name), _number(number)
+        if math.isnan(value):
+            raise SpecError(f"{text!r}: {number} is no number")
+        return cls(metric, value, sign == ">=")
 
     def excess(self, one: Evaluation) -> float:
         """How far an evaluation breaks the bound, as a share of it; 0 or less: it keeps it."""
@@ -43,6 +44,13 @@ class Bound:
 
     def __str__(self) -> str:
         return f"{self.metric}{'>=' if self.least else '<='}{self.value:g}"
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

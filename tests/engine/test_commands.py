@@ -26,6 +26,8 @@ def run(*arguments: str) -> str:
         (["generate", "@nosuch.txt"], "PROMPT @nosuch.txt: No such file"),
         (["generate", "a", "--tokens", "0"], "--tokens = 0: must be at least 1"),
         (["generate", "a", "--temperature", "-1"], "--temperature = -1.0"),
+        (["generate", "a", "--seed", "-1"], "--seed = -1: must be from 0"),
+        (["generate", "a", "--seed", "99999999999999999999"], "--seed = 99999999999999999999: must be from 0"),
         (["generate", "a", "--design", "nosuch"], "design 'nosuch' is unknown"),
         (["evaluate", "--designs", " ,"], "--designs = ' ,': name at least one design"),
         (["evaluate", "--taus", "0.5,x"], "--taus = '0.5,x': numbers separated by commas"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from small import VOCABULARY, dense_logits, design, prompt, small_model
 from clo import presets
 from clo.engine import offload
 from clo.engine.decoder import Decoder
-from clo.errors import EngineError, SpecError
+from clo.errors import EngineError, NotFoundError, SpecError
 
 
 def sizes(name: str) -> dict[str, Any]:
@@ -120,6 +121,119 @@ def test_what_it_cannot_do_is_refused() -> None:
             torch.stack([text, text]), attention_mask=mask, past_key_values=cache, max_new_tokens=3, do_sample=False
         )
     cache.close()
+
+
+def greedy(model: Any, ids: torch.Tensor, cache: Any, tokens: int = 3, **options: Any) -> torch.Tensor:
+    found: torch.Tensor = model.generate(ids, past_key_values=cache, max_new_tokens=tokens, do_sample=False, **options)
+    return found
+
+
+class TestWhatAMaskHides:
+    @pytest.mark.parametrize("batch", [1, 2])
+    def test_in_a_prompt_it_is_refused(self, batch: int) -> None:
+        model, text = small_model(), prompt(70).expand(batch, -1)
+        mask = torch.ones(batch, 70, dtype=torch.long)
+        mask[0, :5] = 0
+        with (
+            offload(model, design("streamed"), max_new_tokens=40) as cache,
+            pytest.raises(SpecError, match="padded prompts"),
+        ):
+            greedy(model, text, cache, attention_mask=mask)
+
+    def test_in_a_later_turn_too(self) -> None:
+        model = small_model()
+        with offload(model, design("streamed"), max_new_tokens=40) as cache:
+            told = greedy(model, prompt(70)[None], cache)
+            asked = torch.cat([told, prompt(9, 2)[None]], dim=1)
+            mask = torch.ones_like(asked)
+            mask[0, 74:76] = 0
+            with pytest.raises(SpecError, match="padded prompts"):
+                greedy(model, asked, cache, attention_mask=mask)
+            assert greedy(model, asked, cache, attention_mask=torch.ones_like(asked)).shape == (1, 85)
+
+    def test_the_librarys_own_cache_still_takes_it(self) -> None:
+        model, batch = small_model(), torch.stack([prompt(70, 1), prompt(70, 2)])
+        mask = torch.ones(2, 70, dtype=torch.long)
+        mask[0, :5] = 0
+        wanted = greedy(model, batch, None, attention_mask=mask)
+        with offload(model, design("clo", budget_pages=3), max_new_tokens=40):
+            assert torch.equal(greedy(model, batch, None, attention_mask=mask), wanted)
+
+
+class TestAnotherConversation:
+    @pytest.mark.parametrize("length", [20, 40, 69])
+    def test_a_shorter_one_is_refused_and_the_first_goes_on(self, length: int) -> None:
+        model = small_model()
+        with offload(model, design("clo", budget_pages=3), max_new_tokens=40) as cache:
+            told = greedy(model, prompt(70)[None], cache)
+            with pytest.raises(SpecError, match=r"input_ids: .* the cache holds 72: give it the whole conversation"):
+                greedy(model, prompt(length, 2)[None], cache)
+            assert greedy(model, told, cache).shape == (1, 76)
+
+    def test_an_empty_prompt_is_refused(self) -> None:
+        cache = offload(small_model(), design("clo", budget_pages=3), max_new_tokens=40)
+        with pytest.raises(SpecError, match="input_ids: 0 new tokens from position 0"):
+            cache.arrive(torch.zeros(1, 0, 48), None, None)
+
+    @pytest.mark.parametrize("tokens", [1, 3], ids=["before-decoding", "while-decoding"])
+    def test_a_batch_of_another_size_is_refused_and_the_first_goes_on(self, tokens: int) -> None:
+        model = small_model()
+        with offload(model, design("clo", budget_pages=3), max_new_tokens=40) as cache:
+            told = greedy(model, prompt(70).expand(2, -1), cache, tokens)
+            asked = torch.cat([told, prompt(9, 2).expand(2, -1)], dim=1)
+            for other in (1, 3):
+                with pytest.raises(SpecError, match=f"a batch of {other}, the cache holds one of 2"):
+                    greedy(model, asked[:1].expand(other, -1), cache)
+            assert len(greedy(model, asked, cache)) == 2
+
+    @pytest.mark.parametrize("tokens", [0, 3], ids=["in-the-prompt", "while-decoding"])
+    def test_after_an_interrupt_the_cache_is_refused(self, tokens: int) -> None:
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        model, text = small_model(), prompt(70)[None]
+        with offload(model, design("clo", budget_pages=3), max_new_tokens=40) as cache:
+            if tokens:
+                text = greedy(model, text, cache, tokens)
+            hook = model.model.layers[2].register_forward_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                greedy(model, text, cache)
+            hook.remove()
+            with pytest.raises(EngineError, match="broken off half-way"):
+                greedy(model, torch.cat([text, text[:, :1]], dim=1), cache)
+        with offload(model, design("clo", budget_pages=3), max_new_tokens=40) as cache:
+            assert greedy(model, text, cache).shape[1] == text.shape[1] + 3
+
+
+def test_guesses_that_are_taken_back_are_refused() -> None:
+    model = small_model()
+    with (
+        offload(model, design("clo", budget_pages=3), max_new_tokens=40) as cache,
+        pytest.raises(SpecError, match="tokens cannot be taken back"),
+    ):
+        greedy(model, prompt(70)[None], cache, 9, prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.parametrize("tokens", [0, -1, 1.5, float("nan"), "a", None])
+def test_room_is_a_whole_number(tokens: Any) -> None:
+    with pytest.raises(SpecError, match=f"max_new_tokens = {tokens}: must be at least 1, a whole number"):
+        offload(small_model(), design("clo"), max_new_tokens=tokens)
+
+
+@pytest.mark.parametrize("memory", [0, -1.0, float("nan"), "a"])
+def test_memory_is_a_number_of_bytes(memory: Any) -> None:
+    with pytest.raises(SpecError, match=f"kv_memory_bytes = {memory}: must be a positive number of bytes"):
+        offload(small_model(), design("clo"), kv_memory_bytes=memory)
+
+
+def test_a_design_is_a_record_a_name_or_a_file(tmp_path: Path) -> None:
+    model, file = small_model(), tmp_path / "mine.toml"
+    file.write_text('cache = "none"\nprefetch_depth = 0\n')
+    for given in ("resolve", file, str(file), design("resolve")):
+        offload(model, given).close()
+    for wrong in (None, 5, b"clo"):
+        with pytest.raises(NotFoundError, match=r"is unknown.*choose from clo"):
+            offload(model, wrong)  # type: ignore[arg-type]
 
 
 def generated(model: Any, cache: Any, tokens: int = 8) -> list[int]:

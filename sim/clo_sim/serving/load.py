@@ -46,6 +46,8 @@ def generate(
         )
     rng = np.random.default_rng(seed)
     times = np.concatenate([[0.0], np.cumsum(_gaps(rng, arrivals, num_requests - 1))]) / rate_per_s
+    if not math.isfinite(float(times[-1]) * NS_PER_S):
+        raise RequestError(f"load rate = {rate_per_s:g} requests/s: the last of {num_requests} would never come")
     drawn = rng.integers(0, len(lengths), size=num_requests)
     requests = tuple(
         Request(round(time * NS_PER_S), *lengths[number])

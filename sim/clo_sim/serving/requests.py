@@ -84,6 +84,8 @@ class RequestTrace:
             raise RequestError(f"rate multiplier = {multiplier:g}: must be positive and finite")
         if multiplier == 1.0:
             return self
+        if self.requests and not math.isfinite(self.requests[-1].arrival_ns / multiplier):
+            raise RequestError(f"rate multiplier = {multiplier:g}: the last request would never come")
         faster = tuple(one._replace(arrival_ns=round(one.arrival_ns / multiplier)) for one in self.requests)
         return replace(self, requests=faster)
 
@@ -179,7 +181,7 @@ MAX_TOKENS = 1 << 40
 
 def _count(line: int, name: str, value: Any) -> int:
     if type(value) is not int or not 0 <= value <= MAX_TOKENS:
-        raise _BadLineError(line, f"{name} = {value!r}: must be a whole number of tokens, zero or more")
+        raise _BadLineError(line, f"{name} = {value!r}: must be a whole number of tokens, from 0 to {MAX_TOKENS}")
     return value
 
 

@@ -91,6 +91,7 @@ class TestEndToEnd:
         ("arguments", "message"),
         [
             (["calibrate", "--layers", "0"], "model.num_layers = 0"),
+            (["calibrate", "--layers", "100"], "--layers 100: smollm2-135m has 30"),
             (["calibrate", "--rounds", "0"], "--rounds = 0"),
             (["calibrate", "--designs", "nosuch"], "--designs nosuch"),
             (["calibrate", "--layers", "2"], "model.num_layers = 2: designs keep 2 of them dense"),
@@ -148,6 +149,10 @@ class TestRun:
         ("arguments", "message"),
         [
             (["--context", "0"], "--context = 0"),
+            (["--context", "999999999", "--layers", "2"], "prompt of 999999999 tokens .* smollm2-135m has 8192"),
+            (["--batch", "8000", "--context", "8000", "--layers", "3"], "KV cache of 8000 prompts|device memory"),
+            (["--batch", "100000000"], "--batch = 100000000: must be at most 65536"),
+            (["--layers", "31"], "--layers 31: smollm2-135m has 30"),
             (["--model", "llama-3-70b"], "in single precision"),
             (["--weights", "smollm2-135m", "--layers", "2"], "--layers 2: real weights"),
         ],
