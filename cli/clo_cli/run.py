@@ -114,8 +114,10 @@ def _network(model: str, weights: str | None, layers: int | None, device: str) -
     need_device(device)
     if weights:
         return Network(load_for_decoding(weights)[0].to(device))
-    shape = first_layers(presets.load_model(model), layers)
-    return Network(random_model(checked(shape, device), dtype=dtype_on(device), device=device), shape.name)
+    whole = presets.load_model(model)
+    shape = first_layers(whole, layers)
+    name = shape.name if shape == whole else f"{shape.name} ({shape.num_layers} layers)"
+    return Network(random_model(checked(shape, device), dtype=dtype_on(device), device=device), name)
 
 
 def _report(measured: MachineRun, timeline: Path | None, out: Path | None, as_json: bool) -> None:

@@ -415,12 +415,12 @@ def check_design(design: Design, heads: HeadProfile | None) -> None:
     """Raise `SpecError` for what needs a head profile that is not given, or whole layers where heads are streamed."""
     if design.gated and design.target_hit_rate is not None and (heads is None or heads.tau is None):
         raise SpecError(
-            "design.target_hit_rate: thresholds per head come from a head profile: give one (see "
+            "design.target_hit_rate: thresholds per head come from a head profile: give heads (see "
             "clo.engine.heads.heads_for), or set tau"
         )
     if design.gated and design.gqa_fold is GqaFold.IMPORTANCE and (heads is None or heads.importance is None):
         raise SpecError(
-            "design.gqa_fold = importance: the weights come from a head profile: give one (see "
+            "design.gqa_fold = importance: the weights come from a head profile: give heads (see "
             "clo.engine.heads.heads_for), or choose mean"
         )
     if design.attend is Attend.FULL and design.offloads and design.pinned_head_fraction:

@@ -64,7 +64,7 @@ def head_profile(trace: AttentionTrace, design: Design, model: ModelSpec) -> Hea
         raise SpecError(
             f"head profile: the trace of {header.model} has {shape[0]} layers, {shape[1]} KV and {shape[2]} query "
             f"heads, {model.name} has {model.num_layers}, {model.num_kv_heads} and {model.num_query_heads}: record a "
-            "trace of it"
+            "trace of it (clo record) and give that: --trace, or heads = heads_for(design, model, trace)"
         )
     found = measure_heads(trace)
     tau = None if design.target_hit_rate is None else tau_for_hit_rate(trace, design, design.target_hit_rate)

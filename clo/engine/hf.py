@@ -23,13 +23,14 @@ from transformers.masking_utils import sdpa_mask
 from clo import presets
 from clo.engine import inline
 from clo.engine.decoder import Decoder, HeadProfile, StepTraffic, make_layers
+from clo.engine.heads import heads_for
 from clo.engine.layers import Layer, OffloadedLayer, StreamedLayer
 from clo.engine.network import Network
 from clo.engine.record import project_query
 from clo.errors import EngineError, SpecError
 from clo.plan import DecodePlan
 from clo.schedule.ops import Stage
-from clo.specs import Design
+from clo.specs import Design, GqaFold
 
 ATTENTION_NAME = "clo"
 
@@ -48,17 +49,24 @@ def offload(
     length. Prefill is the model's own, exact. Whatever comes after the first generated token, a chat's next turn too,
     is decoded token by token under the design; `max_new_tokens` is the room for all of it. With any other cache the
     model works as before, with SDPA as its attention: it returns no attention weights. `close`, the end of a `with`
-    block, or dropping the last of a model's caches gives the model back as it was. Raises `SpecError` for a model or a
-    design that does not fit.
+    block, or dropping the last of a model's caches gives the model back as it was. A design whose thresholds or weights
+    come from a head profile takes `heads`, or the shipped one if that is of such a model. Raises `SpecError` for a
+    model or a design that does not fit.
     """
     chosen = design if isinstance(design, Design) else presets.load_design(str(design))
-    decoder = Decoder(
-        Network(model), chosen, max_new_tokens=max_new_tokens, heads=heads, kv_memory_bytes=kv_memory_bytes
-    )
+    network = Network(model)
+    heads = heads or _shipped_profile(chosen, network)
+    decoder = Decoder(network, chosen, max_new_tokens=max_new_tokens, heads=heads, kv_memory_bytes=kv_memory_bytes)
     decoder.close()  # only its sizes and checks are needed: the model drives
     AttentionInterface.register(ATTENTION_NAME, _attend)
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
     return OffloadedCache(decoder)
+
+
+def _shipped_profile(design: Design, network: Network) -> HeadProfile | None:
+    """For a design that cannot do without one. Raises `SpecError` for a model built otherwise."""
+    needs = design.target_hit_rate is not None or design.gqa_fold is GqaFold.IMPORTANCE
+    return heads_for(design, network.spec) if design.gated and needs else None
 
 
 class _Mount:

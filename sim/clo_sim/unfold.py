@@ -26,8 +26,13 @@ Ran = tuple[int, float, float, Waits]
 """A segment's column, start, end, and what its lane waited for before it."""
 
 
-def simulated_timeline(priced: PricedStep, step: int, title: str, contention: Contention | None = None) -> Timeline:
-    """One measured step on the simulator; of a run that repeats its steps, the one it repeats."""
+def simulated_timeline(
+    priced: PricedStep, step: int, title: str, contention: Contention | None = None, *, everything: bool = False
+) -> Timeline:
+    """One measured step on the simulator; of a run that repeats its steps, the one it repeats.
+
+    Operations that take no time are left out unless `everything` is wanted.
+    """
     step %= priced.num_steps
     env = simpy.Environment()
     gpu = SimulatedGpu(env, priced, contention=contention, record=True)
@@ -45,7 +50,7 @@ def simulated_timeline(priced: PricedStep, step: int, title: str, contention: Co
         for span in gpu.device.spans or ()
     ]
     ran += [(column, start, end, ()) for column, start, end in gpu.host_spans]
-    return _timeline(priced, step, title, ran)
+    return _timeline(priced, step, title, ran, everything=everything)
 
 
 def clock_timeline(priced: PricedStep, step: int, title: str) -> Timeline:
@@ -58,11 +63,12 @@ def clock_timeline(priced: PricedStep, step: int, title: str) -> Timeline:
     return _timeline(priced, step, title, ran)
 
 
-def _timeline(priced: PricedStep, step: int, title: str, ran: list[Ran]) -> Timeline:
+def _timeline(priced: PricedStep, step: int, title: str, ran: list[Ran], *, everything: bool = False) -> Timeline:
     spans: list[Span] = []
     for segment in ran:
         spans += _unfold(priced, step, segment)
-    spans = list(_that_take_time(spans))
+    if not everything:
+        spans = list(_that_take_time(spans))
     order = {lane.value: number for number, lane in enumerate(Lane)}
     spans.sort(key=lambda span: (span.start_s, order[span.lane]))
     return Timeline(title=title, spans=tuple(spans), lanes=tuple(lane.value for lane in priced.graph.lanes()))

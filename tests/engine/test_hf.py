@@ -13,7 +13,7 @@ from small import VOCABULARY, dense_logits, design, prompt, small_model
 
 from clo import presets
 from clo.engine import offload
-from clo.engine.decoder import Decoder
+from clo.engine.decoder import Decoder, HeadProfile
 from clo.errors import EngineError, NotFoundError, SpecError
 
 
@@ -95,6 +95,25 @@ def test_a_chats_next_turn_is_decoded_as_if_its_tokens_came_one_by_one(name: str
         assert answer.sequences[0, : len(talk)].tolist() == talk
         torch.testing.assert_close(answer.logits[0], logits, rtol=1e-4, atol=1e-4)
         assert cache.get_seq_length() == len(talk) + 2
+
+
+def test_designs_that_need_a_head_profile_find_the_shipped_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, text = small_model(), prompt(80)
+    needy = presets.load_design("clo-v1")
+    with pytest.raises(SpecError, match=r"head profile: the trace of .* heads_for"):
+        offload(model, needy)
+    asked: list[str] = []
+
+    def found(chosen: Any, spec: Any) -> HeadProfile:
+        asked.append(chosen.name)
+        return HeadProfile(importance=torch.ones(spec.num_layers, spec.num_query_heads))
+
+    monkeypatch.setattr("clo.engine.hf.heads_for", found)
+    with offload(model, needy, max_new_tokens=4) as cache:
+        model.generate(text[None], past_key_values=cache, max_new_tokens=3, do_sample=False)
+        assert cache.decodes
+    offload(model, "clo").close()
+    assert asked == ["clo-v1"]
 
 
 def test_what_it_cannot_do_is_refused() -> None:

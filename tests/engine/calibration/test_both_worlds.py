@@ -58,6 +58,16 @@ class TestBothWorlds:
         complete = simulated_s(profile, run)
         assert all(simulated_s(profile, run, part) <= complete * (1 + 1e-9) for part in ABLATIONS)
 
+    def test_an_operation_that_costs_nothing_is_there_in_both(
+        self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
+    ) -> None:
+        free = {
+            key: cost.model_copy(update={"per_unit": {}}) if key.startswith(("score_pages", "hit_test")) else cost
+            for key, cost in profile.operations.items()
+        }
+        assert free != profile.operations
+        assert compare(profile.model_copy(update={"operations": free}), runs["clo"][1]).differences() == []
+
     def test_a_difference_is_named(
         self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
     ) -> None:

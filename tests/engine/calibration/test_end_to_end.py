@@ -140,7 +140,8 @@ class TestRun:
         done = CliRunner().invoke(clo, [*small, "--json", "--out", str(out), "--timeline", str(step)])
         assert done.exit_code == 0, done.output
         result = load_result(out)
-        assert json.loads(done.stdout)["tpot_s"] == result.tpot_s
+        printed = json.loads(done.stdout)
+        assert (printed["tpot_s"], printed["model"]) == (result.tpot_s, "smollm2-135m (2 layers)")
         assert (result.executor, result.workload.steps, result.roofline) == ("machine", 2, None)
         assert load_chrome_trace(step)[0].seconds > 0
         assert "TPOT" in CliRunner().invoke(clo, small).stdout
@@ -149,7 +150,10 @@ class TestRun:
         ("arguments", "message"),
         [
             (["--context", "0"], "--context = 0"),
-            (["--context", "999999999", "--layers", "2"], "prompt of 999999999 tokens .* smollm2-135m has 8192"),
+            (
+                ["--context", "999999999", "--layers", "2"],
+                r"of 999999999 tokens .* smollm2-135m \(2 layers\) has 8192",
+            ),
             (["--batch", "8000", "--context", "8000", "--layers", "3"], "KV cache of 8000 prompts|device memory"),
             (["--batch", "100000000"], "--batch = 100000000: must be at most 65536"),
             (["--layers", "31"], "--layers 31: smollm2-135m has 30"),
