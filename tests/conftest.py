@@ -9,6 +9,12 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from clo_sim.scene import Scene
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "engine")]
@@ -28,3 +34,13 @@ if not _has_gpu():
 # a shell's background job begins with interrupts ignored; tests of Ctrl-C, and the commands they start, must hear them
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def scene() -> "Scene":
+    """Four sequences of 32K tokens of Llama-3-8B on an H200: every design fits, transfers matter."""
+    import clo_sim
+
+    return clo_sim.make_scene(
+        "llama-3-8b", workload=clo_sim.make_scene().workload.with_fields(context_tokens=32768, batch=4, steps=12)
+    )
