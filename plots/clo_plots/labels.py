@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.text import Annotation
+from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
@@ -24,14 +24,12 @@ _PLACES = (
     (-_NEAR, -_NEAR, "right", "center"),
     (0.0, _NEAR, "center", "bottom"),
     (0.0, -_NEAR, "center", "top"),
-    (_FAR, _DROP, "left", "center"),
-    (_FAR, -_DROP, "left", "center"),
-    (-_FAR, _DROP, "right", "center"),
-    (-_FAR, -_DROP, "right", "center"),
-    (_FAR, 2 * _DROP, "left", "center"),
-    (_FAR, -2 * _DROP, "left", "center"),
-    (-_FAR, 2 * _DROP, "right", "center"),
-    (-_FAR, -2 * _DROP, "right", "center"),
+    *(
+        (side * _FAR, way * drop * _DROP, "left" if side > 0 else "right", "center")
+        for drop in (1, 2, 3, 4)
+        for side in (1, -1)
+        for way in (1, -1)
+    ),
 )
 
 
@@ -47,10 +45,13 @@ def label_markers(axes: Axes, names: Sequence[str], at: Points, avoid: Points, *
     for index in np.argsort(-pixels[:, 1], kind="stable") if len(names) else ():
         others = np.delete(pixels, index, axis=0)
         tries = _tries(axes, names[index], at[index], size_pt)
-        costs = [_cost(one, axes.bbox, taken, soft) + _doubt(one, pixels[index], others) for one in tries]
+        own = pixels[index]
+        costs = [
+            _cost(one, axes.bbox, taken, soft) + _doubt(one, own, others) + _crossing(one, own, taken) for one in tries
+        ]
         best = tries[int(np.argmin(costs))]
         axes.add_artist(best)
-        taken.append(best.get_window_extent())
+        taken.append(_box(best))
 
 
 def _tries(axes: Axes, name: str, spot: Points, size_pt: float) -> list[Annotation]:
@@ -79,7 +80,7 @@ def _annotation(
 
 def _cost(text: Annotation, inside: Bbox, taken: Sequence[Bbox], soft: Points) -> float:
     """Square pixels covered, what is worse weighing more; of equals the first place is taken."""
-    box = text.get_window_extent()
+    box = _box(text)
     covered = sum(_overlap(box, other) for other in taken)
     outside = box.width * box.height - _overlap(box, inside)
     dots = int(np.count_nonzero(((soft > box.min) & (soft < box.max)).all(axis=1)))
@@ -87,12 +88,34 @@ def _cost(text: Annotation, inside: Bbox, taken: Sequence[Bbox], soft: Points) -
 
 
 def _doubt(text: Annotation, own: Points, others: Points) -> float:
-    """How much a name seems to belong to another marker: it is nearer to that one's height than to its own's."""
-    box = text.get_window_extent()
+    """How much a name seems to belong to another marker: it is nearer to that one's height than to its own's.
+
+    A line to its own marker leaves little doubt.
+    """
+    if text.arrow_patch is not None:
+        return 0.0
+    box = _box(text)
     middle, reach = (box.y0 + box.y1) / 2, box.width + box.height
     close = others[(np.abs(others - own) < (reach, 2 * box.height)).all(axis=1)]
     nearer = np.abs(close[:, 1] - middle) < np.abs(own[1] - middle)
     return 5.0 * box.width * box.height * int(np.count_nonzero(nearer))
+
+
+def _crossing(text: Annotation, own: Points, taken: Sequence[Bbox]) -> float:
+    """How much of the line to its marker lies on other names and markers."""
+    if text.arrow_patch is None:
+        return 0.0
+    box = _box(text)
+    # matplotlib draws it towards the middle of the words; what is next to the marker is the marker's
+    along = own + np.linspace(0.3, 1.0, 20)[:, None] * ((box.min + box.max) / 2 - own)
+    on = [((along > other.min) & (along < other.max)).all(axis=1) for other in taken]
+    return 100.0 * float(np.count_nonzero(on))
+
+
+def _box(text: Annotation) -> Bbox:
+    """What the words cover, without the line to the marker."""
+    text.get_window_extent()  # puts the words where they belong
+    return Text.get_window_extent(text)
 
 
 def _overlap(one: Bbox, other: Bbox) -> float:
