@@ -105,9 +105,9 @@ def _crossing(text: Annotation, own: Points, taken: Sequence[Bbox]) -> float:
     """How much of the line to its marker lies on other names and markers."""
     if text.arrow_patch is None:
         return 0.0
-    box = _box(text)
     # matplotlib draws it towards the middle of the words; what is next to the marker is the marker's
-    along = own + np.linspace(0.3, 1.0, 20)[:, None] * ((box.min + box.max) / 2 - own)
+    middle = np.asarray(_box(text).get_points()).mean(axis=0)
+    along = own + np.linspace(0.3, 1.0, 20)[:, None] * (middle - own)
     on = [((along > other.min) & (along < other.max)).all(axis=1) for other in taken]
     return 100.0 * float(np.count_nonzero(on))
 
