@@ -1,4 +1,4 @@
-"""The one family of errors this project raises on purpose. Knows nothing about where they are shown."""
+"""The one family of errors this project raises on purpose, and how others say that memory ran out."""
 
 
 class CloError(Exception):
@@ -27,3 +27,10 @@ class NotFoundError(CloError, LookupError):
 
 class EngineError(CloError, RuntimeError):
     """A decode that cannot go on: a lane that died, a flag that never came, numbers that are none."""
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether it says that memory could not be had, of a device or of the host; torch says so in words."""
+    said = str(error).lower()
+    in_words = isinstance(error, RuntimeError) and ("out of memory" in said or "allocate memory" in said)
+    return isinstance(error, MemoryError) or in_words

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clo_sim.serving import RequestTrace
     from clo_sim.serving.plan import Fleet
 
 
@@ -31,6 +30,7 @@ class Priced:
 
 
 def prices_from(given: Sequence[str], machines: Sequence[str]) -> dict[str, float]:
+    """From `--price MACHINE=DOLLARS`, by machine. Raises `SpecError` for what is none."""
     from clo.errors import SpecError
 
     prices = {}
@@ -48,7 +48,8 @@ def prices_from(given: Sequence[str], machines: Sequence[str]) -> dict[str, floa
     return prices
 
 
-def with_price(one: Priced, prices: dict[str, float], machine: str, trace: RequestTrace) -> Priced:
+def with_price(one: Priced, prices: dict[str, float], machine: str) -> Priced:
+    """With its cost, where the machine has a price, in dollars per GPU and hour."""
     fleet = one.fleet
     if fleet.gpus is None or machine not in prices or fleet.result is None:
         return one

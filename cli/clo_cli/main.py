@@ -78,7 +78,7 @@ def main() -> None:
 
 def _run() -> int:
     """Run the command line and return the exit code."""
-    from clo.errors import CloError
+    from clo.errors import CloError, ran_out
 
     try:
         return _invoke()
@@ -93,16 +93,10 @@ def _run() -> int:
         click.echo("clo: interrupted", err=True)
         return 130
     except (MemoryError, RuntimeError) as error:
-        if not _ran_out(error):
+        if not ran_out(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return _refuse(f"memory ran out: a smaller model, context or batch takes less ({reason})")
-
-
-def _ran_out(error: BaseException) -> bool:
-    """Whether memory could not be had, of this machine or of what the process may take; torch says so in words."""
-    said = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in said or "allocate memory" in said
 
 
 def _invoke() -> int:

@@ -95,7 +95,7 @@ def plan(
     )
     workers = jobs or os.cpu_count() or 1
     fleets = _fleets(question, machine_names, list(chosen.values()), workers)
-    priced = [with_price(one, prices, machine, question.trace) for machine, one in fleets]
+    priced = [with_price(one, prices, machine) for machine, one in fleets]
     best = best_of(priced)
     found: dict[str, Any] = {"priced": priced, "curve": None, "map": None}
     if best is not None and out is not None:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
+from clo.engine.cuda_copies import DRIVER, moves
 from clo.errors import EngineError
 
 LIBRARIES = ("libgdrapi.so.2", "libgdrapi.so")
-DRIVER = "libcuda.so.1"
 DEVICE_PAGE = 1 << 16
 """Device memory is mapped in pages of 64 KiB."""
 CURRENT_CONTEXT, TO_OWNER = 0, 100
@@ -55,7 +55,6 @@ class Bar:
         address = tensor.data_ptr()
         if address in self._windows:
             return
-        assert tensor.is_contiguous(), "a window shows memory as it lies"
         start = address - address % DEVICE_PAGE
         size = -(-(address + tensor.nbytes - start) // DEVICE_PAGE) * DEVICE_PAGE
         handle, mapped = _Handle(), ctypes.c_void_p()
@@ -70,13 +69,9 @@ class Bar:
 
     def write(self, tensor: torch.Tensor, targets: torch.Tensor, host: torch.Tensor, sources: torch.Tensor) -> None:
         """Rows `sources` of `host` to rows `targets` of a prepared `tensor`, both int64; from any thread."""
-        window, row_bytes = self._windows[tensor.data_ptr()], tensor.nbytes // len(tensor)
-        assert host.is_contiguous(), "rows of the host lie one after another"
-        assert host.nbytes == row_bytes * len(host), "rows are of one length"
-        begin, copy = host.data_ptr(), self._gdr.gdr_copy_to_mapping
-        for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
-            to, where = window.first + target * row_bytes, begin + source * row_bytes
-            _check("gdr_copy_to_mapping", copy(window.handle, to, where, row_bytes))
+        window = self._windows[tensor.data_ptr()]
+        for to, source, num_bytes in moves(tensor, window.first, targets, host, sources):
+            _check("gdr_copy_to_mapping", self._gdr.gdr_copy_to_mapping(window.handle, to, source, num_bytes))
 
     def flush(self) -> None:
         """What was written is visible to kernels of the device, those that run already too."""

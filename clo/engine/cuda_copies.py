@@ -1,12 +1,13 @@
 """Copies of single rows from pinned memory to a CUDA device, each submitted by the driver's own call.
 
-No tensor is made for a row, which from Python takes longer than the submission. Not yet run on a GPU.
+No tensor is made for a row. Not yet run on a GPU.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterator
 
 import torch
 
@@ -34,14 +35,21 @@ def submit_rows(
     sources: torch.Tensor,
 ) -> None:
     """The same on a stream given by its handle."""
-    row_bytes = host.nbytes // len(host)
+    for to, source, num_bytes in moves(device, device.data_ptr(), targets, host, sources):
+        if code := driver.cuMemcpyHtoDAsync_v2(to, source, num_bytes, stream):
+            raise EngineError(f"cuMemcpyHtoDAsync failed with code {code}")
+
+
+def moves(
+    device: torch.Tensor, first: int, targets: torch.Tensor, host: torch.Tensor, sources: torch.Tensor
+) -> Iterator[tuple[int, int, int]]:
+    """Where each row goes, where it is, and its bytes; `first` is the address by which `device` is written."""
+    row_bytes, begin = host.nbytes // len(host), host.data_ptr()
     assert device.is_contiguous(), "rows of the device lie one after another"
     assert host.is_contiguous(), "rows of the host lie one after another"
     assert device.nbytes == row_bytes * len(device), "rows are of one length"
-    copy, to, where = driver.cuMemcpyHtoDAsync_v2, device.data_ptr(), host.data_ptr()
     for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
-        if code := copy(to + target * row_bytes, where + source * row_bytes, row_bytes, stream):
-            raise EngineError(f"cuMemcpyHtoDAsync failed with code {code}")
+        yield first + target * row_bytes, begin + source * row_bytes, row_bytes
 
 
 @functools.cache

@@ -20,12 +20,12 @@ from clo.engine.cuda_device import torch_device
 from clo.engine.cuda_machine import CudaMachine
 from clo.engine.finite import explain_prompt
 from clo.engine.layers import DenseLayer, HeadSettings, Layer, LayerShape, OffloadedLayer, StreamedLayer
-from clo.engine.memory import check_memory, explain_need, host_memory_bytes, ran_out
+from clo.engine.memory import check_memory, explain_need, host_memory_bytes
 from clo.engine.network import Network
 from clo.engine.operations import Operations
 from clo.engine.prefill import PREFILL_CHUNK_TOKENS, read_into
 from clo.engine.words import two_memories
-from clo.errors import EngineError, SpecError
+from clo.errors import EngineError, SpecError, ran_out
 from clo.plan import DecodePlan, make_plan
 from clo.schedule import Op, decode_step
 from clo.schedule.ops import Stage
@@ -273,8 +273,8 @@ class Decoder:
 
     def _new_bar(self) -> Bar | None:
         """Where CPU threads of a CUDA device's machine store into its memory."""
-        stores = self.design.transfer is Transfer.CPU_ZERO_COPY and self.design.offloads and self.design.selects
-        return open_bar(self.network.device) if stores and self.network.device.type == "cuda" else None
+        device = self.network.device
+        return open_bar(device) if device.type == "cuda" and _stores_through_bar(self.design) else None
 
     def _close_bar(self) -> None:
         if self._bar is not None:
@@ -427,12 +427,15 @@ def check_design(design: Design, heads: HeadProfile | None) -> None:
         raise SpecError("design.pinned_head_fraction: the decoder streams whole layers: set it to 0")
 
 
+def _stores_through_bar(design: Design) -> bool:
+    return design.offloads and design.selects and design.transfer is Transfer.CPU_ZERO_COPY
+
+
 def check_device(design: Design, heads: HeadProfile, device: torch.device) -> None:
     """Raise `SpecError` for what cannot run on a CUDA device: it is simulated only, or needs the host in every step."""
     if device.type != "cuda":
         return
-    stores = design.offloads and design.selects and design.transfer is Transfer.CPU_ZERO_COPY
-    if stores and not bar_is_installed(device):
+    if _stores_through_bar(design) and not bar_is_installed(device):
         raise SpecError(
             "design.transfer = cpu_zero_copy: CPU stores through the PCIe BAR need GDRCopy (libgdrapi and its driver), "
             "which is not installed: here this is simulated only: choose gpu_zero_copy, page_copies or staged"

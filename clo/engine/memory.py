@@ -94,13 +94,6 @@ def explain_need(plan: DecodePlan, max_tokens: int, what: str = "", needed: floa
     )
 
 
-def ran_out(error: BaseException) -> bool:
-    """Whether it says that memory could not be had, of the device or of the host, pinned or not."""
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    said = str(error).lower()
-    return known or (isinstance(error, RuntimeError) and ("out of memory" in said or "allocate memory" in said))
-
-
 def stated_host_bytes() -> float | None:
     """`CLO_HOST_MEMORY_BYTES`: for machines whose operating system does not know, such as a virtual one whose memory
     grows as it is used. Raises `SpecError` for what is no number of bytes."""

@@ -20,7 +20,7 @@ from clo.engine.decoder import Decoder
 from clo.engine.inline_decoder import InlineDecoder
 from clo.engine.layers import DenseLayer, OffloadedLayer, StreamedLayer
 from clo.engine.network import Network
-from clo.errors import EngineError, SpecError
+from clo.errors import EngineError, SpecError, ran_out
 from clo.specs import Selector
 
 NAMES = presets.names("designs")
@@ -132,7 +132,7 @@ class TestTooLittle:
         ],
     )
     def test_other_failures_stay_what_they_are(self, error: Exception, is_it: bool) -> None:
-        assert memory.ran_out(error) is is_it
+        assert ran_out(error) is is_it
 
     def test_a_system_that_does_not_tell(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         if memory.MEMINFO.exists():
