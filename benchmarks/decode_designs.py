@@ -21,10 +21,11 @@ import numpy as np
 import torch
 
 from clo import presets
-from clo.engine.decoder import Decoder, Prompt
+from clo.engine.decoder import Decoder
 from clo.engine.measure import go_on, run_steps
-from clo.engine.network import Network
-from clo.engine.random_weights import need_device, random_model, random_prompt
+from clo.engine.models.network import Network
+from clo.engine.models.random_weights import need_device, random_model, random_prompt
+from clo.engine.prompts import Prompt
 from clo.engine.run import result_of
 from clo.errors import CloError
 from clo.specs import Design, ModelSpec

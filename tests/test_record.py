@@ -13,15 +13,15 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from clo.engine.record import (  # noqa: E402
+from clo.engine.models.anatomy import decoder_layers  # noqa: E402
+from clo.engine.recording.attention_recorder import (  # noqa: E402
     ATTENTION_NAME,
     AttentionRecorder,
-    RecordSettings,
-    decoder_layers,
-    default_text,
-    record,
     register_attention,
 )
+from clo.engine.recording.record import record  # noqa: E402
+from clo.engine.recording.settings import RecordSettings  # noqa: E402
+from clo.engine.texts import default_text  # noqa: E402
 from clo.errors import NotFoundError, SpecError  # noqa: E402
 from clo.trace import NO_PAGE, AttentionTrace  # noqa: E402
 
@@ -142,8 +142,8 @@ def recorded(request: pytest.FixtureRequest) -> tuple[AttentionTrace, AttentionR
         kept.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clo.engine.record.load_model", lambda _name: (model, Characters()))
-        patch.setattr("clo.engine.record.PREFILL_CHUNK_TOKENS", 48)
+        patch.setattr("clo.engine.recording.record.load_model", lambda *_, **__: (model, Characters()))
+        patch.setattr("clo.engine.recording.record.PREFILL_CHUNK_TOKENS", 48)
         patch.setattr(AttentionRecorder, "__init__", keep)
         trace = record(
             "tiny",
@@ -282,7 +282,9 @@ class TestBadInput:
     @pytest.fixture(autouse=True)
     def _tiny(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
         if "real_loading" not in request.keywords:
-            monkeypatch.setattr("clo.engine.record.load_model", lambda _name: (tiny_model("llama"), Characters()))
+            monkeypatch.setattr(
+                "clo.engine.recording.record.load_model", lambda *_, **__: (tiny_model("llama"), Characters())
+            )
 
     def test_text_too_short(self) -> None:
         with pytest.raises(SpecError, match=r"text: 50 tokens, but .* need 209"):
@@ -349,7 +351,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("package", ["torch", "transformers"])
 def test_missing_packages(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(NotFoundError, match=rf'{package} is missing.*pip install "clo-offload\[models\]"'):
+    with pytest.raises(NotFoundError, match=rf'needs {package}: pip install "clo-offload\[models\]"'):
         record("tiny", "text", context_tokens=200, num_steps=2)
 
 

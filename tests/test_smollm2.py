@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clo.engine import smollm2
+from clo.engine.models import smollm2
 from clo.errors import NotFoundError
 
 PROSE = (

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from clo.engine.cuda_threads import poll
+from clo.engine.cuda.threads import poll
 from clo_calibration.host_benchmarks import HostBenchmark, thread_benchmarks
 from clo_kernels.gather_pages import gather_pages
 from clo_kernels.layout import INT32, DeviceKV, Resolved, ring_rows

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from clo import presets
-from clo.engine import bar
+from clo.engine.cuda import bar
 from clo.engine.decoder import Decoder
 from clo.engine.measure import MachineRun, run_steps
-from clo.engine.network import Network
-from clo.engine.random_weights import random_prompt
+from clo.engine.models.network import Network
+from clo.engine.models.random_weights import random_prompt
 from clo.errors import SpecError
 from clo.operation_costs import GEMM_ROWS
 from clo.plan import DecodePlan

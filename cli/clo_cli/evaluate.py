@@ -139,13 +139,13 @@ def _spread(designs: list[Any], fits: Callable[[Any], bool], field: str, values:
 
 
 def _evaluate(designs: list[Any], options: dict[str, Any]) -> dict[str, Any]:
-    from clo.engine.controls import Contender, controls_of
-    from clo.engine.evaluate import evaluate as run
-    from clo.engine.network import Network
-    from clo.engine.quality import compared
-    from clo.engine.record import package_versions
-    from clo.engine.tasks import EvaluationSettings
+    from clo.engine.answers.controls import Contender, controls_of
+    from clo.engine.answers.evaluate import evaluate as run
+    from clo.engine.answers.quality import compared
+    from clo.engine.answers.tasks import EvaluationSettings
+    from clo.engine.models.network import Network
     from clo.engine.texts import Split
+    from clo.engine.versions import package_versions
     from clo_cli.models import load_for_decoding, progress_bar, with_heads
 
     settings = EvaluationSettings(

@@ -98,7 +98,8 @@ def _generate(
     timeline: Path | None,
     as_json: bool,
 ) -> dict[str, Any]:
-    from clo.engine.decoder import Decoder, sampler_of
+    from clo.engine.decoder import Decoder
+    from clo.engine.sampling import sampler_of
     from clo_cli.models import load_for_decoding, with_heads
 
     model, tokenizer = load_for_decoding(name)

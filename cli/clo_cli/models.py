@@ -21,7 +21,7 @@ def need_engine(doing: str, extra: str = "models", also: tuple[str, ...] = ()) -
 def load_for_decoding(name: str) -> tuple[Any, Any]:
     """A model and its tokenizer. Libraries stay quiet."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from clo.engine.record import load_model
+    from clo.engine.models.loading import load_model
 
     need_engine("decoding")
     return load_model(name)
@@ -40,7 +40,7 @@ def with_heads(design: Any, model: Any, trace_path: str | None) -> tuple[Any, An
     """The design with the head profile it needs, if any."""
     from clo import presets
     from clo.engine.heads import heads_for
-    from clo.engine.network import spec_of
+    from clo.engine.models.network import spec_of
 
     trace = presets.load_trace(trace_path) if trace_path else None
     return design, heads_for(design, spec_of(model), trace)

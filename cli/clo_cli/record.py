@@ -36,7 +36,7 @@ def record(
     The model reads the text up to --context tokens, then decodes its continuation. The file is written whole or not at
     all.
     """
-    from clo.engine.record import record as record_trace
+    from clo.engine.recording.record import record as record_trace
     from clo.files import check_target
 
     check_target(out)
@@ -62,7 +62,7 @@ def record(
 
 def read_text(path: Path | None) -> tuple[str, str]:
     """The text of a file, or the one that every Python carries; and what it is called."""
-    from clo.engine.record import default_text
+    from clo.engine.texts import default_text
     from clo.errors import SpecError
 
     if path is None:

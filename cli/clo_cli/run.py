@@ -91,7 +91,7 @@ def _measured(
     need_engine("decoding")
     from clo.engine.decoder import Decoder
     from clo.engine.measure import run_steps
-    from clo.engine.random_weights import random_prompt
+    from clo.engine.models.random_weights import random_prompt
 
     network = _network(model, weights, layers, device)
     with Decoder(network, _without_profile(design), max_new_tokens=steps + 4) as decoder:
@@ -107,8 +107,8 @@ def _without_profile(design: Design) -> Design:
 
 def _network(model: str, weights: str | None, layers: int | None, device: str) -> Any:
     from clo import presets
-    from clo.engine.network import Network
-    from clo.engine.random_weights import checked, dtype_on, need_device, random_model
+    from clo.engine.models.network import Network
+    from clo.engine.models.random_weights import checked, dtype_on, need_device, random_model
     from clo_cli.models import first_layers, load_for_decoding
 
     need_device(device)

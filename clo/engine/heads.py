@@ -12,13 +12,25 @@ import torch
 from numpy.typing import NDArray
 
 from clo import presets
-from clo.engine.decoder import HeadProfile
 from clo.errors import SpecError
 from clo.specs import Design, GqaFold, ModelSpec
 from clo.trace import AttentionTrace
 from clo.trace_stats import overlap
 
 Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadProfile:
+    """What was learnt about a model's heads beforehand. Layers by KV heads, and layers by query heads.
+
+    `refresh_rate` replaces the gate by a clock, for comparison: the share of steps in which each head selects anew.
+    """
+
+    tau: torch.Tensor | None = None
+    importance: torch.Tensor | None = None
+    pinned: tuple[tuple[int, ...], ...] = ()
+    refresh_rate: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

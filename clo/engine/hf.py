@@ -22,11 +22,13 @@ from transformers.masking_utils import sdpa_mask
 
 from clo import presets
 from clo.engine import inline
-from clo.engine.decoder import Decoder, HeadProfile, StepTraffic, make_layers
-from clo.engine.heads import heads_for
+from clo.engine.decoder import Decoder
+from clo.engine.heads import HeadProfile, heads_for
 from clo.engine.layers import Layer, OffloadedLayer, StreamedLayer
-from clo.engine.network import Network
-from clo.engine.record import project_query
+from clo.engine.layers.make import make_layers
+from clo.engine.models.anatomy import project_query
+from clo.engine.models.network import Network
+from clo.engine.step_traffic import StepTraffic
 from clo.errors import EngineError, SpecError
 from clo.plan import DecodePlan
 from clo.schedule.ops import Stage

@@ -10,9 +10,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 from clo.engine import inline
-from clo.engine.decoder import Decoder, HeadProfile, Prompt, StepTraffic, make_layers
+from clo.engine.decoder import Decoder
+from clo.engine.heads import HeadProfile
 from clo.engine.layers import Layer, OffloadedLayer, StreamedLayer
-from clo.engine.network import Network, Rotation
+from clo.engine.layers.make import make_layers
+from clo.engine.models.network import Network, Rotation
+from clo.engine.prompts import Prompt
+from clo.engine.step_traffic import StepTraffic
 from clo.errors import EngineError
 from clo.plan import DecodePlan
 from clo.schedule.ops import Stage

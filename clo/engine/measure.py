@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from clo.engine.decoder import Decoder, Prompt
+from clo.engine.decoder import Decoder
 from clo.engine.layers import Layer, OffloadedLayer, StreamedLayer
+from clo.engine.prompts import Prompt
 from clo.errors import EngineError
 from clo.plan import DecodePlan
 from clo.schedule.ops import Stage

@@ -13,7 +13,7 @@ from clo.engine import containers
 from clo.engine.prefill import prefill_bytes
 from clo.errors import SpecError
 from clo.plan import DecodePlan
-from clo.specs import Attend, Cache, Selector
+from clo.specs import Attend, Cache, GpuSpec, HostSpec, LinkSpec, MachineSpec, Selector
 from clo.units import format_bytes
 from clo_kernels.layout import ring_rows
 from clo_kernels.page_index import IndexKind, entry_shape
@@ -143,3 +143,17 @@ def available_device_bytes(device: torch.device) -> float:
     """Free on a CUDA device, with what its allocator keeps for later."""
     free, _ = torch.cuda.mem_get_info(device)
     return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+
+
+def local_machine(device: torch.device) -> MachineSpec:
+    """This machine's memory, for plans; rates are not known without calibration and are not used."""
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host_memory_bytes()
+    return MachineSpec(
+        name=f"this machine ({device.type})",
+        source="as reported by the operating system",
+        profile="none",
+        gpu=GpuSpec(memory_bytes=float(memory), num_sms=1, hbm_bytes_per_s=1.0, peak_flops_per_s=1.0),
+        link=LinkSpec(h2d_bytes_per_s=1.0, d2h_bytes_per_s=1.0),
+        host=HostSpec(memory_bytes=host_memory_bytes(), memory_bytes_per_s=1.0, num_threads=torch.get_num_threads()),
+        reserve_bytes=0.0,
+    )

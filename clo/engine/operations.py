@@ -10,11 +10,11 @@ from concurrent.futures import Executor
 
 import torch
 
-from clo.engine.bar import Bar
-from clo.engine.cuda_copies import copy_rows
+from clo.engine.cuda.bar import Bar
+from clo.engine.cuda.copies import copy_rows
 from clo.engine.finite import Projected, explain_step
 from clo.engine.layers import DenseLayer, Layer, OffloadedLayer, StreamedLayer
-from clo.engine.network import Network, Rotation
+from clo.engine.models.network import Network, Rotation
 from clo.engine.staging import Staging
 from clo.engine.words import Words, two_memories
 from clo.errors import EngineError

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from clo.engine.carrier import Carrier, Errand
 from clo.engine.layers import DenseLayer, Layer, LayerShape, OffloadedLayer, StreamedLayer
-from clo.engine.network import Network
+from clo.engine.models.network import Network
 from clo.plan import DecodePlan
 
 PREFILL_CHUNK_TOKENS = 512

@@ -10,8 +10,6 @@ import sysconfig
 from enum import StrEnum
 from pathlib import Path
 
-from clo.engine.record import default_text
-
 TUNING_SHARE = 0.4
 """The first part of a text is for choosing settings (the shipped trace is of its first 4,256 tokens), the rest not."""
 
@@ -27,6 +25,14 @@ class Split(StrEnum):
         """First token and the one after the last, of a text of `tokens` tokens."""
         cut = round(TUNING_SHARE * tokens)
         return {Split.TUNE: (0, cut), Split.REPORT: (cut, tokens), Split.ALL: (0, tokens)}[self]
+
+
+def default_text() -> str:
+    """A long English text that every Python carries: the language reference as `pydoc` shows it."""
+    import pydoc_data.topics
+
+    topics: dict[str, str] = pydoc_data.topics.topics
+    return "\n\n".join(topics.values())
 
 
 def docstrings() -> str:

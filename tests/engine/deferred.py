@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from fake_device import FakeDevice
 
-from clo.engine.cuda_machine import CudaMachine
+from clo.engine.cuda.machine import CudaMachine
 from clo.engine.operations import Operations
 from clo.schedule import Op, Step
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from small import design, prompt, small_model
 
-from clo.engine import decoder
+from clo.engine.decoder import Decoder
 from clo.engine.kernels import triton_kernels
-from clo.engine.layers import DenseLayer, LayerShape, shape
+from clo.engine.layers import DenseLayer, LayerShape, make, shape
 from clo.specs import Design
 
 TOKENS, STEPS = 44, 2
@@ -30,7 +30,7 @@ class Recorded(DenseLayer):
 def decoded(chosen: Design) -> torch.Tensor:
     text = prompt(TOKENS)
     # one operation after another: the interpreter has no threads
-    with decoder.Decoder(small_model(), chosen, max_new_tokens=STEPS, one_at_a_time=True) as one:
+    with Decoder(small_model(), chosen, max_new_tokens=STEPS, one_at_a_time=True) as one:
         rows = [one.prefill([text[:-STEPS]])[0]]
         rows += [one.step(token[None])[0].clone() for token in text[-STEPS:]]
     return torch.stack(rows)
@@ -47,8 +47,8 @@ def main() -> None:
     expected = [decoded(chosen) for chosen in designs]
     shape.kernels_for = lambda _: triton_kernels()  # type: ignore[assignment]
     plain: Any = LayerShape
-    decoder.LayerShape = lambda **sizes: replace(plain(**sizes), recorded=True)  # type: ignore[assignment, misc]
-    decoder.DenseLayer = Recorded  # type: ignore[misc]
+    make.LayerShape = lambda **sizes: replace(plain(**sizes), recorded=True)  # type: ignore[assignment, misc]
+    make.DenseLayer = Recorded  # type: ignore[misc]
     found = [decoded(chosen) for chosen in designs]
     print(max(float((one - other).abs().max()) for one, other in zip(found, expected, strict=True)))
 

@@ -7,12 +7,12 @@ import math
 import pytest
 
 from clo import presets
-from clo.engine.controls import Contender, controls_of
-from clo.engine.evaluate import evaluate
-from clo.engine.network import Network
-from clo.engine.quality import Quality, paired
-from clo.engine.record import load_model
-from clo.engine.tasks import EvaluationSettings
+from clo.engine.answers.controls import Contender, controls_of
+from clo.engine.answers.evaluate import evaluate
+from clo.engine.answers.quality import Quality, paired
+from clo.engine.answers.tasks import EvaluationSettings
+from clo.engine.models.loading import load_model
+from clo.engine.models.network import Network
 from clo.engine.texts import TEXTS
 
 pytestmark = [pytest.mark.long, pytest.mark.model]

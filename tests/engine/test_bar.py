@@ -10,8 +10,8 @@ import pytest
 import torch
 from small import design, prompt, small_model
 
-from clo.engine import bar as module
-from clo.engine.bar import Bar, is_installed, open_bar
+from clo.engine.cuda import bar as module
+from clo.engine.cuda.bar import Bar, is_installed, open_bar
 from clo.engine.decoder import Decoder
 from clo.errors import EngineError
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clo.engine.cuda_copies import declared, submit_rows
+from clo.engine.cuda.copies import declared, submit_rows
 from clo.errors import EngineError
 
 STREAM = 0x5EED

@@ -10,8 +10,8 @@ import torch
 from small import design, prompt, small_model
 
 from clo import presets
-from clo.engine import bar
-from clo.engine.cuda_machine import CudaMachine
+from clo.engine.cuda import bar
+from clo.engine.cuda.machine import CudaMachine
 from clo.engine.decoder import Decoder
 from clo.errors import EngineError, SpecError
 from clo.schedule import Lane, record_step

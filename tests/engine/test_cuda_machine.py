@@ -14,7 +14,7 @@ from fake_device import FakeDevice, FakeWork
 from small import LAYERS, design, prompt, small_model
 
 from clo import presets
-from clo.engine.cuda_machine import CudaMachine
+from clo.engine.cuda.machine import CudaMachine
 from clo.engine.decoder import Decoder
 from clo.errors import EngineError
 from clo.plan import DecodePlan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from clo.engine.cuda_spans import HostMark, Mark, Waited, timeline, whole_step
+from clo.engine.cuda.spans import HostMark, Mark, Waited, timeline, whole_step
 from clo.schedule import Cause, Lane, Op, Part, Token
 from clo.schedule.work import HostAction
 from clo.timeline import Span, Timeline

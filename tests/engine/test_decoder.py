@@ -9,7 +9,8 @@ import torch
 from small import PAGE, WINDOW, dense_logits, design, prompt, small_model
 
 from clo import presets
-from clo.engine.decoder import Decoder, HeadProfile
+from clo.engine.decoder import Decoder
+from clo.engine.heads import HeadProfile
 from clo.engine.layers import OffloadedLayer
 from clo.errors import EngineError, SpecError
 from clo.specs import Design, Selector

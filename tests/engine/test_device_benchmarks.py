@@ -15,8 +15,8 @@ import pytest
 import torch
 from small import design, small_model
 
-from clo.engine.network import Network
-from clo.engine.random_weights import random_prompt
+from clo.engine.models.network import Network
+from clo.engine.models.random_weights import random_prompt
 from clo_calibration import device_benchmarks as benchmarks
 from clo_calibration.calibrate import _machine
 
@@ -142,7 +142,7 @@ def test_the_link_s_rate_is_that_of_the_best_copy(monkeypatch: pytest.MonkeyPatc
 
 
 def local() -> Any:
-    from clo.engine.decoder import local_machine
+    from clo.engine.memory import local_machine
 
     return local_machine(torch.device("cpu"))
 

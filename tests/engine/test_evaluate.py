@@ -14,16 +14,17 @@ from hypothesis import strategies as st
 from small import GROUP, KV_HEADS, LAYERS, PAGE, VOCABULARY, WINDOW, dense_logits, design, prompt, small_model
 
 from clo import presets
-from clo.engine.controls import Contender, controls_of
-from clo.engine.decoder import Decoder, HeadProfile, read_prompt
-from clo.engine.evaluate import BASELINE, _answers, evaluate
-from clo.engine.fidelity import Fidelity, against_full, whole_cache
-from clo.engine.heads import head_profile, heads_for, measure_heads, tau_for_hit_rate
+from clo.engine.answers.controls import Contender, controls_of
+from clo.engine.answers.evaluate import BASELINE, _answers, evaluate
+from clo.engine.answers.fidelity import Fidelity, against_full, whole_cache
+from clo.engine.answers.quality import Quality
+from clo.engine.answers.tasks import EvaluationSettings, Passkey
+from clo.engine.decoder import Decoder
+from clo.engine.heads import HeadProfile, head_profile, heads_for, measure_heads, tau_for_hit_rate
 from clo.engine.inline_decoder import InlineDecoder
 from clo.engine.layers import OffloadedLayer
-from clo.engine.network import Network
-from clo.engine.quality import Quality
-from clo.engine.tasks import EvaluationSettings, Passkey
+from clo.engine.models.network import Network
+from clo.engine.prompts import read_prompt
 from clo.engine.texts import TEXTS, Split, docstrings
 from clo.errors import EngineError, SpecError
 from clo.specs import GqaFold
@@ -257,7 +258,7 @@ class TestTexts:
 
 def test_a_prompt_read_once_serves_many_decoders() -> None:
     model, tokens = small_model(), prompt(60)
-    from clo.engine.network import Network
+    from clo.engine.models.network import Network
 
     network = Network(model)
     ready = read_prompt(network, tokens)

@@ -13,7 +13,8 @@ from small import VOCABULARY, dense_logits, design, prompt, small_model
 
 from clo import presets
 from clo.engine import offload
-from clo.engine.decoder import Decoder, HeadProfile
+from clo.engine.decoder import Decoder
+from clo.engine.heads import HeadProfile
 from clo.errors import EngineError, NotFoundError, SpecError
 
 

@@ -19,7 +19,7 @@ from clo.engine import memory
 from clo.engine.decoder import Decoder
 from clo.engine.inline_decoder import InlineDecoder
 from clo.engine.layers import DenseLayer, OffloadedLayer, StreamedLayer
-from clo.engine.network import Network
+from clo.engine.models.network import Network
 from clo.errors import EngineError, SpecError, ran_out
 from clo.specs import Selector
 
@@ -80,7 +80,7 @@ class TestTooLittle:
             assert torch.isfinite(decoder.step(torch.tensor([1]))).all()
 
     def test_for_those_who_drive_the_model_themselves(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from clo.engine.decoder import read_prompt
+        from clo.engine.prompts import read_prompt
 
         network = Network(small_model())
         monkeypatch.setattr(memory, "available_host_bytes", lambda: 1e4)

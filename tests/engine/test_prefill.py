@@ -14,10 +14,13 @@ import torch
 from small import DIM, KV_HEADS, LAYERS, PAGE, WINDOW, design, prompt, small_model
 
 from clo import presets
-from clo.engine.decoder import Decoder, HeadProfile, Prompt, make_layers, read_prompt
+from clo.engine.decoder import Decoder
+from clo.engine.heads import HeadProfile
 from clo.engine.layers import DenseLayer, Layer, OffloadedLayer
-from clo.engine.network import Network
+from clo.engine.layers.make import make_layers
+from clo.engine.models.network import Network
 from clo.engine.prefill import PREFILL_CHUNK_TOKENS, prefill_bytes, read_into
+from clo.engine.prompts import Prompt, read_prompt
 from clo.errors import EngineError
 from clo.specs import Design, Selector
 

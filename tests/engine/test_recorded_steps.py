@@ -20,13 +20,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from clo import presets
-from clo.engine import decoder as decoder_module
 from clo.engine import words as words_module
-from clo.engine.decoder import Decoder, HeadProfile, check_device, make_layers
+from clo.engine.checks import check_device
+from clo.engine.decoder import Decoder
+from clo.engine.heads import HeadProfile
 from clo.engine.kernels import Kernels
 from clo.engine.layers import DenseLayer, Layer, LayerShape, StreamedLayer
+from clo.engine.layers import make as make_module
 from clo.engine.layers import shape as layer_shape
-from clo.engine.network import Network
+from clo.engine.layers.make import make_layers
+from clo.engine.models.network import Network
 from clo.engine.operations import Operations
 from clo.engine.words import Words
 from clo.errors import SpecError
@@ -151,7 +154,7 @@ def device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "zeros", unpinned(zeros))
     monkeypatch.setattr(torch, "empty", unpinned(empty))
-    for module in (decoder_module, layer_shape, words_module):
+    for module in (make_module, layer_shape, words_module):
         monkeypatch.setattr(module, "two_memories", lambda device: device.type != "cpu")
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from clo.engine.bar import Bar
+from clo.engine.cuda.bar import Bar
 from clo.engine.layers import host_resolve
 from clo.engine.layers.selection import Selection
 from clo.engine.layers.shape import LayerShape

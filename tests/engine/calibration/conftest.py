@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from clo.engine.measure import MachineRun
-from clo.engine.network import Network
-from clo.engine.random_weights import random_model
+from clo.engine.models.network import Network
+from clo.engine.models.random_weights import random_model
 from clo.operation_costs import (
     OperationProfile,
 )

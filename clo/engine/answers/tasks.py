@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from clo.engine.decoder import Prompt, read_prompt
-from clo.engine.network import Network
+from clo.engine.models.network import Network
+from clo.engine.prompts import Prompt, read_prompt
 from clo.engine.texts import Split
 from clo.errors import SpecError
 

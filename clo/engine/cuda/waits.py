@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from clo.engine.cuda_device import DeviceApi, Event, Stream
-from clo.engine.cuda_threads import Ledger, poll
+from clo.engine.cuda.device import DeviceApi, Event, Stream
+from clo.engine.cuda.threads import Ledger, poll
 from clo.engine.faults import FailedOperationError
 from clo.errors import EngineError
 from clo.schedule import Lane, Op, Token

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from clo.engine.decoder import Prompt, local_machine
-from clo.engine.network import Network
+from clo.engine.memory import local_machine
+from clo.engine.models.network import Network
+from clo.engine.prompts import Prompt
 from clo.errors import SpecError
 from clo.specs import ModelSpec
 from clo.units import format_bytes

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from clo.engine.controls import Contender
-from clo.engine.fidelity import Fidelity
+from clo.engine.answers.controls import Contender
+from clo.engine.answers.fidelity import Fidelity
+from clo.engine.answers.quality import Quality, paired
+from clo.engine.answers.tasks import EvaluationSettings, Passkey, Tasks, check_text, read_tasks
 from clo.engine.inline_decoder import InlineDecoder
-from clo.engine.network import Network
-from clo.engine.quality import Quality, paired
-from clo.engine.tasks import EvaluationSettings, Passkey, Tasks, check_text, read_tasks
+from clo.engine.models.network import Network
 from clo.errors import SpecError
 from clo.plan import DecodePlan
 from clo.schedule.ops import Stage

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from clo.engine.cuda_copies import DRIVER, moves
+from clo.engine.cuda.copies import DRIVER, moves
 from clo.errors import EngineError
 
 LIBRARIES = ("libgdrapi.so.2", "libgdrapi.so")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from clo.engine.decoder import HeadProfile
+from clo.engine.heads import HeadProfile
 from clo.engine.layers import NEVER
 from clo.specs import Cache, Design, ModelSpec
 

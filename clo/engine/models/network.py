@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from clo.engine.record import decoder_layers, project_query
+from clo.engine.models.anatomy import decoder_layers, project_query
 from clo.errors import SpecError
 from clo.specs import ModelSpec
 

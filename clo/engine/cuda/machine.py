@@ -12,11 +12,11 @@ from collections.abc import Callable, Hashable
 from contextlib import ExitStack, suppress
 from typing import Protocol
 
-from clo.engine.cuda_device import FLAG_SITES, DeviceApi, Event, Flags
-from clo.engine.cuda_spans import HostMark, Mark, Waited, timeline, whole_step
-from clo.engine.cuda_step import Mode, RecordedStep, SubmittedStep
-from clo.engine.cuda_threads import Errand, Ledger, TransferThread
-from clo.engine.cuda_waits import BoundedWaits
+from clo.engine.cuda.device import FLAG_SITES, DeviceApi, Event, Flags
+from clo.engine.cuda.spans import HostMark, Mark, Waited, timeline, whole_step
+from clo.engine.cuda.step import Mode, RecordedStep, SubmittedStep
+from clo.engine.cuda.threads import Errand, Ledger, TransferThread
+from clo.engine.cuda.waits import BoundedWaits
 from clo.engine.faults import FailedOperationError, explained
 from clo.engine.words import Words
 from clo.errors import EngineError

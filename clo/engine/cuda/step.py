@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import Enum
 
-from clo.engine.cuda_device import Event, Graph
-from clo.engine.cuda_spans import HostMark, Mark, Waited
-from clo.engine.cuda_threads import Errand, Ledger
+from clo.engine.cuda.device import Event, Graph
+from clo.engine.cuda.spans import HostMark, Mark, Waited
+from clo.engine.cuda.threads import Errand, Ledger
 from clo.schedule import Cause, HostWait, Lane, Op, Token
 
 

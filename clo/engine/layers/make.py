@@ -1,0 +1,48 @@
+"""The KV cache that a plan asks for. Knows nothing about what its layers do."""
+
+from __future__ import annotations
+
+import torch
+
+from clo.engine.heads import HeadProfile
+from clo.engine.layers import DenseLayer, HeadSettings, Layer, LayerShape, OffloadedLayer, StreamedLayer
+from clo.engine.models.network import Network
+from clo.engine.words import two_memories
+from clo.plan import DecodePlan
+from clo.specs import Attend, Sync
+
+
+def make_layers(network: Network, plan: DecodePlan, heads: HeadProfile, max_tokens: int) -> list[Layer]:
+    """The KV cache that `plan` asks for, layer by layer, with room for `max_tokens` a sequence."""
+    model = plan.model
+    shape = LayerShape(
+        batch=plan.workload.batch,
+        num_query_heads=model.num_query_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        max_tokens=max_tokens,
+        dtype=network.dtype,
+        device=network.device,
+        scale=network.scale,
+        recorded=two_memories(network.device) and plan.design.sync is Sync.GRAPH,
+    )
+    layers: list[Layer] = []
+    for layer in range(model.num_layers):
+        if layer < plan.dense_layers:
+            layers.append(DenseLayer(shape))
+        elif plan.design.attend is Attend.FULL:
+            layers.append(StreamedLayer(shape))
+        else:
+            layers.append(OffloadedLayer(plan, shape, _settings(plan, heads, layer)))
+    return layers
+
+
+def _settings(plan: DecodePlan, heads: HeadProfile, layer: int) -> HeadSettings:
+    tau = torch.full((plan.model.num_kv_heads,), plan.design.tau)
+    pinned = heads.pinned[layer] if heads.pinned else tuple(range(plan.pinned_heads_per_layer))
+    return HeadSettings(
+        tau=tau if heads.tau is None else heads.tau[layer],
+        importance=None if heads.importance is None else heads.importance[layer],
+        pinned=pinned[: plan.pinned_heads_per_layer],
+        refresh_rate=heads.refresh_rate,
+    )

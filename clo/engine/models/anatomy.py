@@ -1,0 +1,38 @@
+"""What Llama and Qwen-style decoders of `transformers` are made of. Knows nothing about what is done with the parts."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from clo.errors import SpecError
+
+
+def decoder_layers(network: Any) -> list[Any]:
+    """The decoder layers, checked to be built as the recorder needs. Raises `SpecError` naming the missing part."""
+    layers = list(getattr(getattr(network, "model", None), "layers", []))
+    if not layers:
+        raise SpecError(f"model {type(network).__name__}: no decoder layers at model.layers")
+    for part in ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj"):
+        for layer in layers:
+            if not _has(layer, part):
+                raise SpecError(f"model {type(network).__name__}: layers lack {part}: not a Llama or Qwen-style model")
+    return layers
+
+
+def _has(module: Any, path: str) -> bool:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module is not None
+
+
+def project_query(layer: Any, hidden: Any, position_embeddings: tuple[Any, Any]) -> Any:
+    """The rotated query [batch, num_query_heads, tokens, head_dim] that `layer` would form from `hidden`."""
+    attention = layer.self_attn
+    query = attention.q_proj(layer.input_layernorm(hidden)).unflatten(-1, (-1, attention.head_dim))
+    if getattr(attention, "q_norm", None) is not None:
+        query = attention.q_norm(query)
+    query = query.transpose(1, 2)
+    # the model's own function, for models that rotate only a part or in another order
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    return rotate(query, query, *position_embeddings)[0]

@@ -1,0 +1,1 @@
+"""Attention traces of real models. Knows nothing about offloading, machines or time."""

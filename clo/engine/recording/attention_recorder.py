@@ -1,0 +1,174 @@
+"""Observes the layers of a model decoding token by token, and collects what their heads ask for.
+
+Through the library's own attention registry and through hooks; the model's results are not changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from clo.engine.models.anatomy import decoder_layers, project_query
+from clo.engine.recording.page_scores import PageIndex, attention_mass, page_sums
+from clo.engine.recording.settings import RecordSettings
+from clo.errors import SpecError
+from clo.trace import NO_PAGE, AttentionTrace, TraceHeader
+
+ATTENTION_NAME = "clo_record"
+
+GROUP_FOLD = (
+    "exact: attention mass of the page (softmax over all tokens), mean over the group's query heads; "
+    "page_minmax: softmax over candidate pages of the page's upper bound on q.k * scale, mean over the group"
+)
+
+
+def register_attention() -> None:
+    """Make `clo_record` known to `transformers`: SDPA that also shows decode steps to the layer's recorder."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        observer = getattr(module, "clo_observer", None)
+        if observer is not None:
+            observer(module, query, key, value, options.get("scaling"))
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+    AttentionInterface.register(ATTENTION_NAME, attend)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+
+class AttentionRecorder:
+    """Collects one decode step after another from a model's layers. Use `attached()` around the recorded steps."""
+
+    def __init__(self, network: Any, settings: RecordSettings) -> None:
+        self.settings = settings
+        self._layers = decoder_layers(network)
+        if max(settings.lookaheads, default=0) >= len(self._layers):
+            raise SpecError(f"record.lookaheads = {settings.lookaheads}: the model has only {len(self._layers)} layers")
+        attention = self._layers[0].self_attn
+        self._head_dim = int(attention.head_dim)
+        self._num_query_heads = attention.q_proj.weight.shape[0] // self._head_dim
+        self._num_kv_heads = attention.k_proj.weight.shape[0] // self._head_dim
+        self._step = 0
+        self._approximate: dict[tuple[int, int], Any] = {}
+        self._index = [PageIndex(settings.page_size) for _ in self._layers]
+        self._allocate()
+
+    def _allocate(self) -> None:
+        keep, steps, layers = self.settings, self.settings.num_steps, len(self._layers)
+        query_shape = (steps, layers, self._num_query_heads, self._head_dim)
+        page_shape = (steps, layers, self._num_kv_heads, keep.max_budget_pages)
+        ahead = [(selector, distance) for selector in keep.selectors for distance in keep.lookaheads]
+        self._queries = np.zeros(query_shape, np.float32)
+        self._lookahead_queries = {distance: np.zeros(query_shape, np.float32) for distance in keep.lookaheads}
+        self._pages = {selector: np.full(page_shape, NO_PAGE, np.uint16) for selector in keep.selectors}
+        self._lookahead_pages = {key: np.full(page_shape, NO_PAGE, np.uint16) for key in ahead}
+        self._page_mass = np.zeros(page_shape, np.float32)
+        self._resident_mass = np.zeros(page_shape[:3], np.float32)
+        self._output_norms = np.zeros((layers, self._num_query_heads), np.float64)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Observe every forward pass inside the block; each must feed exactly one token."""
+        handles = [
+            layer.register_forward_pre_hook(self._input_hook(index), with_kwargs=True)
+            for index, layer in enumerate(self._layers)
+        ]
+        for layer in self._layers:
+            layer.self_attn.clo_observer = self._observe
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for layer in self._layers:
+                del layer.self_attn.clo_observer
+
+    def next_step(self) -> None:
+        """The forward pass of a step is over."""
+        self._step += 1
+        self._approximate.clear()
+
+    def trace(self, about: dict[str, Any]) -> AttentionTrace:
+        """Everything recorded; `about` gives the header fields that the recorder cannot know."""
+        keep = self.settings
+        header = TraceHeader.parse(
+            {
+                **about,
+                "num_layers": len(self._layers),
+                "num_query_heads": self._num_query_heads,
+                "num_kv_heads": self._num_kv_heads,
+                "head_dim": self._head_dim,
+                "group_fold": GROUP_FOLD,
+                **asdict(keep),
+            }
+        )
+        return AttentionTrace.from_arrays(
+            header,
+            queries=self._queries,
+            lookahead_queries=self._lookahead_queries,
+            pages=self._pages,
+            lookahead_pages=self._lookahead_pages,
+            page_mass=self._page_mass if "exact" in keep.selectors else None,
+            resident_mass=self._resident_mass,
+            head_importance=(self._output_norms / self._output_norms.mean()).astype(np.float32),
+        )
+
+    def _input_hook(self, layer: int) -> Callable[..., None]:
+        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            for distance in self.settings.lookaheads:
+                target = layer + distance
+                if target < len(self._layers):
+                    query = project_query(self._layers[target], hidden, kwargs["position_embeddings"])
+                    self._approximate[target, distance] = query[0, :, 0]
+
+        return hook
+
+    def _observe(self, module: Any, query: Any, key: Any, value: Any, scaling: float) -> None:
+        layer, step = int(module.layer_idx), self._step
+        tokens = self.settings.context_tokens + step
+        if query.shape[2] != 1 or key.shape[2] != tokens:
+            raise SpecError(
+                f"model layer {layer} attends to {key.shape[2]} of {tokens} tokens: "
+                "models with sliding-window layers cannot be recorded"
+            )
+        keys, values, real = key[0].float(), value[0].float(), query[0, :, 0].float()
+        self._index[layer].extend(keys)
+        self._queries[step, layer] = real.numpy()
+        self._record_attention(layer, real, keys, values, scaling, module.o_proj.weight)
+        self._record_pages(layer, None, real, keys, scaling)
+        for distance in self.settings.lookaheads:
+            if (approximate := self._approximate.get((layer, distance))) is not None:
+                self._lookahead_queries[distance][step, layer] = approximate.float().numpy()
+                self._record_pages(layer, distance, approximate.float(), keys, scaling)
+
+    def _record_attention(
+        self, layer: int, query: Any, keys: Any, values: Any, scaling: float, output_weight: Any
+    ) -> None:
+        mass = attention_mass(query, keys, scaling)
+        heads_out = (mass @ values).reshape(self._num_query_heads, self._head_dim)
+        weight = output_weight.float().reshape(-1, self._num_query_heads, self._head_dim)
+        contribution = (weight * heads_out).sum(-1).norm(dim=0)
+        self._output_norms[layer] += contribution.double().numpy() / self.settings.num_steps
+        in_pages = page_sums(mass.mean(1), self.settings.page_size, self.settings.candidates(self._step))
+        self._resident_mass[self._step, layer] = (1.0 - in_pages.sum(-1)).clamp(0, 1).numpy()
+        best = in_pages.sort(dim=-1, descending=True).values[:, : self.settings.max_budget_pages]
+        self._page_mass[self._step, layer, :, : best.shape[1]] = best.numpy()
+
+    def _record_pages(self, layer: int, distance: int | None, query: Any, keys: Any, scaling: float) -> None:
+        candidates = self.settings.candidates(self._step)
+        for selector in self.settings.selectors:
+            if selector == "exact":
+                mass = attention_mass(query, keys, scaling).mean(1)
+                scores = page_sums(mass, self.settings.page_size, candidates)
+            else:
+                scores = self._index[layer].scores(query, scaling, candidates)
+            order = scores.argsort(dim=-1, descending=True, stable=True)[:, : self.settings.max_budget_pages] + 1
+            out = self._pages[selector] if distance is None else self._lookahead_pages[selector, distance]
+            out[self._step, layer, :, : order.shape[1]] = order.numpy().astype(np.uint16)
