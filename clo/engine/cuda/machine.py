@@ -13,7 +13,8 @@ from contextlib import ExitStack, suppress
 from typing import Protocol
 
 from clo.engine.cuda.device import FLAG_SITES, DeviceApi, Event, Flags
-from clo.engine.cuda.spans import HostMark, Mark, Waited, timeline, whole_step
+from clo.engine.cuda.lanes import STREAMS, StreamLanes, attempt
+from clo.engine.cuda.spans import Mark, Waited, timeline, whole_step
 from clo.engine.cuda.step import Mode, RecordedStep, SubmittedStep
 from clo.engine.cuda.threads import Errand, Ledger, TransferThread
 from clo.engine.cuda.waits import BoundedWaits
@@ -22,16 +23,10 @@ from clo.engine.words import Words
 from clo.errors import EngineError
 from clo.schedule import Cause, HostWait, Lane, Op, Step, Token
 from clo.schedule.graph import runtime_op, submission
-from clo.schedule.work import Copy
 from clo.timeline import Timeline
 
 FLAG_PATIENCE = 0.25
 """A kernel gives up before the host does: then the report says which flag it was."""
-
-SUBMISSION_S, MANY_SUBMISSIONS_S = 5e-4, 2e-2
-"""Longer than the launching thread takes to submit an operation, and one that is a copy of every page."""
-
-STREAMS = (Lane.MAIN, Lane.PREFETCH, Lane.H2D, Lane.D2H)
 
 
 class Work(Protocol):
@@ -68,7 +63,8 @@ class CudaMachine:
     ) -> None:
         self._work, self._device, self._patience_s = work, device, patience_s
         self._one_at_a_time, self._timed = one_at_a_time, timed
-        self._streams = {lane: device.stream(lane.value) for lane in STREAMS}
+        self._lanes = StreamLanes(device, patience_s=patience_s, one_at_a_time=one_at_a_time)
+        self._streams = self._lanes.streams
         self._waits = BoundedWaits(device, self._streams, patience_s)
         self._flags: Flags | None = None
         self._thread = TransferThread(device.done, patience_s)
@@ -213,39 +209,28 @@ class CudaMachine:
         if self._flags is None:
             self._flags = self._device.flags()
         self._flags.begin()
-        main, before = self._streams[Lane.MAIN], self._device.event(timed=False)
+        before = self._device.event(timed=False)
         caller = self._device.callers_stream()
         with self._device.on(caller):
             self._device.record(before, caller)
         if self._timed:
             self._waits.event(before, None, self._now.ledger)
-        with self._device.on(main):
-            self._device.wait(main, before)
-
-    def _start_clock(self, now: SubmittedStep) -> None:
-        """Host and device begin to count."""
-        main = self._streams[Lane.MAIN]
-        with self._device.on(main):
-            now.opened = self._device.event(timed=True)
-            now.zero_s = now.free_s = time.perf_counter()
-            self._device.record(now.opened, main)
+        self._lanes.come_after(before)
 
     def _enter(self, now: SubmittedStep) -> None:
-        """The first thing on the main stream; other lanes come after its beginning."""
-        assert self._flags is not None
-        now.is_open = True
-        now.entered.add(Lane.MAIN)
-        main = self._streams[Lane.MAIN]
-        with self._device.on(main):
-            now.forked = self._device.event(timed=False)
-            self._device.record(now.forked, main)
-            self._flags.advance()
+        flags = self._flags
+        assert flags is not None
+
+        def first() -> None:
+            flags.advance()
             now.prepare()
+
+        self._lanes.enter(now, first)
 
     def _open(self, now: SubmittedStep) -> None:
         if not now.is_open:
             self._begin()
-            self._start_clock(now)
+            self._lanes.start_clock(now)
             self._enter(now)
 
     # ---- what a schedule submits
@@ -256,68 +241,14 @@ class CudaMachine:
         self._open(now)
         token = self._on_stream(now, lane, op, lambda: self._work.run(op))
         if not now.in_graph:
-            self._host_mark(now, submission(op))
+            now.host_mark(submission(op))
         return token
 
     def _on_stream(self, now: SubmittedStep, lane: Lane, op: Op, do: Callable[[], None]) -> Token:
-        mark, stream = self._mark(now, lane, op), self._streams[lane]
-        timed, recorded = self._times(now), now.mode is Mode.CAPTURE
-        with self._device.on(stream):
-            self._join_in(now, lane)
-            for wait in mark.waits:
-                self._follow(now, lane, wait.token)
-            if self._one_at_a_time:
-                self._device.delay(MANY_SUBMISSIONS_S if isinstance(op.work, Copy) else SUBMISSION_S)
-            if timed and (not recorded or mark.waits or lane not in now.used):
-                mark.start = self._device.event(timed=True, recorded=recorded)
-                self._device.record(mark.start, stream)
-            self._run(op, do)
-            self._mark_end(mark, timed=timed, recorded=recorded)
-        now.used.add(lane)
-        token = Token(len(now.marks) - 1)
+        token = self._lanes.put(now, lane, op, do, timed=self._times(now))
         if now.mode is Mode.ALONE:
-            self._waits.event(mark.end, op, now.ledger)
+            self._waits.event(now.marks[token].end, op, now.ledger)
         return token
-
-    def _mark_end(self, mark: Mark, *, timed: bool, recorded: bool) -> None:
-        """A graph's own events order streams; those that are read after a replay are others."""
-        stream = self._streams[mark.lane]
-        if timed and recorded:
-            mark.end = self._device.event(timed=True, recorded=True)
-            self._device.record(mark.end, stream)
-            mark.order = self._device.event(timed=False)
-            self._device.record(mark.order, stream)
-            return
-        mark.end = mark.order = self._device.event(timed=timed)
-        self._device.record(mark.end, stream)
-
-    def _mark(self, now: SubmittedStep, lane: Lane, op: Op) -> Mark:
-        waits = tuple(now.pending.pop(lane, ()))
-        submitted = None if now.in_graph and lane in now.entered else time.perf_counter()
-        mark = Mark(lane, op, waits, now.late.pop(lane, Cause.LAUNCH), submitted)
-        now.marks.append(mark)
-        return mark
-
-    def _join_in(self, now: SubmittedStep, lane: Lane) -> None:
-        """The first operation of a lane comes after the step's beginning."""
-        if lane not in now.entered:
-            now.entered.add(lane)
-            self._device.wait(self._streams[lane], now.forked)
-
-    def _follow(self, now: SubmittedStep, lane: Lane, token: Token) -> None:
-        """The stream of `lane` goes on after `token`; a thread's operation has to be over by now."""
-        mark = now.marks[token]
-        if mark.order is not None:
-            if mark.lane is not lane:
-                self._device.wait(self._streams[lane], mark.order)
-        elif not now.ledger.wait(token, self._patience_s):
-            raise FailedOperationError(mark.op, EngineError(f"not done in {self._patience_s:g} s"))
-
-    def _run(self, op: Op, do: Callable[[], None]) -> None:
-        try:
-            do()
-        except BaseException as error:
-            raise FailedOperationError(op, error) from error
 
     def wait(self, lane: Lane, token: Token, cause: Cause) -> None:
         """The next operation of `lane` starts after `token`."""
@@ -328,7 +259,7 @@ class CudaMachine:
         now = self._now
         self._open(now)
         token = self._by_threads(now, op, lambda: self._work.run(op))
-        self._host_mark(now, runtime_op("thread_wake", op.layer))
+        now.host_mark(runtime_op("thread_wake", op.layer))
         return token
 
     def ring(self, token: Token, layer: int) -> Token:
@@ -340,7 +271,7 @@ class CudaMachine:
         assert flags is not None, "a doorbell comes after the operation that rings it"
         letter, stream = self._work.letter(mark.op), self._streams[mark.lane]
         with self._device.on(stream):
-            self._run(mark.op, lambda: flags.ring(site, letter))
+            attempt(mark.op, lambda: flags.ring(site, letter))
             rung = self._device.event(timed=False)
             self._device.record(rung, stream)
             if self._times(now):
@@ -360,13 +291,10 @@ class CudaMachine:
     def flagged_copy(self, ready: Token, op: Op) -> Token:
         """The transfer threads submit `op` on the copy engine's stream, which is theirs alone."""
         now = self._now
-        submitted = self._mark(now, Lane.POOL, submission(op))
-        submitted.submitted_s = None
-        token = Token(len(now.marks) - 1)
-        copy = self._mark(now, Lane.H2D, op)
-        copy.submitted_s = None
+        token, copied = now.mark(Lane.POOL, submission(op)), now.mark(Lane.H2D, op)
+        submitted, copy = now.marks[token], now.marks[copied]
+        submitted.submitted_s = copy.submitted_s = None
         copy.waits = (Waited(token, Cause.HOST_WORK),)
-        copied = Token(token + 1)
         timed = self._timed
 
         def submit() -> Event:
@@ -398,7 +326,7 @@ class CudaMachine:
         token = self._on_stream(now, lane, op, lambda: flags.wait(site, place, FLAG_PATIENCE * self._patience_s))
         now.marks[token].polls = Waited(done, cause)
         if not now.in_graph:
-            self._host_mark(now, submission(op))
+            now.host_mark(submission(op))
         return token
 
     def _after_bells(self, now: SubmittedStep, lane: Lane, seen: Token) -> None:
@@ -408,7 +336,7 @@ class CudaMachine:
         """
         last = {stream: rung for token, (_, stream, rung) in now.rung.items() if token <= seen}
         with self._device.on(self._streams[lane]):
-            self._join_in(now, lane)
+            self._lanes.join_in(now, lane)
             for stream, rung in last.items():
                 if stream is not lane:
                     self._device.wait(self._streams[lane], rung)
@@ -416,10 +344,10 @@ class CudaMachine:
     def _by_threads(
         self, now: SubmittedStep, op: Op, do: Callable[[], None], is_asked: Callable[[], bool] | None = None
     ) -> Token:
-        mark = self._mark(now, Lane.POOL, op)
+        token = now.mark(Lane.POOL, op)
+        mark = now.marks[token]
         mark.late = Cause.HOST_WORK if is_asked is None else Cause.SYNC
         mark.submitted_s = None
-        token = Token(len(now.marks) - 1)
         self._hand_over(now, Errand(op, (token,), do, is_asked), mark)
         return token
 
@@ -458,29 +386,17 @@ class CudaMachine:
             self._waits.event(event, mark.op, now.ledger)
         now.late = dict.fromkeys(Lane, wait.cause)
         now.free_s = time.perf_counter()
-        self._host_mark(now, wait.op, ((wait.cause.value, now.free_s - began),))
+        now.host_mark(wait.op, ((wait.cause.value, now.free_s - began),))
         if now.ledger.failure is not None:
             raise now.ledger.failure
-
-    def _host_mark(self, now: SubmittedStep, op: Op, waits: tuple[tuple[str, float], ...] = ()) -> None:
-        """The launching thread works without pause but where it waits."""
-        ended = time.perf_counter()
-        now.host.append(HostMark(op, now.free_s, ended, waits))
-        now.free_s = ended
 
     # ---- graphs
 
     def _end_capture(self, now: SubmittedStep, wait: HostWait, key: Hashable) -> None:
         """Every lane comes back to the main stream; then the graph runs for the first time."""
-        main, capture = self._streams[Lane.MAIN], now.capture
+        capture = now.capture
         assert capture is not None
-        with self._device.on(main):
-            for lane in STREAMS:
-                if lane in now.entered and lane is not Lane.MAIN:
-                    joined = self._device.event(timed=False)
-                    with self._device.on(self._streams[lane]):
-                        self._device.record(joined, self._streams[lane])
-                    self._device.wait(main, joined)
+        self._lanes.come_together(now)
         now.capture = None
         capture.close()
         self._recorded = RecordedStep(now.graph, now, wait, key)
@@ -497,26 +413,25 @@ class CudaMachine:
             now.ledger.announce(token, site)
         for errand in now.errands:
             self._thread.put(now.ledger, errand)
-        self._start_clock(now)
+        self._lanes.start_clock(now)
         with self._device.on(main):
             self._device.replay(self._recorded.graph, main)
-            now.finished = self._device.event(timed=True)
-            self._device.record(now.finished, main)
+        self._lanes.stop_clock(now)
         for mark in now.marks:
             if mark.submitted_s is not None:
                 mark.submitted_s = now.zero_s
-        self._host_mark(now, runtime_op("graph_launch", 0))
+        now.host_mark(runtime_op("graph_launch", 0))
         began = time.perf_counter()
         self._waits.event(now.finished, now.marks[wait.token].op, now.ledger)
         now.free_s = time.perf_counter()
-        self._host_mark(now, wait.op, ((wait.cause.value, now.free_s - began),))
+        now.host_mark(wait.op, ((wait.cause.value, now.free_s - began),))
 
     # ---- the end of a step
 
     def _finish(self, now: SubmittedStep) -> None:
         """Every lane is idle, every flag was answered in time."""
         if now.mode is not Mode.CAPTURE and not self._timed:
-            self._stop_clock(now)  # before the host's own waits are in it
+            self._lanes.stop_clock(now)  # before the host's own waits are in it
         for token, mark in enumerate(now.marks):
             if mark.lane is Lane.POOL or mark.order is None:
                 self._waits.threads(Token(token), mark.op, now.ledger)
@@ -527,12 +442,6 @@ class CudaMachine:
         if now.ledger.failure is not None:
             raise now.ledger.failure
         self._check_flags(now)
-
-    def _stop_clock(self, now: SubmittedStep) -> None:
-        main = self._streams[Lane.MAIN]
-        with self._device.on(main):
-            now.finished = self._device.event(timed=True)
-            self._device.record(now.finished, main)
 
     def _check_flags(self, now: SubmittedStep) -> None:
         if now.polls and self._flags is not None and (late := self._flags.late(len(now.polls))) is not None:

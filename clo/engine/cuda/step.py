@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -48,6 +49,19 @@ class SubmittedStep:
     graph: Graph = None
     zero_s: float = 0.0
     free_s: float = 0.0
+
+    def mark(self, lane: Lane, op: Op) -> Token:
+        """`op` is next on `lane`, after what was waited for."""
+        waits = tuple(self.pending.pop(lane, ()))
+        submitted = None if self.in_graph and lane in self.entered else time.perf_counter()
+        self.marks.append(Mark(lane, op, waits, self.late.pop(lane, Cause.LAUNCH), submitted))
+        return Token(len(self.marks) - 1)
+
+    def host_mark(self, op: Op, waits: tuple[tuple[str, float], ...] = ()) -> None:
+        """The launching thread works without pause but where it waits."""
+        ended = time.perf_counter()
+        self.host.append(HostMark(op, self.free_s, ended, waits))
+        self.free_s = ended
 
 
 @dataclass(slots=True)
