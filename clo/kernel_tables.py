@@ -2,7 +2,7 @@
 
 A table is a grid of latencies, read by multilinear interpolation in log space, so that it never decreases with any
 argument. Outside the grid it follows the roofline. It knows nothing about where its numbers come from beyond the labels
-it carries, nothing about fitting (`clo_calibration.kernel_fit` does that), and nothing about what else runs on the GPU:
+it carries, nothing about fitting (`clo_calibration.tables` does that), and nothing about what else runs on the GPU:
 the kernels were timed alone and repeatedly, so inputs smaller than the L2 cache were read from that cache.
 """
 

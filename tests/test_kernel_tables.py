@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from clo.errors import ProfileError
 from clo.kernel_tables import LOG_STEP, DecodeAttentionTable, GemmTable, KernelTable
-from clo_calibration import kernel_fit
+from clo_calibration.tables import fit, measurements, monotone
 
 TABLES = Path(__file__).parents[1] / "calibration" / "profiles"
 SIZE_CAP_BYTES = 250_000
@@ -23,7 +23,8 @@ HARDWARE = {"hbm_bytes_per_s": 1e12, "flops_per_s": 1e14}
 KINDS: dict[str, type[KernelTable]] = {"gemm": GemmTable, "decode_attention": DecodeAttentionTable}
 
 needs_package = pytest.mark.skipif(
-    importlib.util.find_spec(kernel_fit.PACKAGE) is None, reason="aiconfigurator-core is not installed (extra `tables`)"
+    importlib.util.find_spec(measurements.PACKAGE) is None,
+    reason="aiconfigurator-core is not installed (extra `tables`)",
 )
 
 
@@ -54,7 +55,7 @@ def shipped(gpu: str, kind: str) -> Any:
     return KINDS[kind].model_validate(json.loads((TABLES / f"{gpu}.json").read_text())[kind])
 
 
-@pytest.fixture(scope="module", params=[*itertools.product(kernel_fit.GPUS, KINDS)], ids="-".join)
+@pytest.fixture(scope="module", params=[*itertools.product(measurements.GPUS, KINDS)], ids="-".join)
 def shipped_table(request: pytest.FixtureRequest) -> Any:
     return shipped(*request.param)
 
@@ -78,7 +79,7 @@ def test_never_decreases_on_small_tables(data: st.DataObject, kind: KernelTable)
     monotone_case(kind, data)
 
 
-@given(data=st.data(), gpu=st.sampled_from(list(kernel_fit.GPUS)), kind=st.sampled_from(list(KINDS)))
+@given(data=st.data(), gpu=st.sampled_from(list(measurements.GPUS)), kind=st.sampled_from(list(KINDS)))
 @settings(max_examples=150, deadline=None)
 def test_never_decreases_on_shipped_tables(data: st.DataObject, gpu: str, kind: str) -> None:
     monotone_case(CACHE.setdefault((gpu, kind), shipped(gpu, kind)), data)
@@ -220,7 +221,7 @@ def test_json_round_trip(table: KernelTable) -> None:
     assert again.model_dump_json() == table.model_dump_json()
 
 
-@pytest.mark.parametrize("gpu", list(kernel_fit.GPUS))
+@pytest.mark.parametrize("gpu", list(measurements.GPUS))
 def test_shipped_file_is_small_and_labelled(gpu: str) -> None:
     path = TABLES / f"{gpu}.json"
     assert path.stat().st_size <= SIZE_CAP_BYTES
@@ -256,8 +257,8 @@ def synthetic_decode(noise: float) -> dict[str, np.ndarray[Any, Any]]:
 
 @pytest.mark.parametrize(("noise", "median_limit"), [(0.0, 0.01), (0.05, 0.05)])
 def test_fit_recovers_a_known_law(noise: float, median_limit: float) -> None:
-    samples = kernel_fit.decode_attention_samples(synthetic_decode(noise))
-    table, report = kernel_fit.fit_decode_attention(samples, HARDWARE)
+    samples = measurements.decode_attention_samples(synthetic_decode(noise))
+    table, report = fit.fit_decode_attention(samples, HARDWARE)
     assert report.num_samples + report.num_held_out == len(samples.seconds)
     assert report.median < median_limit
     assert report.p90 < 1.5 * report.baseline_p90
@@ -267,7 +268,7 @@ def test_fit_recovers_a_known_law(noise: float, median_limit: float) -> None:
 
 
 def test_kv_tokens_count_the_new_token() -> None:
-    samples = kernel_fit.decode_attention_samples(synthetic_decode(0.0))
+    samples = measurements.decode_attention_samples(synthetic_decode(0.0))
     assert set(samples.points[:, 4]) == {2.0**i for i in range(1, 15)}
 
 
@@ -275,15 +276,15 @@ def test_windows_and_other_dtypes_are_left_out() -> None:
     columns = synthetic_decode(0.0)
     columns["window_size"] = np.arange(len(columns["step"])) % 2 * 128
     columns["kv_cache_dtype"] = np.where(np.arange(len(columns["step"])) % 3 == 0, "fp8", "bfloat16")
-    kept = kernel_fit.decode_attention_samples(columns)
+    kept = measurements.decode_attention_samples(columns)
     assert len(kept.seconds) == np.sum((columns["window_size"] == 0) & (columns["kv_cache_dtype"] == "bfloat16"))
 
 
 def test_multi_head_attention_with_a_slower_kernel_is_left_out() -> None:
     columns = synthetic_decode(0.0)
     columns["latency"] = np.where(columns["num_heads"] == columns["num_key_value_heads"], 5.0, 1.0) * columns["latency"]
-    samples = kernel_fit.decode_attention_samples(columns)
-    table, _ = kernel_fit.fit_decode_attention(samples, HARDWARE)
+    samples = measurements.decode_attention_samples(columns)
+    table, _ = fit.fit_decode_attention(samples, HARDWARE)
     assert table.min_query_heads_per_kv_head == 2
     assert table.seconds(8, 16384, 4, 4, 128) == pytest.approx(decode_law(8, 4, 4, 128, 16384), rel=0.1)
 
@@ -291,29 +292,29 @@ def test_multi_head_attention_with_a_slower_kernel_is_left_out() -> None:
 def test_an_unmeasured_small_head_is_scaled_along_the_roofline() -> None:
     columns = synthetic_decode(0.0)
     wide = {name: values[columns["head_dim"] == 128] for name, values in columns.items()}
-    table, _ = kernel_fit.fit_decode_attention(kernel_fit.decode_attention_samples(wide), HARDWARE)
+    table, _ = fit.fit_decode_attention(measurements.decode_attention_samples(wide), HARDWARE)
     assert table.measured_head_dim == (128,)
     assert table.seconds(16, 16384, 8, 4, 64) == pytest.approx(decode_law(16, 8, 4, 64, 16384), rel=0.1)
 
 
 def test_fit_is_deterministic() -> None:
-    samples = kernel_fit.decode_attention_samples(synthetic_decode(0.05))
-    first, second = (kernel_fit.fit_decode_attention(samples, HARDWARE, seed=5)[0] for _ in range(2))
+    samples = measurements.decode_attention_samples(synthetic_decode(0.05))
+    first, second = (fit.fit_decode_attention(samples, HARDWARE, seed=5)[0] for _ in range(2))
     assert first == second
-    assert first != kernel_fit.fit_decode_attention(samples, HARDWARE, seed=6)[0]
+    assert first != fit.fit_decode_attention(samples, HARDWARE, seed=6)[0]
 
 
 def test_isotonic_is_the_weighted_least_squares_fit() -> None:
     lines = np.array([[1.0, 3.0, 2.0, 2.0, 5.0]])
     weights = np.array([[1.0, 1.0, 1.0, 2.0, 1.0]])
-    np.testing.assert_allclose(kernel_fit.isotonic(lines, weights, 1), [[1.0, 2.25, 2.25, 2.25, 5.0]])
+    np.testing.assert_allclose(monotone.isotonic(lines, weights, 1), [[1.0, 2.25, 2.25, 2.25, 5.0]])
 
 
 def test_monotone_leaves_a_monotone_grid_alone_and_repairs_another() -> None:
     rising = np.add.outer(np.arange(4.0), np.arange(5.0) ** 2)
-    np.testing.assert_allclose(kernel_fit.monotone(rising, np.ones(rising.shape)), rising)
+    np.testing.assert_allclose(monotone.monotone(rising, np.ones(rising.shape)), rising)
     noisy = rising + np.random.default_rng(0).normal(size=rising.shape)
-    smooth = kernel_fit.monotone(noisy, np.ones(rising.shape))
+    smooth = monotone.monotone(noisy, np.ones(rising.shape))
     assert all((np.diff(smooth, axis=axis) >= 0.0).all() for axis in (0, 1))
     assert np.mean((smooth - rising) ** 2) < np.mean((noisy - rising) ** 2)
 
@@ -321,29 +322,29 @@ def test_monotone_leaves_a_monotone_grid_alone_and_repairs_another() -> None:
 def test_missing_package_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(ProfileError, match=r'^[^\n]*pip install "clo-offload\[tables\]"$'):
-        kernel_fit.fit_tables("h200")
+        fit.fit_tables("h200")
     with pytest.raises(ProfileError, match="holds no systems/data folder"):
-        kernel_fit.fit_tables("h200", tmp_path)
+        fit.fit_tables("h200", tmp_path)
 
 
 def test_unknown_gpu_is_named(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     with pytest.raises(ValueError, match="gpu = 'tpu'"):
-        kernel_fit.fit_tables("tpu", tmp_path)
+        fit.fit_tables("tpu", tmp_path)
     with pytest.raises(ProfileError, match="no such file"):
-        kernel_fit.fit_tables("h200", tmp_path)
+        fit.fit_tables("h200", tmp_path)
 
 
 @needs_package
-@pytest.mark.parametrize("gpu", list(kernel_fit.GPUS))
+@pytest.mark.parametrize("gpu", list(measurements.GPUS))
 def test_shipped_tables_are_as_good_on_held_out_points_as_they_say(gpu: str) -> None:
-    readers = {"gemm": kernel_fit.read_gemm, "decode_attention": kernel_fit.read_decode_attention}
+    readers = {"gemm": measurements.read_gemm, "decode_attention": measurements.read_decode_attention}
     for kind, read in readers.items():
         table, samples = shipped(gpu, kind), read(gpu)
         if kind == "decode_attention":
-            samples = kernel_fit.fitted_groups(samples, table.min_query_heads_per_kv_head)
-        test = samples.take(kernel_fit.split(len(samples.seconds), seed=0))
-        median, p90 = kernel_fit.abs_relative_errors(at(table, test.points.T), test.seconds)
+            samples = fit.fitted_groups(samples, table.min_query_heads_per_kv_head)
+        test = samples.take(fit.split(len(samples.seconds), seed=0))
+        median, p90 = fit.abs_relative_errors(at(table, test.points.T), test.seconds)
         assert len(test.seconds) == table.num_held_out
         assert median == pytest.approx(table.median_abs_relative_error, abs=1e-4)
         assert p90 == pytest.approx(table.p90_abs_relative_error, abs=1e-4)

@@ -17,7 +17,7 @@ import click
 from clo.errors import CloError
 from clo.files import write_text
 from clo.profile import Profile
-from clo_calibration.kernel_fit import fit_tables
+from clo_calibration.tables.fit import fit_tables
 
 GPUS = ("h200", "h100", "a100", "l40s")
 

@@ -1,0 +1,171 @@
+"""Fits the kernel tables of a profile to measurements.
+
+A fifth of the points is held out, the grid of the rest is completed and made monotone, and the error is measured on
+the held-out points with the very table that ships. Knows nothing about profiles or about files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from clo.kernel_tables import DecodeAttentionTable, Floats, GemmTable, KernelTable
+from clo_calibration.tables.grid import fill, interpolate, make_grid
+from clo_calibration.tables.measurements import (
+    PACKAGE_VERSION,
+    Bools,
+    Samples,
+    read_decode_attention,
+    read_gemm,
+    read_hardware,
+)
+from clo_calibration.tables.monotone import monotone
+
+HELD_OUT_SHARE = 0.2
+FILLED_WEIGHT = 0.02
+SMALLEST_HEAD_DIM = 64
+MULTI_HEAD_SLOWDOWN = 1.25
+
+Table = TypeVar("Table", bound=KernelTable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitReport:
+    """Absolute relative errors on the held-out points of one table, beside the unsmoothed interpolation's."""
+
+    kernel: str
+    num_samples: int
+    num_held_out: int
+    median: float
+    p90: float
+    baseline_median: float
+    baseline_p90: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedTables:
+    """The tables of one GPU and how good they are."""
+
+    gemm: GemmTable
+    decode_attention: DecodeAttentionTable
+    report: tuple[FitReport, ...]
+
+
+def split(num_samples: int, seed: int) -> Bools:
+    """Mask of the held-out points: a random fifth."""
+    held_out = np.zeros(num_samples, dtype=bool)
+    chosen = np.random.default_rng(seed).permutation(num_samples)[: round(num_samples * HELD_OUT_SHARE)]
+    held_out[chosen] = True
+    return held_out
+
+
+def fit_gemm(samples: Samples, hardware: dict[str, float], *, seed: int = 0) -> tuple[GemmTable, FitReport]:
+    """Fit a GEMM table to four fifths of the samples and test it on the rest."""
+    return _fit(GemmTable, samples, hardware, seed=seed, axes=_axes(samples))
+
+
+def fit_decode_attention(
+    samples: Samples, hardware: dict[str, float], *, seed: int = 0
+) -> tuple[DecodeAttentionTable, FitReport]:
+    """Fit a decode-attention table. The smallest usual head size is added if unmeasured, scaled along the roofline."""
+    min_group = 2 if has_own_multi_head_kernel(samples) else 1
+    samples = fitted_groups(samples, min_group)
+    axes = _axes(samples)
+    column = DecodeAttentionTable.ARGUMENTS.index("head_dim")
+    measured = axes[column]
+    axes[column] = np.union1d(measured, [min(SMALLEST_HEAD_DIM, measured[0])])
+    return _fit(
+        DecodeAttentionTable,
+        samples,
+        hardware,
+        seed=seed,
+        axes=axes,
+        measured_head_dim=tuple(map(int, measured)),
+        min_query_heads_per_kv_head=min_group,
+    )
+
+
+def fitted_groups(samples: Samples, min_group: int) -> Samples:
+    """Decode attention samples with at least `min_group` query heads per KV head."""
+    heads, kv_heads = (
+        samples.points[:, DecodeAttentionTable.ARGUMENTS.index(f"num_{x}_heads")] for x in ("query", "kv")
+    )
+    return samples.take(heads >= min_group * kv_heads)
+
+
+def has_own_multi_head_kernel(samples: Samples) -> bool:
+    """Whether one query head per KV head often takes much longer than two (decode attention samples).
+
+    FlashAttention 2 in vLLM seems to split the KV cache over thread blocks only for grouped queries, so multi-head
+    attention can be tens of times slower there. No table that grows with the query heads can hold both.
+    """
+    seconds = {tuple(point): value for point, value in zip(samples.points.tolist(), samples.seconds, strict=True)}
+    ratios = [
+        value / seconds[batch, 2 * heads, kv_heads, *rest]
+        for (batch, heads, kv_heads, *rest), value in seconds.items()
+        if heads == kv_heads and (batch, 2 * heads, kv_heads, *rest) in seconds
+    ]
+    return bool(ratios) and float(np.quantile(ratios, 0.9)) > MULTI_HEAD_SLOWDOWN
+
+
+def _axes(samples: Samples) -> list[Floats]:
+    return [np.unique(column) for column in samples.points.T]
+
+
+def _fit(
+    kind: type[Table], samples: Samples, hardware: dict[str, float], *, seed: int, axes: list[Floats], **extra: Any
+) -> tuple[Table, FitReport]:
+    held_out = split(len(samples.seconds), seed)
+    train, test = samples.take(~held_out), samples.take(held_out)
+    fields = dict(zip(kind.ARGUMENTS, (tuple(axis.tolist()) for axis in axes), strict=True))
+    fields |= hardware | samples.labels | extra | {"package_version": PACKAGE_VERSION}
+    empty = kind.from_latencies(np.ones([len(axis) for axis in axes]), **fields)
+    grid = make_grid(train.points, train.seconds, axes)
+    plain = fill(grid, interpolate(grid), empty.roofline_seconds)
+    known = np.isfinite(grid.logs)
+    table = kind.from_latencies(np.exp(monotone(plain, np.where(known, 1.0, FILLED_WEIGHT))), **fields)
+    report = _report(kind, table, plain[grid.where(test.points)], train, test)
+    counts = {
+        "num_samples": len(train.seconds),
+        "num_filled": int((~known).sum()),
+        "num_held_out": len(test.seconds),
+        "median_abs_relative_error": round(report.median, 5),
+        "p90_abs_relative_error": round(report.p90, 5),
+    }
+    return table.with_fields(**counts), report
+
+
+def _report(kind: type[KernelTable], table: Any, plain: Floats, train: Samples, test: Samples) -> FitReport:
+    predicted = table.seconds(**dict(zip(kind.ARGUMENTS, test.points.T, strict=True)))
+    median, p90 = abs_relative_errors(predicted, test.seconds)
+    baseline_median, baseline_p90 = abs_relative_errors(np.exp(plain), test.seconds)
+    return FitReport(
+        kernel=kind.__name__,
+        num_samples=len(train.seconds),
+        num_held_out=len(test.seconds),
+        median=median,
+        p90=p90,
+        baseline_median=baseline_median,
+        baseline_p90=baseline_p90,
+    )
+
+
+def abs_relative_errors(predicted: Floats, seconds: Floats) -> tuple[float, float]:
+    """Median and 90th percentile of `|predicted / seconds - 1|`."""
+    errors = np.abs(predicted / seconds - 1.0)
+    return float(np.median(errors)), float(np.quantile(errors, 0.9))
+
+
+def fit_tables(gpu: str, data_root: Path | None = None, seed: int = 0) -> FittedTables:
+    """Fit every table of a GPU of `GPUS`.
+
+    `data_root` is the package's folder if it is not installed. Raises `ProfileError` if the measurements are missing,
+    `ValueError` for an unknown GPU.
+    """
+    hardware = read_hardware(gpu, data_root)
+    gemm, gemm_report = fit_gemm(read_gemm(gpu, data_root), hardware, seed=seed)
+    decode, decode_report = fit_decode_attention(read_decode_attention(gpu, data_root), hardware, seed=seed)
+    return FittedTables(gemm=gemm, decode_attention=decode, report=(gemm_report, decode_report))

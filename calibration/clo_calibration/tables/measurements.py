@@ -1,0 +1,133 @@
+"""Reads what `aiconfigurator-core` measured. Knows the columns of its files, and nothing about fitting."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from clo.errors import ProfileError
+from clo.kernel_tables import Floats
+
+GPUS = {"h200": "h200_sxm", "h100": "h100_sxm", "a100": "a100_sxm", "l40s": "l40s"}
+PACKAGE = "aiconfigurator_core"
+PACKAGE_VERSION = "0.12.0"
+
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Measured points of one kernel on one GPU: `points` is [num, num arguments], `seconds` is [num]."""
+
+    points: Floats
+    seconds: Floats
+    labels: dict[str, Any]
+
+    def take(self, chosen: Bools) -> Samples:
+        """The points where `chosen`, with the same labels."""
+        return Samples(points=self.points[chosen], seconds=self.seconds[chosen], labels=self.labels)
+
+
+def systems_folder(data_root: Path | None = None) -> Path:
+    """Folder with `<gpu>.yaml` and `data/`. Raises `ProfileError` if the package is not installed or not there."""
+    if data_root is not None:
+        for folder in (data_root, data_root / "systems", data_root / PACKAGE / "systems"):
+            if (folder / "data").is_dir():
+                return folder
+        raise ProfileError(f"{data_root}: holds no systems/data folder of {PACKAGE}")
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ProfileError(f'{PACKAGE} is not installed: pip install "clo-offload[tables]"')
+    return systems_folder(Path(next(iter(spec.submodule_search_locations))))
+
+
+def read_hardware(gpu: str, data_root: Path | None = None) -> dict[str, float]:
+    """Datasheet HBM bytes/s and dense bfloat16 flop/s of a GPU, from its yaml file."""
+    path = systems_folder(data_root) / f"{_folder_name(gpu)}.yaml"
+    text = _existing(path).read_text(encoding="utf-8")
+    return {"hbm_bytes_per_s": _number(text, "mem_bw", path), "flops_per_s": _number(text, "bfloat16_tc_flops", path)}
+
+
+def read_gemm(gpu: str, data_root: Path | None = None) -> Samples:
+    """Measured bfloat16 GEMMs of vLLM: points are (m, n, k)."""
+    columns = _read(_newest(gpu, "gemm", data_root) / "gemm_perf.parquet")
+    return gemm_samples(columns)
+
+
+def read_decode_attention(gpu: str, data_root: Path | None = None) -> Samples:
+    """Measured bfloat16 decode attention of vLLM without a sliding window, in the order of the table's arguments."""
+    columns = _read(_newest(gpu, "attention", data_root) / "generation_attention_perf.parquet")
+    return decode_attention_samples(columns)
+
+
+def gemm_samples(columns: dict[str, NDArray[Any]]) -> Samples:
+    """Select bfloat16 rows of a GEMM file (latency in milliseconds)."""
+    return _samples(columns, columns["gemm_dtype"] == "bfloat16", [columns[name] for name in "mnk"])
+
+
+def decode_attention_samples(columns: dict[str, NDArray[Any]]) -> Samples:
+    """Select bfloat16 rows without a window; the cache holds `step` tokens and the `isl` new ones."""
+    chosen = (columns["attn_dtype"] == "bfloat16") & (columns["kv_cache_dtype"] == "bfloat16")
+    if "window_size" in columns:
+        chosen &= columns["window_size"] == 0
+    names = ("batch_size", "num_heads", "num_key_value_heads", "head_dim")
+    tokens = columns["step"] + columns["isl"]
+    return _samples(columns, chosen, [*(columns[name] for name in names), tokens])
+
+
+def _samples(columns: dict[str, NDArray[Any]], chosen: Bools, arguments: list[NDArray[Any]]) -> Samples:
+    points = np.stack([values[chosen].astype(np.float64) for values in arguments], axis=1)
+    if not len(points):
+        raise ProfileError("no bfloat16 row in the measurements")
+    kernels = sorted({str(name) for name in columns["kernel_source"][chosen]})
+    labels = {
+        "framework_version": f"vllm {columns['version'][chosen][0]}",
+        "device": str(columns["device"][chosen][0]),
+        "kernels": tuple(kernels),
+    }
+    return _fastest(points, columns["latency"][chosen].astype(np.float64) / 1e3, labels)
+
+
+def _fastest(points: Floats, seconds: Floats, labels: dict[str, Any]) -> Samples:
+    # two kernels that serve the same shape: a framework would pick the faster one
+    unique, inverse = np.unique(points, axis=0, return_inverse=True)
+    best = np.full(len(unique), np.inf)
+    np.minimum.at(best, inverse.reshape(-1), seconds)
+    return Samples(points=unique, seconds=best, labels=labels)
+
+
+def _read(path: Path) -> dict[str, NDArray[Any]]:
+    table = pq.read_table(_existing(path))
+    return {name: table.column(name).to_numpy() for name in table.column_names}
+
+
+def _newest(gpu: str, kernel: str, data_root: Path | None) -> Path:
+    folder = systems_folder(data_root) / "data" / _folder_name(gpu) / kernel / "vllm"
+    versions = [path for path in _existing(folder).iterdir() if path.is_dir()]
+    return max(versions, key=lambda path: [int(part) for part in re.findall(r"\d+", path.name)])
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise ProfileError(f"{path}: no such file in this version of {PACKAGE}")
+    return path
+
+
+def _folder_name(gpu: str) -> str:
+    if gpu not in GPUS:
+        raise ValueError(f"gpu = {gpu!r}: must be one of {', '.join(GPUS)}")
+    return GPUS[gpu]
+
+
+def _number(text: str, name: str, path: Path) -> float:
+    found = re.search(rf"^\s*{name}:\s*([0-9.eE+]+)", text, flags=re.MULTILINE)
+    if found is None:
+        raise ProfileError(f"{path}: no number called {name}")
+    return float(found.group(1))
