@@ -97,6 +97,7 @@ class Verdict(Spec):
             "regret": max((_regret(group) for group in self.groups()), default=math.nan),
             "interval_coverage": float(np.mean([point.is_covered for point in self.judged])),
             "slower_than_calibrated": self.slower_than_calibrated(),
+            "tpot_error_median_at_this_speed": self.error_at_this_speed(),
             "disturbance": float(np.median([point.disturbed_s / point.real_s - 1.0 for point in self.points])),
         }
 
@@ -110,6 +111,14 @@ class Verdict(Spec):
         """How much longer the very runs take now from which costs were fitted: what no simulation could foresee."""
         again = [point.real_s / point.calibrated_s - 1.0 for point in self.points if point.calibrated_s]
         return float(np.median(again)) if again else 0.0
+
+    def error_at_this_speed(self) -> float:
+        """Median |error| of TPOT with all simulated steps longer by as much as the fitted runs are now.
+
+        What is left is the model's own; the difference is the machine's, which was not the same at both times.
+        """
+        speed = 1.0 + self.slower_than_calibrated()
+        return float(np.median([abs(speed * point.simulated_s / point.real_s - 1.0) for point in self.judged]))
 
     def groups(self) -> list[list[Point]]:
         """Judged points of one size, where designs can be chosen among."""
@@ -189,6 +198,8 @@ def markdown(verdict: Verdict) -> str:
         f"| regret of the simulation's choice, worst size | {summary['regret']:.1%} |",
         f"| real steps inside their 90% intervals | {summary['interval_coverage']:.0%} |",
         f"| the fitted runs, repeated now, take longer by | {summary['slower_than_calibrated']:+.1%} |",
+        f"| median error of TPOT with every simulated step longer by that | "
+        f"{summary['tpot_error_median_at_this_speed']:.1%} |",
         f"| baseline, minutes apart | ± {verdict.drift:.1%} |",
         f"| disturbed by others: a typical round against the fastest | +{summary['disturbance']:.1%} |",
         "",

@@ -75,7 +75,10 @@ def print_verdict(summary: Mapping[str, float], ablation: Mapping[str, float]) -
         f"{summary['interval_coverage']:.0%} of the real steps lie in their 90% intervals"
     )
     slower = summary["slower_than_calibrated"]
-    out.print(f"the runs that costs were fitted from, repeated now, take {slower:+.1%} longer")
+    out.print(
+        f"the runs that costs were fitted from, repeated now, take {slower:+.1%} longer: with every simulated step longer "
+        f"by that the median error is {summary['tpot_error_median_at_this_speed']:.1%}"
+    )
     if abs(slower) > QUIET / 2:
         out.print("The machine is not what it was when calibrated: calibrate and validate again when it is quiet.")
     parts = ", ".join(f"{name} {error:.1%}" for name, error in ablation.items() if name != "nothing")

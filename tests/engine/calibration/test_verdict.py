@@ -68,6 +68,14 @@ class TestVerdict:
         assert summary["interval_coverage"] == pytest.approx(1 / 3)
         assert found.ablation()["interference"] == pytest.approx(0.475)
 
+    def test_a_machine_at_half_its_speed_is_told_from_a_wrong_model(self) -> None:
+        """Fitted runs take twice as long as when costs were fitted; the model says half of what others take now."""
+        again = point(2.0, 1.0, design="f", fitted=True).model_copy(update={"calibrated_s": 1.0})
+        summary = verdict(point(4.0, 2.0), point(6.0, 3.3, design="b"), again).summary()
+        assert summary["slower_than_calibrated"] == pytest.approx(1.0)
+        assert summary["tpot_error_median"] == pytest.approx(0.475)
+        assert summary["tpot_error_median_at_this_speed"] == pytest.approx(0.05)
+
     def test_one_design_has_no_order_and_no_regret(self) -> None:
         summary = verdict(point(1.0, 1.1)).summary()
         assert np.isnan(summary["regret"])
