@@ -92,6 +92,11 @@ class OperationProfile(Spec):
         default_factory=dict,
         description="from the end of an operation until this lane, which it wakes, begins",
     )
+    launch_hold_s: NonNegativeFloat = Field(
+        default=0.0,
+        description="what the launching thread submits is seen when it next blocks, at the latest so much later: a "
+        "Python thread keeps the interpreter; 0: seen at once",
+    )
     rounds: int = Field(default=1, ge=1, description="of each step the fastest of so many was fitted to")
     drift: NonNegativeFloat = Field(default=0.0, description="relative spread of one run, minutes apart")
     common_spread: NonNegativeFloat = Field(
@@ -239,6 +244,11 @@ class OperationPricer:
     def handover_s(self) -> Mapping[Lane, float]:
         """From the end of an operation until a lane that waited for it sees that, by this lane; else nothing."""
         return self.profile.handover_s
+
+    @property
+    def launch_hold_s(self) -> float:
+        """What the launching thread submits is seen when it next blocks, at the latest so much later; 0: at once."""
+        return self.profile.launch_hold_s
 
     def seconds(self, work: Work, traffic: Traffic, name: str = "") -> Seconds:
         """Time of the operation `name` when nothing else runs. Raises `ProfileError` if it was never timed."""

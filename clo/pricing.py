@@ -76,6 +76,10 @@ class Prices(Protocol):
     def handover_s(self) -> Mapping[Lane, float]:
         """From the end of an operation until a lane that waited for it sees that, by this lane; else nothing."""
 
+    @property
+    def launch_hold_s(self) -> float:
+        """What the launching thread submits is seen when it next blocks, at the latest so much later; 0: at once."""
+
     def seconds(self, work: Work, traffic: Traffic, name: str = "") -> Seconds:
         """Time of `work` of the operation `name` when nothing else runs."""
 
@@ -139,6 +143,11 @@ class Pricer:
     def handover_s(self) -> Mapping[Lane, float]:
         """Streams that wait for each other's events lose no time that the profile would know of."""
         return {}
+
+    @property
+    def launch_hold_s(self) -> float:
+        """A GPU begins with what has been launched while more is being launched."""
+        return 0.0
 
     def seconds(self, work: Work, traffic: Traffic, name: str = "") -> Seconds:
         """Time of `work` when nothing else runs: a float if the plan fixes it, else `[steps, layers]`.

@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from itertools import takewhile
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 from hypothesis import strategies as st
@@ -73,26 +76,37 @@ def costly_profile() -> Any:
     )
 
 
+class Handover(NamedTuple):
+    """Until a lane sees what others have done, by lane; and how long the launching thread hides what it submits."""
+
+    by_lane: Mapping[Lane, float] = MappingProxyType({})
+    hold_s: float = 0.0
+
+
+AT_ONCE = Handover()
+
+
 class HandingOver:
     """Prices of a machine whose lanes see what others have done some time later."""
 
-    def __init__(self, prices: Any, handover_s: dict[Lane, float]) -> None:
-        self.prices, self.handover_s = prices, handover_s
+    def __init__(self, prices: Any, handover_s: Mapping[Lane, float], launch_hold_s: float) -> None:
+        self.prices, self.handover_s, self.launch_hold_s = prices, handover_s, launch_hold_s
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.prices, name)
 
 
-def tiny_priced(design: Design, seed: int = 0, handover_s: dict[Lane, float] | None = None) -> PricedStep:
+def tiny_priced(design: Design, seed: int = 0, handover: Handover = AT_ONCE) -> PricedStep:
     trace = random_trace(seed)
     tiny = tiny_scene(trace, profile=costly_profile())
     priced = tiny.priced(tiny.plan(design))
-    return replace(priced, pricer=HandingOver(priced.pricer, handover_s or {}))
+    return replace(priced, pricer=HandingOver(priced.pricer, *handover))
 
 
-def handovers() -> st.SearchStrategy[dict[Lane, float]]:
-    """By lane: none, less than any operation takes, and more than most."""
-    return st.dictionaries(st.sampled_from(list(Lane)), st.sampled_from([0.0625, 0.7]))
+def handovers() -> st.SearchStrategy[Handover]:
+    """By lane: none, less than any operation takes, more than most. Held: not, for two launches, for a whole step."""
+    by_lane = st.dictionaries(st.sampled_from(list(Lane)), st.sampled_from([0.0625, 0.7]))
+    return st.builds(Handover, by_lane, st.sampled_from([0.0, 0.3, 1e3]))
 
 
 def lane_sums(priced: PricedStep) -> dict[Lane, Any]:
@@ -104,14 +118,18 @@ def lane_sums(priced: PricedStep) -> dict[Lane, Any]:
 
 def longest_path(priced: PricedStep, step: int) -> float:
     """When the launching thread is done: the longest path through single operations, without segments."""
-    ends: list[float] = []
+    nodes, hold_s = priced.graph.nodes, priced.pricer.launch_hold_s
+    alone = [float(np.broadcast_to(priced.seconds(node.op), priced.num_steps)[step]) for node in nodes]
+    shown: list[float] = []
     lane_end: dict[Lane, float] = defaultdict(float)
-    for node in priced.graph.nodes:
-        seconds = priced.seconds(node.op)
-        alone = float(seconds) if np.ndim(seconds) == 0 else float(seconds[step])
-        ready = [ends[wait.node] + priced.handover_s.get(node.lane, 0.0) for wait in node.after]
-        lane_end[node.lane] = max([lane_end[node.lane], *ready]) + alone
-        ends.append(lane_end[node.lane])
+    for number, node in enumerate(nodes):
+        ready = [shown[wait.node] + priced.handover_s.get(node.lane, 0.0) for wait in node.after]
+        lane_end[node.lane] = end = max([lane_end[node.lane], *ready]) + alone[number]
+        if node.lane is Lane.LAUNCH:
+            later = [n for n in range(number + 1, len(nodes)) if nodes[n].lane is Lane.LAUNCH]
+            until_it_blocks = takewhile(lambda n: not nodes[n].after, later)
+            end = min(end + hold_s, end + sum(alone[n] for n in until_it_blocks))
+        shown.append(end)
     return lane_end[Lane.LAUNCH]
 
 
@@ -128,13 +146,21 @@ def slow_fluid_ends(priced: PricedStep, step: int, rules: Contention) -> list[fl
     queues = {lane: [n for n, segment in enumerate(segments) if segment.lane is lane] for lane in priced.graph.lanes()}
     left: dict[int, float] = {}
     ends: dict[int, float] = {}
+    shown: dict[int, float] = {}
+    hold_s = priced.pricer.launch_hold_s
     now = 0.0
     while len(ends) < len(segments):
-        due = [math.inf]
+        launching = queues[Lane.LAUNCH]
+        blocked = not launching or (launching[0] not in left and bool(segments[launching[0]].after))
+        for number, end in ends.items():
+            held = segments[number].lane is Lane.LAUNCH and not blocked
+            if number not in shown and (not held or now >= end + hold_s):
+                shown[number] = now
+        due = [math.inf, *(ends[number] + hold_s for number in ends if number not in shown)]
         for number in (queue[0] for queue in queues.values() if queue and queue[0] not in left):
-            if all(wait.segment in ends for wait in segments[number].after):
+            if all(wait.segment in shown for wait in segments[number].after):
                 later = priced.handover_s.get(segments[number].lane, 0.0)
-                seen = max([now, *(ends[wait.segment] + later for wait in segments[number].after)])
+                seen = max([now, *(shown[wait.segment] + later for wait in segments[number].after)])
                 if seen > now:
                     due.append(seen)
                 else:

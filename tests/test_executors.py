@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from executor_oracles import (
+    Handover,
     costly_profile,
     designs,
     handovers,
@@ -47,17 +48,17 @@ class TestOneStep:
 
     @given(designs(), st.integers(0, 20), handovers())
     @settings(max_examples=100, deadline=None)
-    def test_the_clock_is_the_longest_path(self, design: Design, seed: int, handover_s: dict[Lane, float]) -> None:
-        priced = tiny_priced(design, seed, handover_s)
+    def test_the_clock_is_the_longest_path(self, design: Design, seed: int, handover: Handover) -> None:
+        priced = tiny_priced(design, seed, handover)
         expected = [longest_path(priced, step) for step in range(priced.num_steps)]
         np.testing.assert_allclose(run_clock(priced).seconds, expected, rtol=1e-12)
 
     @given(designs(), st.integers(0, 20), st.integers(0, 5), handovers())
     @settings(max_examples=150, deadline=None)
     def test_the_simulator_is_the_slow_fluid_service(
-        self, design: Design, seed: int, step: int, handover_s: dict[Lane, float]
+        self, design: Design, seed: int, step: int, handover: Handover
     ) -> None:
-        priced = tiny_priced(design, seed, handover_s)
+        priced = tiny_priced(design, seed, handover)
         ends = slow_fluid_ends(priced, step, Contention(priced.pricer.interference))
         of_lane = {segment.lane: end for segment, end in zip(priced.segments, ends, strict=True)}
         times = run_simpy(priced)
@@ -107,9 +108,9 @@ class TestOneStep:
     @given(designs(), st.integers(0, 20), handovers())
     @settings(max_examples=120, deadline=None)
     def test_clock_and_simulator_agree_where_nothing_contends(
-        self, design: Design, seed: int, handover_s: dict[Lane, float]
+        self, design: Design, seed: int, handover: Handover
     ) -> None:
-        priced = tiny_priced(design, seed, handover_s)
+        priced = tiny_priced(design, seed, handover)
         clock, simulated = run_clock(priced), run_simpy(priced, contention=without_contention(priced))
         np.testing.assert_array_equal(simulated.seconds, clock.seconds)
         np.testing.assert_array_equal(step_seconds(priced), clock.seconds)
@@ -118,10 +119,8 @@ class TestOneStep:
 
     @given(designs(), st.integers(0, 20), handovers())
     @settings(max_examples=60, deadline=None)
-    def test_work_and_gaps_of_the_main_stream_are_the_step(
-        self, design: Design, seed: int, handover_s: dict[Lane, float]
-    ) -> None:
-        priced = tiny_priced(design, seed, handover_s)
+    def test_work_and_gaps_of_the_main_stream_are_the_step(self, design: Design, seed: int, handover: Handover) -> None:
+        priced = tiny_priced(design, seed, handover)
         for times in (run_clock(priced), run_simpy(priced)):
             accounted = times.main_busy + np.sum(list(times.gaps.values()), axis=0)
             np.testing.assert_allclose(accounted, times.seconds, rtol=1e-9)

@@ -24,6 +24,7 @@ from clo.operation_costs import BenchmarkRow, FitPoint, OperationCost, Operation
 from clo.specs import MachineSpec, ModelSpec
 from clo_calibration.comparison import price_run, simulated_s
 from clo_calibration.fingerprint import fingerprint
+from clo_calibration.handover_fit import handover_s, launch_hold_s
 from clo_calibration.host_benchmarks import HostBenchmark, host_benchmarks
 from clo_calibration.interference_fit import Interference, fit_interference
 from clo_calibration.operation_fit import (
@@ -31,7 +32,6 @@ from clo_calibration.operation_fit import (
     Timed,
     by_key,
     fit_costs,
-    handover_s,
     observations,
     predicted_s,
 )
@@ -157,6 +157,7 @@ def fit_profile(
     costs = fit_costs({key: timed for key, timed in alone.items() if not timed.rows[0].is_runtime} | runtime)
     together = [run for _, probe, run in learnt if not probe.alone]
     interference = fit_interference(beside, costs)
+    hold = launch_hold_s(together)
     profile = OperationProfile(
         name=name,
         date=date.today().isoformat(),
@@ -165,7 +166,8 @@ def fit_profile(
         model=network.spec,
         fingerprint=here,
         operations={key: _beside_others(key, cost, interference) for key, cost in costs.items()},
-        handover_s=handover_s(together),
+        handover_s=handover_s(together, hold),
+        launch_hold_s=hold,
         drift=drift([run for _, probe, run in learnt if probe.design.name == "resident" and not probe.alone]),
         steps_s={probe.place: float(np.median(run.step_s)) for _, probe, run in learnt if not probe.alone},
         benchmarks=tuple(_row(benchmark) for benchmark in benchmarks),

@@ -5,7 +5,6 @@ Knows nothing about how the steps were run or which of them to run.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -18,7 +17,7 @@ from scipy.optimize import nnls
 from clo.engine.measure import MachineRun
 from clo.operation_costs import OperationCost, feature_values, is_runtime, price_key
 from clo.profile import Source
-from clo.schedule import Lane, Op
+from clo.schedule import Op
 from clo.schedule.graph import record_step
 from clo.schedule.ops import price_name
 from clo.timeline import Span, Timeline
@@ -220,40 +219,3 @@ def undisturbed(rows: Sequence[Observation], per_unit: dict[str, float]) -> list
 def predicted_s(row: Observation, per_unit: dict[str, float]) -> float:
     """Seconds alone."""
     return sum(per_unit.get(name, 0.0) * value for name, value in row.features.items())
-
-
-def handover_s(runs: Iterable[MachineRun]) -> dict[Lane, float]:
-    """From the end of an operation until a lane that slept until then begins another one: the mean by lane, seconds.
-
-    Of one hand-over in the steps of a run the median counts each time: what comes once is the operating system's.
-    """
-    gaps: dict[Lane, list[float]] = {}
-    for run in runs:
-        of_node: dict[int, list[float]] = {}
-        for timeline in run.timelines:
-            for number, gap in _handovers(run, timeline):
-                of_node.setdefault(number, []).append(gap)
-        nodes = record_step(run.plan).nodes
-        for number, found in of_node.items():
-            gaps.setdefault(nodes[number].lane, []).extend([float(np.median(found))] * len(found))
-    return {lane: float(np.mean(found)) for lane, found in sorted(gaps.items())}
-
-
-def _handovers(run: MachineRun, timeline: Timeline) -> Iterator[tuple[int, float]]:
-    """Number of an operation, seconds. A lane that was busy when its input came goes on at once, and tells nothing."""
-    of_name: dict[tuple[str, str, int], deque[Span]] = {}
-    for span in timeline.spans:
-        of_name.setdefault((span.lane, span.name, span.layer), deque()).append(span)
-    found: list[Span | None] = []
-    free: dict[Lane, float] = {}
-    for number, node in enumerate(record_step(run.plan).nodes):
-        same = of_name.get((node.lane.value, node.op.name, node.op.layer))
-        here = same.popleft() if same else None
-        found.append(here)
-        if here is None:
-            continue
-        ends = [awaited.end_s for awaited in (found[wait.node] for wait in node.after) if awaited is not None]
-        ready = max(ends, default=0.0)
-        if ready > free.get(node.lane, 0.0):
-            yield number, max(0.0, here.start_s - ready)
-        free[node.lane] = here.end_s

@@ -76,8 +76,8 @@ def print_verdict(summary: Mapping[str, float], ablation: Mapping[str, float]) -
     )
     slower = summary["slower_than_calibrated"]
     out.print(
-        f"the runs that costs were fitted from, repeated now, take {slower:+.1%} longer: with every simulated step longer "
-        f"by that the median error is {summary['tpot_error_median_at_this_speed']:.1%}"
+        f"the runs that costs were fitted from, repeated now, take {slower:+.1%} longer: with every simulated step "
+        f"longer by that the median error is {summary['tpot_error_median_at_this_speed']:.1%}"
     )
     if abs(slower) > QUIET / 2:
         out.print("The machine is not what it was when calibrated: calibrate and validate again when it is quiet.")

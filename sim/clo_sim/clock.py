@@ -18,20 +18,25 @@ def step_seconds(priced: PricedStep) -> Times:
     """Duration of each step, `[steps]`: the sweep's fast path, without causes."""
     nothing = np.zeros(priced.num_steps)
     lane_end = dict.fromkeys(priced.graph.lanes(), nothing)
-    ends: list[Times] = []
+    shown: list[Times] = []
     handover_s = priced.handover_s
-    for segment, seconds in zip(priced.segments, priced.durations, strict=True):
+    for number, (segment, seconds) in enumerate(zip(priced.segments, priced.durations, strict=True)):
         start = lane_end[segment.lane]
         for wait in segment.after:
-            start = np.maximum(start, _seen(ends[wait.segment], segment.lane, handover_s))
+            start = np.maximum(start, _seen(shown[wait.segment], segment.lane, handover_s))
         lane_end[segment.lane] = start + seconds
-        ends.append(lane_end[segment.lane])
+        shown.append(_shown(priced, number, lane_end[segment.lane]))
     return lane_end[Lane.LAUNCH]
 
 
-def _seen(end: Times, lane: Lane, handover_s: Mapping[Lane, float]) -> Times:
-    """When `lane` sees that a segment of another one has ended."""
-    return end + handover_s[lane] if lane in handover_s else end
+def _shown(priced: PricedStep, segment: int, end: Times) -> Times:
+    """When a segment's end is there for other lanes to see."""
+    return end + priced.unseen_s[segment] if segment in priced.unseen_s else end
+
+
+def _seen(shown: Times, lane: Lane, handover_s: Mapping[Lane, float]) -> Times:
+    """When `lane` sees what another one has done."""
+    return shown + handover_s[lane] if lane in handover_s else shown
 
 
 def segment_times(priced: PricedStep) -> Iterator[tuple[Times, Times, list[tuple[Cause, Times]]]]:
@@ -42,22 +47,22 @@ def segment_times(priced: PricedStep) -> Iterator[tuple[Times, Times, list[tuple
     """
     nothing = np.zeros(priced.num_steps)
     lane_end = dict.fromkeys(priced.graph.lanes(), nothing)
-    ends: list[Times] = []
+    shown: list[Times] = []
     handover_s = priced.handover_s
-    for segment, seconds in zip(priced.segments, priced.durations, strict=True):
-        start, waits = _start(segment, lane_end[segment.lane], ends, handover_s)
+    for number, (segment, seconds) in enumerate(zip(priced.segments, priced.durations, strict=True)):
+        start, waits = _start(segment, lane_end[segment.lane], shown, handover_s)
         end = start + seconds
         lane_end[segment.lane] = end
-        ends.append(end)
+        shown.append(_shown(priced, number, end))
         yield start, end, waits
 
 
 def _start(
-    segment: Segment, free: Times, ends: list[Times], handover_s: Mapping[Lane, float]
+    segment: Segment, free: Times, shown: list[Times], handover_s: Mapping[Lane, float]
 ) -> tuple[Times, list[tuple[Cause, Times]]]:
     start, waits = free, []
     for wait in segment.after:
-        later = np.maximum(start, _seen(ends[wait.segment], segment.lane, handover_s))
+        later = np.maximum(start, _seen(shown[wait.segment], segment.lane, handover_s))
         waits.append((wait.cause, later - start))
         start = later
     return start, waits

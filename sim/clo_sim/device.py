@@ -84,7 +84,7 @@ class Device:
         self._reset(now)
 
     def submit(self, time: float) -> None:
-        """The launching thread's next submission is there at `time` (not before the last one)."""
+        """The launching thread's next submission is there to be seen at `time` (not before the last one)."""
         self._host_times.append(time)
 
     def _reset(self, now: float) -> None:

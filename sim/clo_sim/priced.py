@@ -190,6 +190,23 @@ class PricedStep:
         return self.pricer.handover_s
 
     @cached_property
+    def unseen_s(self) -> dict[int, NDArray[np.float64]]:
+        """From the end of a launching segment until other lanes can see it, `[steps]`; those seen at once are absent.
+
+        A launching thread that keeps its processor lets nobody begin until it blocks, or until its turn is over.
+        """
+        hold = self.pricer.launch_hold_s
+        launching = [n for n, segment in enumerate(self.segments) if segment.lane is Lane.LAUNCH] if hold else []
+        unseen: dict[int, NDArray[np.float64]] = {}
+        rest = np.zeros(self.num_steps)
+        for number in reversed(launching):
+            if rest.any():
+                unseen[number] = np.minimum(rest, hold)
+            # it blocks before what waits for another lane
+            rest = np.zeros(self.num_steps) if self.segments[number].after else rest + self.durations[number]
+        return unseen
+
+    @cached_property
     def demands(self) -> list[Demand]:
         """What each segment takes from shared resources: device-memory traffic averaged over its operations."""
         moved = np.zeros((len(self.segments), self.num_steps))

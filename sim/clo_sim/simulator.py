@@ -78,7 +78,7 @@ class SimulatedGpu:
         row = self._rows[step].tolist()
         if self._pair is not None:
             return (yield from self._graph_step(self._pair, row))
-        return (yield from self._launched_step(row))
+        return (yield from self._launched_step(step, row))
 
     def _make_pair(self) -> LanePair | None:
         """The fast service of a graph: one submission, then nothing but the device until the launching thread wakes.
@@ -101,10 +101,10 @@ class SimulatedGpu:
         busy = (main, other) if self._main == 0 else (other, main)
         return StepOutcome(seconds, _closed(done.gaps, seconds - done.end), busy[: len(self.lanes)])
 
-    def _launched_step(self, row: list[float]) -> Generator[simpy.Event, None, StepOutcome]:
+    def _launched_step(self, step: int, row: list[float]) -> Generator[simpy.Event, None, StepOutcome]:
         env, device = self.env, self.device
         local = slept = 0.0
-        woken_s = self.priced.handover_s.get(Lane.LAUNCH, 0.0)
+        woken_s, unseen_s = self.priced.handover_s.get(Lane.LAUNCH, 0.0), self.priced.unseen_s
         device.begin_step(local, row)
         for instruction in self._host:
             for lane, count in instruction.waits:
@@ -113,7 +113,7 @@ class SimulatedGpu:
                 yield env.timeout(local - slept)
                 slept = local
             start, local = local, local + row[instruction.column]
-            device.submit(local)
+            device.submit(local + unseen_s[instruction.column][step] if instruction.column in unseen_s else local)
             if self._record:
                 self.host_spans.append((instruction.column, start, local))
         yield env.timeout(local - slept)
