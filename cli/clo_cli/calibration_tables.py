@@ -24,6 +24,8 @@ def print_calibration(profile: OperationProfile) -> None:
     out.print(_operations(profile))
     woken = ", ".join(f"{lane} {seconds * US_PER_S:.0f} us" for lane, seconds in profile.handover_s.items())
     out.print(f"woken by another lane: {woken}")
+    if profile.launch_hold_s:
+        out.print("Lanes begin with what the launching thread has submitted once it blocks, not while it submits more.")
     out.print(f"spread of whole steps beyond that of their operations: {profile.common_spread:.1%}")
     out.print(f"the same run, minutes apart: ± {profile.drift:.1%}")
     if profile.drift > QUIET:

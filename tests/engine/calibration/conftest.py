@@ -12,10 +12,10 @@ from clo.operation_costs import (
     OperationProfile,
 )
 from clo_calibration.fingerprint import fingerprint
+from clo_calibration.handover_fit import handover_s, launch_hold_s
 from clo_calibration.operation_fit import (
     by_key,
     fit_costs,
-    handover_s,
     observations,
 )
 from clo_calibration.probes import (
@@ -44,7 +44,8 @@ def profile(runs: dict[str, tuple[MachineRun, MachineRun]]) -> OperationProfile:
     alone = by_key(row for number, (run, _) in enumerate(runs.values()) for row in observations(run, number))
     beside = by_key(row for number, (_, run) in enumerate(runs.values()) for row in observations(run, number))
     runtime = {key: timed for key, timed in beside.items() if timed.rows[0].is_runtime}
-    some = next(iter(runs.values()))[0].plan
+    together = [run for _, run in runs.values()]
+    some, hold = together[0].plan, launch_hold_s(together)
     return OperationProfile(
         name="here",
         date="2026-01-01",
@@ -52,5 +53,6 @@ def profile(runs: dict[str, tuple[MachineRun, MachineRun]]) -> OperationProfile:
         model=some.model,
         fingerprint=fingerprint(torch.device("cpu")),
         operations=fit_costs({key: timed for key, timed in alone.items() if not timed.rows[0].is_runtime} | runtime),
-        handover_s=handover_s(run for _, run in runs.values()),
+        handover_s=handover_s(together, hold),
+        launch_hold_s=hold,
     )

@@ -21,17 +21,15 @@ from clo.operation_costs import (
 )
 from clo.pricing import Demand
 from clo.profile import InterferenceCost, Source
-from clo.schedule import Lane, record_step
+from clo.schedule import record_step
 from clo.schedule.ops import price_name
 from clo.schedule.work import Gemm
 from clo_calibration.calibrate import drift
-from clo_calibration.comparison import price_run
 from clo_calibration.interference_fit import fit_interference
 from clo_calibration.operation_fit import (
     Observation,
     Timed,
     fit_costs,
-    handover_s,
 )
 from clo_calibration.probes import (
     CPU_GRID,
@@ -42,8 +40,6 @@ from clo_calibration.probes import (
     validation_probes,
 )
 from clo_sim.contention import Contention
-from clo_sim.unfold import simulated_timeline
-from tests.engine.calibration.calibrated import DESIGNS
 
 
 def rows(run: int, count: int, features: dict[str, float], seconds: float, **more: object) -> list[Observation]:
@@ -160,35 +156,6 @@ class TestFit:
         found = fit_interference({"a": Timed(rows(0, 4, {"calls": 1.0}, 1e-3))}, costs)
         assert found.slowed["a"] == pytest.approx(1.0)
         assert found.lane_factor["a"] == pytest.approx(1.0, rel=1e-3)
-
-    @pytest.mark.parametrize("name", DESIGNS)
-    def test_the_hand_over_that_was_simulated_is_found_again(
-        self, name: str, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
-    ) -> None:
-        """Only lanes that sleep are woken, and operations of one name and layer are told apart."""
-        run = runs[name][1]
-        later = {lane: (1 + number) * 1e-3 for number, lane in enumerate(Lane)}
-        priced = price_run(profile.model_copy(update={"handover_s": later}), run)
-        steps = tuple(simulated_timeline(priced, step, name) for step in range(priced.num_steps))
-        found = handover_s([replace(run, timelines=steps)])
-        assert found == pytest.approx({lane: later[lane] for lane in found})
-        assert Lane.MAIN in found
-
-    def test_a_lane_that_once_was_not_woken_for_long_counts_for_little(
-        self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
-    ) -> None:
-        run = runs["resolve"][1]
-        later = dict.fromkeys(Lane, 0.001)
-        priced = price_run(profile.model_copy(update={"handover_s": later}), run)
-        steps = [simulated_timeline(priced, step, "resolve") for step in range(priced.num_steps)]
-        # the end of the last step comes a second late
-        *others, last = steps[-1].spans
-        assert last.lane == Lane.LAUNCH
-        late = replace(last, start_s=last.start_s + 1.0, end_s=last.end_s + 1.0)
-        steps[-1] = replace(steps[-1], spans=(*others, late))
-        assert handover_s([replace(run, timelines=tuple(steps))]) == pytest.approx(
-            dict.fromkeys(handover_s([replace(run, timelines=tuple(steps[:-1]))]), 0.001)
-        )
 
     def test_every_node_of_every_design_has_a_price(
         self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
