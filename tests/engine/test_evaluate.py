@@ -83,6 +83,13 @@ class TestEvaluate:
         assert math.isnan(found.delta_nll_se)
         assert found.as_record()["delta_nll_se"] is None
 
+    @pytest.mark.parametrize("depth", [0, 1])
+    def test_what_is_fetched_ahead_counts_as_fetched(self, depth: int) -> None:
+        """All pages are of one size: the share that was moved is that of the bytes."""
+        (found,) = judge([named("clo", budget_pages=2, tau=0.6, prefetch_depth=depth)])
+        assert 0.0 < found.hit_rate < 1.0
+        assert 1.0 - found.hit_rate == pytest.approx(found.h2d_bytes_per_step / found.refetch_bytes_per_step)
+
     def test_how_many_texts_are_decoded_together_changes_nothing(self) -> None:
         chosen = [named("clo", budget_pages=2), named("recall", budget_pages=2)]
         apart, together = (
@@ -269,21 +276,39 @@ def test_a_prompt_read_once_serves_many_decoders() -> None:
 
 
 class TestHeads:
-    def test_thresholds_reach_the_target_and_hardly_exceed_it(self) -> None:
+    @pytest.mark.parametrize("fold", GqaFold)
+    def test_thresholds_reach_the_target_and_hardly_exceed_it(self, fold: GqaFold) -> None:
         trace = presets.load_trace()
-        chosen = design("clo", target_hit_rate=0.6, gqa_fold="min")
+        chosen = design("clo", target_hit_rate=0.6, gqa_fold=fold)
         tau = tau_for_hit_rate(trace, chosen, 0.6)
         unit = np.asarray(trace.queries, dtype=np.float64)
         unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
-        for layer, head in ((0, 0), (7, 2), (29, 1)):
-            queries = unit[:, layer, head * 3 : head * 3 + 3]
+        for layer, head in ((0, 0), (7, 2), (24, 2), (29, 1)):
+            group = slice(head * 3, head * 3 + 3)
+            weights = np.asarray(trace.head_importance, dtype=np.float64)[layer, group]
+            queries = unit[:, layer, group]
             anchor, hits = queries[0], 0
             for query in queries[1:]:
-                if (query * anchor).sum(-1).min() >= tau[layer, head]:
+                cosines = (query * anchor).sum(-1)
+                folded = {
+                    GqaFold.MEAN: cosines.mean(),
+                    GqaFold.MIN: cosines.min(),
+                    GqaFold.IMPORTANCE: np.average(cosines, weights=weights),
+                }[fold]
+                if folded >= tau[layer, head]:
                     hits += 1
                 else:
                     anchor = query
             assert 0.6 <= hits / (len(queries) - 1) < 0.75
+
+    def test_pinned_are_the_heads_whose_queries_change_most(self) -> None:
+        trace = presets.load_trace()
+        found = head_profile(trace, design("resolve"), presets.load_model("smollm2-135m"))
+        queries = np.asarray(trace.queries, dtype=np.float64)
+        unit = queries / np.linalg.norm(queries, axis=-1, keepdims=True)
+        change = ((unit[1:] - unit[:-1]) ** 2).sum(-1).mean(0).reshape(30, 3, 3).sum(-1)
+        for layer, order in enumerate(found.pinned):
+            assert list(change[layer, list(order)]) == sorted(change[layer], reverse=True)
 
     def test_statistics_are_means_over_the_recorded_steps(self) -> None:
         trace = presets.load_trace()
