@@ -228,6 +228,11 @@ class TestProbes:
         assert len(held_out) >= len(probes) / 2
         assert not fitted & {probe.size for probe in held_out}
 
+    @pytest.mark.parametrize("count", [3, 4, 6, 8, len(DESIGNS)])
+    def test_the_baseline_comes_back_often_enough_to_have_a_spread(self, count: int) -> None:
+        probes = calibration_probes(DESIGNS[:count])
+        assert sum(probe.size == CPU_GRID.baseline for probe in probes) >= 3
+
     def test_keys_tell_probes_apart(self) -> None:
         probes = [*calibration_probes(), *validation_probes()]
         assert len({probe.key for probe in probes}) == len(set(probes))
