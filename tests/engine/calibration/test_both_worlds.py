@@ -16,7 +16,15 @@ from clo.operation_costs import (
 )
 from clo.schedule import Lane
 from clo_calibration.calibrate import claim_folder
-from clo_calibration.comparison import ABLATIONS, compare, price_run, simulated_s
+from clo_calibration.comparison import (
+    ABLATIONS,
+    LAUNCH_COSTS,
+    SYNC_COSTS,
+    Ablation,
+    compare,
+    price_run,
+    simulated_s,
+)
 from clo_calibration.run_files import load_run, save_run
 from tests.engine.calibration.calibrated import DESIGNS, SHAPE
 
@@ -57,6 +65,32 @@ class TestBothWorlds:
         run = runs[name][1]
         complete = simulated_s(profile, run)
         assert all(simulated_s(profile, run, part) <= complete * (1 + 1e-9) for part in ABLATIONS)
+
+    @pytest.mark.parametrize("part", ABLATIONS[1:])
+    def test_leaving_out_a_part_takes_all_of_it_away(
+        self, part: Ablation, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
+    ) -> None:
+        """A part that is there takes time, and left out it takes as much as if it cost nothing."""
+        run = runs["clo-v1"][1]
+        names = {"launch cost": LAUNCH_COSTS, "synchronisation cost": SYNC_COSTS}.get(part, ())
+        there, gone = (
+            profile.model_copy(
+                update={
+                    "operations": {
+                        name: cost.model_copy(
+                            update={"host_share": 0.5}
+                            | ({"slowed": factor} if part == "interference" else {})
+                            | ({"per_unit": {"calls": factor * 1e-3}} if name in names else {})
+                        )
+                        for name, cost in profile.operations.items()
+                    },
+                    "handover_s": dict.fromkeys(Lane, factor * 1e-3) if part == "synchronisation cost" else {},
+                }
+            )
+            for factor in (1.0, 0.0)
+        )
+        assert simulated_s(there, run) > 1.01 * simulated_s(gone, run)
+        assert simulated_s(there, run, part) == pytest.approx(simulated_s(gone, run))
 
     def test_an_operation_that_costs_nothing_is_there_in_both(
         self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile

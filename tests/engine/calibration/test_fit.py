@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clo.engine.measure import MachineRun
+from clo.engine.network import Network
 from clo.errors import ProfileError, SpecError
 from clo.operation_costs import (
     GEMM_ROWS,
@@ -24,8 +25,9 @@ from clo.profile import InterferenceCost, Source
 from clo.schedule import Lane, record_step
 from clo.schedule.ops import price_name
 from clo.schedule.work import Gemm
-from clo_calibration.calibrate import drift
+from clo_calibration.calibrate import drift, fit_profile
 from clo_calibration.comparison import price_run
+from clo_calibration.host_benchmarks import HostBenchmark
 from clo_calibration.interference_fit import fit_interference
 from clo_calibration.operation_fit import (
     Observation,
@@ -37,13 +39,15 @@ from clo_calibration.probes import (
     CPU_GRID,
     CUDA_GRID,
     Grid,
+    Probe,
     calibration_probes,
+    local_design,
     named,
     validation_probes,
 )
 from clo_sim.contention import Contention
 from clo_sim.unfold import simulated_timeline
-from tests.engine.calibration.calibrated import DESIGNS
+from tests.engine.calibration.calibrated import BATCH, BUDGET, CONTEXT, DESIGNS
 
 
 def rows(run: int, count: int, features: dict[str, float], seconds: float, **more: object) -> list[Observation]:
@@ -217,6 +221,25 @@ def test_drift_is_the_spread_of_which_few_repeats_are_a_sample(
 
     found = [drift([repeated(seconds) for seconds in source.normal(1.0, 0.1, 4)]) for _ in range(400)]
     assert np.sqrt(np.mean(np.square(found))) == pytest.approx(0.1, rel=0.08)
+
+
+def test_held_out_runs_teach_nothing(network: Network, runs: dict[str, tuple[MachineRun, MachineRun]]) -> None:
+    benchmarks = [
+        HostBenchmark(name=name, parameters={}, unit="x", amount=1e9, seconds=(0.1, 0.11))
+        for name in ("copy", "matmul")
+    ]
+
+    def probe(name: str, *, alone: bool, fitted: bool = True) -> Probe:
+        size = (CONTEXT, BATCH, BUDGET)
+        return Probe(design=local_design(name, BUDGET), size=size, alone=alone, fitted=fitted, steps=3)
+
+    def fitted(measured: list[tuple[Probe, MachineRun]]) -> OperationProfile:
+        return fit_profile(measured, benchmarks, name="t", here={}, network=network)
+
+    taught = [(probe("resolve", alone=alone), runs["resolve"][0 if alone else 1]) for alone in (True, False)]
+    held_out = [(probe("clo", alone=alone, fitted=False), runs["clo"][0 if alone else 1]) for alone in (True, False)]
+    assert fitted(taught + held_out) == fitted(taught)
+    assert fitted(taught + [(probe("clo", alone=one.alone), run) for one, run in held_out]) != fitted(taught)
 
 
 class TestProbes:
