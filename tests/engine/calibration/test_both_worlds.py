@@ -102,6 +102,16 @@ class TestBothWorlds:
         assert free != profile.operations
         assert compare(profile.model_copy(update={"operations": free}), runs["clo"][1]).differences() == []
 
+    def test_stalls_are_what_the_main_stream_waited_for(
+        self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
+    ) -> None:
+        found = compare(profile, runs["clo-v1"][1])
+        stalls = found.stalls()
+        for which, timeline in enumerate((found.real, found.simulated)):
+            waited = sum(span.waited_s for span in timeline.spans if span.lane == Lane.MAIN)
+            assert sum(pair[which] for pair in stalls.values()) == pytest.approx(waited)
+            assert 0 < waited < timeline.seconds
+
     def test_a_difference_is_named(
         self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
     ) -> None:
