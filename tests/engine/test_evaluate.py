@@ -16,7 +16,7 @@ from small import GROUP, KV_HEADS, LAYERS, PAGE, VOCABULARY, WINDOW, dense_logit
 from clo import presets
 from clo.engine.controls import Contender, controls_of
 from clo.engine.decoder import Decoder, HeadProfile, read_prompt
-from clo.engine.evaluate import BASELINE, _answers, evaluate
+from clo.engine.evaluate import BASELINE, _agreement, _answers, evaluate
 from clo.engine.fidelity import Fidelity, against_full, whole_cache
 from clo.engine.heads import head_profile, heads_for, measure_heads, tau_for_hit_rate
 from clo.engine.inline_decoder import InlineDecoder
@@ -64,6 +64,7 @@ class TestEvaluate:
         assert streamed.agreement == streamed.top1_agreement == 1.0
         assert streamed.h2d_bytes_per_step == streamed.refetch_bytes_per_step > 0
         assert abs(resolve.delta_nll) > 1e-4
+        assert resolve.delta_nll == pytest.approx(resolve.nll - resident.nll)
         assert resolve.agreement < 1.0
         assert resolve.delta_nll_se > 0
 
@@ -127,6 +128,13 @@ class TestEvaluate:
         right, wrong = torch.tensor(said), torch.tensor([*said[:3], (said[3] + 1) % VOCABULARY, said[4]])
         asked = [Passkey(known, question, right), Passkey(known, question, wrong), Passkey(known, question, right[:2])]
         assert _answers(network, BASELINE, asked) == [True, False, True]
+
+
+    def test_agreement_ends_at_the_first_other_token(self) -> None:
+        """What follows it may be the same by chance: the two have different contexts."""
+        full = [np.array([1, 2, 3, 4]), np.array([5, 6, 7, 8])]
+        mine = [np.array([1, 9, 3, 4]), np.array([5, 6, 7, 8])]
+        assert _agreement(mine, full) == pytest.approx((0.25 + 1.0) / 2)
 
 
 class TestControls:
