@@ -129,7 +129,6 @@ class TestEvaluate:
         asked = [Passkey(known, question, right), Passkey(known, question, wrong), Passkey(known, question, right[:2])]
         assert _answers(network, BASELINE, asked) == [True, False, True]
 
-
     def test_agreement_ends_at_the_first_other_token(self) -> None:
         """What follows it may be the same by chance: the two have different contexts."""
         full = [np.array([1, 2, 3, 4]), np.array([5, 6, 7, 8])]
