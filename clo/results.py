@@ -82,7 +82,7 @@ class Result(Spec):
     source_shares: dict[str, float]
     assumptions: tuple[str, ...] = ()
     intervals: dict[str, tuple[float, float]] = Field(
-        default_factory=dict, description="90% prediction intervals by name, seconds, where they were asked for"
+        default_factory=dict, description="90% prediction intervals by the field's name, where they were asked for"
     )
     interval_share: float | None = Field(
         default=None, description="share of busy time that rests on costs whose spread is known: only these vary"

@@ -99,6 +99,16 @@ class TestSimulate:
     def test_a_note_about_a_cost_changes_nothing(self) -> None:
         assert simulate("--set", "profile.kernel_launch.note=mine") == simulate()
 
+    def test_intervals_are_of_every_number_of_time(self) -> None:
+        result = simulate("--intervals", "--executor", "clock")
+        named = {"tpot_s", "tpot_p50_s", "tpot_p99_s", "tokens_per_s", "h2d_utilisation"}
+        found = {name: found for name, found in result["intervals"].items() if name in named}
+        assert found.keys() == named
+        assert all(low < result[name] < high for name, (low, high) in found.items())
+        assert {f"stall_s.{cause}" for cause in result["stall_s"]} <= result["intervals"].keys()
+        assert 0 < result["interval_share"] < 1
+        assert "intervals" not in simulate() or not simulate()["intervals"]
+
     def test_the_clock_sees_no_contention(self) -> None:
         result = simulate("--executor", "clock")
         assert result["executor"] == "clock"

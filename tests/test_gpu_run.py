@@ -57,6 +57,17 @@ def test_a_step_that_fails_or_hangs_or_lacks_a_package_stops_no_other(gpu: Modul
     assert all(f"| {step} | {result} |" in summary for step, result in results.items())
 
 
+@pytest.mark.parametrize(("ends", "code"), [((0, 0), 0), ((0, 3), 1)])
+def test_the_exit_code_says_whether_a_step_failed(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: tuple[int, ...], code: int
+) -> None:
+    steps = tuple(gpu.Step(f"step{n}", ("-c", f"raise SystemExit({end})"), 6) for n, end in enumerate(ends))
+    monkeypatch.setattr(gpu, "STEPS", steps)
+    monkeypatch.setattr(gpu, "probe", lambda: {"device": "test"})
+    assert gpu.main(["--out", str(tmp_path / "out"), "--minutes", "1"]) == code
+    assert json.loads((tmp_path / "out" / "environment.json").read_text())["device"] == "test"
+
+
 def test_a_step_whose_time_is_over_may_still_say_what_it_found(gpu: ModuleType, tmp_path: Path) -> None:
     code = """
 import pathlib, signal, sys, time

@@ -622,6 +622,13 @@ def answers_record() -> dict[str, Any]:
     return {"evaluation": about, "answers": rows}
 
 
+def test_answers_at_several_contexts_make_no_figure() -> None:
+    record = answers_record()
+    record["evaluation"]["context_tokens"] = [1024, 2048]
+    with pytest.raises(CloError, match="here: answers at 2 contexts, a figure shows one"):
+        parse_answers(record, where="here")
+
+
 def test_answers_are_placed_by_the_share_of_bytes_and_the_change() -> None:
     (point,) = parse_answers(answers_record(), where="here").points
     assert (point.name, point.share, point.delta_nll, point.delta_nll_se) == ("clo tau=0.8", 0.2, 0.03, 0.0)

@@ -40,9 +40,6 @@ from clo_calibration.run_files import load_run, save_run
 
 Progress = Callable[[str, int, int], None]
 
-NOISY = 0.1
-"""A baseline that varies more than this between its repeats was not measured on a quiet machine."""
-
 
 def network_of(model: ModelSpec, device: torch.device) -> Network:
     """Random weights in what models run in there. Raises `SpecError` where the machine cannot hold them."""

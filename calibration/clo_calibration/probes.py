@@ -155,8 +155,10 @@ def local_design(name: str, budget: float) -> Design:
 def calibration_probes(designs: Sequence[str] = DESIGNS, *, steps: int = STEPS, grid: Grid = CPU_GRID) -> list[Probe]:
     """Every design at every fitted size, alone and beside others; the baseline comes back to show how calm it is."""
     probes: list[Probe] = []
+    # after every third design, and three times where there are fewer: two say nothing of a spread
+    every = max(1, min(3, len(designs) // 3))
     for number, name in enumerate(designs):
-        if number % 3 == 0:
+        if number % every == 0:
             probes.append(_probe("resident", grid.baseline, alone=False, steps=steps, turn=number))
         for size in grid.fitted:
             probes += [_probe(name, size, alone=alone, steps=steps) for alone in (True, False)]

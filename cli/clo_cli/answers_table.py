@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 COLUMNS = (
     "change of NLL",
@@ -20,10 +23,20 @@ COLUMNS = (
 
 
 def print_answers(records: list[dict[str, Any]], against: str | None) -> None:
-    """One row a design; with `against`, also the change of NLL from that design."""
-    from rich.table import Table
-
+    """One table a context, one row a design; with `against`, also the change of NLL from that design."""
     from clo_cli.tables import console
+
+    out = console()
+    for context in dict.fromkeys(record["context_tokens"] for record in records):
+        out.print(_table([record for record in records if record["context_tokens"] == context], against))
+    out.print(
+        "agreement: generated tokens until the first that differs; selects: heads that chose anew; of refetching: "
+        "bytes moved, as a share of fetching all that is attended in every step"
+    )
+
+
+def _table(records: list[dict[str, Any]], against: str | None) -> Table:
+    from rich.table import Table
 
     table = Table(title=f"Answers at {records[0]['context_tokens']} tokens, against full attention")
     table.add_column("design", no_wrap=True)
@@ -33,12 +46,7 @@ def print_answers(records: list[dict[str, Any]], against: str | None) -> None:
             table.add_column(f"from {against}", justify="right")
     for record in records:
         table.add_row(record["design"], *_cells(record, against is not None))
-    out = console()
-    out.print(table)
-    out.print(
-        "agreement: generated tokens until the first that differs; selects: heads that chose anew; of refetching: "
-        "bytes moved, as a share of fetching all that is attended in every step"
-    )
+    return table
 
 
 def _cells(record: dict[str, Any], compares: bool) -> list[str]:

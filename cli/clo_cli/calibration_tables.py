@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import median
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from clo.operation_costs import OperationProfile
 
 QUIET = 0.1
-"""A baseline that varies more between its repeats was not measured on a quiet machine."""
+"""A baseline that varies more between its repeats, or half of the microbenchmarks, had no quiet machine."""
 
 
 def print_calibration(profile: OperationProfile) -> None:
@@ -27,9 +28,16 @@ def print_calibration(profile: OperationProfile) -> None:
     if profile.launch_hold_s:
         out.print("Lanes begin with what the launching thread has submitted once it blocks, not while it submits more.")
     out.print(f"spread of whole steps beyond that of their operations: {profile.common_spread:.1%}")
-    out.print(f"the same run, minutes apart: ± {profile.drift:.1%}")
-    if profile.drift > QUIET:
+    apart = f"± {profile.drift:.1%}" if profile.drift else "not repeated often enough to say: take more --designs"
+    out.print(f"the same run, minutes apart: {apart}")
+    if not is_quiet(profile):
         out.print("Something else kept this machine busy: calibrate again when it is quiet, in another --samples.")
+
+
+def is_quiet(profile: OperationProfile) -> bool:
+    """Whether repeats agree: those of the baseline, minutes apart, and those of most microbenchmarks, one by one."""
+    spreads = [row.spread for row in profile.benchmarks]
+    return max(profile.drift, median(spreads) if spreads else 0.0) <= QUIET
 
 
 def _benchmarks(profile: OperationProfile) -> Table:
@@ -77,9 +85,10 @@ def print_verdict(summary: Mapping[str, float], ablation: Mapping[str, float]) -
         f"{summary['interval_coverage']:.0%} of the real steps lie in their 90% intervals"
     )
     slower = summary["slower_than_calibrated"]
+    how = "longer" if slower >= 0 else "less"
     out.print(
-        f"the runs that costs were fitted from, repeated now, take {slower:+.1%} longer: with every simulated step "
-        f"longer by that the median error is {summary['tpot_error_median_at_this_speed']:.1%}"
+        f"the runs that costs were fitted from, repeated now, take {abs(slower):.1%} {how}: with every simulated step "
+        f"changed by that the median error is {summary['tpot_error_median_at_this_speed']:.1%}"
     )
     if abs(slower) > QUIET / 2:
         out.print("The machine is not what it was when calibrated: calibrate and validate again when it is quiet.")

@@ -21,7 +21,7 @@ from clo_cli.options import design_from, overrides_from
 @click.option("--controls", metavar="DESIGN", help="Add what this one must beat: a clock, and sinks and window only.")
 @click.option("--against", help="Also compare with this one of the designs, text by text.")
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Change a field: design.slot_budgets=1.")
-@click.option("--context", default=1024, show_default=True, help="Tokens of each prompt.")
+@click.option("--context", default="1024", show_default=True, help="Tokens of each prompt; of several: 1024,2048.")
 @click.option("--texts", default=4, show_default=True, help="Places in the text to decode from.")
 @click.option("--tokens", default=64, show_default=True, help="Tokens decoded at each place, fed and generated.")
 @click.option("--passkeys", default=10, show_default=True, help="Passkeys hidden at evenly spread depths.")
@@ -53,6 +53,7 @@ def evaluate(**options: Any) -> None:
     from clo.files import write_text
 
     variants = _variants(options)
+    options["contexts"] = _contexts(options)
     _check_targets(options["out"], options["figure"])
     answers = _evaluate(variants, options)
     if options["out"] is not None:
@@ -123,6 +124,19 @@ def _numbers(option: str, given: str) -> list[float]:
         raise SpecError(f"{option} = {given!r}: numbers separated by commas are expected") from None
 
 
+def _contexts(options: dict[str, Any]) -> list[int]:
+    from clo.errors import SpecError
+
+    given = options["context"]
+    try:
+        contexts = list(dict.fromkeys(int(value) for value in given.split(",")))
+    except ValueError:
+        raise SpecError(f"--context = {given!r}: whole numbers separated by commas are expected") from None
+    if len(contexts) > 1 and options["figure"] is not None:
+        raise SpecError(f"--figure: shows one context, --context = {given} names {len(contexts)}")
+    return contexts
+
+
 def _spread(designs: list[Any], fits: Callable[[Any], bool], field: str, values: list[Any], mark: str) -> list[Any]:
     """Those that fit at each value of a field, named by it; the others as they are."""
     tried: list[Any] = []
@@ -142,20 +156,23 @@ def _evaluate(designs: list[Any], options: dict[str, Any]) -> dict[str, Any]:
     from clo.engine.answers.controls import Contender, controls_of
     from clo.engine.answers.evaluate import evaluate as run
     from clo.engine.answers.quality import compared
-    from clo.engine.answers.tasks import EvaluationSettings
+    from clo.engine.answers.tasks import EvaluationSettings, check_text
     from clo.engine.models.network import Network
     from clo.engine.texts import Split
     from clo.engine.versions import package_versions
     from clo_cli.models import load_for_decoding, progress_bar, with_heads
 
-    settings = EvaluationSettings(
-        context_tokens=options["context"],
-        num_texts=options["texts"],
-        decoded_tokens=options["tokens"],
-        num_passkeys=options["passkeys"],
-        split=Split(options["split"]),
-        seed=options["seed"],
-    )
+    by_context = [
+        EvaluationSettings(
+            context_tokens=context,
+            num_texts=options["texts"],
+            decoded_tokens=options["tokens"],
+            num_passkeys=options["passkeys"],
+            split=Split(options["split"]),
+            seed=options["seed"],
+        )
+        for context in options["contexts"]
+    ]
     words = _text(options["text"])
     model, tokenizer = load_for_decoding(options["model"])
     network = Network(model)
@@ -165,13 +182,20 @@ def _evaluate(designs: list[Any], options: dict[str, Any]) -> dict[str, Any]:
     ]
     for contender in [one for one in contenders if one.name == options["controls"]]:
         contenders += controls_of(contender, network.spec)
+    for settings in by_context:
+        check_text(tokenizer, words, settings)
+    records: list[dict[str, Any]] = []
     with progress_bar() as progress:
-        found = run(network, tokenizer, words, contenders, settings, progress)
-    records = [quality.as_record() for quality in found]
-    if options["against"] is not None:
-        records = compared(records, options["against"])
+        # the longest first: what does not fit is refused before the others are decoded
+        for settings in sorted(by_context, key=lambda one: -one.context_tokens):
+            found = run(network, tokenizer, words, contenders, settings, progress)
+            asked = [quality.as_record() for quality in found]
+            records = (compared(asked, options["against"]) if options["against"] is not None else asked) + records
+    about = by_context[0].as_record()
+    if len(by_context) > 1:
+        about["context_tokens"] = options["contexts"]
     return {
-        "evaluation": {"model": options["model"], "text": options["text"], **settings.as_record()},
+        "evaluation": {"model": options["model"], "text": options["text"], **about},
         "versions": package_versions(),
         "designs": {contender.name: contender.design.model_dump(mode="json") for contender in contenders},
         "answers": records,

@@ -76,14 +76,16 @@ def simulate(
 
 def _with_intervals(result: Result, scene: Any, design: Any, executor: str) -> Result:
     from clo_sim.clock import run_clock
-    from clo_sim.intervals import predict
+    from clo_sim.intervals import predict, rates
     from clo_sim.simulator import run_simpy
 
     def run(priced: Any, contention: Any = None) -> Any:
         return run_clock(priced) if executor == "clock" else run_simpy(priced, contention=contention)
 
     found = predict(scene.priced(scene.plan(design)), run=run)
-    spans = {name: (interval.low, interval.high) for name, interval in found.intervals.items()}
+    of_a_step = {name: getattr(result, name) * result.tpot_s for name in ("tokens_per_s", "h2d_utilisation")}
+    known = found.intervals | rates(found.intervals["tpot_s"], **of_a_step)
+    spans = {name: (interval.low, interval.high) for name, interval in known.items()}
     return result.with_fields(intervals=spans, interval_share=found.known_share)
 
 

@@ -24,6 +24,7 @@ Floats = NDArray[np.float64]
 class HeadProfile:
     """What was learnt about a model's heads beforehand. Layers by KV heads, and layers by query heads.
 
+    `pinned` has the KV heads of each layer, first those to pin first; without it a design pins those of lowest number.
     `refresh_rate` replaces the gate by a clock, for comparison: the share of steps in which each head selects anew.
     """
 

@@ -51,9 +51,9 @@ def offload(
     length. Prefill is the model's own, exact. Whatever comes after the first generated token, a chat's next turn too,
     is decoded token by token under the design; `max_new_tokens` is the room for all of it. With any other cache the
     model works as before, with SDPA as its attention: it returns no attention weights. `close`, the end of a `with`
-    block, or dropping the last of a model's caches gives the model back as it was. A design whose thresholds or weights
-    come from a head profile takes `heads`, or the shipped one if that is of such a model. Raises `SpecError` for a
-    model or a design that does not fit.
+    block, or dropping the last of a model's caches gives the model back as it was. A design whose thresholds, weights
+    or pinned heads come from a head profile takes `heads`, or the shipped one if that is of such a model. Raises
+    `SpecError` for a model or a design that does not fit.
     """
     chosen = design if isinstance(design, Design) else presets.load_design(str(design))
     network = Network(model)
@@ -67,8 +67,9 @@ def offload(
 
 def _shipped_profile(design: Design, network: Network) -> HeadProfile | None:
     """For a design that cannot do without one. Raises `SpecError` for a model built otherwise."""
-    needs = design.target_hit_rate is not None or design.gqa_fold is GqaFold.IMPORTANCE
-    return heads_for(design, network.spec) if design.gated and needs else None
+    by_gate = design.gated and (design.target_hit_rate is not None or design.gqa_fold is GqaFold.IMPORTANCE)
+    pins = design.offloads and design.selects and design.pinned_head_fraction > 0
+    return heads_for(design, network.spec) if by_gate or pins else None
 
 
 class _Mount:

@@ -56,6 +56,8 @@ def parse_answers(data: Any, *, where: str) -> Answers:
         points = [_answer(row) for row in data["answers"] if row["refetch_bytes_per_step"]]
     except (KeyError, TypeError, ValueError) as problem:
         raise CloError(f"{where}: not what clo evaluate --out writes: {problem!r}") from None
+    if isinstance(about["context_tokens"], list):
+        raise CloError(f"{where}: answers at {len(about['context_tokens'])} contexts, a figure shows one")
     return Answers(title=title, points=tuple(points))
 
 

@@ -49,7 +49,7 @@ def predict(
     seed: int = 0,
     run: Callable[..., StepTimes] = run_simpy,
 ) -> Prediction:
-    """Intervals of TPOT (mean and median), of stalls by cause and of lanes' busy time."""
+    """Intervals of TPOT (mean, median, 99th percentile), of stalls by cause and of lanes' busy time."""
     source = np.random.default_rng(seed)
     found: dict[str, list[float]] = {}
     for _ in range(draws):
@@ -67,9 +67,15 @@ def _interval(values: Sequence[float]) -> Interval:
     return Interval(*np.percentile(values, [tail, 100 - tail], method="weibull").tolist())
 
 
+def rates(tpot: Interval, **per_step: float) -> dict[str, Interval]:
+    """Intervals of numbers that are so much a step over the step's time: tokens a second, a link's use."""
+    return {name: Interval(amount / tpot.high, amount / tpot.low) for name, amount in per_step.items()}
+
+
 def step_numbers(times: StepTimes) -> dict[str, float]:
     """The numbers of a run that have intervals, seconds."""
     numbers = {"tpot_s": float(times.seconds.mean()), "tpot_p50_s": float(np.median(times.seconds))}
+    numbers["tpot_p99_s"] = float(np.percentile(times.seconds, 99))
     numbers |= {f"stall_s.{cause.value}": float(gap.mean()) for cause, gap in times.gaps.items()}
     return numbers | {f"lane_busy_s.{lane.value}": float(busy.mean()) for lane, busy in times.lane_busy.items()}
 

@@ -38,6 +38,9 @@ def run(*arguments: str) -> str:
         (["evaluate", "--figure", "a.txt"], "a.txt: a figure's suffix must be one of"),
         (["evaluate", "--tokens", "1"], "evaluate.decoded_tokens = 1: must be at least 2"),
         (["evaluate", "--context", "0"], "evaluate.context_tokens = 0: must be at least 1"),
+        (["evaluate", "--context", "1024,x"], "--context = '1024,x': whole numbers separated by commas"),
+        (["evaluate", "--context", "512,0"], "evaluate.context_tokens = 0: must be at least 1"),
+        (["evaluate", "--context", "1,2", "--figure", "a.png"], "--figure: shows one context, --context = 1,2 names 2"),
         (["evaluate", "--passkeys", "-1"], "evaluate.num_passkeys = -1"),
         (["evaluate", "--text", "nosuch.txt"], "--text nosuch.txt: No such file"),
         (["heads", "nosuch"], "trace 'nosuch' is unknown"),
@@ -84,3 +87,16 @@ def test_answers_of_a_real_model_are_recorded_for_each_design() -> None:
     assert records[1]["h2d_bytes_per_step"] <= records[2]["h2d_bytes_per_step"]
     needed = {"design", "delta_nll", "delta_nll_se", "passkey_rate", "hit_rate", "h2d_bytes_per_step"}
     assert all(needed <= record.keys() for record in records)
+
+
+@pytest.mark.model
+def test_answers_at_several_lengths_are_those_at_each(tmp_path: Path) -> None:
+    few = ("--designs", "resolve,clo", "--texts", "1", "--tokens", "4", "--passkeys", "1", "--against", "resolve")
+    out = tmp_path / "answers.json"
+    both = json.loads(run("evaluate", *few, "--context", "256,128", "--json", "--out", str(out)))
+    alone = json.loads(run("evaluate", *few, "--context", "128", "--json"))
+    assert [(record["context_tokens"], record["design"]) for record in both] == [
+        (tokens, name) for tokens in (128, 256) for name in ("resolve", "clo")
+    ]
+    assert both[:2] == alone
+    assert json.loads(out.read_text(encoding="utf-8"))["evaluation"]["context_tokens"] == [256, 128]

@@ -63,6 +63,31 @@ class TestOrder:
 
             machine.execute(step())
 
+    def test_a_lane_that_polls_a_flag_goes_on_after_the_move(self) -> None:
+        done: list[str] = []
+
+        def run(what: Op) -> float:
+            if what.name == "move":
+                time.sleep(0.05)
+            done.append(what.name)
+            return 0.0
+
+        with CpuMachine(run) as machine:
+
+            def step() -> Step:
+                for layer in range(2):
+                    seen = machine.ring(machine.launch(Lane.MAIN, op("choose", layer)), layer)
+                    moved = machine.flagged_work(seen, op("move", layer))
+                    machine.wait_flag(Lane.MAIN, seen, moved, layer, Cause.DEMAND)
+                    end = machine.launch(Lane.MAIN, op("use", layer))
+                yield HostWait(end, op("read_back"), Cause.SYNC)
+
+            timeline = machine.execute(step())
+        assert done == ["choose", "move", "use"] * 2
+        polls = [span for span in timeline.spans if span.name == "ready_flag"]
+        assert all(dict(span.waits)[Cause.DEMAND.value] > 0.03 for span in polls)
+        assert len(polls) == 2
+
     def test_numbers_of_two_streams_do_not_answer_for_each_other(self) -> None:
         """The prefetch's doorbell rings first although it was numbered second."""
         order: list[str] = []

@@ -75,6 +75,16 @@ class TestFullAttention:
             rows += [decoder.step(token[None])[0].clone() for token in text[tokens : tokens + 2]]
         torch.testing.assert_close(torch.stack(rows), dense_logits(model, text)[tokens - 1 : tokens + 2], **CLOSE)
 
+    @pytest.mark.parametrize("name", ["resident", "streamed", "clo"])
+    def test_up_to_the_last_position_of_the_model(self, name: str) -> None:
+        model, text = small_model(), prompt(256)
+        assert model.config.max_position_embeddings == len(text)
+        chosen = design(name)
+        if chosen.selects:
+            chosen = chosen.with_fields(budget_fraction=1.0, slot_budgets=1.0, slot_pages=None, tau=2.0)
+        found = forced_logits(model, chosen, text, 248)
+        torch.testing.assert_close(found, dense_logits(model, text)[247:], **CLOSE)
+
     @pytest.mark.parametrize("tokens", range(50, 50 + PAGE))
     def test_a_window_that_is_no_whole_number_of_pages(self, tokens: int) -> None:
         """Prompts that fill the window's ring differently: none may lose its newest token."""
@@ -241,6 +251,25 @@ class TestEnginesAndSyncs:
         chosen = design("clo", budget_pages=1, pinned_head_fraction=1.0)
         found = forced_logits(model, chosen, tokens, 70)
         torch.testing.assert_close(found, dense_logits(model, tokens)[69:], **CLOSE)
+
+    def test_the_heads_that_a_profile_names_are_pinned(self) -> None:
+        model, tokens = small_model(), prompt(120)
+        chosen = design("resolve", budget_pages=1, pinned_head_fraction=0.5)
+        heads = HeadProfile(pinned=tuple((1, 0) for _ in range(4)))
+        with Decoder(model, chosen, max_new_tokens=30, heads=heads) as decoder:
+            decoder.prefill([tokens[:90]])
+            for token in tokens[90:]:
+                decoder.step(token[None])
+            layer, operations = decoder.layers[1], decoder._operations
+            assert isinstance(layer, OffloadedLayer)
+            assert operations is not None
+            query = operations._real[1][0]
+            found = layer.attend(query[None], operations.lengths)[0].double()
+        whole = list(range(len(tokens) // PAGE))[1 : (len(tokens) - WINDOW - 1) // PAGE]
+        everything = Sparse(small_model(), tokens).attend(1, 1, query[3:], whole, len(tokens))
+        torch.testing.assert_close(found[3:], everything, rtol=1e-4, atol=1e-5)
+        other = Sparse(small_model(), tokens).attend(1, 0, query[:3], whole, len(tokens))
+        assert not torch.allclose(found[:3], other, rtol=1e-2)
 
 
 class TestBatch:

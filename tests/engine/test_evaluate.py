@@ -15,7 +15,7 @@ from small import GROUP, KV_HEADS, LAYERS, PAGE, VOCABULARY, WINDOW, dense_logit
 
 from clo import presets
 from clo.engine.answers.controls import Contender, controls_of
-from clo.engine.answers.evaluate import BASELINE, _answers, evaluate
+from clo.engine.answers.evaluate import BASELINE, _agreement, _answers, evaluate
 from clo.engine.answers.fidelity import Fidelity, against_full, whole_cache
 from clo.engine.answers.quality import Quality
 from clo.engine.answers.tasks import EvaluationSettings, Passkey
@@ -65,6 +65,7 @@ class TestEvaluate:
         assert streamed.agreement == streamed.top1_agreement == 1.0
         assert streamed.h2d_bytes_per_step == streamed.refetch_bytes_per_step > 0
         assert abs(resolve.delta_nll) > 1e-4
+        assert resolve.delta_nll == pytest.approx(resolve.nll - resident.nll)
         assert resolve.agreement < 1.0
         assert resolve.delta_nll_se > 0
 
@@ -83,6 +84,13 @@ class TestEvaluate:
         assert found.passkey_rate is None
         assert math.isnan(found.delta_nll_se)
         assert found.as_record()["delta_nll_se"] is None
+
+    @pytest.mark.parametrize("depth", [0, 1])
+    def test_what_is_fetched_ahead_counts_as_fetched(self, depth: int) -> None:
+        """All pages are of one size: the share that was moved is that of the bytes."""
+        (found,) = judge([named("clo", budget_pages=2, tau=0.6, prefetch_depth=depth)])
+        assert 0.0 < found.hit_rate < 1.0
+        assert 1.0 - found.hit_rate == pytest.approx(found.h2d_bytes_per_step / found.refetch_bytes_per_step)
 
     def test_how_many_texts_are_decoded_together_changes_nothing(self) -> None:
         chosen = [named("clo", budget_pages=2), named("recall", budget_pages=2)]
@@ -121,6 +129,12 @@ class TestEvaluate:
         right, wrong = torch.tensor(said), torch.tensor([*said[:3], (said[3] + 1) % VOCABULARY, said[4]])
         asked = [Passkey(known, question, right), Passkey(known, question, wrong), Passkey(known, question, right[:2])]
         assert _answers(network, BASELINE, asked) == [True, False, True]
+
+    def test_agreement_ends_at_the_first_other_token(self) -> None:
+        """What follows it may be the same by chance: the two have different contexts."""
+        full = [np.array([1, 2, 3, 4]), np.array([5, 6, 7, 8])]
+        mine = [np.array([1, 9, 3, 4]), np.array([5, 6, 7, 8])]
+        assert _agreement(mine, full) == pytest.approx((0.25 + 1.0) / 2)
 
 
 class TestControls:
@@ -270,21 +284,39 @@ def test_a_prompt_read_once_serves_many_decoders() -> None:
 
 
 class TestHeads:
-    def test_thresholds_reach_the_target_and_hardly_exceed_it(self) -> None:
+    @pytest.mark.parametrize("fold", GqaFold)
+    def test_thresholds_reach_the_target_and_hardly_exceed_it(self, fold: GqaFold) -> None:
         trace = presets.load_trace()
-        chosen = design("clo", target_hit_rate=0.6, gqa_fold="min")
+        chosen = design("clo", target_hit_rate=0.6, gqa_fold=fold)
         tau = tau_for_hit_rate(trace, chosen, 0.6)
         unit = np.asarray(trace.queries, dtype=np.float64)
         unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
-        for layer, head in ((0, 0), (7, 2), (29, 1)):
-            queries = unit[:, layer, head * 3 : head * 3 + 3]
+        for layer, head in ((0, 0), (7, 2), (24, 2), (29, 1)):
+            group = slice(head * 3, head * 3 + 3)
+            weights = np.asarray(trace.head_importance, dtype=np.float64)[layer, group]
+            queries = unit[:, layer, group]
             anchor, hits = queries[0], 0
             for query in queries[1:]:
-                if (query * anchor).sum(-1).min() >= tau[layer, head]:
+                cosines = (query * anchor).sum(-1)
+                folded = {
+                    GqaFold.MEAN: cosines.mean(),
+                    GqaFold.MIN: cosines.min(),
+                    GqaFold.IMPORTANCE: np.average(cosines, weights=weights),
+                }[fold]
+                if folded >= tau[layer, head]:
                     hits += 1
                 else:
                     anchor = query
             assert 0.6 <= hits / (len(queries) - 1) < 0.75
+
+    def test_pinned_are_the_heads_whose_queries_change_most(self) -> None:
+        trace = presets.load_trace()
+        found = head_profile(trace, design("resolve"), presets.load_model("smollm2-135m"))
+        queries = np.asarray(trace.queries, dtype=np.float64)
+        unit = queries / np.linalg.norm(queries, axis=-1, keepdims=True)
+        change = ((unit[1:] - unit[:-1]) ** 2).sum(-1).mean(0).reshape(30, 3, 3).sum(-1)
+        for layer, order in enumerate(found.pinned):
+            assert list(change[layer, list(order)]) == sorted(change[layer], reverse=True)
 
     def test_statistics_are_means_over_the_recorded_steps(self) -> None:
         trace = presets.load_trace()

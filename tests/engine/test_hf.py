@@ -114,7 +114,9 @@ def test_designs_that_need_a_head_profile_find_the_shipped_one(monkeypatch: pyte
         model.generate(text[None], past_key_values=cache, max_new_tokens=3, do_sample=False)
         assert cache.decodes
     offload(model, "clo").close()
-    assert asked == ["clo-v1"]
+    pins = presets.load_design("resolve").with_fields(name="pins", pinned_head_fraction=0.5)
+    offload(model, pins).close()
+    assert asked == ["clo-v1", "pins"]
 
 
 def test_what_it_cannot_do_is_refused() -> None:

@@ -1,5 +1,7 @@
 """Who runs: the kernel on a GPU or in the interpreter, else the reference."""
 
+import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -21,6 +23,22 @@ def test_the_kernel_runs_here_and_not_the_reference(monkeypatch):
     monkeypatch.setattr(reference, "hit_test", None)
     query = torch.randn(1, 2, 16, device=DEVICE)
     assert hit_test.hit_test(query, query.clone(), torch.zeros(1, device=DEVICE)).tolist() == [[False]]
+
+
+OPERATIONS = (
+    *("hit_test", "score_pages", "select_pages", "resolve_pages", "gather_pages", "sparse_decode_attention"),
+    *("append_kv", "ring_doorbell", "wait_ready"),
+)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_reference_takes_what_the_wrapper_takes(name):
+    """Same names, order and kinds; wrappers alone have defaults."""
+    wrapper, specification = (
+        [(parameter.name, parameter.kind) for parameter in inspect.signature(function).parameters.values()]
+        for function in (getattr(importlib.import_module(f"clo_kernels.{name}"), name), getattr(reference, name))
+    )
+    assert wrapper == specification
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "0", reason="is what runs already")

@@ -16,7 +16,15 @@ from clo.operation_costs import (
 )
 from clo.schedule import Lane
 from clo_calibration.calibrate import claim_folder
-from clo_calibration.comparison import ABLATIONS, compare, price_run, simulated_s
+from clo_calibration.comparison import (
+    ABLATIONS,
+    LAUNCH_COSTS,
+    SYNC_COSTS,
+    Ablation,
+    compare,
+    price_run,
+    simulated_s,
+)
 from clo_calibration.run_files import load_run, save_run
 from tests.engine.calibration.calibrated import DESIGNS, SHAPE
 
@@ -58,6 +66,32 @@ class TestBothWorlds:
         complete = simulated_s(profile, run)
         assert all(simulated_s(profile, run, part) <= complete * (1 + 1e-9) for part in ABLATIONS)
 
+    @pytest.mark.parametrize("part", ABLATIONS[1:])
+    def test_leaving_out_a_part_takes_all_of_it_away(
+        self, part: Ablation, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
+    ) -> None:
+        """A part that is there takes time, and left out it takes as much as if it cost nothing."""
+        run = runs["clo-v1"][1]
+        names = {"launch cost": LAUNCH_COSTS, "synchronisation cost": SYNC_COSTS}.get(part, ())
+        there, gone = (
+            profile.model_copy(
+                update={
+                    "operations": {
+                        name: cost.model_copy(
+                            update={"host_share": 0.5}
+                            | ({"slowed": factor} if part == "interference" else {})
+                            | ({"per_unit": {"calls": factor * 1e-3}} if name in names else {})
+                        )
+                        for name, cost in profile.operations.items()
+                    },
+                    "handover_s": dict.fromkeys(Lane, factor * 1e-3) if part == "synchronisation cost" else {},
+                }
+            )
+            for factor in (1.0, 0.0)
+        )
+        assert simulated_s(there, run) > 1.01 * simulated_s(gone, run)
+        assert simulated_s(there, run, part) == pytest.approx(simulated_s(gone, run))
+
     def test_an_operation_that_costs_nothing_is_there_in_both(
         self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
     ) -> None:
@@ -67,6 +101,16 @@ class TestBothWorlds:
         }
         assert free != profile.operations
         assert compare(profile.model_copy(update={"operations": free}), runs["clo"][1]).differences() == []
+
+    def test_stalls_are_what_the_main_stream_waited_for(
+        self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
+    ) -> None:
+        found = compare(profile, runs["clo-v1"][1])
+        stalls = found.stalls()
+        for which, timeline in enumerate((found.real, found.simulated)):
+            waited = sum(span.waited_s for span in timeline.spans if span.lane == Lane.MAIN)
+            assert sum(pair[which] for pair in stalls.values()) == pytest.approx(waited)
+            assert 0 < waited < timeline.seconds
 
     def test_a_difference_is_named(
         self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from clo.engine.measure import MachineRun
 from clo.engine.run import result_of
 from clo.errors import CloError, ProfileError, SpecError
 from clo.operation_costs import (
+    BenchmarkRow,
     OperationProfile,
     feature_values,
     load_operation_profile,
@@ -32,6 +34,7 @@ from clo_calibration.probes import (
     local_design,
 )
 from clo_calibration.validate import point_of, validate
+from clo_cli.calibration_tables import print_calibration
 from clo_cli.main import clo
 from clo_cli.real_machine import measure_here
 from clo_sim import make_scene, simulate
@@ -77,6 +80,22 @@ class TestEndToEnd:
         assert [point.differences for point in judged.points] == [()] * len(judged.points)
         assert {"tpot_error_median", "regret", "interval_coverage"} <= judged.summary().keys()
         assert [timeline.title.endswith("(simulated)") for timeline in load_chrome_trace(step)] == [False, True]
+
+    @pytest.mark.parametrize(
+        ("apart", "spreads", "quiet"),
+        [(0.03, (0.02, 0.04, 0.5), True), (0.2, (0.02,), False), (0.0, (0.01, 0.2, 0.3), False), (0.0, (), True)],
+    )
+    def test_something_else_on_the_machine_is_noticed_from_the_spread(
+        self, profile: OperationProfile, capsys: pytest.CaptureFixture[str], apart: float, spreads: Any, quiet: bool
+    ) -> None:
+        rows = tuple(
+            BenchmarkRow(name="copy", parameters={}, unit="bytes", per_second=1.0, spread=spread, samples=9)
+            for spread in spreads
+        )
+        print_calibration(profile.model_copy(update={"drift": apart, "benchmarks": rows}))
+        said = capsys.readouterr().out
+        assert ("kept this machine busy" in said) is not quiet
+        assert ("not repeated often enough" in said) is not bool(apart)
 
     def test_a_profile_of_another_machine_is_refused(self, profile: OperationProfile, tmp_path: Path) -> None:
         foreign = profile.model_copy(update={"fingerprint": profile.fingerprint | {"processor": "abacus"}})

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clo.engine.measure import MachineRun
+from clo.engine.models.network import Network
 from clo.errors import ProfileError, SpecError
 from clo.operation_costs import (
     GEMM_ROWS,
@@ -24,7 +25,8 @@ from clo.profile import InterferenceCost, Source
 from clo.schedule import record_step
 from clo.schedule.ops import price_name
 from clo.schedule.work import Gemm
-from clo_calibration.calibrate import drift
+from clo_calibration.calibrate import drift, fit_profile
+from clo_calibration.host_benchmarks import HostBenchmark
 from clo_calibration.interference_fit import fit_interference
 from clo_calibration.operation_fit import (
     Observation,
@@ -35,11 +37,14 @@ from clo_calibration.probes import (
     CPU_GRID,
     CUDA_GRID,
     Grid,
+    Probe,
     calibration_probes,
+    local_design,
     named,
     validation_probes,
 )
 from clo_sim.contention import Contention
+from tests.engine.calibration.calibrated import BATCH, BUDGET, CONTEXT, DESIGNS
 
 
 def rows(run: int, count: int, features: dict[str, float], seconds: float, **more: object) -> list[Observation]:
@@ -186,6 +191,25 @@ def test_drift_is_the_spread_of_which_few_repeats_are_a_sample(
     assert np.sqrt(np.mean(np.square(found))) == pytest.approx(0.1, rel=0.08)
 
 
+def test_held_out_runs_teach_nothing(network: Network, runs: dict[str, tuple[MachineRun, MachineRun]]) -> None:
+    benchmarks = [
+        HostBenchmark(name=name, parameters={}, unit="x", amount=1e9, seconds=(0.1, 0.11))
+        for name in ("copy", "matmul")
+    ]
+
+    def probe(name: str, *, alone: bool, fitted: bool = True) -> Probe:
+        size = (CONTEXT, BATCH, BUDGET)
+        return Probe(design=local_design(name, BUDGET), size=size, alone=alone, fitted=fitted, steps=3)
+
+    def fitted(measured: list[tuple[Probe, MachineRun]]) -> OperationProfile:
+        return fit_profile(measured, benchmarks, name="t", here={}, network=network)
+
+    taught = [(probe("resolve", alone=alone), runs["resolve"][0 if alone else 1]) for alone in (True, False)]
+    held_out = [(probe("clo", alone=alone, fitted=False), runs["clo"][0 if alone else 1]) for alone in (True, False)]
+    assert fitted(taught + held_out) == fitted(taught)
+    assert fitted(taught + [(probe("clo", alone=one.alone), run) for one, run in held_out]) != fitted(taught)
+
+
 class TestProbes:
     @pytest.mark.parametrize("grid", [CPU_GRID, CUDA_GRID])
     def test_half_of_the_grid_is_held_out(self, grid: Grid) -> None:
@@ -194,6 +218,11 @@ class TestProbes:
         held_out = [probe for probe in probes if not probe.fitted]
         assert len(held_out) >= len(probes) / 2
         assert not fitted & {probe.size for probe in held_out}
+
+    @pytest.mark.parametrize("count", [3, 4, 6, 8, len(DESIGNS)])
+    def test_the_baseline_comes_back_often_enough_to_have_a_spread(self, count: int) -> None:
+        probes = calibration_probes(DESIGNS[:count])
+        assert sum(probe.size == CPU_GRID.baseline for probe in probes) >= 3
 
     def test_keys_tell_probes_apart(self) -> None:
         probes = [*calibration_probes(), *validation_probes()]

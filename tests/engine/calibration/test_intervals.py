@@ -12,7 +12,7 @@ from clo.operation_costs import (
     OperationProfile,
 )
 from clo_calibration.comparison import price_run
-from clo_sim.intervals import predict
+from clo_sim.intervals import Interval, predict, rates
 from clo_sim.simulator import run_simpy
 
 
@@ -63,3 +63,6 @@ class TestIntervals:
             return interval.high - interval.low
 
         assert width(0.05) < width(0.3)
+
+    def test_a_rate_is_high_where_the_step_is_short(self) -> None:
+        assert rates(Interval(0.02, 0.05), tokens_per_s=4.0) == {"tokens_per_s": Interval(80.0, 200.0)}

@@ -88,6 +88,13 @@ class TestVerdict:
         larger = [one.model_copy(update={"batch": 2}) for one in other]
         assert verdict(*equal, *larger).summary()["rank_correlation"] == pytest.approx(1.0)
 
+    def test_regret_is_that_of_the_worst_size(self) -> None:
+        right = [point(1.0, 1.0), point(2.0, 2.0, design="b")]
+        wrong = [point(1.0, 1.5, design="a"), point(1.2, 1.1, design="b")]
+        for worse, better in ((wrong, right), (right, wrong)):
+            other = [one.model_copy(update={"context_tokens": 200}) for one in better]
+            assert verdict(*worse, *other).summary()["regret"] == pytest.approx(0.2)
+
     def test_text_names_every_run_and_survives_a_file(self, tmp_path: Path) -> None:
         found = verdict(point(1.0, 1.05), point(2.0, 4.0, design="b"))
         assert "| b | 100 | 1 |" in markdown(found)
