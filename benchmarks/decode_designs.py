@@ -70,7 +70,7 @@ def main() -> int:
             report["left_out"].append(f"{name}: {lost or 'no time left'}")
             continue
         try:
-            row = measured(network, local(presets.load_design(name)), prompt, options.steps, link)
+            row = measured(network, presets.load_design(name).as_without_head_profile(), prompt, options.steps, link)
         except (CloError, RuntimeError) as error:
             report["left_out"].append(f"{name}: {str(error).splitlines()[0]}")
             print(report["left_out"][-1], flush=True)
@@ -103,11 +103,6 @@ def fitting(shape: ModelSpec, context: int, device: torch.device) -> ModelSpec:
         if smaller.weight_bytes + 2.5 * layers * context * shape.layer_token_bytes < memory:
             return smaller
     return shape.with_fields(num_layers=1)
-
-
-def local(design: Design) -> Design:
-    """Without a head profile: one threshold, equal weights; slots for two budgets."""
-    return design.with_fields(target_hit_rate=None, gqa_fold="mean") if design.gated else design
 
 
 def copy_rate(device: torch.device) -> float:

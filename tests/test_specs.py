@@ -109,6 +109,8 @@ class TestFields:
             ({"attend": "full", "cache": "lru"}, ["attend = full", "cache must be resident or none"]),
             ({"prefetch_query": "previous_step"}, ["prefetch_query = previous_step", "cache must be lru"]),
             ({"num_sink_tokens": 20}, ["num_sink_tokens = 20", "16 tokens"]),
+            ({"tau_importance_power": -1}, ["design.tau_importance_power", "greater than or equal to 0"]),
+            ({"tau_importance_power": 1, "target_hit_rate": 0.5}, ["both set tau per head", "set one"]),
             ({"target_hit_rate": 1.0}, ["design.target_hit_rate", "less than 1"]),
         ],
         ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

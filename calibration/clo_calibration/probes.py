@@ -144,12 +144,10 @@ def local_design(name: str, budget: float) -> Design:
     fields: dict[str, object] = {"transfer_threads": min(design.transfer_threads, os.cpu_count() or 1)}
     if design.selects:
         fields["budget_fraction"] = budget
-    if design.gated:
-        fields |= {"target_hit_rate": None, "gqa_fold": "mean"}
     replaces = design.cache is Cache.HEAD_REUSE and design.on_miss is OnMiss.REPLACE
     if design.offloads and design.selects and design.cache is not Cache.NONE and not replaces:
         fields |= {"slot_pages": None, "slot_budgets": 2.0}
-    return design.with_fields(**fields)
+    return design.as_without_head_profile().with_fields(**fields)
 
 
 def calibration_probes(designs: Sequence[str] = DESIGNS, *, steps: int = STEPS, grid: Grid = CPU_GRID) -> list[Probe]:

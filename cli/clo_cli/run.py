@@ -94,15 +94,10 @@ def _measured(
     from clo.engine.models.random_weights import random_prompt
 
     network = _network(model, weights, layers, device)
-    with Decoder(network, _without_profile(design), max_new_tokens=steps + 4) as decoder:
+    with Decoder(network, design.as_without_head_profile(), max_new_tokens=steps + 4) as decoder:
         decoder.make_plan([context] * batch)  # what does not fit is refused before a prompt is made up
         prompts = [random_prompt(network, context, seed=seed) for seed in range(batch)]
         return run_steps(decoder, prompts, steps=steps)
-
-
-def _without_profile(design: Design) -> Design:
-    """Head profiles come from traces of real weights: without one, one threshold and equal weights."""
-    return design.with_fields(target_hit_rate=None, gqa_fold="mean") if design.gated else design
 
 
 def _network(model: str, weights: str | None, layers: int | None, device: str) -> Any:

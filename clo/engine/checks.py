@@ -7,17 +7,18 @@ import torch
 from clo.engine.cuda.bar import is_installed as bar_is_installed
 from clo.engine.heads import HeadProfile
 from clo.errors import SpecError
-from clo.specs import Attend, Design, GqaFold, ModelSpec, Selector, Sync, Transfer
+from clo.specs import Attend, Design, ModelSpec, Selector, Sync, Transfer
 
 
 def check_design(design: Design, heads: HeadProfile | None) -> None:
     """Raise `SpecError` for what needs a head profile that is not given, or whole layers where heads are streamed."""
-    if design.gated and design.target_hit_rate is not None and (heads is None or heads.tau is None):
+    if design.tau_by_head and (heads is None or heads.tau is None):
+        field = "tau_importance_power" if design.target_hit_rate is None else "target_hit_rate"
         raise SpecError(
-            "design.target_hit_rate: thresholds per head come from a head profile: give heads (see "
+            f"design.{field}: thresholds per head come from a head profile: give heads (see "
             "clo.engine.heads.heads_for), or set tau"
         )
-    if design.gated and design.gqa_fold is GqaFold.IMPORTANCE and (heads is None or heads.importance is None):
+    if design.folds_by_importance and (heads is None or heads.importance is None):
         raise SpecError(
             "design.gqa_fold = importance: the weights come from a head profile: give heads (see "
             "clo.engine.heads.heads_for), or choose mean"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from clo import presets
 from clo.errors import SpecError
 from clo.specs import Design, GqaFold, ModelSpec
+from clo.thresholds import tau_by_importance
 from clo.trace import AttentionTrace
 from clo.trace_stats import overlap
 
@@ -68,8 +69,8 @@ def measure_heads(trace: AttentionTrace, *, budget_fraction: float = 0.1) -> Hea
 def head_profile(trace: AttentionTrace, design: Design, model: ModelSpec) -> HeadProfile:
     """What `design` needs to know of `model`'s heads. Raises `SpecError` if the trace is of a model built differently.
 
-    Tau per head reaches the design's target hit rate on the recorded queries; pinned are the heads of each layer whose
-    queries change most, which would move most.
+    Tau per head reaches the design's target hit rate on the recorded queries, or grows with importance; pinned are the
+    heads of each layer whose queries change most, which would move most.
     """
     header = trace.header
     shape = (header.num_layers, header.num_kv_heads, header.num_query_heads)
@@ -80,7 +81,7 @@ def head_profile(trace: AttentionTrace, design: Design, model: ModelSpec) -> Hea
             "trace of it (clo record) and give that: --trace, or heads = heads_for(design, model, trace)"
         )
     found = measure_heads(trace)
-    tau = None if design.target_hit_rate is None else tau_for_hit_rate(trace, design, design.target_hit_rate)
+    tau = _thresholds(trace, design, found.importance)
     order = np.argsort(found.similarity, axis=1, kind="stable")
     return HeadProfile(
         tau=None if tau is None else torch.tensor(tau, dtype=torch.float32),
@@ -89,11 +90,17 @@ def head_profile(trace: AttentionTrace, design: Design, model: ModelSpec) -> Hea
     )
 
 
+def _thresholds(trace: AttentionTrace, design: Design, importance: Floats) -> Floats | None:
+    if design.target_hit_rate is not None:
+        return tau_for_hit_rate(trace, design, design.target_hit_rate)
+    if design.tau_by_head:
+        return tau_by_importance(design.tau, design.tau_importance_power, importance, trace.header.num_kv_heads)
+    return None
+
+
 def heads_for(design: Design, model: ModelSpec, trace: AttentionTrace | None = None) -> HeadProfile | None:
     """The head profile if `design` needs one: from `trace`, else from the shipped trace if that is of this model."""
-    needs_tau = design.gated and design.target_hit_rate is not None
-    needs_weights = design.gated and design.gqa_fold is GqaFold.IMPORTANCE
-    if not (needs_tau or needs_weights or design.pinned_head_fraction):
+    if not (design.tau_by_head or design.folds_by_importance or design.pinned_head_fraction):
         return None
     return head_profile(trace or presets.load_trace(), design, model)
 

@@ -32,7 +32,7 @@ from clo.engine.step_traffic import StepTraffic
 from clo.errors import EngineError, SpecError
 from clo.plan import DecodePlan
 from clo.schedule.ops import Stage
-from clo.specs import Design, GqaFold
+from clo.specs import Design
 
 ATTENTION_NAME = "clo"
 
@@ -67,7 +67,7 @@ def offload(
 
 def _shipped_profile(design: Design, network: Network) -> HeadProfile | None:
     """For a design that cannot do without one. Raises `SpecError` for a model built otherwise."""
-    by_gate = design.gated and (design.target_hit_rate is not None or design.gqa_fold is GqaFold.IMPORTANCE)
+    by_gate = design.tau_by_head or design.folds_by_importance
     pins = design.offloads and design.selects and design.pinned_head_fraction > 0
     return heads_for(design, network.spec) if by_gate or pins else None
 

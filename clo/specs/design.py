@@ -104,6 +104,12 @@ class Design(Spec):
     target_hit_rate: float | None = Field(
         default=None, gt=0, lt=1, description="choose tau per head so that it is reused this often; overrides tau"
     )
+    tau_importance_power: float = Field(
+        default=0.0,
+        ge=0,
+        le=4,
+        description="more important heads are renewed sooner: tau of a KV head is 1 - (1 - tau) / importance ** power",
+    )
     gqa_fold: GqaFold = Field(default=GqaFold.MEAN, description="how a group's query heads decide together")
     on_miss: OnMiss = Field(default=OnMiss.DIFF, description="fetch the whole new set, or only what is missing")
     slot_pages: PositiveInt | None = Field(default=None, description="cache size: pages a KV head keeps on the device")
@@ -156,6 +162,10 @@ class Design(Spec):
             f"prefetch_query = previous_step attends pages of the last step: cache must be lru, not {self.cache}",
         )
         _require(
+            self.target_hit_rate is None or not self.tau_importance_power,
+            "target_hit_rate and tau_importance_power both set tau per head: set one",
+        )
+        _require(
             self.num_sink_tokens <= self.page_size,
             f"num_sink_tokens = {self.num_sink_tokens} must fit the first page of {self.page_size} tokens",
         )
@@ -175,6 +185,22 @@ class Design(Spec):
     def gated(self) -> bool:
         """Whether a cosine gate decides, per KV head, if a set is reused."""
         return self.cache is Cache.HEAD_REUSE or self.speculates_last_step
+
+    @property
+    def tau_by_head(self) -> bool:
+        """Whether heads have thresholds of their own, which come from a head profile."""
+        return self.gated and (self.target_hit_rate is not None or self.tau_importance_power > 0)
+
+    @property
+    def folds_by_importance(self) -> bool:
+        """Whether the gate weighs a group's query heads, by a head profile."""
+        return self.gated and self.gqa_fold is GqaFold.IMPORTANCE
+
+    def as_without_head_profile(self) -> Design:
+        """The same with one threshold for all heads and plain means, as it runs where nothing is known of heads."""
+        if not self.gated:
+            return self
+        return self.with_fields(target_hit_rate=None, tau_importance_power=0.0, gqa_fold=GqaFold.MEAN)
 
     @property
     def speculates_last_step(self) -> bool:

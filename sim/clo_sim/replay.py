@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from clo.errors import SpecError, TraceError
 from clo.plan import DecodePlan
 from clo.specs import Cache, Design, GqaFold, OnMiss
+from clo.thresholds import tau_by_importance
 from clo.trace import AttentionTrace
 from clo_sim.similarity import Fold, Vectors, stepwise, tau_for_hit_rate
 
@@ -36,6 +37,7 @@ class Policy:
     on_miss: OnMiss
     tau: float
     target_hit_rate: float | None
+    tau_importance_power: float
     gqa_fold: GqaFold
     budget_pages: int
     slot_pages: int
@@ -87,6 +89,7 @@ def policy_of(plan: DecodePlan, trace: AttentionTrace) -> Policy:
         on_miss=design.on_miss,
         tau=design.tau,
         target_hit_rate=design.target_hit_rate,
+        tau_importance_power=design.tau_importance_power,
         gqa_fold=design.gqa_fold,
         budget_pages=budget,
         slot_pages=max(budget, round(plan.slot_pages / plan.budget_pages * budget)),
@@ -227,10 +230,12 @@ def _highest(pages: NDArray[np.int64]) -> int:
 
 
 def _thresholds(trace: AttentionTrace, policy: Policy, queries: Vectors, fold: Fold) -> NDArray[np.float32]:
-    """Tau per recorded KV head: the fixed one, or the one that reaches the target hit rate."""
+    """Tau per recorded KV head: that which reaches the target hit rate, or grows with importance, or is the same."""
     if policy.target_hit_rate is not None:
         return tau_for_hit_rate(queries, fold, policy.target_hit_rate)
-    return np.full(trace.header.num_layers * trace.header.num_kv_heads, policy.tau, dtype=np.float32)
+    kv_heads = trace.header.num_kv_heads
+    by_head = tau_by_importance(policy.tau, policy.tau_importance_power, trace.head_importance, kv_heads)
+    return by_head.ravel().astype(np.float32)
 
 
 class _Gate:

@@ -359,6 +359,7 @@ class TestRefusals:
         ("changes", "message"),
         [
             ({"target_hit_rate": 0.5}, "design.target_hit_rate: .* head profile"),
+            ({"tau_importance_power": 0.5}, "design.tau_importance_power: .* head profile"),
             ({"gqa_fold": "importance"}, "design.gqa_fold = importance: .* head profile"),
         ],
     )

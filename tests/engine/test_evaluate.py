@@ -309,6 +309,15 @@ class TestHeads:
                     anchor = query
             assert 0.6 <= hits / (len(queries) - 1) < 0.75
 
+    def test_thresholds_grow_with_importance_as_in_the_simulator(self) -> None:
+        trace = presets.load_trace()
+        chosen = design("clo", tau=0.7, tau_importance_power=0.5)
+        found = head_profile(trace, chosen, presets.load_model("smollm2-135m")).tau
+        assert found is not None
+        of_group = np.asarray(trace.head_importance, dtype=np.float64).reshape(30, 3, 3).mean(-1)
+        np.testing.assert_allclose(found, 1 - 0.3 / np.sqrt(of_group), rtol=1e-6)
+        assert heads_for(chosen.with_fields(tau_importance_power=0), presets.load_model("smollm2-135m")) is None
+
     def test_pinned_are_the_heads_whose_queries_change_most(self) -> None:
         trace = presets.load_trace()
         found = head_profile(trace, design("resolve"), presets.load_model("smollm2-135m"))
