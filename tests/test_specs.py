@@ -311,6 +311,21 @@ class TestPlan:
         result = clo_sim.simulate(scene_of(model, machine, workload=workload), "clo")
         assert 0 < result.tpot_s < 1
 
+    @pytest.mark.parametrize("share", [0.25, 0.5])
+    def test_a_gpu_of_slower_memory_takes_longer_and_nothing_of_it_is_measured(self, share: float) -> None:
+        machine = presets.load_machine("h200")
+        gpu = machine.gpu.with_fields(hbm_bytes_per_s=machine.gpu.hbm_bytes_per_s * share)
+        workload = Workload(context_tokens=32768, batch=1, steps=2)
+        known, slow = (
+            clo_sim.simulate(scene_of(machine=one, workload=workload), "resident")
+            for one in (machine, machine.with_fields(gpu=gpu))
+        )
+        # weights and KV of a step come from memory, whatever its speed
+        assert slow.tpot_s > slow.roofline.seconds > known.tpot_s
+        assert slow.measured_share == 0 < known.measured_share
+        assert [line for line in slow.assumptions if "measured on NVIDIA H200" in line]
+        assert not [line for line in known.assumptions if "measured on" in line]
+
     @pytest.mark.parametrize("name", presets.names("designs"))
     def test_every_design_runs(self, name: str) -> None:
         scene = scene_of("smollm2-135m", workload=Workload(context_tokens=4096, batch=1, steps=2))

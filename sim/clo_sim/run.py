@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from clo.kernel_scaling import measured_on
 from clo.metrics import StepTimes
 from clo.operation_costs import OperationProfile
 from clo.plan import DecodePlan
@@ -94,14 +95,11 @@ def assumptions_of(scene: Scene, priced: PricedStep) -> tuple[str, ...]:
 
 
 def _table_notes(scene: Scene) -> tuple[str, ...]:
-    """Fitted kernel times belong to the GPU they were measured on, whatever the machine's record says."""
-    if isinstance(scene.profile, OperationProfile):
+    """Fitted kernel times belong to the GPU they were measured on; on another one they are carried over."""
+    if isinstance(scene.profile, OperationProfile) or measured_on(scene.profile.gemm, scene.machine.gpu):
         return ()
-    gpu, table = scene.machine.gpu, scene.profile.gemm
-    ours, measured = (gpu.hbm_bytes_per_s, gpu.peak_flops_per_s), (table.hbm_bytes_per_s, table.flops_per_s)
-    if all(abs(mine / theirs - 1) < 0.05 for mine, theirs in zip(ours, measured, strict=True)):
-        return ()
-    return (f"GEMM and attention times are those of the profile's GPU ({table.device}), not scaled to machine.gpu",)
+    measured = scene.profile.gemm.device
+    return (f"GEMM and attention times, measured on {measured}, grow or shrink as their roofline does to machine.gpu",)
 
 
 def _mean(value: Seconds) -> float:
