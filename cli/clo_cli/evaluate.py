@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from clo_cli.options import design_from, overrides_from
+from clo_cli.options import check_seed, design_from, overrides_from
 
 
 @click.command()
@@ -52,6 +52,7 @@ def evaluate(**options: Any) -> None:
     """
     from clo.files import write_text
 
+    check_seed(options["seed"])
     variants = _variants(options)
     _check_targets(options["out"], options["figure"])
     answers = _evaluate(variants, options)
@@ -146,7 +147,8 @@ def _evaluate(designs: list[Any], options: dict[str, Any]) -> dict[str, Any]:
     from clo.engine.models.network import Network
     from clo.engine.texts import Split
     from clo.engine.versions import package_versions
-    from clo_cli.models import load_for_decoding, progress_bar, with_heads
+    from clo_cli.bars import phases
+    from clo_cli.models import load_for_decoding, with_heads
 
     settings = EvaluationSettings(
         context_tokens=options["context"],
@@ -165,7 +167,7 @@ def _evaluate(designs: list[Any], options: dict[str, Any]) -> dict[str, Any]:
     ]
     for contender in [one for one in contenders if one.name == options["controls"]]:
         contenders += controls_of(contender, network.spec)
-    with progress_bar() as progress:
+    with phases() as progress:
         found = run(network, tokenizer, words, contenders, settings, progress)
     records = [quality.as_record() for quality in found]
     if options["against"] is not None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from clo_cli.fleet_prices import Priced, best_of, prices_from, rank, with_price
-from clo_cli.options import design_from, overrides_from
+from clo_cli.options import claim_folder, design_from, overrides_from
 from clo_cli.serve_options import serve_options, service_from, serving_scene, trace_from
 
 if TYPE_CHECKING:
@@ -72,7 +72,6 @@ def plan(
     clo plan --requests trace.jsonl --slo "ttft_p95<6s, tpot_p95<50ms" --price h200=3.5 --price l40s=1
     clo plan --requests trace.csv --slo "e2e_p99<30s" --machines h200 --designs resident,resolve,clo --out plan
     """
-    from clo.files import check_target
     from clo_cli.plan_jobs import Question
     from clo_sim.serving import parse_slo
 
@@ -84,7 +83,7 @@ def plan(
         serving_scene(options, overrides, name)
     service = service_from(options, gpus=1)
     if out is not None:
-        check_target(out, folder=True)
+        claim_folder(out)
     question = Question(
         options=options,
         overrides=overrides,
