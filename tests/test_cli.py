@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import subprocess
 import sys
 from collections import Counter
@@ -15,6 +17,8 @@ import pytest
 from click.testing import CliRunner
 
 from clo import presets
+from clo.errors import CloError
+from clo.files import sole_writer
 from clo.schedule import Lane
 from clo.specs import Design
 from clo.timeline import load_chrome_trace
@@ -262,6 +266,8 @@ class TestShow:
         (["simulate", "--set", "profile.schema_version=2"], ["profile.schema_version = 2", "newer clo-offload"]),
         (["plot", "missing.json", "--out", "x.png"], ["missing.json"]),
         (["simulate", "--kv-memory-gb", "nan"], ["--kv-memory-gb = nan"]),
+        (["simulate", "--seed", "-1"], ["workload.seed = -1", "greater than or equal to 0"]),
+        (["simulate", "--seed", "9223372036854775808"], ["workload.seed = 9223372036854775808", "less than"]),
         (["simulate", "--set", "machine.link.h2d_bytes_per_s=1e-300"], ["ZeroCopy", "machine.*"]),
         (
             ["simulate", "--out", "same.json", "--timeline", "./same.json"],
@@ -305,6 +311,53 @@ def test_stderr_of_a_pipe_stays_empty() -> None:
     arguments = ["explore", *SMALL, "--designs", "clo", "--vary", "design.slot_budgets=1"]
     done = subprocess.run([*CLO, *arguments], capture_output=True, timeout=120, check=True)
     assert done.stderr == b""
+
+
+def test_a_terminal_is_told_of_what_takes_long() -> None:
+    shown, terminal = pty.openpty()
+    arguments = ["simulate", "--steps", "1", "--warmup", "1", "--synthetic", "--intervals", "--executor", "clock"]
+    with subprocess.Popen([*CLO, *arguments], stdout=subprocess.DEVNULL, stderr=terminal) as process:
+        os.close(terminal)
+        said = b""
+        while piece := _read(shown):
+            said += piece
+    os.close(shown)
+    assert process.returncode == 0
+    for phase in ("fitting a workload", "generating steps", "simulating", "prediction intervals"):
+        assert phase.encode() in said
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # how Linux says that nobody writes to it any more
+        return b""
+
+
+class TestSoleWriter:
+    def test_two_runs_do_not_mix_their_results(self, tmp_path: Path) -> None:
+        with sole_writer(tmp_path):
+            for command in (["explore"], ["plan", "--load", "poisson:1", "--slo", "e2e_p99<30s"]):
+                line = refuse(*command, "--out", str(tmp_path))
+                assert f"{tmp_path}: another run is writing its results there" in line
+        assert not list(tmp_path.iterdir())
+        with sole_writer(tmp_path):
+            pass
+
+    def test_a_run_that_was_killed_holds_nothing(self, tmp_path: Path) -> None:
+        holds = "import sys; from pathlib import Path; from clo.files import sole_writer\n"
+        holds += "with sole_writer(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+        process = subprocess.Popen(
+            [sys.executable, "-c", holds, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(CloError, match="another run is writing"), sole_writer(tmp_path):
+            pass
+        process.kill()
+        process.communicate()
+        with sole_writer(tmp_path):
+            pass
 
 
 def test_a_trace_is_a_preset_or_a_file(tmp_path: Path) -> None:

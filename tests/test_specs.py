@@ -356,6 +356,48 @@ class TestPlan:
         assert result.h2d_bytes_per_step == result.ops["prefetch.copy_pages"].num_bytes == 1000 * 131072
 
 
+class TestSceneFromPython:
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"machine": 3}, "machine = 3: must be a name, a path or a MachineSpec"),
+            ({"machine": None}, "machine = None: must be a name, a path or a MachineSpec"),
+            ({"model": 3}, "model = 3: must be a name, a path or a ModelSpec"),
+            ({"profile": 3}, "profile = 3: must be a name, a path or a Profile"),
+            ({"workload": 3}, "workload = 3: must be a Workload"),
+            ({"source": 3}, "source = 3: must be a TrafficSource"),
+            ({"kv_memory_bytes": -1.0}, "kv_memory_bytes = -1: must be positive"),
+            ({"kv_memory_bytes": float("nan")}, "kv_memory_bytes = nan: must be positive"),
+        ],
+        ids=str,
+    )
+    def test_what_is_no_scene_is_said_in_a_line(self, given: dict[str, Any], message: str) -> None:
+        with pytest.raises(SpecError) as refused:
+            clo_sim.make_scene(**{"source": SOURCE} | given)
+        assert str(refused.value) == message
+
+    @pytest.mark.parametrize("design", [3, None, {"tau": 0.9}])
+    def test_so_is_what_is_no_design(self, design: Any) -> None:
+        with pytest.raises(SpecError, match="must be a name, a path or a Design"):
+            clo_sim.simulate(PLANNED, design)
+
+    def test_so_is_an_executor_that_nobody_knows(self) -> None:
+        executor: Any = "machine"
+        with pytest.raises(SpecError, match="executor = 'machine': must be one of clock, simpy"):
+            clo_sim.simulate(PLANNED, "clo", executor=executor)
+
+    def test_paths_are_as_good_as_names(self) -> None:
+        by_name = scene_of("qwen2.5-14b", "l40s", profile="l40s", batch=1)
+        path = {kind: presets.folder(kind) for kind in ("models", "machines", "profiles")}
+        machine, profile = path["machines"] / "l40s.toml", path["profiles"] / "l40s.json"
+        by_path = clo_sim.make_scene(
+            path["models"] / "qwen2.5-14b.toml", machine, profile=profile, batch=1, source=SOURCE
+        )
+        assert by_path.model == by_name.model
+        assert by_path.machine.gpu == by_name.machine.gpu
+        assert by_path.profile == by_name.profile
+
+
 class TestTraceFits:
     def test_another_head_count_is_refused_unless_allowed(self) -> None:
         trace = random_trace(0)

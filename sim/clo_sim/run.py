@@ -6,15 +6,16 @@ Knows nothing about sweeps, files or commands.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 
+from clo.errors import SpecError
 from clo.kernel_scaling import measured_on
 from clo.metrics import StepTimes
 from clo.operation_costs import OperationProfile
 from clo.plan import DecodePlan
-from clo.presets import load_design
 from clo.pricing import Seconds, hbm_bytes, link_bytes
 from clo.profile import Source
 from clo.results import OpTotal, Result
@@ -25,20 +26,22 @@ from clo_sim.clock import run_clock
 from clo_sim.contention import Contention
 from clo_sim.priced import PricedStep
 from clo_sim.roofline import roofline
-from clo_sim.scene import Scene
+from clo_sim.scene import Scene, design_of
 from clo_sim.simulator import run_simpy
 
 Executor = Literal["clock", "simpy"]
 
 
 def simulate(
-    scene: Scene, design: str | Design, *, executor: Executor = "simpy", contention: Contention | None = None
+    scene: Scene, design: str | Path | Design, *, executor: Executor = "simpy", contention: Contention | None = None
 ) -> Result:
     """Run all measured steps of `design` (a record, a preset name or a TOML file) and sum them up.
 
     Raises `SpecError` or `TraceError` where the design does not fit the scene, before anything runs.
     """
-    plan = scene.plan(load_design(design) if isinstance(design, str) else design)
+    if executor not in get_args(Executor):
+        raise SpecError(f"executor = {executor!r}: must be one of {', '.join(get_args(Executor))}")
+    plan = scene.plan(design_of(design))
     priced = scene.priced(plan)
     times = run_clock(priced) if executor == "clock" else run_simpy(priced, contention=contention)
     return summarise(scene, plan, priced, times, executor)
