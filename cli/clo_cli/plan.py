@@ -102,7 +102,7 @@ def plan(
     if with_map:
         where = map_machine or (best.fleet.machine if best else machine_names[0])
         found["map"] = _map(question, where, list(chosen.values()), best, map_output_tokens, map_reuse, workers)
-    _report(question, found, best, out, as_json)
+    _report(question, found, best, out, prices_given=bool(prices), as_json=as_json)
 
 
 def _listed(text: str, option: str) -> list[str]:
@@ -224,7 +224,15 @@ def _map(
     return replace(maps[0], cells=cells)
 
 
-def _report(question: Question, found: dict[str, Any], best: Priced | None, out: Path | None, as_json: bool) -> None:
+def _report(
+    question: Question,
+    found: dict[str, Any],
+    best: Priced | None,
+    out: Path | None,
+    *,
+    prices_given: bool,
+    as_json: bool,
+) -> None:
     from clo_cli.serve_tables import print_fleets, print_map
 
     data = _as_dict(question, found)
@@ -235,7 +243,7 @@ def _report(question: Question, found: dict[str, Any], best: Priced | None, out:
         return
     trace = question.trace
     title = f"{len(trace)} requests of {trace.name}, {trace.rate_per_s:.3g}/s, {question.options['model']}"
-    print_fleets(found["priced"], str(question.slo), title)
+    print_fleets(found["priced"], str(question.slo), title, prices_given=prices_given)
     if found["map"] is not None:
         print_map(found["map"])
     if out is not None:
