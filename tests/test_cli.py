@@ -20,7 +20,7 @@ from clo import presets
 from clo.errors import CloError
 from clo.files import sole_writer
 from clo.schedule import Lane
-from clo.specs import Design
+from clo.specs import Design, MachineSpec, ModelSpec, Spec
 from clo.timeline import load_chrome_trace
 from clo_cli.main import COMMANDS, clo, main
 
@@ -225,6 +225,20 @@ class TestShow:
         # what is shown can be read back as what it is
         for name, fields in listed["designs"].items():
             assert Design.parse(fields) == presets.load_design(name)
+
+    @pytest.mark.parametrize(
+        ("kind", "name", "record"),
+        [("designs", "clo", Design), ("machines", "h200", MachineSpec), ("models", "llama-3-8b", ModelSpec)],
+    )
+    def test_one_thing_is_shown_with_what_each_field_means(self, kind: str, name: str, record: type[Spec]) -> None:
+        shown = " ".join(run("show", kind, name).split())
+        for field, about in record.model_fields.items():
+            assert field in shown
+            assert (about.description or "") in shown
+
+    def test_fields_are_named_as_they_are_set(self) -> None:
+        assert " gpu.hbm_bytes_per_s " in run("show", "machines", "h200")
+        assert "host | events | flags | graph" in run("show", "designs", "clo")
 
     def test_a_profile_says_where_each_cost_is_from(self) -> None:
         costs = json.loads(run("show", "profiles", "h200", "--json"))["profiles"]["h200"]
