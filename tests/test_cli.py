@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -15,7 +16,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
+import clo_sim
 from clo import presets
 from clo.errors import CloError
 from clo.files import sole_writer
@@ -23,6 +26,7 @@ from clo.schedule import Lane
 from clo.specs import Design, MachineSpec, ModelSpec, Spec
 from clo.timeline import load_chrome_trace
 from clo_cli.main import COMMANDS, clo, main
+from clo_cli.tables import design_table
 
 SMALL = ["--context", "32768", "--batch", "4", "--steps", "8"]
 
@@ -325,6 +329,20 @@ def test_stderr_of_a_pipe_stays_empty() -> None:
     arguments = ["explore", *SMALL, "--designs", "clo", "--vary", "design.slot_budgets=1"]
     done = subprocess.run([*CLO, *arguments], capture_output=True, timeout=120, check=True)
     assert done.stderr == b""
+
+
+@pytest.mark.parametrize("width", [80, 100, 149, 150, 160, 200])
+def test_no_column_is_cut_off(width: int) -> None:
+    scene = clo_sim.make_scene(context_tokens=32768, batch=4)
+    results = [clo_sim.simulate(scene, name, executor="clock") for name in ("clo", "recall", "streamed")]
+    long = "clo prefetch_depth=1 transfer=cpu_zero_copy"
+    results.append(results[0].with_fields(design=results[0].design.with_fields(name=long)))
+    out = Console(width=width, file=io.StringIO(), record=True)
+    out.print(design_table(results, "designs", width))
+    text = out.export_text()
+    assert all(line.endswith("│") for line in text.splitlines() if line.startswith("│"))
+    assert "…" not in text
+    assert "on-demand" in text
 
 
 def test_a_terminal_is_told_of_what_takes_long() -> None:
