@@ -56,6 +56,11 @@ def refuse(*arguments: str) -> str:
     return lines[0]
 
 
+def test_a_reason_is_said_once() -> None:
+    line = refuse("explore", "--no-sweep", "--designs", "clo,resolve", "--context", "2000000")
+    assert line.count("accepts at most") == 1
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str) -> None:
     assert "Usage:" in run(command, "--help")
@@ -268,6 +273,7 @@ class TestShow:
         (["simulate", "--design", "resident"], ["275 GB", "offload"]),
         (["simulate", "--model", "llama-3-70b"], ["machine.gpu.memory_bytes"]),
         (["simulate", "--trace", "smollm2-135m-4k"], ["30 layers x 3 KV heads", "--resample-heads"]),
+        (["explore", "--no-sweep", "--context", "2000000"], ["no design fits", "accepts at most 1048576 positions"]),
         (["simulate", "--trace", "missing.npz"], ["missing.npz"]),
         (["simulate", "--profile", "missing.json"], ["missing.json"]),
         (["simulate", "--timeline-step", "96"], ["--timeline-step = 96", "0 to 95"]),
