@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +27,26 @@ def check_target(path: Path, *, folder: bool = False) -> None:
         tempfile.TemporaryFile(dir=home).close()
     except OSError as error:
         raise CloError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder whose files belong together, so that two runs do not mix theirs. Raises `CloError` if it is held.
+
+    The operating system lets go when the process ends, however it ends. Where it cannot lock, nothing is held.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise CloError(f"{folder}: another run is writing its results there: give it a folder of its own") from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def _refuse_special(path: Path) -> None:

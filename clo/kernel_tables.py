@@ -153,7 +153,8 @@ class KernelTable(Spec):
                 raise ValueError(f"log_latency: the latency must not decrease with {name}")
         return self
 
-    def _seconds(self, *values: Any) -> Any:
+    def seconds_at(self, *values: Any) -> Any:
+        """Seconds at `values`, one for each of `ARGUMENTS`: a float for numbers. `ValueError` unless positive."""
         if all(isinstance(value, int | float | np.integer | np.floating) for value in values):
             _check_positive(self.ARGUMENTS, values)
             return self._extrapolate(math.exp(self._grid.at_point(values)), values)
@@ -220,7 +221,7 @@ class GemmTable(KernelTable):
     def seconds(self, m: ArrayLike, n: ArrayLike, k: ArrayLike) -> Floats: ...
     def seconds(self, m: ArrayLike, n: ArrayLike, k: ArrayLike) -> float | Floats:
         """Seconds; arguments broadcast, scalars give a float. Raises `ValueError` for sizes that are not positive."""
-        result: float | Floats = self._seconds(m, n, k)
+        result: float | Floats = self.seconds_at(m, n, k)
         return result
 
     def roofline_seconds(self, m: Any, n: Any, k: Any) -> Any:
@@ -269,7 +270,7 @@ class DecodeAttentionTable(KernelTable):
         head_dim: ArrayLike,
     ) -> float | Floats:
         """Seconds; arguments broadcast, scalars give a float. Raises `ValueError` for sizes that are not positive."""
-        result: float | Floats = self._seconds(batch, num_query_heads, num_kv_heads, head_dim, kv_tokens)
+        result: float | Floats = self.seconds_at(batch, num_query_heads, num_kv_heads, head_dim, kv_tokens)
         return result
 
     def roofline_seconds(

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatchmethod
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from clo.kernel_scaling import measured_on, scaled_seconds
+from clo.kernel_tables import KernelTable
 from clo.profile import Cost, InterferenceCost, Profile, Source, StreamCost
 from clo.schedule.machine import Lane
 from clo.schedule.work import (
@@ -163,15 +165,22 @@ class Pricer:
     def source(self, work: Work, name: str = "") -> Source:
         """How the price of `work` is known."""
         cost = self._cost(work)
-        return Source(cost.source if cost is not None else self.profile.gemm.source)
+        if cost is not None:
+            return Source(cost.source)
+        table = self._table(work)
+        return Source(table.source) if measured_on(table, self.machine.gpu) else Source.ASSUMED
 
     def uncertainty(self, work: Work, name: str = "") -> tuple[str, float]:
-        """The profile's entry and its spread; fitted tables know theirs from points held out of the fit."""
+        """The profile's entry and its spread; fitted tables know theirs from points held out of the fit.
+
+        Times carried over to another GPU have none that is known.
+        """
         cost = self._cost(work)
         if cost is not None:
             return self._entry(work), cost.spread
-        table = self.profile.gemm if isinstance(work, Gemm) else self.profile.decode_attention
-        return type(work).__name__, table.p90_abs_relative_error / NORMAL_P95
+        table = self._table(work)
+        known = measured_on(table, self.machine.gpu)
+        return type(work).__name__, table.p90_abs_relative_error / NORMAL_P95 if known else 0.0
 
     @property
     def common_spread(self) -> float:
@@ -221,6 +230,10 @@ class Pricer:
         """What the link and the host memory behind it can deliver, bytes/s."""
         return min(self.machine.link.h2d_bytes_per_s, self.machine.host.memory_bytes_per_s)
 
+    def gemm_seconds(self, m: Any, n: Any, k: Any) -> Any:
+        """Time of `C[m, n] = A[m, k] @ B[k, n]` on this machine's GPU; sizes are numbers or arrays."""
+        return scaled_seconds(self.profile.gemm, self.machine.gpu, m, n, k)
+
     def zero_copy_rate(self, num_ctas: int) -> float:
         """Bytes/s of a zero-copy kernel: the link, or what its thread blocks keep in flight."""
         return min(self._into_device, self.profile.zero_copy.rate(num_ctas))
@@ -252,14 +265,14 @@ class Pricer:
 
     @_seconds.register
     def _(self, work: Gemm, traffic: Traffic) -> Seconds:
-        return float(self.profile.gemm.seconds(work.m, work.n, work.k))
+        return float(self.gemm_seconds(work.m, work.n, work.k))
 
     @_seconds.register
     def _(self, work: DecodeAttention, traffic: Traffic) -> Seconds:
         # the tables hold bf16 caches; a narrower cache is priced as fewer tokens of the same bytes
         tokens = max(1.0, work.kv_tokens * work.kv_bytes_per_value / 2.0)
-        table = self.profile.decode_attention
-        return float(table.seconds(work.batch, tokens, work.num_query_heads, work.num_kv_heads, work.head_dim))
+        sizes = (work.batch, work.num_query_heads, work.num_kv_heads, work.head_dim, tokens)
+        return float(scaled_seconds(self.profile.decode_attention, self.machine.gpu, *sizes))
 
     @_seconds.register
     def _(self, work: StreamKernel, traffic: Traffic) -> Seconds:
@@ -307,6 +320,10 @@ class Pricer:
     @_seconds.register
     def _(self, work: HostAction, traffic: Traffic) -> Seconds:
         return float(work.count * getattr(self.profile, work.action).seconds)
+
+    def _table(self, work: Work) -> KernelTable:
+        """The measured kernel times behind a price that has no cost entry."""
+        return self.profile.gemm if isinstance(work, Gemm) else self.profile.decode_attention
 
     def _cost(self, work: Work) -> Cost | None:
         if isinstance(work, Gemm | DecodeAttention):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import pty
 import subprocess
 import sys
 from collections import Counter
@@ -13,12 +16,17 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
+import clo_sim
 from clo import presets
+from clo.errors import CloError
+from clo.files import sole_writer
 from clo.schedule import Lane
-from clo.specs import Design
+from clo.specs import Design, MachineSpec, ModelSpec, Spec
 from clo.timeline import load_chrome_trace
 from clo_cli.main import COMMANDS, clo, main
+from clo_cli.tables import design_table
 
 SMALL = ["--context", "32768", "--batch", "4", "--steps", "8"]
 
@@ -46,6 +54,11 @@ def refuse(*arguments: str) -> str:
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1, done.stderr
     return lines[0]
+
+
+def test_a_reason_is_said_once() -> None:
+    line = refuse("explore", "--no-sweep", "--designs", "clo,resolve", "--context", "2000000")
+    assert line.count("accepts at most") == 1
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -232,6 +245,20 @@ class TestShow:
         for name, fields in listed["designs"].items():
             assert Design.parse(fields) == presets.load_design(name)
 
+    @pytest.mark.parametrize(
+        ("kind", "name", "record"),
+        [("designs", "clo", Design), ("machines", "h200", MachineSpec), ("models", "llama-3-8b", ModelSpec)],
+    )
+    def test_one_thing_is_shown_with_what_each_field_means(self, kind: str, name: str, record: type[Spec]) -> None:
+        shown = " ".join(run("show", kind, name).split())
+        for field, about in record.model_fields.items():
+            assert field in shown
+            assert (about.description or "") in shown
+
+    def test_fields_are_named_as_they_are_set(self) -> None:
+        assert " gpu.hbm_bytes_per_s " in run("show", "machines", "h200")
+        assert "host | events | flags | graph" in run("show", "designs", "clo")
+
     def test_a_profile_says_where_each_cost_is_from(self) -> None:
         costs = json.loads(run("show", "profiles", "h200", "--json"))["profiles"]["h200"]
         assert costs["gemm"]["source"] == "aiconfigurator"
@@ -256,6 +283,7 @@ class TestShow:
         (["simulate", "--design", "resident"], ["275 GB", "offload"]),
         (["simulate", "--model", "llama-3-70b"], ["machine.gpu.memory_bytes"]),
         (["simulate", "--trace", "smollm2-135m-4k"], ["30 layers x 3 KV heads", "--resample-heads"]),
+        (["explore", "--no-sweep", "--context", "2000000"], ["no design fits", "accepts at most 1048576 positions"]),
         (["simulate", "--trace", "missing.npz"], ["missing.npz"]),
         (["simulate", "--profile", "missing.json"], ["missing.json"]),
         (["simulate", "--timeline-step", "96"], ["--timeline-step = 96", "0 to 95"]),
@@ -272,6 +300,8 @@ class TestShow:
         (["simulate", "--set", "profile.schema_version=2"], ["profile.schema_version = 2", "newer clo-offload"]),
         (["plot", "missing.json", "--out", "x.png"], ["missing.json"]),
         (["simulate", "--kv-memory-gb", "nan"], ["--kv-memory-gb = nan"]),
+        (["simulate", "--seed", "-1"], ["workload.seed = -1", "greater than or equal to 0"]),
+        (["simulate", "--seed", "9223372036854775808"], ["workload.seed = 9223372036854775808", "less than"]),
         (["simulate", "--set", "machine.link.h2d_bytes_per_s=1e-300"], ["ZeroCopy", "machine.*"]),
         (
             ["simulate", "--out", "same.json", "--timeline", "./same.json"],
@@ -315,6 +345,67 @@ def test_stderr_of_a_pipe_stays_empty() -> None:
     arguments = ["explore", *SMALL, "--designs", "clo", "--vary", "design.slot_budgets=1"]
     done = subprocess.run([*CLO, *arguments], capture_output=True, timeout=120, check=True)
     assert done.stderr == b""
+
+
+@pytest.mark.parametrize("width", [80, 100, 149, 150, 160, 200])
+def test_no_column_is_cut_off(width: int) -> None:
+    scene = clo_sim.make_scene(context_tokens=32768, batch=4)
+    results = [clo_sim.simulate(scene, name, executor="clock") for name in ("clo", "recall", "streamed")]
+    long = "clo prefetch_depth=1 transfer=cpu_zero_copy"
+    results.append(results[0].with_fields(design=results[0].design.with_fields(name=long)))
+    out = Console(width=width, file=io.StringIO(), record=True)
+    out.print(design_table(results, "designs", width))
+    text = out.export_text()
+    assert all(line.endswith("│") for line in text.splitlines() if line.startswith("│"))
+    assert "…" not in text
+    assert "on-demand" in text
+
+
+def test_a_terminal_is_told_of_what_takes_long() -> None:
+    shown, terminal = pty.openpty()
+    arguments = ["simulate", "--steps", "1", "--warmup", "1", "--synthetic", "--intervals", "--executor", "clock"]
+    with subprocess.Popen([*CLO, *arguments], stdout=subprocess.DEVNULL, stderr=terminal) as process:
+        os.close(terminal)
+        said = b""
+        while piece := _read(shown):
+            said += piece
+    os.close(shown)
+    assert process.returncode == 0
+    for phase in ("fitting a workload", "generating steps", "simulating", "prediction intervals"):
+        assert phase.encode() in said
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # how Linux says that nobody writes to it any more
+        return b""
+
+
+class TestSoleWriter:
+    def test_two_runs_do_not_mix_their_results(self, tmp_path: Path) -> None:
+        with sole_writer(tmp_path):
+            for command in (["explore"], ["plan", "--load", "poisson:1", "--slo", "e2e_p99<30s"]):
+                line = refuse(*command, "--out", str(tmp_path))
+                assert f"{tmp_path}: another run is writing its results there" in line
+        assert not list(tmp_path.iterdir())
+        with sole_writer(tmp_path):
+            pass
+
+    def test_a_run_that_was_killed_holds_nothing(self, tmp_path: Path) -> None:
+        holds = "import sys; from pathlib import Path; from clo.files import sole_writer\n"
+        holds += "with sole_writer(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+        process = subprocess.Popen(
+            [sys.executable, "-c", holds, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(CloError, match="another run is writing"), sole_writer(tmp_path):
+            pass
+        process.kill()
+        process.communicate()
+        with sole_writer(tmp_path):
+            pass
 
 
 def test_a_trace_is_a_preset_or_a_file(tmp_path: Path) -> None:

@@ -125,6 +125,7 @@ class TestSlo:
             ("itl_max", 0.0015),
         ]
         assert parse_slo(str(slo)) == slo
+        assert parse_slo(" ttft_p95 < 2 s,tpot_p99.9<= 50 ms , e2e_mean<1 min, itl_max<1500 us") == slo
 
     @pytest.mark.parametrize(
         "text",
@@ -139,6 +140,7 @@ class TestSlo:
             "ttft_p0<2s",
             "ttft_p95<2s, ttft_p95<3s",
             "ttft_p95<nans",
+            "ttft_p95<2 s or less",
         ],
     )
     def test_nonsense_is_refused(self, text: str) -> None:
@@ -282,6 +284,12 @@ class TestCommands:
         text = run("plan", "--requests", AZURE, "--first", 10, "--slo", "e2e_p95<60s", "--machines", "h200",
                    "--designs", "resident", "--jobs", 1, "--no-map")  # fmt: skip
         assert "No prices given" in text
+
+    def test_prices_of_fleets_that_cannot_be_are_not_asked_for_again(self) -> None:
+        text = run("plan", "--requests", AZURE, "--first", 10, "--slo", "e2e_p95<1us", "--machines", "h200",
+                   "--designs", "resident", "--price", "h200=3.5", "--jobs", 1, "--no-map")  # fmt: skip
+        assert "even for requests alone on an idle" in " ".join(text.split())
+        assert "No prices given" not in text
 
     @pytest.mark.parametrize(
         ("arguments", "names"),

@@ -184,6 +184,9 @@ FIGURES = {
     "answers": lambda: plot_answers(make_answers()),
     "answers of one": lambda: plot_answers(make_answers("staged")),
     "choices": lambda: plot_choices(make_choices()),
+    "choices of a long name": lambda: plot_choices(
+        make_choices().with_fields(best_name="clo prefetch_depth=1 transfer=cpu_zero_copy cache=head_reuse")
+    ),
     "small choices": lambda: plot_choices(make_choices().with_fields(alternatives=make_choices().alternatives[1:3])),
 }
 

@@ -313,6 +313,21 @@ class TestPlan:
         result = clo_sim.simulate(scene_of(model, machine, workload=workload), "clo")
         assert 0 < result.tpot_s < 1
 
+    @pytest.mark.parametrize("share", [0.25, 0.5])
+    def test_a_gpu_of_slower_memory_takes_longer_and_nothing_of_it_is_measured(self, share: float) -> None:
+        machine = presets.load_machine("h200")
+        gpu = machine.gpu.with_fields(hbm_bytes_per_s=machine.gpu.hbm_bytes_per_s * share)
+        workload = Workload(context_tokens=32768, batch=1, steps=2)
+        known, slow = (
+            clo_sim.simulate(scene_of(machine=one, workload=workload), "resident")
+            for one in (machine, machine.with_fields(gpu=gpu))
+        )
+        # weights and KV of a step come from memory, whatever its speed
+        assert slow.tpot_s > slow.roofline.seconds > known.tpot_s
+        assert slow.measured_share == 0 < known.measured_share
+        assert [line for line in slow.assumptions if "measured on NVIDIA H200" in line]
+        assert not [line for line in known.assumptions if "measured on" in line]
+
     @pytest.mark.parametrize("name", presets.names("designs"))
     def test_every_design_runs(self, name: str) -> None:
         scene = scene_of("smollm2-135m", workload=Workload(context_tokens=4096, batch=1, steps=2))
@@ -341,6 +356,48 @@ class TestPlan:
         scene = scene_of(workload=Workload(context_tokens=1000, batch=1, steps=1))
         result = clo_sim.simulate(scene, "streamed")
         assert result.h2d_bytes_per_step == result.ops["prefetch.copy_pages"].num_bytes == 1000 * 131072
+
+
+class TestSceneFromPython:
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"machine": 3}, "machine = 3: must be a name, a path or a MachineSpec"),
+            ({"machine": None}, "machine = None: must be a name, a path or a MachineSpec"),
+            ({"model": 3}, "model = 3: must be a name, a path or a ModelSpec"),
+            ({"profile": 3}, "profile = 3: must be a name, a path or a Profile"),
+            ({"workload": 3}, "workload = 3: must be a Workload"),
+            ({"source": 3}, "source = 3: must be a TrafficSource"),
+            ({"kv_memory_bytes": -1.0}, "kv_memory_bytes = -1: must be positive"),
+            ({"kv_memory_bytes": float("nan")}, "kv_memory_bytes = nan: must be positive"),
+        ],
+        ids=str,
+    )
+    def test_what_is_no_scene_is_said_in_a_line(self, given: dict[str, Any], message: str) -> None:
+        with pytest.raises(SpecError) as refused:
+            clo_sim.make_scene(**{"source": SOURCE} | given)
+        assert str(refused.value) == message
+
+    @pytest.mark.parametrize("design", [3, None, {"tau": 0.9}])
+    def test_so_is_what_is_no_design(self, design: Any) -> None:
+        with pytest.raises(SpecError, match="must be a name, a path or a Design"):
+            clo_sim.simulate(PLANNED, design)
+
+    def test_so_is_an_executor_that_nobody_knows(self) -> None:
+        executor: Any = "machine"
+        with pytest.raises(SpecError, match="executor = 'machine': must be one of clock, simpy"):
+            clo_sim.simulate(PLANNED, "clo", executor=executor)
+
+    def test_paths_are_as_good_as_names(self) -> None:
+        by_name = scene_of("qwen2.5-14b", "l40s", profile="l40s", batch=1)
+        path = {kind: presets.folder(kind) for kind in ("models", "machines", "profiles")}
+        machine, profile = path["machines"] / "l40s.toml", path["profiles"] / "l40s.json"
+        by_path = clo_sim.make_scene(
+            path["models"] / "qwen2.5-14b.toml", machine, profile=profile, batch=1, source=SOURCE
+        )
+        assert by_path.model == by_name.model
+        assert by_path.machine.gpu == by_name.machine.gpu
+        assert by_path.profile == by_name.profile
 
 
 class TestTraceFits:

@@ -49,6 +49,13 @@ def test_same_seed_same_trace_and_another_seed_another() -> None:
     assert not np.array_equal(first.pages["exact"], other.pages["exact"])
 
 
+def test_it_tells_how_far_it_is() -> None:
+    told: list[tuple[int, int]] = []
+    fit_synthetic(presets.load_trace()).generate(num_steps=3, progress=lambda *now: told.append(now))
+    # three steps for each of two selectors
+    assert told == [(done, 6) for done in range(1, 7)]
+
+
 def test_longer_contexts_have_more_candidates_and_larger_budgets() -> None:
     fitted = fit_synthetic(presets.load_trace())
     header = fitted.generate(num_steps=3, context_tokens=8192).header

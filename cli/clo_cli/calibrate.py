@@ -89,7 +89,8 @@ def _calibrated(
 ) -> OperationProfile:
     from clo import presets
     from clo.specs.overrides import apply, parse_overrides
-    from clo_cli.models import first_layers, need_engine, progress_bar
+    from clo_cli.bars import phases
+    from clo_cli.models import first_layers, need_engine
 
     changes = parse_overrides(settings, ("model",))
     model = model or ("llama-3-8b" if device == "cuda" else "smollm2-135m")
@@ -100,7 +101,7 @@ def _calibrated(
     from clo_calibration.probes import named
 
     found = device_of(device)
-    with half_the_cores(), progress_bar() as progress:
+    with half_the_cores(), phases() as progress:
         return run(
             shape,
             samples=samples,

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from clo_cli.options import design_from, overrides_from
+from clo_cli.options import check_seed, design_from, overrides_from
 
 
 @click.command()
@@ -52,6 +52,7 @@ def evaluate(**options: Any) -> None:
     """
     from clo.files import write_text
 
+    check_seed(options["seed"])
     variants = _variants(options)
     options["contexts"] = _contexts(options)
     _check_targets(options["out"], options["figure"])
@@ -160,7 +161,8 @@ def _evaluate(designs: list[Any], options: dict[str, Any]) -> dict[str, Any]:
     from clo.engine.models.network import Network
     from clo.engine.texts import Split
     from clo.engine.versions import package_versions
-    from clo_cli.models import load_for_decoding, progress_bar, with_heads
+    from clo_cli.bars import phases
+    from clo_cli.models import load_for_decoding, with_heads
 
     by_context = [
         EvaluationSettings(
@@ -185,7 +187,7 @@ def _evaluate(designs: list[Any], options: dict[str, Any]) -> dict[str, Any]:
     for settings in by_context:
         check_text(tokenizer, words, settings)
     records: list[dict[str, Any]] = []
-    with progress_bar() as progress:
+    with phases() as progress:
         # the longest first: what does not fit is refused before the others are decoded
         for settings in sorted(by_context, key=lambda one: -one.context_tokens):
             found = run(network, tokenizer, words, contenders, settings, progress)

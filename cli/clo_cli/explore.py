@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clo_cli.options import design_from, overrides_from, scene_from, scene_options
+from clo_cli.options import claim_folder, design_from, overrides_from, scene_from, scene_options
 from clo_cli.real_machine import measure_here
 from clo_cli.space import check_conflicts, space_from
 
@@ -124,7 +124,7 @@ def explore(
     goals = _goals(objectives, bounds)
     real = measure_here(scene) if measure else None
     if out is not None:
-        check_target(out, folder=True)
+        claim_folder(out)
     if parquet is not None:
         check_target(parquet)
     with ExitStack() as held:

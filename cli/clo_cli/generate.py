@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from clo_cli.options import design_from, overrides_from
+from clo_cli.options import check_seed, design_from, overrides_from
 
 
 @click.command()
@@ -51,14 +51,20 @@ def generate(
     if as_json:
         click.echo(json.dumps(figures, indent=1))
     else:
-        click.echo(
-            f"\n\n{figures['design']}: {figures['prompt_tokens']} + {figures['tokens']} tokens, "
-            f"TPOT {1e3 * figures['tpot_s']:.0f} ms, hit rate {figures['hit_rate']:.1%}, "
-            f"{figures['h2d_bytes_per_step'] / 1e6:.3g} MB a step host to device, "
-            f"KV on the device {figures['kv_device_bytes'] / 1e6:.3g} MB, "
-            f"on the host {figures['host_bytes'] / 1e6:.3g} MB",
-            err=True,
-        )
+        click.echo(f"\n\n{_line(figures)}", err=True)
+
+
+def _line(figures: dict[str, Any]) -> str:
+    tokens = f"{figures['design']}: {figures['prompt_tokens']} + {figures['tokens']} tokens"
+    kept = (
+        f"KV on the device {figures['kv_device_bytes'] / 1e6:.3g} MB, on the host {figures['host_bytes'] / 1e6:.3g} MB"
+    )
+    if figures["tpot_s"] is None:
+        return f"{tokens}, the first of which comes with the prompt: no decode step was run; {kept}"
+    return (
+        f"{tokens}, TPOT {1e3 * figures['tpot_s']:.0f} ms, hit rate {figures['hit_rate']:.1%}, "
+        f"{figures['h2d_bytes_per_step'] / 1e6:.3g} MB a step host to device, {kept}"
+    )
 
 
 def _check(tokens: int, temperature: float, seed: int) -> None:
@@ -68,8 +74,7 @@ def _check(tokens: int, temperature: float, seed: int) -> None:
         raise SpecError(f"--tokens = {tokens}: must be at least 1")
     if not 0 <= temperature < float("inf"):
         raise SpecError(f"--temperature = {temperature}: must be 0 or a positive number")
-    if not 0 <= seed < 2**63:
-        raise SpecError(f"--seed = {seed}: must be from 0 to 2^63 - 1")
+    check_seed(seed)
 
 
 def _prompt(given: str) -> str:
@@ -127,16 +132,16 @@ def _generate(
             save_chrome_trace(timeline, [decoder.timeline])
         plan = decoder.plan
         assert plan is not None
-    steps = max(1, len(seconds))
+    steps = len(seconds)
     return {
         "text": tokenizer.decode(said),
         "model": plan.model.name,
         "design": plan.design.name,
         "prompt_tokens": len(ids),
         "tokens": len(said),
-        "tpot_s": sum(seconds) / steps,
-        "hit_rate": hits / steps if seconds else 1.0,
-        "h2d_bytes_per_step": moved / steps,
+        "tpot_s": sum(seconds) / steps if steps else None,
+        "hit_rate": hits / steps if steps else None,
+        "h2d_bytes_per_step": moved / steps if steps else None,
         "kv_device_bytes": plan.memory.kv,
         "host_bytes": plan.host_bytes,
     }

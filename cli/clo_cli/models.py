@@ -1,11 +1,9 @@
-"""What commands that run a real model share: loading it, its designs, progress. Knows nothing about what they do."""
+"""What commands that run a real model share: loading it, its designs. Knows nothing about what they do."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 
@@ -44,21 +42,3 @@ def with_heads(design: Any, model: Any, trace_path: str | None) -> tuple[Any, An
 
     trace = presets.load_trace(trace_path) if trace_path else None
     return design, heads_for(design, spec_of(model), trace)
-
-
-@contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Shown on a terminal's stderr only, one line per phase."""
-    from rich.console import Console
-    from rich.progress import Progress, TaskID
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def tell(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bar.add_task(phase, total=total)
-            bar.update(tasks[phase], completed=done)
-
-        yield tell

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from clo.specs import Design
     from clo.specs.overrides import Overrides
     from clo_sim.scene import Scene
+
+FITTING = "fitting a workload to the trace"
+MOST_SEED = 2**63 - 1
 
 ROOTS = ("model", "machine", "profile", "design", "workload")
 
@@ -59,7 +63,7 @@ def overrides_from(settings: tuple[str, ...], roots: Sequence[str] = ROOTS) -> O
 
 
 def scene_from(options: dict[str, Any], overrides: Overrides) -> Scene:
-    """Build and check everything but the design. Raises `CloError` on bad input."""
+    """Build and check everything but the design, a bar showing what takes long. Raises `CloError` on bad input."""
     from clo import presets
     from clo.errors import SpecError
     from clo.operation_costs import OperationProfile
@@ -86,6 +90,22 @@ def scene_from(options: dict[str, Any], overrides: Overrides) -> Scene:
     )
 
 
+def claim_folder(out: Path) -> None:
+    """A folder for results, this run's alone until the command ends. Raises `CloError` if it cannot be, before work."""
+    from clo.files import check_target, sole_writer
+
+    check_target(out, folder=True)
+    click.get_current_context().with_resource(sole_writer(out))
+
+
+def check_seed(seed: int) -> None:
+    """Raise `SpecError` for what no generator of random numbers here takes."""
+    from clo.errors import SpecError
+
+    if not 0 <= seed <= MOST_SEED:
+        raise SpecError(f"--seed = {seed}: must be from 0 to 2^63 - 1")
+
+
 def design_from(name: str, overrides: Overrides) -> Design:
     """A named design or TOML file with the `design.*` settings applied."""
     from clo import presets
@@ -107,9 +127,16 @@ def _source(options: dict[str, Any], workload: Any) -> Any:
 
     trace = presets.load_trace(options["trace_path"] or presets.DEFAULT_TRACE)
     if options["synthetic"]:
+        from clo_cli.bars import phases
         from clo_sim.synthetic import fit_synthetic
 
         steps = workload.warmup_steps + min(workload.steps, DISTINCT_STEPS)
-        generated = fit_synthetic(trace).generate(num_steps=steps, seed=workload.seed)
+        with phases() as tell:
+            tell(FITTING, 0, None)
+            fitted = fit_synthetic(trace)
+            tell(FITTING, 1, 1)
+            generated = fitted.generate(
+                num_steps=steps, seed=workload.seed, progress=lambda done, total: tell("generating steps", done, total)
+            )
         return TrafficSource(generated, repeat_steps=True)
     return TrafficSource(trace, resample_heads=options["trace_path"] is None or options["resample_heads"])

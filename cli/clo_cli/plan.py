@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from clo_cli.fleet_prices import Priced, best_of, prices_from, rank, with_price
-from clo_cli.options import design_from, overrides_from
+from clo_cli.options import claim_folder, design_from, overrides_from
 from clo_cli.serve_options import serve_options, service_from, serving_scene, trace_from
 
 if TYPE_CHECKING:
@@ -72,7 +72,6 @@ def plan(
     clo plan --requests trace.jsonl --slo "ttft_p95<6s, tpot_p95<50ms" --price h200=3.5 --price l40s=1
     clo plan --requests trace.csv --slo "e2e_p99<30s" --machines h200 --designs resident,resolve,clo --out plan
     """
-    from clo.files import check_target
     from clo_cli.plan_jobs import Question
     from clo_sim.serving import parse_slo
 
@@ -84,7 +83,7 @@ def plan(
         serving_scene(options, overrides, name)
     service = service_from(options, gpus=1)
     if out is not None:
-        check_target(out, folder=True)
+        claim_folder(out)
     question = Question(
         options=options,
         overrides=overrides,
@@ -103,7 +102,7 @@ def plan(
     if with_map:
         where = map_machine or (best.fleet.machine if best else machine_names[0])
         found["map"] = _map(question, where, list(chosen.values()), best, map_output_tokens, map_reuse, workers)
-    _report(question, found, best, out, as_json)
+    _report(question, found, best, out, prices_given=bool(prices), as_json=as_json)
 
 
 def _listed(text: str, option: str) -> list[str]:
@@ -225,7 +224,15 @@ def _map(
     return replace(maps[0], cells=cells)
 
 
-def _report(question: Question, found: dict[str, Any], best: Priced | None, out: Path | None, as_json: bool) -> None:
+def _report(
+    question: Question,
+    found: dict[str, Any],
+    best: Priced | None,
+    out: Path | None,
+    *,
+    prices_given: bool,
+    as_json: bool,
+) -> None:
     from clo_cli.serve_tables import print_fleets, print_map
 
     data = _as_dict(question, found)
@@ -236,7 +243,7 @@ def _report(question: Question, found: dict[str, Any], best: Priced | None, out:
         return
     trace = question.trace
     title = f"{len(trace)} requests of {trace.name}, {trace.rate_per_s:.3g}/s, {question.options['model']}"
-    print_fleets(found["priced"], str(question.slo), title)
+    print_fleets(found["priced"], str(question.slo), title, prices_given=prices_given)
     if found["map"] is not None:
         print_map(found["map"])
     if out is not None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -38,10 +36,11 @@ def record(
     """
     from clo.engine.recording.record import record as record_trace
     from clo.files import check_target
+    from clo_cli.bars import phases
 
     check_target(out)
     words, source = read_text(text)
-    with _progress_bar() as progress:
+    with phases() as progress:
         trace = record_trace(
             model,
             words,
@@ -73,12 +72,3 @@ def read_text(path: Path | None) -> tuple[str, str]:
         raise SpecError(f"--text {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise SpecError(f"--text {path}: not UTF-8 text") from None
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    from clo_cli.bars import progress_bar
-
-    with progress_bar() as bar:
-        tasks = {phase: bar.add_task(phase, total=None) for phase in ("prefill", "decode")}
-        yield lambda phase, done, total: bar.update(tasks[phase], completed=done, total=total)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from clo.specs import Design
 
 LARGEST_BATCH = 65536
+PREPARING = "weights and prompts"
 
 
 @click.command()
@@ -86,6 +87,7 @@ def _measured(
     batch: int,
     steps: int,
 ) -> MachineRun:
+    from clo_cli.bars import phases
     from clo_cli.models import need_engine
 
     need_engine("decoding")
@@ -93,11 +95,18 @@ def _measured(
     from clo.engine.measure import run_steps
     from clo.engine.models.random_weights import random_prompt
 
-    network = _network(model, weights, layers, device)
-    with Decoder(network, design.as_without_head_profile(), max_new_tokens=steps + 4) as decoder:
-        decoder.make_plan([context] * batch)  # what does not fit is refused before a prompt is made up
-        prompts = [random_prompt(network, context, seed=seed) for seed in range(batch)]
-        return run_steps(decoder, prompts, steps=steps)
+    with phases() as tell:
+        tell(PREPARING, 0, None)
+        network = _network(model, weights, layers, device)
+        with Decoder(network, design.as_without_head_profile(), max_new_tokens=steps + 4) as decoder:
+            decoder.make_plan([context] * batch)  # what does not fit is refused before a prompt is made up
+            prompts = [random_prompt(network, context, seed=seed) for seed in range(batch)]
+
+            def progress(done: int, total: int) -> None:
+                tell(PREPARING, 1, 1)
+                tell("decode steps", done, total)
+
+            return run_steps(decoder, prompts, steps=steps, progress=progress)
 
 
 def _network(model: str, weights: str | None, layers: int | None, device: str) -> Any:

@@ -91,10 +91,9 @@ def _print_slo(result: ServiceResult) -> None:
     out.print(f"SLO {result.slo}: {held}; goodput {result.goodput_per_s:.3g} requests/s within every limit")
 
 
-def print_fleets(fleets: Sequence[Priced], slo: str, title: str) -> None:
+def print_fleets(fleets: Sequence[Priced], slo: str, title: str, *, prices_given: bool) -> None:
     """Every machine and design: GPUs, cost, the SLO's values, head-room; best design of each machine first."""
     out = console()
-    priced = any(one.cost_per_million is not None for one in fleets)
     table = Table(title=title, title_justify="left")
     for name in ("machine", "design"):
         table.add_column(name, no_wrap=True)
@@ -104,7 +103,7 @@ def print_fleets(fleets: Sequence[Priced], slo: str, title: str) -> None:
     for one in fleets:
         table.add_row(*_fleet_row(one))
     out.print(table)
-    if not priced:
+    if not prices_given:
         out.print("No prices given: no costs. Give yours, in $ per GPU and hour: --price h200=... --price l40s=...")
 
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Iterator
+from enum import Enum
+from typing import TYPE_CHECKING, Any
 
 import click
 
+if TYPE_CHECKING:
+    from clo.specs import Spec
+
 KINDS = ("models", "machines", "designs", "profiles", "traces")
+SPECS = KINDS[:3]
+"""What people describe themselves, in TOML."""
 
 
 @click.command()
@@ -19,13 +26,15 @@ def show(kind: str | None, name: str | None, as_json: bool) -> None:
 
     \b
     clo show                     everything, a line each
-    clo show designs clo         every field of one design
+    clo show designs clo         every field of one design: its value, what it means, what else it could be
     clo show profiles h200       every cost with its source
     """
     kinds = (kind,) if kind else KINDS
     data = {one: _records(one, name) for one in kinds}
     if as_json:
         click.echo(json.dumps(data, indent=1))
+    elif name and kind in SPECS:
+        _print_spec(f"{kind} {name}", _spec(kind, name))
     elif name:
         from clo_cli.tables import print_fields
 
@@ -37,6 +46,34 @@ def show(kind: str | None, name: str | None, as_json: bool) -> None:
             print_listing(one, data[one])
 
 
+def _print_spec(title: str, spec: Spec) -> None:
+    from rich.table import Table
+
+    from clo_cli.tables import console
+
+    table = Table(title=title, title_justify="left", box=None)
+    table.add_column("field", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    table.add_column("meaning", overflow="fold")
+    for row in _fields(spec):
+        table.add_row(*row)
+    console().print(table)
+
+
+def _fields(spec: Spec, above: str = "") -> Iterator[tuple[str, str, str]]:
+    """Every field as `--set` and TOML name it, its value, and what it means."""
+    from clo.specs import Spec
+
+    for name, field in type(spec).model_fields.items():
+        value = getattr(spec, name)
+        if isinstance(value, Spec):
+            yield from _fields(value, f"{above}{name}.")
+            continue
+        choices = [choice.value for choice in type(value)] if isinstance(value, Enum) else []
+        meaning = [field.description or name.replace("_", " "), *([" | ".join(choices)] if choices else [])]
+        yield f"{above}{name}", f"{value:g}" if isinstance(value, float) else str(value), ": ".join(meaning)
+
+
 def _records(kind: str, name: str | None) -> dict[str, dict[str, Any]]:
     from clo import presets
 
@@ -45,15 +82,19 @@ def _records(kind: str, name: str | None) -> dict[str, dict[str, Any]]:
 
 
 def _record(kind: str, name: str) -> dict[str, Any]:
-    from clo import presets
-
     if kind == "traces":
         return _trace_record(name)
     if kind == "profiles":
         return _profile_record(name)
-    load = {"models": presets.load_model, "machines": presets.load_machine, "designs": presets.load_design}[kind]
-    record: dict[str, Any] = load(name).model_dump(mode="json")
+    record: dict[str, Any] = _spec(kind, name).model_dump(mode="json")
     return record
+
+
+def _spec(kind: str, name: str) -> Spec:
+    from clo import presets
+
+    load = {"models": presets.load_model, "machines": presets.load_machine, "designs": presets.load_design}[kind]
+    return load(name)
 
 
 def _trace_record(name: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from clo_cli.options import design_from, overrides_from, scene_from, scene_optio
 
 if TYPE_CHECKING:
     from clo.results import Result
+    from clo_cli.bars import Tell
 
 
 @click.command()
@@ -47,6 +48,7 @@ def simulate(
     """
     from clo.errors import SpecError
     from clo.files import check_target
+    from clo_cli.bars import phases
     from clo_sim.run import simulate as run
 
     overrides = overrides_from(settings)
@@ -57,9 +59,12 @@ def simulate(
         raise SpecError(f"--out {out}: the same file as --timeline: the result and the timeline are two files")
     for path in targets:
         check_target(path)
-    result = run(scene, design, executor="clock" if executor == "clock" else "simpy")
-    if intervals:
-        result = _with_intervals(result, scene, design, executor)
+    with phases() as tell:
+        tell("simulating", 0, None)
+        result = run(scene, design, executor="clock" if executor == "clock" else "simpy")
+        tell("simulating", 1, 1)
+        if intervals:
+            result = _with_intervals(result, scene, design, executor, tell)
     if timeline is not None:
         _write_timeline(timeline, scene, design, executor, timeline_step)
     if out is not None:
@@ -74,7 +79,7 @@ def simulate(
             click.echo(f"timeline of step {timeline_step}: {timeline} (open in https://ui.perfetto.dev)")
 
 
-def _with_intervals(result: Result, scene: Any, design: Any, executor: str) -> Result:
+def _with_intervals(result: Result, scene: Any, design: Any, executor: str, tell: Tell) -> Result:
     from clo_sim.clock import run_clock
     from clo_sim.intervals import predict, rates
     from clo_sim.simulator import run_simpy
@@ -82,7 +87,8 @@ def _with_intervals(result: Result, scene: Any, design: Any, executor: str) -> R
     def run(priced: Any, contention: Any = None) -> Any:
         return run_clock(priced) if executor == "clock" else run_simpy(priced, contention=contention)
 
-    found = predict(scene.priced(scene.plan(design)), run=run)
+    priced = scene.priced(scene.plan(design))
+    found = predict(priced, run=run, progress=lambda done, total: tell("prediction intervals", done, total))
     of_a_step = {name: getattr(result, name) * result.tpot_s for name in ("tokens_per_s", "h2d_utilisation")}
     known = found.intervals | rates(found.intervals["tpot_s"], **of_a_step)
     spans = {name: (interval.low, interval.high) for name, interval in known.items()}

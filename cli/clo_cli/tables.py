@@ -48,23 +48,31 @@ LEGEND = (
 )
 
 
-NARROW = 125
+NARROW = 150
 """A terminal with fewer columns gets `NARROW_COLUMNS` only."""
 NARROW_COLUMNS = ("TPOT", "of it\nKV", "overlap", "hit\nrate", "stall")
-_LONGEST_NAME = 44
+_NUMBERS, _NARROW_NUMBERS = 116, 53
+"""What all columns of numbers take, with the lines between; and those of a narrow terminal."""
+_NAME, _NARROW_NAME, _STALLS = (22, 44), (14, 14), (11, 60)
+"""What a name, and what its stalls take: at least, and at most."""
 
 
 def design_table(results: Sequence[Result], title: str, width: int = WIDE) -> Table:
     """A row per design, fastest first; what does not fit `width` columns of text is left out, and said to be."""
-    names = NUMBER_COLUMNS if width >= NARROW else NARROW_COLUMNS
-    legend = LEGEND if width >= NARROW else f"{LEGEND} A window of {NARROW} columns, or --json, shows more."
+    wide = width >= NARROW
+    names = NUMBER_COLUMNS if wide else NARROW_COLUMNS
+    legend = LEGEND if wide else f"{LEGEND} A window of {NARROW} columns, or --json, shows more."
     table = Table(title=title, title_justify="left", caption=legend, caption_justify="left")
     # a word of a name is a choice: names break between choices
-    widest = max((len(result.design.name) for result in results), default=0)
-    table.add_column("design", min_width=min(widest, _LONGEST_NAME if width >= NARROW else 14))
+    longest = max((len(result.design.name) for result in results), default=0)
+    room = width - (_NUMBERS if wide else _NARROW_NUMBERS)
+    least, most = _NAME if wide else _NARROW_NAME
+    name_width = min(longest, max(least, min(most, room - 24)))
+    # widths are set and not left to the library, which lets a table grow past the window
+    table.add_column("design", overflow="fold", width=name_width)
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("stalls on", overflow="fold", min_width=24 if width >= NARROW else 12)
+    table.add_column("stalls on", overflow="fold", width=max(_STALLS[0], min(_STALLS[1], room - name_width)))
     for result in sorted(results, key=lambda one: one.tpot_s):
         name, *numbers, stalls = _design_row(result)
         shown = dict(zip(NUMBER_COLUMNS, numbers, strict=True))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from clo_cli.options import claim_folder
+
 
 @click.command()
 @click.option("--profile", "profile_path", type=click.Path(path_type=Path), required=True, help="From `clo calibrate`.")
@@ -37,14 +39,15 @@ def validate(
     measured is kept there, and not measured again unless you say so.
     """
     from clo.errors import SpecError
-    from clo.files import check_target, write_text
+    from clo.files import write_text
     from clo.operation_costs import load_operation_profile
-    from clo_cli.models import need_engine, progress_bar
+    from clo_cli.bars import phases
+    from clo_cli.models import need_engine
 
     if rounds < 1:
         raise SpecError(f"--rounds = {rounds}: must be at least 1")
     profile = load_operation_profile(profile_path)
-    check_target(out, folder=True)
+    claim_folder(out)
     need_engine("validating", "calibrate", ("scipy",))
     from clo_calibration.machines import device_of, half_the_cores
     from clo_calibration.probes import QUICK_DESIGNS, named
@@ -54,7 +57,7 @@ def validate(
     from clo_plots.verdicts import Judged, plot_ablation, plot_verdict
 
     device = device_of(profile.fingerprint.get("device", "cpu"))
-    with half_the_cores(), progress_bar() as progress:
+    with half_the_cores(), phases() as progress:
         verdict = run(
             profile,
             samples=out / "samples",

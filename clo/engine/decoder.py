@@ -21,7 +21,7 @@ from clo.engine.finite import explain_prompt
 from clo.engine.heads import HeadProfile
 from clo.engine.layers import Layer, OffloadedLayer
 from clo.engine.layers.make import make_layers
-from clo.engine.memory import check_memory, explain_need, local_machine
+from clo.engine.memory import check_memory, check_weights, explain_need, local_machine
 from clo.engine.models.network import Network
 from clo.engine.operations import Operations
 from clo.engine.prefill import read_into
@@ -259,6 +259,7 @@ class Decoder:
                 f"prompt of {max(lengths)} tokens and max_new_tokens = {self.max_new_tokens} need {needed} positions: "
                 f"{model.name} has {model.max_positions}"
             )
+        check_weights(model, self.network.device)
         workload = Workload(context_tokens=max(lengths), batch=len(lengths))
         plan = make_plan(
             model, local_machine(self.network.device), self.design, workload, kv_memory_bytes=self._kv_memory_bytes

@@ -5,7 +5,7 @@ Knows nothing about models of cost.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,8 @@ from clo.plan import DecodePlan
 from clo.schedule.ops import Stage
 from clo.timeline import Timeline
 from clo.traffic import Traffic
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,16 +38,32 @@ class MachineRun:
 
 
 def run_steps(
-    decoder: Decoder, prompts: Sequence[torch.Tensor | Prompt], *, steps: int, warmup_steps: int = 2
+    decoder: Decoder,
+    prompts: Sequence[torch.Tensor | Prompt],
+    *,
+    steps: int,
+    warmup_steps: int = 2,
+    progress: Progress = lambda *_: None,
 ) -> MachineRun:
     """Decode greedily; the first `warmup_steps` are not kept. Raises `EngineError` for no step to measure."""
     if steps < 1:
         raise EngineError(f"steps = {steps}: must be at least 1")
-    return go_on(decoder, decoder.prefill(prompts).argmax(-1), steps=steps, warmup_steps=warmup_steps)
+    first = decoder.prefill(prompts).argmax(-1)
+    return go_on(decoder, first, steps=steps, warmup_steps=warmup_steps, progress=progress)
 
 
-def go_on(decoder: Decoder, tokens: torch.Tensor, *, steps: int, warmup_steps: int = 2) -> MachineRun:
-    """Further steps of prompts that have been read, from `tokens` `[batch]` on."""
+def go_on(
+    decoder: Decoder,
+    tokens: torch.Tensor,
+    *,
+    steps: int,
+    warmup_steps: int = 2,
+    progress: Progress = lambda *_: None,
+) -> MachineRun:
+    """Further steps of prompts that have been read, from `tokens` `[batch]` on.
+
+    `progress(done, total)` is called after every step.
+    """
     timelines, rows = [], []
     for step in range(warmup_steps + steps):
         tokens = decoder.step(tokens).argmax(-1)
@@ -53,6 +71,7 @@ def go_on(decoder: Decoder, tokens: torch.Tensor, *, steps: int, warmup_steps: i
             assert decoder.timeline is not None
             timelines.append(decoder.timeline)
             rows.append([_moved(layer) for layer in decoder.layers])
+        progress(step + 1, warmup_steps + steps)
     assert decoder.plan is not None
     return MachineRun(decoder.plan, tuple(timelines), _traffic(decoder.plan, decoder.layers, np.array(rows)))
 

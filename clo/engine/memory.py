@@ -13,7 +13,7 @@ from clo.engine import containers
 from clo.engine.prefill import prefill_bytes
 from clo.errors import SpecError
 from clo.plan import DecodePlan
-from clo.specs import Attend, Cache, GpuSpec, HostSpec, LinkSpec, MachineSpec, Selector
+from clo.specs import Attend, Cache, GpuSpec, HostSpec, LinkSpec, MachineSpec, ModelSpec, Selector
 from clo.units import format_bytes
 from clo_kernels.layout import ring_rows
 from clo_kernels.page_index import IndexKind, entry_shape
@@ -63,6 +63,16 @@ def _offloaded_bytes(plan: DecodePlan, max_tokens: int, pages: int) -> float:
     keys = max_tokens * model.head_token_bytes / 2 if exact else 0.0
     per_head = tokens * model.head_token_bytes + index + keys
     return model.num_kv_heads * per_head + plan.pinned_heads_per_layer * max_tokens * model.head_token_bytes
+
+
+def check_weights(model: ModelSpec, device: torch.device) -> None:
+    """Raise `SpecError` where all the memory that a CPU has, or is said to have, does not hold the weights."""
+    if device.type != "cuda" and model.weight_bytes >= host_memory_bytes():
+        said = f" ({STATED})" if stated_host_bytes() else ""
+        raise SpecError(
+            f"model {model.name}: its weights take {format_bytes(model.weight_bytes)}, this machine has "
+            f"{format_bytes(host_memory_bytes())} of memory{said}: choose a smaller model"
+        )
 
 
 def check_memory(plan: DecodePlan, device: torch.device, max_tokens: int) -> None:

@@ -14,4 +14,4 @@ class Workload(Spec):
     batch: PositiveInt = Field(default=16, description="sequences decoded together")
     steps: PositiveInt = Field(default=96, description="decode steps to measure, after the warm-up")
     warmup_steps: NonNegativeInt = Field(default=32, description="steps replayed first, not measured")
-    seed: NonNegativeInt = Field(default=0, description="draws which recorded heads stand for which heads")
+    seed: NonNegativeInt = Field(default=0, lt=2**63, description="draws which recorded heads stand for which heads")

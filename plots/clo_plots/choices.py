@@ -18,6 +18,7 @@ LINEAR_PERCENT = 10.0
 """Changes up to this are drawn to scale; where some go far beyond, the scale is logarithmic from here on."""
 _FAR_PERCENT = 100.0
 _LINE_CHARS = 130
+_TITLE_CHARS = 55
 _TIE = 1e-9
 
 
@@ -28,10 +29,11 @@ def plot_choices(choices: Choices) -> Figure:
     """
     rows, not_run = without_ties(ranked(choices)), [one for one in choices.alternatives if one.tpot_s is None]
     small_print = _small_print(not_run)
-    height = 0.95 + 0.2 * len(rows) + 0.13 * len(small_print)
+    what = f"{choices.best_name} ({format_seconds(choices.best_tpot_s)}) with one choice changed"
+    title = textwrap.wrap(what, _TITLE_CHARS)
+    height = 0.8 + 0.15 * len(title) + 0.2 * len(rows) + 0.13 * len(small_print)
     with new_figure(height, what="choices", empty=not rows) as figure:
-        title = f"{choices.best_name} ({format_seconds(choices.best_tpot_s)}) with one choice changed"
-        axes = figure.add_subplot(title=title)
+        axes = figure.add_subplot(title="\n".join(title))
         percents = [change_percent(choices, row) for row in rows]
         _scale(axes, percents)
         _rows(axes, rows)

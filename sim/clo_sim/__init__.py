@@ -2,7 +2,7 @@
 
 from clo_sim.explore import Exploration, explore, sweep
 from clo_sim.run import simulate
-from clo_sim.scene import Scene, make_scene
+from clo_sim.scene import Scene, design_of, make_scene
 from clo_sim.stand_in import TrafficSource
 from clo_sim.worth import worth_of_choices
 
@@ -10,6 +10,7 @@ __all__ = [
     "Exploration",
     "Scene",
     "TrafficSource",
+    "design_of",
     "explore",
     "make_scene",
     "simulate",

@@ -87,7 +87,7 @@ class Exploration:
             bounds = ", ".join(str(bound) for bound in self.goals.bounds)
             raise SpecError(f"explore: none of the {len(ran)} designs that run keeps {bounds}")
         problems = self.not_run.values() or {one.problem for one in self.candidates[:3]}
-        raise SpecError("explore: no design fits: " + "; ".join(problems))
+        raise SpecError("explore: no design fits: " + "; ".join(dict.fromkeys(problems)))
 
     @property
     def best(self) -> Result:

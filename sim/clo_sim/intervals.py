@@ -48,15 +48,21 @@ def predict(
     draws: int = DRAWS,
     seed: int = 0,
     run: Callable[..., StepTimes] = run_simpy,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Prediction:
-    """Intervals of TPOT (mean, median, 99th percentile), of stalls by cause and of lanes' busy time."""
+    """Intervals of TPOT (mean, median, 99th percentile), of stalls by cause and of lanes' busy time.
+
+    `progress(done, total)` is called after every draw.
+    """
     source = np.random.default_rng(seed)
     found: dict[str, list[float]] = {}
-    for _ in range(draws):
+    for draw in range(draws):
         times = run(_drawn(priced, source), contention=contention)
         common = _factor(source, priced.pricer.common_spread)
         for name, value in step_numbers(times).items():
             found.setdefault(name, []).append(common * value)
+        if progress is not None:
+            progress(draw + 1, draws)
     intervals = {name: _interval(values) for name, values in found.items()}
     return Prediction(intervals, _known_share(priced))
 

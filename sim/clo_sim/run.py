@@ -6,14 +6,16 @@ Knows nothing about sweeps, files or commands.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 
+from clo.errors import SpecError
+from clo.kernel_scaling import measured_on
 from clo.metrics import StepTimes
 from clo.operation_costs import OperationProfile
 from clo.plan import DecodePlan
-from clo.presets import load_design
 from clo.pricing import Seconds, hbm_bytes, link_bytes
 from clo.profile import Source
 from clo.results import OpTotal, Result
@@ -24,20 +26,22 @@ from clo_sim.clock import run_clock
 from clo_sim.contention import Contention
 from clo_sim.priced import PricedStep
 from clo_sim.roofline import roofline
-from clo_sim.scene import Scene
+from clo_sim.scene import Scene, design_of
 from clo_sim.simulator import run_simpy
 
 Executor = Literal["clock", "simpy"]
 
 
 def simulate(
-    scene: Scene, design: str | Design, *, executor: Executor = "simpy", contention: Contention | None = None
+    scene: Scene, design: str | Path | Design, *, executor: Executor = "simpy", contention: Contention | None = None
 ) -> Result:
     """Run all measured steps of `design` (a record, a preset name or a TOML file) and sum them up.
 
     Raises `SpecError` or `TraceError` where the design does not fit the scene, before anything runs.
     """
-    plan = scene.plan(load_design(design) if isinstance(design, str) else design)
+    if executor not in get_args(Executor):
+        raise SpecError(f"executor = {executor!r}: must be one of {', '.join(get_args(Executor))}")
+    plan = scene.plan(design_of(design))
     priced = scene.priced(plan)
     times = run_clock(priced) if executor == "clock" else run_simpy(priced, contention=contention)
     return summarise(scene, plan, priced, times, executor)
@@ -94,14 +98,11 @@ def assumptions_of(scene: Scene, priced: PricedStep) -> tuple[str, ...]:
 
 
 def _table_notes(scene: Scene) -> tuple[str, ...]:
-    """Fitted kernel times belong to the GPU they were measured on, whatever the machine's record says."""
-    if isinstance(scene.profile, OperationProfile):
+    """Fitted kernel times belong to the GPU they were measured on; on another one they are carried over."""
+    if isinstance(scene.profile, OperationProfile) or measured_on(scene.profile.gemm, scene.machine.gpu):
         return ()
-    gpu, table = scene.machine.gpu, scene.profile.gemm
-    ours, measured = (gpu.hbm_bytes_per_s, gpu.peak_flops_per_s), (table.hbm_bytes_per_s, table.flops_per_s)
-    if all(abs(mine / theirs - 1) < 0.05 for mine, theirs in zip(ours, measured, strict=True)):
-        return ()
-    return (f"GEMM and attention times are those of the profile's GPU ({table.device}), not scaled to machine.gpu",)
+    measured = scene.profile.gemm.device
+    return (f"GEMM and attention times, measured on {measured}, grow or shrink as their roofline does to machine.gpu",)
 
 
 def _mean(value: Seconds) -> float:

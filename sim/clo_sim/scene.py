@@ -40,6 +40,8 @@ class Scene:
 
     def __post_init__(self) -> None:
         timed = self.profile.model if isinstance(self.profile, OperationProfile) else self.model
+        if self.kv_memory_bytes is not None and not self.kv_memory_bytes > 0:
+            raise SpecError(f"kv_memory_bytes = {self.kv_memory_bytes:g}: must be positive")
         if self.model != timed:
             raise SpecError(
                 f"model {self.model.name}: the costs of {self.machine.name} were timed with {timed.name} of "
@@ -80,27 +82,31 @@ def gpu_tables(profile: Costs, what: str) -> Profile:
 
 
 def make_scene(
-    model: str | ModelSpec | None = None,
-    machine: str | MachineSpec = "h200",
+    model: str | Path | ModelSpec | None = None,
+    machine: str | Path | MachineSpec = "h200",
     *,
     workload: Workload | None = None,
     context_tokens: int | None = None,
     batch: int | None = None,
-    profile: str | Profile | None = None,
+    profile: str | Path | Profile | None = None,
     source: TrafficSource | None = None,
     kv_memory_bytes: float | None = None,
 ) -> Scene:
     """A scene from preset names, paths or records; the committed trace stands in unless `source` is given.
 
-    Without a `model`: the one that a calibrated machine was timed with, else Llama-3-8B.
+    Without a `model`: the one that a calibrated machine was timed with, else Llama-3-8B. Raises `SpecError` for what is
+    none of these.
     """
     machine_spec, costs = _machine_and_costs(machine, profile)
     if model is None:
         model = costs.model if isinstance(costs, OperationProfile) else DEFAULT_MODEL
+    for what, given, kind in (("workload", workload, Workload), ("source", source, TrafficSource)):
+        if given is not None and not isinstance(given, kind):
+            raise SpecError(f"{what} = {given!r}: must be a {kind.__name__}")
     sizes = {"context_tokens": context_tokens, "batch": batch}
     changes = {name: value for name, value in sizes.items() if value is not None}
     return Scene(
-        model=presets.load_model(model) if isinstance(model, str) else model,
+        model=model if isinstance(model, ModelSpec) else presets.load_model(_name(model, "model", ModelSpec)),
         machine=machine_spec,
         profile=costs,
         workload=(workload or Workload()).with_fields(**changes),
@@ -109,9 +115,23 @@ def make_scene(
     )
 
 
-def _machine_and_costs(machine: str | MachineSpec, profile: str | Profile | None) -> tuple[MachineSpec, Costs]:
-    if isinstance(profile, Profile):
-        return presets.load_machine(machine) if isinstance(machine, str) else machine, profile
-    if isinstance(machine, str):
-        return machine_and_costs(machine, profile)
-    return machine, presets.load_named_profile(profile or machine.profile)
+def _machine_and_costs(
+    machine: str | Path | MachineSpec, profile: str | Path | Profile | None
+) -> tuple[MachineSpec, Costs]:
+    known = profile if isinstance(profile, Profile) or profile is None else _name(profile, "profile", Profile)
+    if isinstance(machine, MachineSpec):
+        return machine, known if isinstance(known, Profile) else presets.load_named_profile(known or machine.profile)
+    name = _name(machine, "machine", MachineSpec)
+    return (presets.load_machine(name), known) if isinstance(known, Profile) else machine_and_costs(name, known)
+
+
+def _name(given: object, what: str, record: type) -> str:
+    """A name or path as text. Raises `SpecError` for anything else."""
+    if not isinstance(given, str | Path):
+        raise SpecError(f"{what} = {given!r}: must be a name, a path or a {record.__name__}")
+    return str(given)
+
+
+def design_of(given: str | Path | Design) -> Design:
+    """A design by preset name or TOML file, or as it is. Raises `SpecError` for anything else."""
+    return given if isinstance(given, Design) else presets.load_design(_name(given, "design", Design))

@@ -15,7 +15,7 @@ What it does not keep: which pages are close in the text, and differences betwee
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
@@ -62,15 +62,25 @@ class SyntheticWorkload:
     clock_shape: Floats
     head_importance: NDArray[np.float32]
 
-    def generate(self, *, num_steps: int, context_tokens: int | None = None, seed: int = 0) -> AttentionTrace:
-        """A trace of any length. Same seed, same trace, bit for bit. Raises `SpecError` for an unusable size."""
+    def generate(
+        self,
+        *,
+        num_steps: int,
+        context_tokens: int | None = None,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> AttentionTrace:
+        """A trace of any length. Same seed, same trace, bit for bit. Raises `SpecError` for an unusable size.
+
+        `progress(done, total)` is called as steps of each selector are drawn.
+        """
         header = _header(self.header, num_steps, context_tokens or self.header.context_tokens)
         rng = np.random.default_rng([seed, num_steps, header.context_tokens])
         clock = self._clock(rng, num_steps)
         group = header.num_query_heads // header.num_kv_heads
         real = _queries(rng, self.queries, np.repeat(clock, group, axis=1), np.repeat(self.clock_shape, group), header)
         ahead = {d: _blend_queries(rng, real, self.lookahead_cosine[d]) for d in header.lookaheads}
-        pages, ahead_pages = self._pages(rng, header, clock)
+        pages, ahead_pages = self._pages(rng, header, clock, progress or (lambda *_: None))
         shape = (num_steps, header.num_layers, header.num_kv_heads)
         return AttentionTrace.from_arrays(
             header,
@@ -88,11 +98,11 @@ class SyntheticWorkload:
         return np.asarray(increments)
 
     def _pages(
-        self, rng: np.random.Generator, header: TraceHeader, clock: Floats
+        self, rng: np.random.Generator, header: TraceHeader, clock: Floats, progress: Callable[[int, int], None]
     ) -> tuple[dict[str, NDArray[np.uint16]], dict[tuple[str, int], NDArray[np.uint16]]]:
         pages: dict[str, NDArray[np.uint16]] = {}
         ahead: dict[tuple[str, int], NDArray[np.uint16]] = {}
-        for selector in header.selectors:
+        for number, selector in enumerate(header.selectors):
             drawn: list[NDArray[np.uint16]] = []
             predicted: dict[int, list[NDArray[np.uint16]]] = {d: [] for d in header.lookaheads}
             drift, shape = self.scores[selector], self.clock_shape
@@ -102,6 +112,7 @@ class SyntheticWorkload:
                 for d in header.lookaheads:
                     noisy = _blend(rng, scores[:, :count], self.lookahead_correlation[(selector, d)])
                     predicted[d].append(_best(noisy, header))
+                progress(number * len(clock) + step + 1, len(header.selectors) * len(clock))
             pages[selector] = np.stack(drawn).reshape(header.page_shape)
             for d in header.lookaheads:
                 ahead[(selector, d)] = np.stack(predicted[d]).reshape(header.page_shape)

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from small import design, prompt, small_model
 
+from clo.engine.decoder import Decoder
+from clo.engine.measure import run_steps
 from clo.errors import CloError, NotFoundError, SpecError
 from clo.timeline import load_chrome_trace
 from clo_cli.main import clo
@@ -29,6 +32,7 @@ def run(*arguments: str) -> str:
         (["generate", "a", "--seed", "-1"], "--seed = -1: must be from 0"),
         (["generate", "a", "--seed", "99999999999999999999"], "--seed = 99999999999999999999: must be from 0"),
         (["generate", "a", "--design", "nosuch"], "design 'nosuch' is unknown"),
+        (["evaluate", "--seed", "-1"], "--seed = -1: must be from 0"),
         (["evaluate", "--designs", " ,"], "--designs = ' ,': name at least one design"),
         (["evaluate", "--taus", "0.5,x"], "--taus = '0.5,x': numbers separated by commas"),
         (["evaluate", "--pools", "1,,2"], "--pools = '1,,2': numbers separated by commas"),
@@ -69,9 +73,19 @@ def test_a_real_model_generates_under_a_design(tmp_path: Path) -> None:
     said = json.loads(run("generate", f"@{prompt}", "--tokens", "4", "--json", "--timeline", str(timeline)))
     assert said["text"].startswith(" degrees")
     assert said["design"] == "clo"
+    assert said["model"] == "smollm2-135m"
     assert 0 < said["h2d_bytes_per_step"] < said["host_bytes"]
     (traced,) = load_chrome_trace(timeline)
     assert {span.name for span in traced.spans} >= {"attention", "gather_pages", "hit_test"}
+
+
+@pytest.mark.model
+def test_a_token_that_comes_with_the_prompt_has_no_time() -> None:
+    done = CliRunner().invoke(clo, ["generate", "Water boils at", "--tokens", "1"], catch_exceptions=False)
+    assert "3 + 1 tokens, the first of which comes with the prompt: no decode step was run" in done.stderr
+    assert "TPOT" not in done.stderr
+    said = json.loads(run("generate", "Water boils at", "--tokens", "1", "--json"))
+    assert said["tpot_s"] is said["hit_rate"] is said["h2d_bytes_per_step"] is None
 
 
 @pytest.mark.model
@@ -100,3 +114,10 @@ def test_answers_at_several_lengths_are_those_at_each(tmp_path: Path) -> None:
     ]
     assert both[:2] == alone
     assert json.loads(out.read_text(encoding="utf-8"))["evaluation"]["context_tokens"] == [256, 128]
+
+
+def test_a_real_run_tells_how_far_it_is() -> None:
+    told: list[tuple[int, int]] = []
+    with Decoder(small_model(), design("clo"), max_new_tokens=8) as decoder:
+        run_steps(decoder, [prompt(40)], steps=3, warmup_steps=1, progress=lambda *now: told.append(now))
+    assert told == [(done, 4) for done in range(1, 5)]

@@ -150,6 +150,16 @@ class TestTooLittle:
         monkeypatch.setenv(memory.STATED, "1000")  # less than this process has
         assert memory.available_host_bytes() == 0
 
+    def test_a_cpu_that_does_not_hold_the_weights_is_told_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(memory.STATED, "1000")
+        with (
+            Decoder(small_model(), design("clo"), max_new_tokens=2) as decoder,
+            pytest.raises(SpecError, match="this machine has 1 kB of memory") as said,
+        ):
+            decoder.prefill([prompt(40)])
+        assert memory.STATED in str(said.value)
+        assert "GPU" not in str(said.value)
+
     @pytest.mark.parametrize("stated", ["many", "-1", "inf"])
     def test_what_is_no_size_is_refused(self, monkeypatch: pytest.MonkeyPatch, stated: str) -> None:
         monkeypatch.setenv(memory.STATED, stated)

@@ -42,6 +42,8 @@ def load_model(model: str | Path, *, attention: str = "sdpa") -> tuple[Any, Any]
         if away:
             reason = "the hub does not answer, and its cache here has no such model"
         raise NotFoundError(f"model {model}: no model folder, and no hub model that can be loaded: {reason}") from None
+    if str(model) == MODEL_NAME:
+        network.config.name_or_path = MODEL_NAME  # not the folder that it was converted into
     return network.eval(), tokenizer
 
 

@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clo.errors import SpecError
+from clo.kernel_scaling import measured_on
 from clo.plan import DecodePlan
 from clo.specs import Design
 from clo_sim.clock import step_seconds
 from clo_sim.run import Executor, summarise
-from clo_sim.scene import Scene
+from clo_sim.scene import Scene, gpu_tables
 from clo_sim.serving.clocks import StepClock
 from clo_sim.serving.memory import at_context, memory_need, memory_room, roomy, smallest_plan
 from clo_sim.serving.requests import NS_PER_S
@@ -73,6 +74,11 @@ class DecodePrices:
         scene, plan = self._plan(max(1, batch), max(1, min(context_tokens, self.max_context)))
         priced = scene.priced(plan)
         return summarise(scene, plan, priced, run_simpy(priced), "simpy").measured_share
+
+    @property
+    def kernels_measured(self) -> bool:
+        """Whether GEMM times were measured on this GPU, and not carried over from another."""
+        return measured_on(gpu_tables(self.scene.profile, "serving").gemm, self.scene.machine.gpu)
 
     @property
     def num_priced(self) -> int:

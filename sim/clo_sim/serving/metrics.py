@@ -254,4 +254,5 @@ def _measured_share(run: ServiceRun, tallies: list[Tally]) -> float | None:
     decode_ns = _total(tallies, "decode_ns")
     batch = round(_total(tallies, "decode_area_ns") / max(1, busy))
     share = prices.measured_share(batch, round(_mean_context(tallies))) if decode_ns else 0.0
-    return (_total(tallies, "dense_prefill_ns") + share * decode_ns) / busy
+    gemms_ns = _total(tallies, "dense_prefill_ns") if prices.kernels_measured else 0
+    return (gemms_ns + share * decode_ns) / busy

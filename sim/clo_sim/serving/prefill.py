@@ -2,7 +2,8 @@
 
 A simplification, with these parts:
 
-- dense layers: the profile's GEMM table at as many rows as the chunk has tokens (measured), and the bytes of norms and
+- dense layers: the profile's GEMM table at as many rows as the chunk has tokens (measured, or carried
+  over to this GPU), and the bytes of norms and
   activations over device memory;
 - attention: 4 x query heads x head_dim flops for each pair of a new token and one before it, at `ATTENTION_EFFICIENCY`
   of the datasheet rate (no table of measured prefill attention is used);
@@ -20,7 +21,7 @@ from itertools import accumulate
 import numpy as np
 
 from clo.plan import dense_layers
-from clo.profile import Profile
+from clo.pricing import Pricer
 from clo.specs import Design
 from clo_sim.scene import Scene, gpu_tables
 from clo_sim.serving.requests import NS_PER_S
@@ -77,15 +78,16 @@ def pairs_of(start: int, tokens: int) -> float:
 
 def prefill_prices(scene: Scene, design: Design, *, chunk_tokens: int, keeps_prefixes: bool) -> PrefillPrices:
     """Prices of chunks of up to `chunk_tokens`; a service that keeps prefixes sends every new token's KV out."""
-    model, link, profile = scene.model, scene.machine.link, gpu_tables(scene.profile, "serving")
+    model, link = scene.model, scene.machine.link
+    pricer = Pricer(gpu_tables(scene.profile, "serving"), scene.machine)
     resident = dense_layers(model, design) if design.offloads else model.num_layers
     pinned = round(design.pinned_head_fraction * model.num_kv_heads) / model.num_kv_heads if design.offloads else 0.0
     offloaded = (model.num_layers - resident) * model.layer_token_bytes * (1 - pinned)
     leaving = model.kv_bytes_per_token if keeps_prefixes else (model.num_layers - resident) * model.layer_token_bytes
     flops = 4.0 * model.num_query_heads * model.head_dim * model.num_layers
     return PrefillPrices(
-        dense_ns=_dense_ns(scene, profile, chunk_tokens),
-        head_ns=round(profile.gemm.seconds(1, model.vocab_size, model.hidden_size) * NS_PER_S),
+        dense_ns=_dense_ns(scene, pricer, chunk_tokens),
+        head_ns=round(pricer.gemm_seconds(1, model.vocab_size, model.hidden_size) * NS_PER_S),
         pair_ns=flops / (ATTENTION_EFFICIENCY * scene.machine.gpu.peak_flops_per_s) * NS_PER_S,
         in_ns=offloaded / link.h2d_bytes_per_s * NS_PER_S,
         cached_in_ns=(model.kv_bytes_per_token - offloaded) / link.h2d_bytes_per_s * NS_PER_S,
@@ -93,17 +95,17 @@ def prefill_prices(scene: Scene, design: Design, *, chunk_tokens: int, keeps_pre
     )
 
 
-def _dense_ns(scene: Scene, profile: Profile, chunk_tokens: int) -> list[int]:
+def _dense_ns(scene: Scene, pricer: Pricer, chunk_tokens: int) -> list[int]:
     """GEMMs and element-wise kernels of all layers for 0, 1, ... tokens; more tokens never take less."""
     model = scene.model
     hidden, attended = model.hidden_size, model.num_query_heads * model.head_dim
     tokens = np.arange(1, chunk_tokens + 1, dtype=np.float64)
     shapes = ((model.qkv_width, hidden), (hidden, attended), (2 * model.intermediate_size, hidden))
     products = (*shapes, (hidden, model.intermediate_size))
-    gemms = sum(profile.gemm.seconds(tokens, n, k) for n, k in products)
+    gemms = sum(pricer.gemm_seconds(tokens, n, k) for n, k in products)
     # two norms read and write the hidden state twice each, rotary embedding the queries, the activation three widths
     values = 8 * hidden + 2 * attended + 2 * model.layer_token_bytes / 2 + 3 * model.intermediate_size
-    small = profile.elementwise
+    small = pricer.profile.elementwise
     rate = small.efficiency * scene.machine.gpu.hbm_bytes_per_s
     elementwise = 4 * small.latency_s + tokens * values * 2.0 / rate
     seconds = model.num_layers * (gemms + elementwise)

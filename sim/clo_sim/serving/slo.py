@@ -12,9 +12,11 @@ from clo.units import format_seconds
 
 Metric = Literal["ttft", "tpot", "itl", "e2e"]
 
-_TERM = re.compile(r"\s*(?P<metric>[a-z0-9]+)_(?P<statistic>p\d{1,2}(?:\.\d+)?|mean|max)\s*<=?\s*(?P<limit>\S+)\s*$")
+_TERM = re.compile(
+    r"\s*(?P<metric>[a-z0-9]+)_(?P<statistic>p\d{1,2}(?:\.\d+)?|mean|max)\s*<=?\s*(?P<limit>\S+(?: +\S+)?)\s*$"
+)
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0}
-_LIMIT = re.compile(r"(?P<number>[0-9.eE+-]+?)(?P<unit>s|ms|us|min)$")
+_LIMIT = re.compile(r"(?P<number>[0-9.eE+-]+?) *(?P<unit>s|ms|us|min)$")
 
 
 @dataclass(frozen=True, slots=True)

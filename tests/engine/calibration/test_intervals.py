@@ -37,7 +37,9 @@ class TestIntervals:
     ) -> None:
         still = {key: cost.model_copy(update={"spread": 0.0}) for key, cost in profile.operations.items()}
         priced = price_run(profile.model_copy(update={"operations": still}), runs["clo"][1])
-        found = predict(priced, draws=4)
+        told: list[tuple[int, int]] = []
+        found = predict(priced, draws=4, progress=lambda *now: told.append(now))
+        assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
         interval = found.intervals["tpot_s"]
         assert interval.low == interval.high == pytest.approx(float(run_simpy(priced).seconds.mean()))
         assert found.known_share == 0.0
