@@ -132,6 +132,7 @@ def measured(network: Network, design: Design, prompt: Prompt, steps: int, link:
     tpot = float(np.median(seconds))
     return {
         "design": design.name,
+        "offloads": design.offloads,
         "tpot_s": tpot,
         "tpot_p10_s": float(np.percentile(seconds, 10)),
         "tpot_p90_s": float(np.percentile(seconds, 90)),

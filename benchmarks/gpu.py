@@ -32,6 +32,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (".", "sim", "kernels", "calibration", "plots", "cli")
@@ -265,7 +266,17 @@ def decode_lines(decode: dict[str, object]) -> list[str]:
             stalls,
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return lines + [f"- left out: {line}" for line in left_out]
+    return [*lines, "", *order_lines(rows), *(f"- left out: {line}" for line in left_out)]
+
+
+def order_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The offloading designs from the fastest on, and how much longer each takes."""
+    offloading = sorted((row for row in rows if row["offloads"]), key=lambda row: row["tpot_s"])
+    if not offloading:
+        return []
+    best, *others = offloading
+    behind = ", ".join(f"{row['design']} {row['tpot_s'] / best['tpot_s'] - 1:+.0%}" for row in others)
+    return [f"Fastest of those that offload: {best['design']}" + (f"; {behind}" if behind else "")]
 
 
 def bench_lines(bench: dict[str, list[dict[str, object]]]) -> list[str]:

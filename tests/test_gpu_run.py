@@ -129,6 +129,17 @@ def test_figures_reach_the_summary(gpu: ModuleType, tmp_path: Path) -> None:
     assert "39 of 39 agree" in summary
 
 
+def test_the_summary_orders_the_designs_that_offload(gpu: ModuleType) -> None:
+    rows = [
+        {"design": "resident", "offloads": False, "tpot_s": 1e-3},
+        {"design": "resolve", "offloads": True, "tpot_s": 6e-3},
+        {"design": "clo", "offloads": True, "tpot_s": 4e-3},
+    ]
+    assert gpu.order_lines(rows) == ["Fastest of those that offload: clo; resolve +50%"]
+    assert gpu.order_lines(rows[:1]) == []
+    assert gpu.order_lines(rows[2:]) == ["Fastest of those that offload: clo"]
+
+
 def test_steps_fit_eight_minutes_and_their_files_exist(gpu: ModuleType) -> None:
     assert sum(step.share_s for step in gpu.STEPS) == 8 * 60
     for step in gpu.STEPS:
