@@ -122,6 +122,26 @@ class TestSimulate:
         assert 0 < result["interval_share"] < 1
         assert "intervals" not in simulate() or not simulate()["intervals"]
 
+    def test_explored_designs_have_the_intervals_of_simulated_ones(self) -> None:
+        asked = [
+            *SMALL,
+            "--designs",
+            "clo,resolve",
+            "--vary",
+            "design.slot_budgets=1",
+            "--finalists",
+            "1",
+            "--intervals",
+        ]
+        found = json.loads(run("explore", *asked, "--json"))
+        for result in (*found["named"], *found["finalists"]):
+            low, high = result["intervals"]["tpot_s"]
+            assert low < result["tpot_s"] < high
+        alone = simulate("--design", "clo", "--intervals")
+        [clo] = [result for result in found["named"] if result["design"]["name"] == "clo"]
+        assert clo["intervals"] == alone["intervals"]
+        assert "TPOT in nine of ten cases: " in run("explore", *asked)
+
     def test_the_clock_sees_no_contention(self) -> None:
         result = simulate("--executor", "clock")
         assert result["executor"] == "clock"

@@ -64,6 +64,7 @@ WORKERS_PER_CORE = 16
 )
 @click.option("--no-sweep", is_flag=True, help="Compare the named designs only.")
 @click.option("--finalists", type=click.IntRange(1), default=5, show_default=True, help="Swept designs to simulate.")
+@click.option("--intervals", is_flag=True, help="Also 90% prediction intervals of what is simulated.")
 @click.option("--measure", is_flag=True, help="Run the finalists for real: --machine is what was calibrated here.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for results and figures.")
 @click.option("--parquet", type=click.Path(path_type=Path), help="Write every evaluation as a row of this table.")
@@ -85,6 +86,7 @@ def explore(
     bounds: tuple[str, ...],
     no_sweep: bool,
     finalists: int,
+    intervals: bool,
     measure: bool,
     out: Path | None,
     parquet: Path | None,
@@ -114,7 +116,7 @@ def explore(
     Ctrl-C ends a run early: what was evaluated is printed and written all the same.
     """
     from clo.files import check_target
-    from clo_sim.explore import DEFAULT_GRID
+    from clo_sim.explore import DEFAULT_GRID, with_intervals
     from clo_sim.explore import explore as run
 
     overrides = overrides_from(settings)
@@ -142,6 +144,9 @@ def explore(
             seed=scene.workload.seed,
             progress=held.enter_context(_progress(as_json)),
         )
+    if intervals and not found.interrupted:
+        with _progress(as_json, "prediction intervals") as progress:
+            found = with_intervals(found, scene, progress)
     _report(found, scene, searched=evaluations is not None, as_json=as_json)
     _write(found, scene, out, parquet, figures)
     if out is not None and not as_json:
@@ -205,15 +210,15 @@ def _named(designs: str | None, overrides: Overrides) -> list[Design]:
 
 
 @contextmanager
-def _progress(quiet: bool) -> Iterator[Progress | None]:
-    """A bar on stderr while designs are tried."""
+def _progress(quiet: bool, doing: str = "trying designs") -> Iterator[Progress | None]:
+    """A bar on stderr."""
     if quiet:
         yield None
         return
     from clo_cli.bars import progress_bar
 
     with progress_bar() as bar:
-        task = bar.add_task("trying designs", total=None)
+        task = bar.add_task(doing, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
@@ -232,6 +237,7 @@ def _print(scene: Scene, found: Exploration, searched: bool) -> None:
         console,
         print_choices,
         print_designs,
+        print_intervals,
         print_measured,
         print_roofline,
         print_sources,
@@ -251,6 +257,7 @@ def _print(scene: Scene, found: Exploration, searched: bool) -> None:
     if found.candidates and not elsewhere:
         shown[best.design.name] = best
     print_designs(list(shown.values()), found.not_run, "Designs with the same device memory for KV to use, simulated")
+    print_intervals([*shown.values()])
     if found.measured:
         print_measured(found)
     if found.candidates:

@@ -81,18 +81,16 @@ def simulate(
 
 def _with_intervals(result: Result, scene: Any, design: Any, executor: str, tell: Tell) -> Result:
     from clo_sim.clock import run_clock
-    from clo_sim.intervals import predict, rates
+    from clo_sim.intervals import with_intervals
     from clo_sim.simulator import run_simpy
 
     def run(priced: Any, contention: Any = None) -> Any:
         return run_clock(priced) if executor == "clock" else run_simpy(priced, contention=contention)
 
-    priced = scene.priced(scene.plan(design))
-    found = predict(priced, run=run, progress=lambda done, total: tell("prediction intervals", done, total))
-    of_a_step = {name: getattr(result, name) * result.tpot_s for name in ("tokens_per_s", "h2d_utilisation")}
-    known = found.intervals | rates(found.intervals["tpot_s"], **of_a_step)
-    spans = {name: (interval.low, interval.high) for name, interval in known.items()}
-    return result.with_fields(intervals=spans, interval_share=found.known_share)
+    def progress(done: int, total: int) -> None:
+        tell("prediction intervals", done, total)
+
+    return with_intervals(result, scene.priced(scene.plan(design)), run=run, progress=progress)
 
 
 def _check_step(step: int, steps: int) -> None:

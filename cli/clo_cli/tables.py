@@ -123,6 +123,25 @@ def print_designs(results: Sequence[Result], not_run: Mapping[str, str], title: 
         out.print(f"  {name} does not run: {_short(reason)}")
 
 
+def print_intervals(results: Sequence[Result]) -> None:
+    """Where each TPOT lies, of those that were asked, as far as spreads of costs are known."""
+    known = sorted((one for one in results if "tpot_s" in one.intervals), key=lambda one: one.tpot_s)
+    if not known:
+        return
+    spans = [(one.design.name, *one.intervals["tpot_s"]) for one in known]
+    said = ", ".join(f"{name} {format_seconds(low)} to {format_seconds(high)}" for name, low, high in spans)
+    shares = [one.interval_share for one in known if one.interval_share is not None]
+    console().print(
+        f"TPOT in nine of ten cases: {said}; costs of known spread are {_span(shares)} of these designs' busy time, "
+        "the others do not vary."
+    )
+
+
+def _span(shares: Sequence[float]) -> str:
+    low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
+    return low if low == high else f"{low} to {high}"
+
+
 def print_roofline(result: Result, what: str) -> None:
     """The least that must move, before any measured or simulated number, if that is known."""
     roof = result.roofline

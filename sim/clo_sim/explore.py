@@ -7,21 +7,23 @@ last word. Knows nothing about files, figures or commands.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from typing import Any
 
 from clo.choices import Choices
 from clo.errors import SpecError
 from clo.results import Result
 from clo.specs import Design
+from clo_sim import intervals
 from clo_sim.evaluation import Evaluation, Measure
 from clo_sim.goals import Goals
 from clo_sim.laboratory import Finished, Laboratory, Progress, Role
 from clo_sim.record import Record
 from clo_sim.scene import Scene
 from clo_sim.search import Range, Space, check_optimiser, search
-from clo_sim.variation import Grid, Task, check_field, expand
+from clo_sim.variation import Grid, Task, check_field, expand, scene_with
 from clo_sim.workers import Workers
 from clo_sim.worth import worth
 
@@ -167,6 +169,23 @@ def explore(
     return stages.exploration(interrupted)
 
 
+def with_intervals(found: Exploration, scene: Scene, progress: Progress | None = None) -> Exploration:
+    """The same with 90% prediction intervals on every simulated result, named or finalist; `scene` is explored."""
+    total = len(found.named_results) + len(found.finalist_results)
+    done = count(1)
+
+    def told(one: Evaluation) -> Evaluation:
+        if one.result is None:
+            return one
+        varied = scene_with(scene, one.task.changes)
+        result = intervals.with_intervals(one.result, varied.priced(varied.plan(one.design)))
+        if progress is not None:
+            progress(next(done), total)
+        return replace(one, result=result)
+
+    return replace(found, named=tuple(map(told, found.named)), finalists=tuple(map(told, found.finalists)))
+
+
 class _Stages:
     """What is known after each stage of an exploration."""
 
@@ -199,9 +218,9 @@ class _Stages:
             return
         self._found["candidates"] = self._run("candidate", expand(base, _values_of(space)))
 
-    def decide(self, count: int, run: Measure | None) -> None:
+    def decide(self, num_finalists: int, run: Measure | None) -> None:
         """Simulate the best candidates, and run them on a machine if there is one."""
-        best = self._goals.ranked(self._found["candidates"])[:count]
+        best = self._goals.ranked(self._found["candidates"])[:num_finalists]
         self._found["finalists"] = self._run("finalist", [_on(one.task, "simpy") for one in best])
         if run is not None:
             self._found["measured"] = tuple(self._laboratory.measure([_on(one.task, "machine") for one in best], run))

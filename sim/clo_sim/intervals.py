@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clo.metrics import StepTimes
+from clo.results import Result
 from clo_sim.contention import Contention
 from clo_sim.priced import PricedStep
 from clo_sim.simulator import run_simpy
@@ -65,6 +66,21 @@ def predict(
             progress(draw + 1, draws)
     intervals = {name: _interval(values) for name, values in found.items()}
     return Prediction(intervals, _known_share(priced))
+
+
+def with_intervals(
+    result: Result,
+    priced: PricedStep,
+    *,
+    run: Callable[..., StepTimes] = run_simpy,
+    progress: Callable[[int, int], None] | None = None,
+) -> Result:
+    """The result of running `priced`, with intervals of its times and of what follows from its TPOT."""
+    found = predict(priced, run=run, progress=progress)
+    of_a_step = {name: getattr(result, name) * result.tpot_s for name in ("tokens_per_s", "h2d_utilisation")}
+    known = found.intervals | rates(found.intervals["tpot_s"], **of_a_step)
+    spans = {name: (interval.low, interval.high) for name, interval in known.items()}
+    return result.with_fields(intervals=spans, interval_share=found.known_share)
 
 
 def _interval(values: Sequence[float]) -> Interval:
