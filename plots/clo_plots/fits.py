@@ -11,6 +11,8 @@ from clo.units import US_PER_S
 from clo_plots.style import ACCENT, FAINT, GRID, SMALL_PT, new_figure
 
 COLUMNS = 4
+LONG = 18
+"""Letters of a name that fit above a panel."""
 BAND = 0.1
 """Within so much of what was timed a fit is drawn as good."""
 
@@ -42,9 +44,10 @@ def _fit(axes: Axes, name: str, points: tuple[FitPoint, ...]) -> None:
     axes.set_yscale("log")
     _ticks(axes, timed)
     axes.yaxis.set_major_locator(FixedLocator([min(fitted), max(fitted)]))
-    axes.yaxis.set_major_formatter("{x:.3g}")
+    axes.yaxis.set_major_formatter(_microseconds)
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_title(f"{name} (µs)", fontsize=SMALL_PT - 1)
+    shown = name.replace(":", ":\n", 1) if len(name) > LONG else name
+    axes.set_title(f"{shown} (µs)", fontsize=SMALL_PT - 1)
     axes.tick_params(labelbottom=False)
 
 
@@ -52,9 +55,13 @@ def _ticks(axes: Axes, timed: list[float]) -> None:
     """A log axis with its ends written out: most panels span less than a decade."""
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator([min(timed), max(timed)]))
-    axes.xaxis.set_major_formatter("{x:.3g}")
+    axes.xaxis.set_major_formatter(_microseconds)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.tick_params(labelsize=SMALL_PT - 2)
+
+
+def _microseconds(value: float, _: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _residuals(axes: Axes, points: tuple[FitPoint, ...]) -> None:

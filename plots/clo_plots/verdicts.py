@@ -50,6 +50,7 @@ def plot_verdict(points: Sequence[Judged]) -> Figure:
             )
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.tick_params(which="both", length=3, pad=3)  # so that all labels stand in one line
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter("{x:.0f}")
             axis.set_minor_formatter("{x:.0f}")
