@@ -18,20 +18,16 @@ def step_seconds(priced: PricedStep) -> Times:
     """Duration of each step, `[steps]`: the sweep's fast path, without causes."""
     nothing = np.zeros(priced.num_steps)
     lane_end = dict.fromkeys(priced.graph.lanes(), nothing)
+    # when others can see a segment's end
     shown: list[Times] = []
-    handover_s = priced.handover_s
+    handover_s, unseen_s = priced.handover_s, priced.unseen_s
     for number, (segment, seconds) in enumerate(zip(priced.segments, priced.durations, strict=True)):
         start = lane_end[segment.lane]
         for wait in segment.after:
             start = np.maximum(start, _seen(shown[wait.segment], segment.lane, handover_s))
-        lane_end[segment.lane] = start + seconds
-        shown.append(_shown(priced, number, lane_end[segment.lane]))
+        end = lane_end[segment.lane] = start + seconds
+        shown.append(end + unseen_s[number] if number in unseen_s else end)
     return lane_end[Lane.LAUNCH]
-
-
-def _shown(priced: PricedStep, segment: int, end: Times) -> Times:
-    """When a segment's end is there for other lanes to see."""
-    return end + priced.unseen_s[segment] if segment in priced.unseen_s else end
 
 
 def _seen(shown: Times, lane: Lane, handover_s: Mapping[Lane, float]) -> Times:
@@ -47,13 +43,14 @@ def segment_times(priced: PricedStep) -> Iterator[tuple[Times, Times, list[tuple
     """
     nothing = np.zeros(priced.num_steps)
     lane_end = dict.fromkeys(priced.graph.lanes(), nothing)
+    # when others can see a segment's end
     shown: list[Times] = []
-    handover_s = priced.handover_s
+    handover_s, unseen_s = priced.handover_s, priced.unseen_s
     for number, (segment, seconds) in enumerate(zip(priced.segments, priced.durations, strict=True)):
         start, waits = _start(segment, lane_end[segment.lane], shown, handover_s)
         end = start + seconds
         lane_end[segment.lane] = end
-        shown.append(_shown(priced, number, end))
+        shown.append(end + unseen_s[number] if number in unseen_s else end)
         yield start, end, waits
 
 
