@@ -25,8 +25,10 @@ from clo_calibration.comparison import (
     price_run,
     simulated_s,
 )
+from clo_calibration.probes import Probe
 from clo_calibration.run_files import load_run, save_run
-from tests.engine.calibration.calibrated import DESIGNS, SHAPE
+from clo_calibration.validate import point_of
+from tests.engine.calibration.calibrated import BATCH, BUDGET, CONTEXT, DESIGNS, SHAPE
 
 
 class TestOneAtATime:
@@ -111,6 +113,23 @@ class TestBothWorlds:
             waited = sum(span.waited_s for span in timeline.spans if span.lane == Lane.MAIN)
             assert sum(pair[which] for pair in stalls.values()) == pytest.approx(waited)
             assert 0 < waited < timeline.seconds
+
+    def test_one_step_that_was_held_up_counts_for_nothing(
+        self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
+    ) -> None:
+        """A point is of the median step, in both worlds."""
+        run = runs["resolve"][1]
+        slowest = int(np.argmax(run.step_s))
+        *others, last = run.timelines[slowest].spans
+        held_up = replace(last, end_s=last.end_s + 100.0)
+        timelines = list(run.timelines)
+        timelines[slowest] = replace(run.timelines[slowest], spans=(*others, held_up))
+        late = replace(run, timelines=tuple(timelines))
+        assert late.step_s[slowest] > 100.0
+        probe = Probe(run.plan.design, (CONTEXT, BATCH, BUDGET), alone=False, fitted=False, steps=len(timelines))
+        point = point_of(profile, probe, late, disturbed_s=0.0)
+        assert point.real_s == pytest.approx(float(np.median(run.step_s)))
+        assert point.simulated_s == simulated_s(profile, run)
 
     def test_a_difference_is_named(
         self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
