@@ -126,7 +126,9 @@ class TestBothWorlds:
         timelines[slowest] = replace(run.timelines[slowest], spans=(*others, held_up))
         late = replace(run, timelines=tuple(timelines))
         assert late.step_s[slowest] > 100.0
-        probe = Probe(run.plan.design, (CONTEXT, BATCH, BUDGET), alone=False, fitted=False, steps=len(timelines))
+        probe = Probe(
+            design=run.plan.design, size=(CONTEXT, BATCH, BUDGET), alone=False, fitted=False, steps=len(timelines)
+        )
         point = point_of(profile, probe, late, disturbed_s=0.0)
         assert point.real_s == pytest.approx(float(np.median(run.step_s)))
         assert point.simulated_s == simulated_s(profile, run)
