@@ -23,7 +23,7 @@ WIDE = 160
 NUMBER_COLUMNS = (
     "TPOT",
     "tokens/s",
-    "GPU\nmemory",
+    "device\nmemory",
     "of it\nKV",
     "overlap",
     "hit\nrate",
@@ -274,7 +274,7 @@ def _headline(result: Result) -> dict[str, str]:
     fields = {
         "TPOT": f"{format_seconds(result.tpot_s)} ({spread})",
         "tokens/s": f"{result.tokens_per_s:.1f}",
-        "GPU memory": f"{format_bytes(result.device_bytes)}, of it KV {format_bytes(result.kv_device_bytes)}",
+        "device memory": f"{format_bytes(result.device_bytes)}, of it KV {format_bytes(result.kv_device_bytes)}",
         "host memory": format_bytes(result.host_bytes),
         "pages": f"{result.num_pages} per head, budget {result.budget_pages}, slots {result.slot_pages}",
         "hit rate": f"{result.hit_rate:.1%} of attended pages; {result.reuse_rate:.1%} of heads selected nothing late",
