@@ -24,8 +24,8 @@ from clo import presets
 from clo.engine.decoder import Decoder
 from clo.engine.measure import go_on, run_steps
 from clo.engine.models.network import Network
-from clo.engine.models.random_weights import need_device, random_model, random_prompt
 from clo.engine.prompts import Prompt
+from clo.engine.random_weights import need_device, random_model, random_prompt
 from clo.engine.run import result_of
 from clo.errors import CloError
 from clo.specs import Design, ModelSpec

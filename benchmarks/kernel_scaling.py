@@ -22,7 +22,7 @@ ATTENTION = ((1, 2, 4, 8, 16, 32), (32,), (8,), (128,), (2048, 4096, 8192, 16384
 
 
 def main() -> None:
-    machines = {name: presets.load_machine(name) for name in presets.names("machines")}
+    machines = {name: presets.load_machine(name) for name in presets.names("profiles")}
     for source in machines:
         for target, machine in machines.items():
             if source != target:

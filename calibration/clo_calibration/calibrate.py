@@ -17,7 +17,7 @@ import torch
 from clo.engine.measure import MachineRun, fastest
 from clo.engine.memory import local_machine
 from clo.engine.models.network import Network
-from clo.engine.models.random_weights import checked, dtype_on, random_model
+from clo.engine.random_weights import checked, dtype_on, random_model
 from clo.errors import CloError, SpecError
 from clo.files import read_json, write_text
 from clo.operation_costs import BenchmarkRow, FitPoint, OperationCost, OperationProfile

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from clo.engine.models.random_weights import need_device
+from clo.engine.random_weights import need_device
 
 
 def device_of(name: str) -> torch.device:

@@ -18,7 +18,7 @@ from clo.engine.cuda import bar
 from clo.engine.decoder import Decoder
 from clo.engine.measure import MachineRun, run_steps
 from clo.engine.models.network import Network
-from clo.engine.models.random_weights import random_prompt
+from clo.engine.random_weights import random_prompt
 from clo.errors import SpecError
 from clo.operation_costs import GEMM_ROWS
 from clo.plan import DecodePlan

@@ -53,7 +53,7 @@ def measure_here(scene: Scene) -> Measure:
 def _decode(network: Any, scene: Scene, design: Design) -> Result:
     from clo.engine.decoder import Decoder
     from clo.engine.measure import run_steps
-    from clo.engine.models.random_weights import random_prompt
+    from clo.engine.random_weights import random_prompt
     from clo.engine.run import result_of
 
     steps, warmup = min(scene.workload.steps, STEPS), 2

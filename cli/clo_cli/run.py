@@ -93,7 +93,7 @@ def _measured(
     need_engine("decoding")
     from clo.engine.decoder import Decoder
     from clo.engine.measure import run_steps
-    from clo.engine.models.random_weights import random_prompt
+    from clo.engine.random_weights import random_prompt
 
     with phases() as tell:
         tell(PREPARING, 0, None)
@@ -112,7 +112,7 @@ def _measured(
 def _network(model: str, weights: str | None, layers: int | None, device: str) -> Any:
     from clo import presets
     from clo.engine.models.network import Network
-    from clo.engine.models.random_weights import checked, dtype_on, need_device, random_model
+    from clo.engine.random_weights import checked, dtype_on, need_device, random_model
     from clo_cli.models import first_layers, load_for_decoding
 
     need_device(device)

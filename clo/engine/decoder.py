@@ -20,7 +20,7 @@ from clo.engine.cuda.machine import CudaMachine
 from clo.engine.finite import explain_prompt
 from clo.engine.heads import HeadProfile
 from clo.engine.layers import Layer, OffloadedLayer
-from clo.engine.layers.make import make_layers
+from clo.engine.make_layers import make_layers
 from clo.engine.memory import check_memory, check_weights, explain_need, local_machine
 from clo.engine.models.network import Network
 from clo.engine.operations import Operations

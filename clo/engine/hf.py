@@ -25,7 +25,7 @@ from clo.engine import inline
 from clo.engine.decoder import Decoder
 from clo.engine.heads import HeadProfile, heads_for
 from clo.engine.layers import Layer, OffloadedLayer, StreamedLayer
-from clo.engine.layers.make import make_layers
+from clo.engine.make_layers import make_layers
 from clo.engine.models.anatomy import project_query
 from clo.engine.models.network import Network
 from clo.engine.step_traffic import StepTraffic

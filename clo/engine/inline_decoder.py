@@ -13,7 +13,7 @@ from clo.engine import inline
 from clo.engine.decoder import Decoder
 from clo.engine.heads import HeadProfile
 from clo.engine.layers import Layer, OffloadedLayer, StreamedLayer
-from clo.engine.layers.make import make_layers
+from clo.engine.make_layers import make_layers
 from clo.engine.models.network import Network, Rotation
 from clo.engine.prompts import Prompt
 from clo.engine.step_traffic import StepTraffic

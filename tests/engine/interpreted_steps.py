@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from small import design, prompt, small_model
 
+from clo.engine import make_layers as make
 from clo.engine.decoder import Decoder
 from clo.engine.kernels import triton_kernels
-from clo.engine.layers import DenseLayer, LayerShape, make, shape
+from clo.engine.layers import DenseLayer, LayerShape, shape
 from clo.specs import Design
 
 TOKENS, STEPS = 44, 2

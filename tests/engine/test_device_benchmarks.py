@@ -16,7 +16,7 @@ import torch
 from small import design, small_model
 
 from clo.engine.models.network import Network
-from clo.engine.models.random_weights import random_prompt
+from clo.engine.random_weights import random_prompt
 from clo_calibration import device_benchmarks as benchmarks
 from clo_calibration.calibrate import _machine
 

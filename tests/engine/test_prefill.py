@@ -17,7 +17,7 @@ from clo import presets
 from clo.engine.decoder import Decoder
 from clo.engine.heads import HeadProfile
 from clo.engine.layers import DenseLayer, Layer, OffloadedLayer
-from clo.engine.layers.make import make_layers
+from clo.engine.make_layers import make_layers
 from clo.engine.models.network import Network
 from clo.engine.prefill import PREFILL_CHUNK_TOKENS, prefill_bytes, read_into
 from clo.engine.prompts import Prompt, read_prompt

@@ -20,15 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from clo import presets
+from clo.engine import make_layers as make_module
 from clo.engine import words as words_module
 from clo.engine.checks import check_device
 from clo.engine.decoder import Decoder
 from clo.engine.heads import HeadProfile
 from clo.engine.kernels import Kernels
 from clo.engine.layers import DenseLayer, Layer, LayerShape, StreamedLayer
-from clo.engine.layers import make as make_module
 from clo.engine.layers import shape as layer_shape
-from clo.engine.layers.make import make_layers
+from clo.engine.make_layers import make_layers
 from clo.engine.models.network import Network
 from clo.engine.operations import Operations
 from clo.engine.words import Words

@@ -1,1 +1,1 @@
-"""Models of `transformers`: loading them, making them up, and taking them apart. Knows nothing about KV caches."""
+"""Models of `transformers`: loading them and taking them apart. Knows nothing about KV caches."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from clo.engine.decoder import Decoder
 from clo.engine.measure import MachineRun, run_steps
 from clo.engine.models.network import Network
-from clo.engine.models.random_weights import random_prompt
+from clo.engine.random_weights import random_prompt
 from clo.presets import load_model
 from clo.specs import Design
 

@@ -7,7 +7,7 @@ import torch
 
 from clo.engine.measure import MachineRun
 from clo.engine.models.network import Network
-from clo.engine.models.random_weights import random_model
+from clo.engine.random_weights import random_model
 from clo.operation_costs import (
     OperationProfile,
 )
