@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import itertools
-import json
-import math
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner
-from click.testing import Result as CliResult
+from figure_data import (
+    TPOT_MS,
+    make_answers,
+    make_choices,
+    make_points,
+    make_result,
+    make_results,
+    make_timeline,
+    make_timelines,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
@@ -27,22 +31,14 @@ from matplotlib.text import Text
 
 from clo.choices import Alternative, Choices, load_choices
 from clo.errors import CloError
-from clo.results import Result, Roofline, load_result
-from clo.schedule.machine import Cause, Lane, Part
-from clo.specs import Design, Workload
-from clo.timeline import Span, Timeline, save_chrome_trace
-from clo_cli.plot import detect, plot
-from clo_plots.answers import Answer, Answers, parse_answers, plot_answers
+from clo.timeline import Timeline
+from clo_plots.answers import parse_answers, plot_answers
 from clo_plots.choices import plot_choices, ranked
 from clo_plots.pareto import DesignPoint, pareto_front, plot_pareto
 from clo_plots.stalls import plot_stalls, scale_limit_s, segments
 from clo_plots.style import save_figure
-from clo_plots.sweep_table import load_points
 from clo_plots.timelines import plot_timelines
 from clo_plots.window import choose_window
-
-TPOT_MS = {"clo": 20, "clo-v2": 75, "resolve": 55, "lru-cpu": 70, "recall": 500, "staged": 1250, "streamed": 5000}
-KV_GB = {"clo": 121, "clo-v2": 59, "resolve": 121, "lru-cpu": 120, "recall": 121, "staged": 42, "streamed": 40}
 
 
 @pytest.fixture(autouse=True)
@@ -50,97 +46,6 @@ def _warnings_are_errors() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
-
-
-def make_result(name: str, tpot_s: float) -> Result:
-    busy = {"model": 0.005, "attention": 0.011, "selection": 0.001}
-    stalls = dict.fromkeys((cause.value for cause in Cause), 0.0)
-    stalls["on-demand transfer"] = tpot_s - 0.0185
-    stalls["sync"] = 0.0005
-    return Result(
-        executor="simpy",
-        model="llama-3-8b",
-        machine="h200",
-        profile="h200",
-        design=Design(name=name),
-        workload=Workload(),
-        tpot_s=tpot_s,
-        busy_s=busy,
-        stall_s=stalls,
-        contention_s=0.001,
-        roofline=Roofline(hbm_bytes=1, hbm_s=1, h2d_bytes=1, h2d_s=1, compute_s=1, seconds=1),
-        lane_busy_s={},
-        ops={},
-        memory={},
-        source_shares={},
-        **dict.fromkeys(("num_pages", "budget_pages", "slot_pages"), 1),
-        **dict.fromkeys(_PLAIN_FIELDS, 0.0),
-    )
-
-
-_PLAIN_FIELDS = (
-    *("tpot_p50_s", "tpot_p99_s", "tokens_per_s", "hit_rate", "reuse_rate", "overlap", "h2d_bytes_per_step"),
-    *("d2h_bytes_per_step", "h2d_utilisation", "hbm_bytes_per_step", "cpu_launch_s", "cpu_threads_s", "device_bytes"),
-    *("kv_device_bytes", "host_bytes", "measured_share"),
-)
-
-
-def make_results() -> list[Result]:
-    return [make_result(name, ms / 1e3) for name, ms in TPOT_MS.items()]
-
-
-def make_timeline(name: str, layer_s: float, num_layers: int = 32) -> Timeline:
-    """Each layer: selection, a stall for half of the layer, attention, then the model; transfers on a second stream."""
-
-    def span(lane: Lane, part: Part, layer: int, begin: float, end: float, waited: float = 0.0) -> Span:
-        return Span(
-            lane=lane.value,
-            name=part.value,
-            layer=layer,
-            part=part.value,
-            start_s=(layer + begin) * layer_s,
-            end_s=(layer + end) * layer_s,
-            waits=((Cause.DEMAND.value, waited * layer_s),) if waited else (),
-        )
-
-    spans = []
-    for layer in range(num_layers):
-        spans.append(span(Lane.MAIN, Part.SELECTION, layer, 0.0, 0.1))
-        spans.append(span(Lane.MAIN, Part.ATTENTION, layer, 0.6, 0.8, waited=0.5))
-        spans.append(span(Lane.MAIN, Part.MODEL, layer, 0.8, 1.0))
-        spans.append(span(Lane.PREFETCH, Part.TRANSFER, layer, 0.1, 0.6))
-    lanes = (Lane.LAUNCH.value, Lane.MAIN.value, Lane.PREFETCH.value)
-    return Timeline(title=name, spans=tuple(spans), lanes=lanes)
-
-
-def make_timelines() -> list[Timeline]:
-    return [make_timeline("clo", 0.6e-3), make_timeline("resolve", 1.7e-3), make_timeline("recall", 15e-3)]
-
-
-def make_points() -> list[DesignPoint]:
-    named = [
-        DesignPoint(name=name, kv_device_bytes=KV_GB[name] * 1e9, tpot_s=ms / 1e3, named=True)
-        for name, ms in TPOT_MS.items()
-    ]
-    swept = [
-        DesignPoint(name=f"{gb}/{step}", kv_device_bytes=gb * 1e9, tpot_s=0.024 * (121 / gb) * 1.5**step)
-        for gb in range(45, 121, 15)
-        for step in range(8)
-    ]
-    return swept + named
-
-
-def make_choices() -> Choices:
-    changed = (
-        ("cache", "head_reuse", "lru", 0.0275),
-        ("prefetch_depth", "1", "0", 0.021),
-        ("prefetch_depth", "1", "2", 0.0195),
-        ("cache", "head_reuse", "none", 1.35),
-        ("transfer", "gpu_zero_copy", "cpu_zero_copy", 0.075),
-    )
-    ran = [Alternative(field=f, chosen=c, value=v, tpot_s=s) for f, c, v, s in changed]
-    failed = Alternative(field="slot_budgets", chosen="2", value="8", tpot_s=None, note="needs 300 GB\nof 121 GB " * 9)
-    return Choices(best_name="clo", best_tpot_s=0.020, alternatives=(*ran, failed))
 
 
 def test_choices_that_tie_share_a_row_and_no_difference_is_neither_slower_nor_faster() -> None:
@@ -160,16 +65,6 @@ def test_finalists_are_told_apart_from_the_swept() -> None:
     assert any("finalists" in text for text in legend)
     [drawn] = [line for line in figure.axes[0].lines if "finalists" in str(line.get_label())]
     assert list(drawn.get_xdata()) == [4, 5]
-
-
-def make_answers(*names: str) -> Answers:
-    shares = {"resolve 1x": 0.42, "clo 1x tau=0.7": 0.13, "clo 1x tau=0.8": 0.21, "clo 1x tau=0.9": 0.3, "staged": 1.0}
-    points = [
-        Answer(name=name, share=share, delta_nll=0.05 - 0.1 * share, delta_nll_se=0.01)
-        for name, share in shares.items()
-        if not names or name in names
-    ]
-    return Answers(title="smollm2-135m, 4096 tokens, 12 texts (topics)", points=tuple(points))
 
 
 FIGURES = {
@@ -482,129 +377,6 @@ def test_the_command_imports_nothing_heavy() -> None:
     code = "import clo_cli.plot, sys; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"matplotlib", "numpy", "pyarrow", "pydantic"} & set(loaded)
-
-
-# --- command
-
-
-def write_sweep(path: Path, points: Sequence[DesignPoint], *, without: str = "") -> None:
-    rows = [{name: getattr(point, name) for name in DesignPoint.__slots__} for point in points]
-    rows.append({"name": "too large", "named": False, "kv_device_bytes": 2e11, "tpot_s": None})
-    pq.write_table(pa.Table.from_pylist([{k: v for k, v in row.items() if k != without} for row in rows]), path)
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> dict[str, Path]:
-    names = ("stalls", "pareto", "timeline", "choices", "one")
-    paths = {name: tmp_path / f"{name}.in" for name in names}
-    rows = [result.model_dump(mode="json") for result in make_results()]
-    paths["stalls"].write_text(json.dumps({"results": rows}))
-    make_results()[0].save(paths["one"])
-    write_sweep(paths["pareto"], make_points())
-    save_chrome_trace(paths["timeline"], make_timelines())
-    make_choices().save(paths["choices"])
-    return paths
-
-
-def run_plot(*args: str | Path) -> CliResult:
-    return CliRunner().invoke(plot, [str(arg) for arg in args])
-
-
-@pytest.mark.parametrize("kind", ["stalls", "pareto", "timeline", "choices"])
-@pytest.mark.parametrize("given_kind", [True, False])
-def test_each_kind_is_drawn_from_its_file(kind: str, given_kind: bool, files: dict[str, Path], tmp_path: Path) -> None:
-    out = tmp_path / "figures" / f"{kind}.png"
-    done = run_plot(files[kind], "--out", out, *(["--kind", kind] if given_kind else []))
-    assert done.exit_code == 0, done.exception
-    assert done.output.startswith(f"{out}: {kind} figure")
-    assert out.read_bytes().startswith(b"\x89PNG")
-
-
-def test_several_files_make_one_figure(files: dict[str, Path], tmp_path: Path) -> None:
-    assert detect(files["one"]) == "stalls"
-    assert run_plot(files["one"], files["stalls"], "--out", tmp_path / "all.svg").exit_code == 0
-    assert (tmp_path / "all.svg").read_bytes().startswith(b"<?xml")
-
-
-def test_designs_that_cannot_run_are_left_out(files: dict[str, Path]) -> None:
-    assert load_points(files["pareto"]) == make_points()
-
-
-def failure(*args: str | Path) -> str:
-    done = run_plot(*args)
-    assert isinstance(done.exception, CloError), done.exception
-    return str(done.exception)
-
-
-def bad_timeline(field: str, value: object) -> bytes:
-    trace = make_timelines()[0].to_chrome_trace()
-    next(event for event in trace["traceEvents"] if event["ph"] == "X")[field] = value
-    return json.dumps(trace).encode()
-
-
-def bad_result(**changes: object) -> bytes:
-    return json.dumps(make_results()[0].model_dump(mode="json") | changes).encode()
-
-
-def test_errors_name_the_file_in_one_line(tmp_path: Path) -> None:
-    out = tmp_path / "figure.png"
-    bad = tmp_path / "bad"
-    for content, problem in (
-        (b"\xff\xfe\x00", "not JSON"),
-        (b"PAR1 but no more", "not Parquet, or truncated"),
-        (b'{"a": 1}', "neither a result"),
-        (b"[1]", "neither a result"),
-        (b'{"results": []}', "nothing to draw"),
-        (b'{"results": [3]}', "no list of results"),
-        (b'{"results": [{}]}', "a value is required"),
-        (b'{"traceEvents": []}', "nothing to draw"),
-        (b'{"traceEvents": [{}]}', "not a timeline that clo wrote"),
-        (bad_timeline("ts", math.nan), "not a timeline that clo wrote"),
-        (bad_timeline("dur", math.inf), "not a timeline that clo wrote"),
-        (bad_timeline("dur", None), "not a timeline that clo wrote"),
-        (bad_timeline("args", {"layer": None, "part": "model"}), "not a timeline that clo wrote"),
-        (bad_timeline("args", {"layer": 1, "part": "model", "waits_us": [1]}), "not a timeline that clo wrote"),
-        (bad_result(tpot_s=-1), "result.tpot_s = -1: Input should be greater than 0"),
-        (bad_result(tpot_s=math.nan), "result.tpot_s = nan"),
-        (bad_result(busy_s={"model": None}), "result.busy_s.model"),
-        (b'{"alternatives": []}', "a value is required"),
-    ):
-        bad.write_bytes(content)
-        message = failure(bad, "--out", out)
-        assert problem in message
-        assert str(bad) in message
-        assert "\n" not in message
-    assert not out.exists()
-
-
-def test_a_result_of_a_newer_schema_is_an_error(tmp_path: Path) -> None:
-    path, out = tmp_path / "result.json", tmp_path / "figure.png"
-    path.write_text(json.dumps(make_results()[0].model_dump(mode="json") | {"schema_version": 9}))
-    message = failure(path, "--out", out)
-    assert (
-        message == f"{path}: result.schema_version = 9: this version reads 1 (a newer result needs a newer clo-offload)"
-    )
-    with pytest.raises(CloError, match="schema_version = 9"):
-        load_result(path)
-
-
-def test_missing_files_and_wrong_kinds_are_errors(files: dict[str, Path], tmp_path: Path) -> None:
-    out, gone = tmp_path / "figure.png", tmp_path / "gone"
-    for kind in (None, "stalls", "pareto", "timeline", "choices"):
-        message = failure(gone, "--out", out, *(["--kind", kind] if kind else []))
-        assert message == f"{gone}: No such file or directory"
-    assert str(files["stalls"]) in failure(files["stalls"], "--out", out, "--kind", "pareto")
-    assert str(files["choices"]) in failure(files["choices"], files["choices"], "--out", out)
-    assert "suffix" in failure(gone, "--out", tmp_path / "figure.gif")
-
-
-def test_a_sweep_with_a_wrong_column_is_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "sweep.parquet"
-    write_sweep(path, make_points(), without="tpot_s")
-    assert failure(path, "--out", tmp_path / "figure.png") == f"{path}: not a sweep: has no column tpot_s"
-    write_sweep(path, [DesignPoint(name="odd", kv_device_bytes=1e9, tpot_s=-1.0)])
-    message = failure(path, "--out", tmp_path / "figure.png")
-    assert message == f"{path}: odd: tpot_s = -1.0: must be a number above 0"
 
 
 # --- answers

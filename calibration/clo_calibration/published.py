@@ -35,10 +35,11 @@ PIECES = (4096, 8192, 16384, 24576, 28672, 65536)
 
 def claims() -> list[Claim]:
     """All comparisons; some seconds of simulation."""
+    a40, h100 = Rivals.on("a40"), Rivals.on("h100")
     return [
-        _speed_up("v1 over RetroInfer and InfiniGen, A40 (PCIe 4)", "a40", "clo-v1", "+9.3% to +66.6%", _A40),
-        _speed_up("v2 over RetroInfer and InfiniGen, A40 (PCIe 4)", "a40", "clo-v2", "+10.7% to +60.5%", _A40),
-        _speed_up("v2 over RetroInfer and InfiniGen, H100 (PCIe 5)", "h100", "clo-v2", "+67.0% to +224.2%", _H100),
+        _speed_up("v1 over RetroInfer and InfiniGen, A40 (PCIe 4)", a40, "clo-v1", "+9.3% to +66.6%", _A40),
+        _speed_up("v2 over RetroInfer and InfiniGen, A40 (PCIe 4)", a40, "clo-v2", "+10.7% to +60.5%", _A40),
+        _speed_up("v2 over RetroInfer and InfiniGen, H100 (PCIe 5)", h100, "clo-v2", "+67.0% to +224.2%", _H100),
         _miss_rates(),
         _copy_cliff(),
     ]
@@ -53,21 +54,33 @@ _A40 = _SETS + "; kernel times of the A40 are carried over from the A100 along t
 _H100 = _SETS + "; their rivals run from Python without graphs, which costs per launch that ours do not pay"
 
 
-def _speed_up(what: str, machine: str, name: str, theirs: str, why: str) -> Claim:
+@dataclass(frozen=True, slots=True)
+class Rivals:
+    """What a design is compared with on a machine, at all contexts, by name."""
+
+    machine: str
+    results: dict[str, list[Result]]
+
+    @classmethod
+    def on(cls, machine: str) -> Rivals:
+        """Simulated."""
+        return cls(machine, {name: _tpots(machine, load_design(name)) for name in ("lru-cpu", "staged")})
+
+
+def _speed_up(what: str, rivals: Rivals, name: str, theirs: str, why: str) -> Claim:
     """Decode throughput of a design over its two rivals, over all contexts, by the share of sets kept."""
-    rivals = {rival: _tpots(machine, load_design(rival)) for rival in ("lru-cpu", "staged")}
-    spans = [_over(rivals, machine, load_design(name))]
-    spans += [_over(rivals, machine, load_design(name).with_fields(target_hit_rate=rate)) for rate in TARGETS]
+    spans = [_over(rivals, load_design(name))]
+    spans += [_over(rivals, load_design(name).with_fields(target_hit_rate=rate)) for rate in TARGETS]
     return Claim(what, theirs, "; ".join(spans), why)
 
 
-def _over(rivals: dict[str, list[Result]], machine: str, design: Design) -> str:
-    ours = _tpots(machine, design)
+def _over(rivals: Rivals, design: Design) -> str:
+    ours = _tpots(rivals.machine, design)
     # not `reuse_rate`: a head whose set was replaced ahead of its query counts as reused there
     kept = sum(result.hit_rate for result in ours) / len(ours)
     gains = {
         rival: [other.tpot_s / mine.tpot_s - 1.0 for other, mine in zip(theirs, ours, strict=True)]
-        for rival, theirs in rivals.items()
+        for rival, theirs in rivals.results.items()
     }
     spans = ", ".join(f"over {rival} {min(found):+.0%} to {max(found):+.0%}" for rival, found in gains.items())
     return f"{kept:.0%} of sets kept: {spans}"

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from clo.specs.overrides import Overrides
     from clo_sim.explore import Exploration
     from clo_sim.goals import Goals
-    from clo_sim.laboratory import Progress
     from clo_sim.scene import Scene
     from clo_sim.workers import Workers
 
@@ -116,6 +116,7 @@ def explore(
     Ctrl-C ends a run early: what was evaluated is printed and written all the same.
     """
     from clo.files import check_target
+    from clo_cli.bars import phases
     from clo_sim.explore import DEFAULT_GRID, with_intervals
     from clo_sim.explore import explore as run
 
@@ -130,6 +131,7 @@ def explore(
     if parquet is not None:
         check_target(parquet)
     with ExitStack() as held:
+        tell = held.enter_context(phases())
         found = run(
             scene,
             named=named,
@@ -142,11 +144,10 @@ def explore(
             workers=held.enter_context(_workers(scene, workers, cluster)),
             measure=real,
             seed=scene.workload.seed,
-            progress=held.enter_context(_progress(as_json)),
+            progress=partial(tell, "trying designs"),
         )
-    if intervals and not found.interrupted:
-        with _progress(as_json, "prediction intervals") as progress:
-            found = with_intervals(found, scene, progress)
+        if intervals and not found.interrupted:
+            found = with_intervals(found, scene, partial(tell, "prediction intervals"))
     _report(found, scene, searched=evaluations is not None, as_json=as_json)
     _write(found, scene, out, parquet, figures)
     if out is not None and not as_json:
@@ -207,19 +208,6 @@ def _named(designs: str | None, overrides: Overrides) -> list[Design]:
         except SpecError:
             continue
     return found
-
-
-@contextmanager
-def _progress(quiet: bool, doing: str = "trying designs") -> Iterator[Progress | None]:
-    """A bar on stderr."""
-    if quiet:
-        yield None
-        return
-    from clo_cli.bars import progress_bar
-
-    with progress_bar() as bar:
-        task = bar.add_task(doing, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _report(found: Exploration, scene: Scene, *, searched: bool, as_json: bool) -> None:

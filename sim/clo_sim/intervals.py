@@ -77,7 +77,8 @@ def with_intervals(
 ) -> Result:
     """The result of running `priced`, with intervals of its times and of what follows from its TPOT."""
     found = predict(priced, run=run, progress=progress)
-    of_a_step = {name: getattr(result, name) * result.tpot_s for name in ("tokens_per_s", "h2d_utilisation")}
+    a_second = {"tokens_per_s": result.tokens_per_s, "h2d_utilisation": result.h2d_utilisation}
+    of_a_step = {name: value * result.tpot_s for name, value in a_second.items() if value is not None}
     known = found.intervals | rates(found.intervals["tpot_s"], **of_a_step)
     spans = {name: (interval.low, interval.high) for name, interval in known.items()}
     return result.with_fields(intervals=spans, interval_share=found.known_share)
