@@ -7,6 +7,8 @@ them. Not yet run on a GPU.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +23,10 @@ SLOT_BLOCK = 8192
 """Slots whose stamps and pages registers hold."""
 LOOK_BLOCK = 4096
 """Of more slots, those that are read at once, anew for every look."""
+REPLACE_BLOCK = 2048
+"""Slots that are emptied at once."""
+BUDGET_BLOCK = 4096
+"""Pages of the selection that are looked up at once."""
 SEARCH_WAYS = 8
 """Parts into which a look at all stamps cuts the range of the threshold: 11 looks find it among 2**32 values."""
 
@@ -40,6 +46,13 @@ def _free(at, freed, leaving, freed_before, fetch_slots, slot_of_page, BLOCK: tl
 
 
 @triton.jit
+def _selected(selection, rank, budget, num_pages):
+    """These pages of the selection, and which of them are pages at all."""
+    page = tl.load(selection + rank, mask=rank < budget, other=-1)
+    return page, (page >= 0) & (page < num_pages)
+
+
+@triton.jit
 def resolve_pages_kernel(
     selection,
     missed,
@@ -53,7 +66,7 @@ def resolve_pages_kernel(
     budget,
     num_slots,
     num_pages,
-    BUDGET_PAD: tl.constexpr,
+    BUDGET_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
     HELD: tl.constexpr,
     WAYS: tl.constexpr,
@@ -67,42 +80,48 @@ def resolve_pages_kernel(
     out_slots += row * budget
     fetch_pages += row * budget
     fetch_slots += row * budget
-    rank = tl.arange(0, BUDGET_PAD)
-    inside = rank < budget
-    page = tl.load(selection + rank, mask=inside, other=-1)
-    wanted = inside & (page >= 0) & (page < num_pages)
-    slot = tl.load(slot_of_page + page, mask=wanted, other=-1)
-    absent = wanted if REPLACE else wanted & (slot < 0)
-    place = tl.cumsum(absent.to(tl.int32), 0) - 1
-    num_absent = tl.sum(absent.to(tl.int32), 0) * tl.load(missed + row).to(tl.int32)
+    first = tl.arange(0, BLOCK)
+    ranks = tl.arange(0, BUDGET_BLOCK)
+
+    # what is where is written down and read again: kept in registers over the search for room, it would not fit
+    num_absent = tl.full([], 0, tl.int32)
+    for start in range(0, budget, BUDGET_BLOCK):
+        rank = start + ranks
+        page, wanted = _selected(selection, rank, budget, num_pages)
+        slot = tl.load(slot_of_page + page, mask=wanted, other=-1)
+        tl.store(out_slots + rank, slot, mask=rank < budget)
+        absent = wanted if REPLACE else wanted & (slot < 0)
+        num_absent += tl.sum(absent.to(tl.int32), 0)
+    num_absent *= tl.load(missed + row).to(tl.int32)
     tl.store(num_fetched + row, num_absent)
-    tl.store(fetch_pages + rank, tl.full([BUDGET_PAD], -1, tl.int32), mask=inside & (rank >= num_absent))
-    tl.store(fetch_slots + rank, tl.full([BUDGET_PAD], -1, tl.int32), mask=inside & (rank >= num_absent))
+    for start in range(0, budget, BUDGET_BLOCK):
+        rank = start + ranks
+        unused = (rank < budget) & (rank >= num_absent)
+        tl.store(fetch_pages + rank, tl.full([BUDGET_BLOCK], -1, tl.int32), mask=unused)
+        tl.store(fetch_slots + rank, tl.full([BUDGET_BLOCK], -1, tl.int32), mask=unused)
 
     if tl.load(missed + row) != 0:
         # no stamp is the largest number, which stands for "no slot"
-        first = tl.arange(0, BLOCK)
-        if HELD:
-            held = tl.load(page_of_slot + first, mask=first < num_slots, other=-1)
         newest = tl.full([], -2147483647, tl.int32)
         oldest = tl.full([], 2147483647, tl.int32)
         for start in range(0, num_slots, BLOCK):
             age = tl.load(last_use + start + first, mask=start + first < num_slots, other=2147483647)
             newest = tl.maximum(newest, tl.max(tl.where(age < 2147483647, age, -2147483647), 0))
             oldest = tl.minimum(oldest, tl.min(age, 0))
-        stamp = newest + (budget - rank)  # the first of the selection leaves last
-        tl.debug_barrier()  # all stamps are read
+        stamps = newest + budget  # less the rank: the first of the selection leaves last
+        tl.debug_barrier()  # all stamps are read, and what is where is written down
         if REPLACE:
             for start in range(0, num_slots, BLOCK):
                 at = start + first
-                leaving = held if HELD else tl.load(page_of_slot + at, mask=at < num_slots, other=-1)
+                leaving = tl.load(page_of_slot + at, mask=at < num_slots, other=-1)
                 tl.store(slot_of_page + leaving, tl.full([BLOCK], -1, tl.int32), mask=leaving >= 0)
                 tl.store(page_of_slot + at, tl.full([BLOCK], -1, tl.int32), mask=at < num_slots)
-            tl.debug_barrier()  # every slot is free
-            slot = place
         else:
-            tl.store(last_use + slot, stamp, mask=wanted & (slot >= 0))
-            tl.debug_barrier()  # what is in use is stamped
+            for start in range(0, budget, BUDGET_BLOCK):
+                rank = start + ranks
+                slot = tl.load(out_slots + rank, mask=rank < budget, other=-1)
+                tl.store(last_use + slot, stamps - rank, mask=slot >= 0)
+        tl.debug_barrier()  # what is in use is stamped; or every slot is free
 
         if (num_absent > 0) & (not REPLACE):
             if HELD:
@@ -127,7 +146,8 @@ def resolve_pages_kernel(
 
             if HELD:
                 freed = held_age <= low
-                _free(first, freed, held, 0, fetch_slots, slot_of_page, BLOCK)
+                leaving = tl.load(page_of_slot + first, mask=freed, other=-1)
+                _free(first, freed, leaving, 0, fetch_slots, slot_of_page, BLOCK)
             else:
                 freed_before = tl.full([], 0, tl.int32)
                 for start in range(0, num_slots, BLOCK):
@@ -137,15 +157,25 @@ def resolve_pages_kernel(
                     _free(at, freed, leaving, freed_before, fetch_slots, slot_of_page, BLOCK)
                     freed_before += tl.sum(freed.to(tl.int32), 0)
             tl.debug_barrier()  # the freed slots are listed
-            arriving = tl.load(fetch_slots + place, mask=absent, other=-1)
-            slot = tl.where(absent, arriving, slot)
-        if REPLACE:
-            tl.store(fetch_slots + place, slot, mask=absent)
-        tl.store(fetch_pages + place, page, mask=absent)
-        tl.store(page_of_slot + slot, page, mask=absent)
-        tl.store(slot_of_page + page, slot, mask=absent)
-        tl.store(last_use + slot, stamp, mask=absent)
-    tl.store(out_slots + rank, tl.where(wanted, slot, -1), mask=inside)
+
+        absent_before = tl.full([], 0, tl.int32)
+        for start in range(0, budget, BUDGET_BLOCK):
+            rank = start + ranks
+            page, absent = _selected(selection, rank, budget, num_pages)
+            if not REPLACE:
+                absent &= tl.load(out_slots + rank, mask=rank < budget, other=-1) < 0
+            place = absent_before + tl.cumsum(absent.to(tl.int32), 0) - 1
+            if REPLACE:
+                slot = place
+                tl.store(fetch_slots + place, slot, mask=absent)
+            else:
+                slot = tl.load(fetch_slots + place, mask=absent, other=-1)
+            tl.store(fetch_pages + place, page, mask=absent)
+            tl.store(out_slots + rank, slot, mask=absent)
+            tl.store(page_of_slot + slot, page, mask=absent)
+            tl.store(slot_of_page + page, slot, mask=absent)
+            tl.store(last_use + slot, stamps - rank, mask=absent)
+            absent_before += tl.sum(absent.to(tl.int32), 0)
 
 
 def resolve_pages(
@@ -177,8 +207,6 @@ def resolve_pages(
     require(out.slots.shape == selection.shape, f"out: budget {out.slots.shape[2]}, expected {budget}")
     if not runs_kernel(selection):
         return reference.resolve_pages(selection, missed, table, replace=replace, out=out)
-    held, budget_pad = num_slots <= SLOT_BLOCK, triton.next_power_of_2(budget)
-    block = triton.next_power_of_2(num_slots) if held else min(SLOT_BLOCK, LOOK_BLOCK)
     if batch * heads:
         with on_device(selection):
             resolve_pages_kernel[(batch * heads,)](
@@ -194,16 +222,22 @@ def resolve_pages(
                 budget,
                 num_slots,
                 table.slot_of_page.shape[2],
-                BUDGET_PAD=budget_pad,
-                BLOCK=block,
-                HELD=held,
-                WAYS=SEARCH_WAYS,
-                REPLACE=replace,
-                num_warps=warps(max(block, budget_pad)),
+                **options(budget, num_slots, replace=replace),
             )
     return out
 
 
-def warps(slots: int) -> int:
-    """More for more slots, but no more than leave each thread the registers it needs."""
-    return 8 if slots <= 1024 else 16 if slots <= 8192 else 32
+def options(budget: int, num_slots: int, *, replace: bool) -> dict[str, Any]:
+    """Sizes that the kernel is compiled for, and its warps: no thread needs more registers than it has."""
+    held = num_slots <= SLOT_BLOCK and not replace
+    at_once = REPLACE_BLOCK if replace else SLOT_BLOCK if held else LOOK_BLOCK
+    block = min(triton.next_power_of_2(num_slots), at_once)
+    budget_block = min(triton.next_power_of_2(budget), BUDGET_BLOCK)
+    return {
+        "BUDGET_BLOCK": budget_block,
+        "BLOCK": block,
+        "HELD": held,
+        "WAYS": SEARCH_WAYS,
+        "REPLACE": replace,
+        "num_warps": 8 if max(block, budget_block) <= 2048 else 16,
+    }

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from clo_kernels.append_kv import append_kv_kernel
 from clo_kernels.gather_pages import gather_pages_kernel
 from clo_kernels.hit_test import hit_test_kernel
-from clo_kernels.resolve_pages import resolve_pages_kernel
+from clo_kernels.resolve_pages import MAX_BUDGET, options, resolve_pages_kernel
 from clo_kernels.ring_doorbell import ring_doorbell_kernel
 from clo_kernels.score_pages import fold_scores_kernel, page_logits_kernel
 from clo_kernels.select_pages import select_pages_kernel
@@ -38,6 +38,14 @@ TOKEN_LOGITS: dict[str, Any] = {
     "GROUP": 8, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "PAGE": 16, "PAGE_PAD": 16, "BLOCK": 4, "DOT": tl.bfloat16,
 }  # fmt: skip
 
+
+def resolve(budget: int, slots: int, *, replace: bool = False) -> tuple[Any, str, dict[str, Any], int]:
+    """As the kernel is launched for so many pages and slots."""
+    constants = options(budget, slots, replace=replace)
+    warps = constants.pop("num_warps")
+    return resolve_pages_kernel, RESOLVE, constants, warps
+
+
 # kernel, dtypes of pointers ("/16": aligned, as torch allocates) and numbers, constants, warps
 KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
     "hit_test": (
@@ -46,30 +54,13 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
         {"GROUP": 7, "GROUP_PAD": 8, "DIM": 128, "DIM_PAD": 128, "FOLD": "importance"},
         1,
     ),
-    "resolve_pages": (
-        resolve_pages_kernel,
-        RESOLVE,
-        {"BUDGET_PAD": 1024, "BLOCK": 2048, "HELD": True, "WAYS": 8, "REPLACE": False},
-        16,
-    ),
-    "resolve_pages_replace": (
-        resolve_pages_kernel,
-        RESOLVE,
-        {"BUDGET_PAD": 1024, "BLOCK": 2048, "HELD": True, "WAYS": 8, "REPLACE": True},
-        16,
-    ),
-    "resolve_pages_4k": (
-        resolve_pages_kernel,
-        RESOLVE,
-        {"BUDGET_PAD": 2048, "BLOCK": 4096, "HELD": True, "WAYS": 8, "REPLACE": False},
-        16,
-    ),
-    "resolve_pages_more": (
-        resolve_pages_kernel,
-        RESOLVE,
-        {"BUDGET_PAD": 2048, "BLOCK": 4096, "HELD": False, "WAYS": 8, "REPLACE": False},
-        16,
-    ),
+    "resolve_pages": resolve(1024, 2048),
+    "resolve_pages_replace": resolve(1024, 2048, replace=True),
+    "resolve_pages_4k": resolve(2048, 4096),
+    "resolve_pages_8k": resolve(8192, 8192),
+    "resolve_pages_more": resolve(2048, 16384),
+    "resolve_pages_most": resolve(MAX_BUDGET, 65536),
+    "resolve_pages_replace_most": resolve(MAX_BUDGET, 65536, replace=True),
     "gather_pages": (
         gather_pages_kernel,
         "*i32/16 *i32/16 *i32/16 *i32/16 *i32/16 i32 i32 i32 i32 i32",
