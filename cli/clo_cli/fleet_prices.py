@@ -25,6 +25,8 @@ class Priced:
         data = asdict(self.fleet) | {"best": self.best, "cost_per_hour": self.cost_per_hour}
         data["cost_per_million_output_tokens"] = self.cost_per_million
         data["margin"] = None if math.isinf(self.fleet.margin) else self.fleet.margin
+        ends = self.fleet.gpus_interval
+        data["gpus_interval"] = ends and [None if math.isinf(end) else int(end) for end in ends]
         data["result"] = None if self.fleet.result is None else self.fleet.result.as_dict()
         return data
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,6 +41,9 @@ CURVE = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25)
 @click.option("--designs", default=DESIGNS, show_default=True, help="Comma-separated presets or TOML files.")
 @click.option("--price", multiple=True, metavar="MACHINE=DOLLARS", help="Per GPU and hour, e.g. h200=3.5. Repeat.")
 @click.option("--max-gpus", type=click.IntRange(1), default=256, show_default=True, help="Largest fleet to try.")
+@click.option(
+    "--intervals", is_flag=True, help="How many GPUs the best design of each machine needs with a probability of 90%."
+)
 @click.option("--map/--no-map", "with_map", default=True, show_default=True, help="When does offloading help?")
 @click.option("--map-machine", help="Machine type of the map [default: the best fleet's].")
 @click.option("--map-output-tokens", type=click.IntRange(1), help="Answers of the map [default: the trace's mean].")
@@ -53,6 +57,7 @@ def plan(
     designs: str,
     price: tuple[str, ...],
     max_gpus: int,
+    intervals: bool,
     with_map: bool,
     map_machine: str | None,
     map_output_tokens: int | None,
@@ -93,7 +98,7 @@ def plan(
         max_gpus=max_gpus,
     )
     workers = jobs or os.cpu_count() or 1
-    fleets = _fleets(question, machine_names, list(chosen.values()), workers)
+    fleets = _fleets(question, machine_names, list(chosen.values()), workers, intervals=intervals)
     priced = [with_price(one, prices, machine) for machine, one in fleets]
     best = best_of(priced)
     found: dict[str, Any] = {"priced": priced, "curve": None, "map": None}
@@ -115,10 +120,10 @@ def _listed(text: str, option: str) -> list[str]:
 
 
 def _fleets(
-    question: Question, machines: Sequence[str], designs: Sequence[Design], workers: int
+    question: Question, machines: Sequence[str], designs: Sequence[Design], workers: int, *, intervals: bool
 ) -> list[tuple[str, Priced]]:
     """The smallest fleet of every machine and design, best design of each machine first and with its head-room."""
-    from clo_cli.plan_jobs import FleetJob, run_fleet
+    from clo_cli.plan_jobs import FleetJob, run_fleet, run_intervals
 
     first = [FleetJob(question=question, machine=one, design=designs[0]) for one in machines]
     known = _run(run_fleet, first, workers, f"fleets with {designs[0].name}")
@@ -138,6 +143,9 @@ def _fleets(
     leaders = [pairs[0] for pairs in by_machine.values() if pairs[0][1].gpus is not None]
     again = [FleetJob(question=question, machine=job.machine, design=job.design, fleet=fleet) for job, fleet in leaders]
     with_room = _run(run_fleet, again, workers, "head-room") if again else []
+    if intervals:
+        again = [replace(job, fleet=fleet) for job, fleet in zip(again, with_room, strict=True)]
+        with_room = _run(run_intervals, again, workers, "prediction intervals") if again else []
     rooms = {job.machine: fleet for job, fleet in zip(again, with_room, strict=True)}
     listed = []
     for machine, pairs in by_machine.items():
@@ -195,8 +203,6 @@ def _map(
     workers: int,
 ) -> CrossoverMap | None:
     """One job per offloading design; their maps share the resident ones."""
-    from dataclasses import replace
-
     from clo import presets
     from clo_cli.plan_jobs import MapJob, run_map
     from clo_sim.serving.crossover import contexts_up_to

@@ -61,6 +61,26 @@ def run_fleet(job: FleetJob) -> Fleet:
     return smallest_fleet(*given, max_gpus=ask.max_gpus, near=job.near, **ask.prices)
 
 
+def run_intervals(job: FleetJob) -> Fleet:
+    """The job's fleet with prediction intervals."""
+    from clo_sim.serving.intervals import fleet_with_intervals
+
+    ask = job.question
+    assert job.fleet is not None
+    scene = serving_scene(ask.options, ask.overrides, job.machine)
+    return fleet_with_intervals(
+        job.fleet,
+        scene,
+        job.design,
+        ask.trace,
+        ask.slo,
+        ask.service,
+        max_gpus=ask.max_gpus,
+        seed=ask.options["seed"],
+        **ask.prices,
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CurveJob:
     """A fleet's latencies against multiples of the load."""

@@ -59,7 +59,9 @@ _OPTIONS = (
         show_default=True,
         help="What prices decode steps: clock is fast; simpy adds contention.",
     ),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of generated loads and stand-in heads."),
+    click.option(
+        "--seed", type=int, default=0, show_default=True, help="Of generated loads, stand-in heads and intervals."
+    ),
     click.option(
         "--set",
         "settings",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 @click.option("--gpus", type=int, default=1, show_default=True, help="Replicas: each GPU holds the whole model.")
 @click.option("--slo", "slo_text", help='Such as "ttft_p95<2s, tpot_p95<50ms": goodput, and whether each term holds.')
 @click.option("--no-coalesce", is_flag=True, help="Take every decode step by itself: slow, the same numbers.")
+@click.option("--intervals", is_flag=True, help="Also 90% prediction intervals: served 40 times with drawn costs.")
 @click.option("--figure", type=click.Path(path_type=Path), help="Draw queue and memory over time (.png, .svg, .pdf).")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -34,6 +36,7 @@ def serve_sim(
     gpus: int,
     slo_text: str | None,
     no_coalesce: bool,
+    intervals: bool,
     figure: Path | None,
     out: Path | None,
     as_json: bool,
@@ -67,6 +70,8 @@ def serve_sim(
     result = _summary(
         run, cpu_s, slo, {"model": scene.model.name, "machine": scene.machine.name, "design": design.name}
     )
+    if intervals:
+        result = _spread(result, run, slo, options["seed"])
     if out is not None:
         _save(result, out)
     if figure is not None:
@@ -107,6 +112,14 @@ def _summary(run: ServiceRun, cpu_s: float, slo: Slo | None, names: dict[str, st
     from clo_sim.serving import summarise_service
 
     return summarise_service(run, **names, slo=slo, cpu_s=cpu_s, with_measured_share=True)
+
+
+def _spread(result: ServiceResult, run: ServiceRun, slo: Slo | None, seed: int) -> ServiceResult:
+    from clo_cli.bars import phases
+    from clo_sim.serving.intervals import with_intervals
+
+    with phases() as tell:
+        return with_intervals(result, run, slo=slo, seed=seed, progress=partial(tell, "prediction intervals"))
 
 
 def _save(result: ServiceResult, path: Path) -> None:

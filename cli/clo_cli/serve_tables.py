@@ -39,8 +39,11 @@ def print_service(result: ServiceResult) -> None:
         table.add_column(name, justify="right")
     for title, field in _LATENCIES.items():
         table.add_row(title, *_row(getattr(result, field), bool(result.unstable)))
+        if result.intervals:
+            table.add_row("", *(_span(result, f"{field}_{name}") for name in _STATISTICS), style="dim")
     out.print(table)
     _print_slo(result)
+    _print_intervals(result)
     if result.measured_share is not None:
         share = f"{result.measured_share:.0%} of the busy time"
         out.print(f"Measured kernel times account for {share}; the rest is literature or assumed (docs/serving.md).")
@@ -50,6 +53,21 @@ def _row(latency: Latency, unstable: bool) -> list[str]:
     values = [getattr(latency, name) for name in _STATISTICS]
     missing = "unstable" if unstable else "-"
     return [missing if value is None else format_seconds(value) for value in values]
+
+
+def _span(result: ServiceResult, name: str) -> str:
+    ends = result.intervals.get(name)
+    return "" if ends is None else " to ".join("unstable" if math.isinf(one) else format_seconds(one) for one in ends)
+
+
+def _print_intervals(result: ServiceResult) -> None:
+    if result.interval_share is None:
+        return
+    low, high = result.intervals["output_tokens_per_s"]
+    console().print(
+        f"Below each number is its 90% prediction interval; {low:.4g} to {high:.4g} tokens/s. Costs without a known "
+        f"spread ({1 - result.interval_share:.0%} of busy time) are taken as exact."
+    )
 
 
 def _lines(result: ServiceResult) -> list[str]:
@@ -87,8 +105,12 @@ def _print_slo(result: ServiceResult) -> None:
     if not result.slo:
         return
     out = console()
-    held = ", ".join(f"{name} {'holds' if met else 'FAILS'}" for name, met in result.slo_met.items())
+    held = ", ".join(_held(name, met, result.slo_chance.get(name)) for name, met in result.slo_met.items())
     out.print(f"SLO {result.slo}: {held}; goodput {result.goodput_per_s:.3g} requests/s within every limit")
+
+
+def _held(name: str, met: bool, chance: float | None) -> str:
+    return f"{name} {'holds' if met else 'FAILS'}" + ("" if chance is None else f" (it holds in {chance:.0%} of draws)")
 
 
 def print_fleets(fleets: Sequence[Priced], slo: str, title: str, *, prices_given: bool) -> None:
@@ -103,6 +125,8 @@ def print_fleets(fleets: Sequence[Priced], slo: str, title: str, *, prices_given
     for one in fleets:
         table.add_row(*_fleet_row(one))
     out.print(table)
+    if any(one.fleet.gpus_interval is not None for one in fleets):
+        out.print("In brackets: the GPUs needed with a probability of 90%, as far as the spreads of costs are known.")
     if not prices_given:
         out.print("No prices given: no costs. Give yours, in $ per GPU and hour: --price h200=... --price l40s=...")
 
@@ -118,13 +142,17 @@ def _fleet_row(one: Priced) -> list[str]:
     return [
         fleet.machine,
         fleet.design,
-        str(fleet.gpus),
+        str(fleet.gpus) + _count_span(fleet.gpus_interval),
         f"{fleet.margin:.0%}",
         head,
         "" if one.cost_per_hour is None else f"{one.cost_per_hour:.2f}",
         "" if one.cost_per_million is None else f"{one.cost_per_million:.3g}",
-        f"{best}{values}{breaks}",
+        f"{best}{values}{breaks}{'' if fleet.chance is None else f'; enough in {fleet.chance:.0%} of draws'}",
     ]
+
+
+def _count_span(ends: tuple[float, float] | None) -> str:
+    return "" if ends is None else "\n({} to {})".format(*("none" if math.isinf(one) else f"{one:.0f}" for one in ends))
 
 
 def print_map(found: CrossoverMap) -> None:

@@ -7,6 +7,7 @@ that do account for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -42,6 +43,31 @@ class Prediction:
     known_share: float
 
 
+class CostDraw:
+    """One draw of all costs: a factor for every price entry, drawn when it is first asked for."""
+
+    def __init__(self, source: np.random.Generator) -> None:
+        self._source = source
+        self._factors: dict[str, float] = {}
+
+    def factor(self, entry: str, spread: float) -> float:
+        """Log-normal with mean 1 and relative standard deviation `spread`; the same for the same entry."""
+        if entry not in self._factors:
+            self._factors[entry] = _factor(self._source, spread)
+        return self._factors[entry]
+
+    def of(self, priced: PricedStep) -> PricedStep:
+        """The step with every operation's price drawn."""
+        prices = {}
+        for task, price in priced.prices.items():
+            prices[task] = price * self.factor(*priced.pricer.uncertainty(task.work, task.name))
+        return replace(priced, prices=prices)
+
+    def common(self, priced: PricedStep) -> float:
+        """Factor of whole steps, beyond that of their operations."""
+        return self.factor("whole steps", priced.pricer.common_spread)
+
+
 def predict(
     priced: PricedStep,
     *,
@@ -58,14 +84,15 @@ def predict(
     source = np.random.default_rng(seed)
     found: dict[str, list[float]] = {}
     for draw in range(draws):
-        times = run(_drawn(priced, source), contention=contention)
-        common = _factor(source, priced.pricer.common_spread)
+        costs = CostDraw(source)
+        times = run(costs.of(priced), contention=contention)
+        common = costs.common(priced)
         for name, value in step_numbers(times).items():
             found.setdefault(name, []).append(common * value)
         if progress is not None:
             progress(draw + 1, draws)
-    intervals = {name: _interval(values) for name, values in found.items()}
-    return Prediction(intervals, _known_share(priced))
+    intervals = {name: interval_of(values) for name, values in found.items()}
+    return Prediction(intervals, known_share(priced))
 
 
 def with_intervals(
@@ -84,10 +111,16 @@ def with_intervals(
     return result.with_fields(intervals=spans, interval_share=found.known_share)
 
 
-def _interval(values: Sequence[float]) -> Interval:
-    """Between order statistics i and j of n draws lies (j - i) / (n + 1) of the distribution, on average."""
+def interval_of(values: Sequence[float]) -> Interval:
+    """Of a number's draws; values may be infinite.
+
+    Between order statistics i and j of n draws lies (j - i) / (n + 1) of the distribution, on average.
+    """
     tail = 50 * (1 - LEVEL)
-    return Interval(*np.percentile(values, [tail, 100 - tail], method="weibull").tolist())
+    with np.errstate(invalid="ignore"):
+        low, high = np.percentile(values, [tail, 100 - tail], method="weibull").tolist()
+    # between two infinite ones there is nothing to interpolate
+    return Interval(*(math.inf if math.isnan(one) else one for one in (low, high)))
 
 
 def rates(tpot: Interval, **per_step: float) -> dict[str, Interval]:
@@ -103,24 +136,14 @@ def step_numbers(times: StepTimes) -> dict[str, float]:
     return numbers | {f"lane_busy_s.{lane.value}": float(busy.mean()) for lane, busy in times.lane_busy.items()}
 
 
-def _drawn(priced: PricedStep, source: np.random.Generator) -> PricedStep:
-    factors: dict[str, float] = {}
-    prices = {}
-    for task, price in priced.prices.items():
-        entry, spread = priced.pricer.uncertainty(task.work, task.name)
-        if entry not in factors:
-            factors[entry] = _factor(source, spread)
-        prices[task] = price * factors[entry]
-    return replace(priced, prices=prices)
-
-
 def _factor(source: np.random.Generator, spread: float) -> float:
     """Log-normal with mean 1 and relative standard deviation `spread`."""
     variance = float(np.log1p(spread**2))
     return float(np.exp(source.normal(-variance / 2, np.sqrt(variance))))
 
 
-def _known_share(priced: PricedStep) -> float:
+def known_share(priced: PricedStep) -> float:
+    """Share of a step's busy time on costs whose spread is known."""
     seconds: NDArray[np.float64] = np.zeros(2)
     for task, places in priced.shape.places.items():
         price = priced.prices[task]

@@ -21,6 +21,8 @@ from clo.kernel_scaling import measured_on
 from clo.plan import DecodePlan
 from clo.specs import Design
 from clo_sim.clock import step_seconds
+from clo_sim.intervals import CostDraw, known_share
+from clo_sim.priced import PricedStep
 from clo_sim.run import Executor, summarise
 from clo_sim.scene import Scene, gpu_tables
 from clo_sim.serving.clocks import StepClock
@@ -38,6 +40,8 @@ SHORTEST = 128
 """No context is priced as shorter than this."""
 
 Floats = NDArray[np.float64]
+Steps = dict[tuple[int, int], PricedStep]
+"""Priced steps by batch and context."""
 
 
 class DecodePrices:
@@ -46,13 +50,23 @@ class DecodePrices:
     `cpu_s` is what pricing has taken so far, CPU seconds of this process.
     """
 
-    def __init__(self, scene: Scene, design: Design, *, max_context: int, executor: Executor = "clock") -> None:
+    def __init__(
+        self,
+        scene: Scene,
+        design: Design,
+        *,
+        max_context: int,
+        executor: Executor = "clock",
+        draw: CostDraw | None = None,
+        steps: Steps | None = None,
+    ) -> None:
         self.scene = scene
         self.design = design
         self.executor = executor
         self.max_context = min(max_context, scene.model.max_positions)
         self._need, self._room = memory_need(scene, design), memory_room(scene)
         self.cpu_s = 0.0
+        self._draw, self._steps = draw, {} if steps is None else steps
         self._columns: dict[int, tuple[list[int], Floats]] = {}
         self._clocks: dict[int, StepClock] = {}
 
@@ -62,12 +76,28 @@ class DecodePrices:
             self._clocks[batch] = self._interpolated(batch)
         return self._clocks[batch]
 
+    def drawn(self, draw: CostDraw) -> DecodePrices:
+        """The same design with costs drawn from their spreads; steps are planned once for all draws."""
+        return DecodePrices(
+            self.scene,
+            self.design,
+            max_context=self.max_context,
+            executor=self.executor,
+            draw=draw,
+            steps=self._steps,
+        )
+
     def seconds(self, batch: int, context_tokens: int) -> float:
         """Step time at one point, not interpolated."""
-        scene, plan = self._plan(batch, context_tokens)
-        priced = scene.priced(plan)
+        priced, factor = self._step(batch, context_tokens), 1.0
+        if self._draw is not None:
+            priced, factor = self._draw.of(priced), self._draw.common(priced)
         times = step_seconds(priced) if self.executor == "clock" else run_simpy(priced).seconds
-        return float(times.mean())
+        return factor * float(times.mean())
+
+    def known_share(self, batch: int, context_tokens: int) -> float:
+        """Share of a step's busy time whose costs have a known spread."""
+        return known_share(self._step(max(1, batch), max(1, min(context_tokens, self.max_context))))
 
     def measured_share(self, batch: int, context_tokens: int) -> float:
         """Share of a step's busy time whose costs were measured."""
@@ -119,6 +149,16 @@ class DecodePrices:
         # close to the limit caches are small, and times rise ever faster
         steep = [round(share * longest) for share in (0.75, 0.9)] if longest < self.max_context else []
         return sorted({*_context_nodes(max(longest, SHORTEST)), *(one for one in steep if one > SHORTEST)})
+
+    def _step(self, batch: int, context_tokens: int) -> PricedStep:
+        """Kept where it will be asked for again, with other costs."""
+        if (batch, context_tokens) in self._steps:
+            return self._steps[batch, context_tokens]
+        scene, plan = self._plan(batch, context_tokens)
+        priced = scene.priced(plan)
+        if self._draw is not None:
+            self._steps[batch, context_tokens] = priced
+        return priced
 
     def _plan(self, batch: int, context_tokens: int) -> tuple[Scene, DecodePlan]:
         """The plan where it fits; elsewhere, for interpolation only, one with the smallest cache."""

@@ -10,9 +10,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,10 @@ class ServiceResult:
     `goodput_per_s` counts completed requests whose own TTFT, TPOT and E2E are within the SLO's limits, over the time of
     the run; none without an SLO. `slo_met` is by term. Memory is per worker: peaks of the fullest,
     on the host apart for sequences and for the prefixes in what they leave.
+
+    Where they were asked for: `intervals` are 90% prediction intervals by the flat names of `as_dict`, infinite at an
+    end where the service does not keep up; `interval_share` is the share of busy time on costs whose spread is known,
+    `slo_chance` the share of draws in which a term of the SLO holds.
     """
 
     trace: str
@@ -106,15 +111,28 @@ class ServiceResult:
     iterations: int
     measured_share: float | None
     requests_per_cpu_s: float | None
-    samples: tuple[tuple[Sample, ...], ...]
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    interval_share: float | None = None
+    slo_chance: Mapping[str, float] = field(default_factory=dict)
+    samples: tuple[tuple[Sample, ...], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the usual percentiles also by flat names, `ttft_s_p95` and so on."""
         data = asdict(self)
         data["samples"] = [[sample._asdict() for sample in worker] for worker in self.samples]
-        for name in ("ttft_s", "tpot_s", "itl_s", "e2e_s"):
-            data |= {f"{name}_{statistic}": value for statistic, value in data[name].items()}
+        data |= self.latencies()
+        data["intervals"] = {
+            name: [None if math.isinf(end) else end for end in ends] for name, ends in self.intervals.items()
+        }
         return data
+
+    def latencies(self) -> dict[str, float | None]:
+        """Every statistic of every metric by a flat name, `ttft_s_p95` and so on, seconds."""
+        return {
+            f"{name}_{statistic}": value
+            for name in ("ttft_s", "tpot_s", "itl_s", "e2e_s")
+            for statistic, value in asdict(getattr(self, name)).items()
+        }
 
     def met(self) -> bool:
         """Whether the service keeps up, serves every request it accepts, and meets every term."""
@@ -248,11 +266,23 @@ def _mean_context(tallies: list[Tally]) -> float:
 
 def _measured_share(run: ServiceRun, tallies: list[Tally]) -> float | None:
     """Share of busy time whose costs were measured: GEMMs of prefill, and decode as at its mean batch and context."""
-    prices, busy = run.costs.decode_prices, _total(tallies, "decode_ns", "prefill_ns")
-    if prices is None or not busy:
+    prices = run.costs.decode_prices
+    if prices is None:
         return None
-    decode_ns = _total(tallies, "decode_ns")
-    batch = round(_total(tallies, "decode_area_ns") / max(1, busy))
-    share = prices.measured_share(batch, round(_mean_context(tallies))) if decode_ns else 0.0
     gemms_ns = _total(tallies, "dense_prefill_ns") if prices.kernels_measured else 0
-    return (gemms_ns + share * decode_ns) / busy
+    return _share(tallies, gemms_ns, prices.measured_share)
+
+
+def known_spread_share(run: ServiceRun) -> float | None:
+    """Share of busy time on costs of known spread: prefill's computing, and decode as at its mean batch and context."""
+    tallies, prices = [replica.tally for replica in run.replicas], run.costs.decode_prices
+    return None if prices is None else _share(tallies, _total(tallies, "computed_prefill_ns"), prices.known_share)
+
+
+def _share(tallies: list[Tally], of_prefill_ns: int, of_decode: Callable[[int, int], float]) -> float | None:
+    decode_ns, busy = _total(tallies, "decode_ns"), _total(tallies, "decode_ns", "prefill_ns")
+    if not busy:
+        return None
+    batch = round(_total(tallies, "decode_area_ns") / busy)
+    share = of_decode(batch, round(_mean_context(tallies))) if decode_ns else 0.0
+    return (of_prefill_ns + share * decode_ns) / busy

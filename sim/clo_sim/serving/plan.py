@@ -52,6 +52,9 @@ class Fleet:
 
     `margin` is the worst term's share of its limit (1: at the limit); `head_room` the largest multiple of the load that
     the fleet bears, and `breaks_by` the term that fails beyond it.
+
+    Where they were asked for: `gpus_interval` are the GPUs that the load needs with a probability of 90% (infinite
+    where no number would do), `chance` the probability that `gpus` are enough, as the spreads of the costs have it.
     """
 
     machine: str
@@ -64,6 +67,8 @@ class Fleet:
     result: ServiceResult | None = None
     head_room: float | None = None
     breaks_by: str = ""
+    gpus_interval: tuple[float, float] | None = None
+    chance: float | None = None
 
 
 def smallest_fleet(
@@ -88,13 +93,13 @@ def smallest_fleet(
     except CloError as error:
         return replace(fleet, problem=str(error))
     alone = alone_values(trace, costs, slo)
-    hopeless = [term for term in slo.terms if alone[term.name] >= term.limit_s]
+    hopeless = lost_terms(alone, slo)
     if hopeless:
         worst = max(hopeless, key=lambda term: alone[term.name] / term.limit_s)
         failing = (worst.name, *(term.name for term in hopeless if term is not worst))
         problem = f"{worst.name} is {alone[worst.name]:.3g} s even for requests alone on an idle GPU"
         return replace(fleet, problem=problem, failing=failing, values=alone)
-    best, last = _search(trace, costs, slo, settings, max_gpus, near)
+    best, last = search(trace, costs, slo, settings, max_gpus, near=near)
     if best is None:
         problem = f"not with {last.gpus} GPUs: {', '.join(last.failing)} fails"
         return replace(fleet, problem=problem, failing=last.failing, values=last.values)
@@ -160,7 +165,7 @@ def attempt(
     values = latency_values(run)
     found = {term.name: term_value(term, values) for term in slo.terms}
     result = summarise_service(run, slo=slo)
-    failing = [term for term in slo.terms if found[term.name] >= term.limit_s]
+    failing = lost_terms(found, slo)
     failing.sort(key=lambda term: -found[term.name] / term.limit_s)
     reasons = [term.name for term in failing]
     reasons += [f"{run.rejected[kind]} requests rejected ({kind})" for kind in OF_MEMORY if run.rejected[kind]]
@@ -207,6 +212,11 @@ def alone_values(trace: RequestTrace, costs: WorkerCosts, slo: Slo) -> dict[str,
     return {term.name: term_value(term, values) for term in slo.terms}
 
 
+def lost_terms(values: Mapping[str, float], slo: Slo) -> list[Term]:
+    """The terms that these values do not meet."""
+    return [term for term in slo.terms if values[term.name] >= term.limit_s]
+
+
 def _seen_prefixes(trace: RequestTrace, costs: WorkerCosts) -> list[int]:
     """Tokens of each prompt that came before as a prefix, at most all but the last."""
     if not costs.block_bytes:
@@ -230,12 +240,24 @@ def _is_strictest(term: Term, slo: Slo) -> bool:
     return term.quantile is not None and term.quantile == max(quantiles)
 
 
-def _search(
-    trace: RequestTrace, costs: WorkerCosts, slo: Slo, settings: ServiceSettings, max_gpus: int, near: int | None
+def search(
+    trace: RequestTrace,
+    costs: WorkerCosts,
+    slo: Slo,
+    settings: ServiceSettings,
+    max_gpus: int,
+    *,
+    near: int | None = None,
+    known: Attempt | None = None,
 ) -> tuple[Attempt | None, Attempt]:
-    """The smallest fleet that meets the SLO, if any up to `max_gpus`, and the largest that does not."""
+    """The smallest fleet that meets the SLO, if any up to `max_gpus`, and the largest that does not.
+
+    `near` is a guess, and `known` a fleet that was tried before: they save runs.
+    """
 
     def tried(gpus: int) -> Attempt:
+        if known is not None and known.gpus == gpus:
+            return known
         return attempt(trace, costs, slo, replace(settings, gpus=gpus))
 
     start = near or math.floor(_least_load(trace, costs))

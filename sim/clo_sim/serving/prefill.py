@@ -22,7 +22,9 @@ import numpy as np
 
 from clo.plan import dense_layers
 from clo.pricing import Pricer
+from clo.schedule.work import Gemm
 from clo.specs import Design
+from clo_sim.intervals import CostDraw
 from clo_sim.scene import Scene, gpu_tables
 from clo_sim.serving.requests import NS_PER_S
 
@@ -31,6 +33,8 @@ ATTENTION_EFFICIENCY = 0.6
 
 FlashAttention-2 reports 50 to 73% on A100, FlashAttention-3 up to 75% on H100 (literature, not measured here).
 """
+ATTENTION_SPREAD = 0.12
+"""Relative standard deviation of that share: of 0.5 to 0.75, all as likely."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +57,14 @@ class PrefillPrices:
         """Tokens a chunk holds at most."""
         return len(self.dense_ns) - 1
 
-    def chunk_ns(self, tokens: int, pairs: float, read_back: int, cached: int, finished: int) -> int:
-        """A chunk of `tokens` that makes `pairs`, reads `read_back` earlier tokens, and ends `finished` prompts."""
-        compute = self.dense_ns[tokens] + pairs * self.pair_ns + finished * self.head_ns
+    def compute_ns(self, tokens: int, pairs: float, finished: int) -> float:
+        """Computing a chunk of `tokens` that makes `pairs` and ends `finished` prompts."""
+        return self.dense_ns[tokens] + pairs * self.pair_ns + finished * self.head_ns
+
+    def chunk_ns(self, compute_ns: float, tokens: int, read_back: int, cached: int) -> int:
+        """A chunk that also reads `read_back` earlier tokens, and loads `cached` ones of prefix hits."""
         inward = read_back * self.in_ns + cached * self.cached_in_ns
-        return int(max(compute, inward, tokens * self.out_ns))
+        return int(max(compute_ns, inward, tokens * self.out_ns))
 
     def alone_ns(self, input_tokens: int, cached: int = 0) -> int:
         """A prompt with nothing else in its chunks, of which the first `cached` tokens are there already."""
@@ -66,7 +73,8 @@ class PrefillPrices:
             tokens = min(self.chunk_tokens, input_tokens - start)
             pairs = pairs_of(start, tokens)
             first = cached if start == cached else 0
-            total += self.chunk_ns(tokens, pairs, start, first, int(start + tokens == input_tokens))
+            compute_ns = self.compute_ns(tokens, pairs, int(start + tokens == input_tokens))
+            total += self.chunk_ns(compute_ns, tokens, start, first)
             start += tokens
         return total
 
@@ -76,8 +84,13 @@ def pairs_of(start: int, tokens: int) -> float:
     return tokens * (start + 0.5 * tokens)
 
 
-def prefill_prices(scene: Scene, design: Design, *, chunk_tokens: int, keeps_prefixes: bool) -> PrefillPrices:
-    """Prices of chunks of up to `chunk_tokens`; a service that keeps prefixes sends every new token's KV out."""
+def prefill_prices(
+    scene: Scene, design: Design, *, chunk_tokens: int, keeps_prefixes: bool, draw: CostDraw | None = None
+) -> PrefillPrices:
+    """Prices of chunks of up to `chunk_tokens`; a service that keeps prefixes sends every new token's KV out.
+
+    With a `draw`, GEMMs, element-wise kernels and attention vary with their spreads; the link's is not known.
+    """
     model, link = scene.model, scene.machine.link
     pricer = Pricer(gpu_tables(scene.profile, "serving"), scene.machine)
     resident = dense_layers(model, design) if design.offloads else model.num_layers
@@ -85,17 +98,19 @@ def prefill_prices(scene: Scene, design: Design, *, chunk_tokens: int, keeps_pre
     offloaded = (model.num_layers - resident) * model.layer_token_bytes * (1 - pinned)
     leaving = model.kv_bytes_per_token if keeps_prefixes else (model.num_layers - resident) * model.layer_token_bytes
     flops = 4.0 * model.num_query_heads * model.head_dim * model.num_layers
+    head = Gemm(m=1, n=model.vocab_size, k=model.hidden_size)
+    attention = 1.0 if draw is None else draw.factor("prefill_attention", ATTENTION_SPREAD)
     return PrefillPrices(
-        dense_ns=_dense_ns(scene, pricer, chunk_tokens),
-        head_ns=round(pricer.gemm_seconds(1, model.vocab_size, model.hidden_size) * NS_PER_S),
-        pair_ns=flops / (ATTENTION_EFFICIENCY * scene.machine.gpu.peak_flops_per_s) * NS_PER_S,
+        dense_ns=_dense_ns(scene, pricer, chunk_tokens, draw),
+        head_ns=round(_factor(pricer, head, draw) * pricer.gemm_seconds(head.m, head.n, head.k) * NS_PER_S),
+        pair_ns=attention * flops / (ATTENTION_EFFICIENCY * scene.machine.gpu.peak_flops_per_s) * NS_PER_S,
         in_ns=offloaded / link.h2d_bytes_per_s * NS_PER_S,
         cached_in_ns=(model.kv_bytes_per_token - offloaded) / link.h2d_bytes_per_s * NS_PER_S,
         out_ns=leaving / link.d2h_bytes_per_s * NS_PER_S,
     )
 
 
-def _dense_ns(scene: Scene, pricer: Pricer, chunk_tokens: int) -> list[int]:
+def _dense_ns(scene: Scene, pricer: Pricer, chunk_tokens: int, draw: CostDraw | None) -> list[int]:
     """GEMMs and element-wise kernels of all layers for 0, 1, ... tokens; more tokens never take less."""
     model = scene.model
     hidden, attended = model.hidden_size, model.num_query_heads * model.head_dim
@@ -108,5 +123,11 @@ def _dense_ns(scene: Scene, pricer: Pricer, chunk_tokens: int) -> list[int]:
     small = pricer.profile.elementwise
     rate = small.efficiency * scene.machine.gpu.hbm_bytes_per_s
     elementwise = 4 * small.latency_s + tokens * values * 2.0 / rate
-    seconds = model.num_layers * (gemms + elementwise)
+    varied = _factor(pricer, Gemm(m=1, n=hidden, k=hidden), draw) * gemms
+    varied += (1.0 if draw is None else draw.factor("elementwise", small.spread)) * elementwise
+    seconds = model.num_layers * varied
     return [0, *accumulate(np.rint(seconds * NS_PER_S).astype(np.int64).tolist(), max)]
+
+
+def _factor(pricer: Pricer, gemm: Gemm, draw: CostDraw | None) -> float:
+    return 1.0 if draw is None else draw.factor(*pricer.uncertainty(gemm))

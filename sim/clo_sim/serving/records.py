@@ -46,7 +46,10 @@ class Stamps:
 
 @dataclass(slots=True)
 class Tally:
-    """Sums of one worker. `gaps` counts tokens by the time since the token before; `area_ns` is requests times time."""
+    """Sums of one worker. `gaps` counts tokens by the time since the token before; `area_ns` is requests times time.
+
+    `dense_prefill_ns` is that of prefill's dense layers, `computed_prefill_ns` of chunks that computing was longest of.
+    """
 
     gaps: dict[int, int] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
@@ -56,6 +59,7 @@ class Tally:
     decode_ns: int = 0
     prefill_ns: int = 0
     dense_prefill_ns: int = 0
+    computed_prefill_ns: int = 0
     decode_steps: int = 0
     iterations: int = 0
     prompt_tokens: int = 0

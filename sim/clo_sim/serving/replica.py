@@ -198,9 +198,12 @@ class Replica:
             if start == sequence.cached:
                 cached += start
             finished += start + count == sequence.target
-        chunk_ns = prefill.chunk_ns(tokens, pairs, read_back, cached, finished)
+        compute_ns = prefill.compute_ns(tokens, pairs, finished)
+        chunk_ns = prefill.chunk_ns(compute_ns, tokens, read_back, cached)
         self.tally.prefill_ns += chunk_ns
         self.tally.dense_prefill_ns += min(chunk_ns, prefill.dense_ns[tokens])
+        if compute_ns >= chunk_ns:
+            self.tally.computed_prefill_ns += chunk_ns
         self._step(chunk_ns)
         for sequence, start, count in chunk:
             if start + count == sequence.target:

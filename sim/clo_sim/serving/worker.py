@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from clo.errors import SpecError
 from clo.specs import Design
+from clo_sim.intervals import CostDraw
 from clo_sim.run import Executor
 from clo_sim.scene import Scene
 from clo_sim.serving.clocks import StepClock
@@ -58,3 +60,19 @@ def worker_costs(
         block_bytes=int(trace.block_tokens * scene.model.kv_bytes_per_token) if keeps else 0,
         decode_prices=prices,
     )
+
+
+def drawn_costs(costs: WorkerCosts, draw: CostDraw) -> WorkerCosts:
+    """The same worker with costs drawn from their spreads. Raises `SpecError` where no step executor prices them."""
+    prices = costs.decode_prices
+    if prices is None:
+        raise SpecError("these worker costs are given as such: their spread is not known")
+    drawn = prices.drawn(draw)
+    prefill = prefill_prices(
+        prices.scene,
+        prices.design,
+        chunk_tokens=costs.prefill.chunk_tokens,
+        keeps_prefixes=bool(costs.block_bytes),
+        draw=draw,
+    )
+    return replace(costs, clock=drawn.clock, prefill=prefill, decode_prices=drawn)

@@ -1,0 +1,128 @@
+"""Prediction intervals of services and fleets: simulated again with costs drawn from their spreads.
+
+Knows nothing about how costs are drawn; see `clo_sim.intervals`, whose level and number of draws are used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from clo.specs import Design
+from clo_sim.intervals import DRAWS, LEVEL, CostDraw, interval_of
+from clo_sim.run import Executor
+from clo_sim.scene import Scene
+from clo_sim.serving.metrics import ServiceResult, known_spread_share, summarise_service
+from clo_sim.serving.plan import MAX_GPUS, Attempt, Fleet, alone_values, attempt, lost_terms, search
+from clo_sim.serving.requests import RequestTrace
+from clo_sim.serving.service import ServiceRun, ServiceSettings, serve
+from clo_sim.serving.slo import Slo
+from clo_sim.serving.worker import WorkerCosts, drawn_costs, worker_costs
+
+UNSTEADY = ("ttft_s", "e2e_s")
+"""Metrics without bound where a service does not keep up."""
+RATES = ("output_tokens_per_s", "completed_per_s", "goodput_per_s", "busy_share", "prefill_share", "mean_running")
+
+Progress = Callable[[int, int], None]
+"""Called with (draws done, draws in all)."""
+
+
+def with_intervals(
+    result: ServiceResult,
+    run: ServiceRun,
+    *,
+    slo: Slo | None = None,
+    draws: int = DRAWS,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ServiceResult:
+    """`result` of `run` with 90% intervals of its latencies and rates, and how often each term of `slo` holds."""
+    drawn = []
+    for number, costs in enumerate(_drawn(run.costs, draws, seed)):
+        drawn.append(summarise_service(serve(run.trace, costs, run.settings), slo=slo))
+        if progress is not None:
+            progress(number + 1, draws)
+    return _spanned(result, drawn, known_spread_share(run))
+
+
+def fleet_with_intervals(
+    fleet: Fleet,
+    scene: Scene,
+    design: Design,
+    trace: RequestTrace,
+    slo: Slo,
+    settings: ServiceSettings,
+    *,
+    chunk_tokens: int = 2048,
+    max_gpus: int = MAX_GPUS,
+    executor: Executor = "clock",
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Fleet:
+    """The fleet with intervals of its result, of the GPUs that the load needs, and the chance that these are enough."""
+    if fleet.gpus is None or fleet.result is None:
+        return fleet
+    base = worker_costs(scene, design, trace, chunk_tokens=chunk_tokens, executor=executor)
+    sized = replace(settings, gpus=fleet.gpus)
+    found, needed = [], []
+    for costs in _drawn(base, draws, seed):
+        tried = attempt(trace, costs, slo, sized, stop_early=False)
+        found.append(tried)
+        needed.append(_needed(tried, trace, costs, slo, settings, max_gpus))
+    share = known_spread_share(serve(trace, base, sized))
+    return replace(
+        fleet,
+        gpus_interval=_of_counts(needed),
+        chance=sum(one.met for one in found) / draws,
+        result=_spanned(fleet.result, [_result(one) for one in found], share),
+    )
+
+
+def _needed(
+    tried: Attempt, trace: RequestTrace, costs: WorkerCosts, slo: Slo, settings: ServiceSettings, max_gpus: int
+) -> float:
+    """The fewest GPUs that are enough, near those of `tried`; infinite where none are."""
+    if not tried.met and lost_terms(alone_values(trace, costs, slo), slo):
+        return math.inf
+    enough, _ = search(trace, costs, slo, settings, max_gpus, near=tried.gpus, known=tried)
+    return math.inf if enough is None else enough.gpus
+
+
+def _result(tried: Attempt) -> ServiceResult:
+    assert tried.result is not None  # it was not stopped early
+    return tried.result
+
+
+def _drawn(costs: WorkerCosts, draws: int, seed: int) -> Iterator[WorkerCosts]:
+    for number in range(draws):
+        yield drawn_costs(costs, CostDraw(np.random.default_rng((seed, number))))
+
+
+def _spanned(result: ServiceResult, drawn: list[ServiceResult], share: float | None) -> ServiceResult:
+    spans = {}
+    for name, value in numbers(result).items():
+        values = [numbers(one)[name] for one in drawn]
+        if all(one is not None for one in (value, *values)):
+            found = interval_of([float(one) for one in values if one is not None])
+            spans[name] = (found.low, found.high)
+    chance = {term: sum(one.slo_met[term] for one in drawn) / len(drawn) for term in result.slo_met}
+    return replace(result, intervals=spans, interval_share=share, slo_chance=chance)
+
+
+def numbers(result: ServiceResult) -> dict[str, float | None]:
+    """What has intervals, by flat name; infinite where the service does not keep up, none where nothing was counted."""
+    found = result.latencies() | {name: getattr(result, name) for name in RATES}
+    if result.unstable:
+        found |= {name: math.inf for name in found if name.startswith(UNSTEADY)}
+    return found
+
+
+def _of_counts(values: list[float]) -> tuple[float, float]:
+    """As `interval_of`, but outwards to whole numbers; infinite where no number was enough."""
+    tail = (1 - LEVEL) / 2 * (len(values) + 1)
+    ordered = sorted(values)
+    low = max(1, math.floor(tail))
+    return ordered[low - 1], ordered[-low]

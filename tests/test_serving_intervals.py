@@ -1,0 +1,224 @@
+"""Prediction intervals of services and fleets: what scales with the costs, coverage, the chance that an SLO holds."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_service import toy_costs
+
+import clo_sim
+from clo import presets
+from clo.errors import SpecError
+from clo_cli.main import clo
+from clo_sim.intervals import CostDraw, interval_of
+from clo_sim.scene import Scene, gpu_tables
+from clo_sim.serving import (
+    RequestTrace,
+    ServiceSettings,
+    WorkerCosts,
+    generate,
+    parse_slo,
+    serve,
+    summarise_service,
+    worker_costs,
+)
+from clo_sim.serving import prefill as prefill_module
+from clo_sim.serving.intervals import fleet_with_intervals, numbers, with_intervals
+from clo_sim.serving.plan import alone_values, attempt, smallest_fleet
+from clo_sim.serving.worker import drawn_costs
+
+LOAD = generate("poisson", rate_per_s=2.0, num_requests=40, lengths=[(4096, 8)], seed=3)
+SCENE = clo_sim.make_scene()
+RESIDENT = presets.load_design("resident")
+
+
+class Constant(CostDraw):
+    """The same factor for every cost."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__(np.random.default_rng(0))
+        self._value = value
+
+    def factor(self, entry: str, spread: float) -> float:
+        return self._value
+
+
+def without_spread(scene: Scene) -> Scene:
+    tables = gpu_tables(scene.profile, "test")
+    exact: dict[str, Any] = {"p90_abs_relative_error": 0.0}
+    gemm, attention = tables.gemm.model_copy(update=exact), tables.decode_attention.model_copy(update=exact)
+    return replace(scene, profile=tables.model_copy(update={"gemm": gemm, "decode_attention": attention}))
+
+
+def costs_of(trace: RequestTrace, scene: Scene = SCENE, design: str = "resident") -> WorkerCosts:
+    return worker_costs(scene, presets.load_design(design), trace)
+
+
+class TestDraws:
+    @settings(max_examples=20, deadline=None)
+    @given(factor=st.floats(0.2, 5.0), batch=st.sampled_from([1, 3, 8]), context=st.integers(200, 4000))
+    def test_times_are_homogeneous_in_the_costs(self, factor: float, batch: int, context: int) -> None:
+        """Every cost so many times as large: a decode step and a chunk of computing take so many times as long."""
+        base = costs_of(LOAD, design="clo")
+        drawn = drawn_costs(base, Constant(factor))
+        times = [one.decode_prices.seconds(batch, context) for one in (drawn, base) if one.decode_prices is not None]
+        # whole steps have a factor too
+        assert times[0] == pytest.approx(factor**2 * times[1])
+        for tokens, pairs, finished in ((1, 4096.0, 1), (2048, 1e6, 0)):
+            computing = [one.prefill.compute_ns(tokens, pairs, finished) for one in (drawn, base)]
+            assert computing[0] == pytest.approx(factor * computing[1], rel=1e-4)
+        assert drawn.prefill.in_ns == base.prefill.in_ns
+
+    def test_decode_and_prefill_share_the_error_of_one_table(self) -> None:
+        """The draw's factor for GEMMs, found again in a chunk without attention."""
+        base, draw = costs_of(LOAD), CostDraw(np.random.default_rng(5))
+        drawn = drawn_costs(base, draw)
+        table = gpu_tables(SCENE.profile, "test").gemm
+        known = draw.factor("Gemm", 123.0)  # drawn already: its spread is not asked for again
+        assert known != 1.0
+        assert drawn.prefill.head_ns / base.prefill.head_ns == pytest.approx(known, rel=1e-4)
+        assert draw.factor("DecodeAttention", table.p90_abs_relative_error) != known
+
+    def test_given_costs_have_no_spread(self) -> None:
+        with pytest.raises(SpecError, match="spread is not known"):
+            drawn_costs(toy_costs(), Constant(1.0))
+
+    def test_infinite_draws(self) -> None:
+        assert interval_of([1.0] * 30 + [math.inf] * 10).high == math.inf
+        assert interval_of([math.inf] * 40).low == math.inf
+        assert interval_of([1.0] * 39 + [math.inf]).high == 1.0
+
+
+class TestServices:
+    def test_nine_in_ten_services_are_inside(self) -> None:
+        """Services whose costs are other draws of the same spreads."""
+        costs = costs_of(LOAD)
+        run = serve(LOAD, costs, ServiceSettings())
+        sets = [with_intervals(summarise_service(run), run, seed=seed) for seed in range(6)]
+        truths = [
+            numbers(
+                summarise_service(
+                    serve(LOAD, drawn_costs(costs, CostDraw(np.random.default_rng((99, n)))), run.settings)
+                )
+            )
+            for n in range(150)
+        ]
+        for name in ("ttft_s_p50", "tpot_s_mean", "e2e_s_p95"):
+            spans = [found.intervals[name] for found in sets]
+            values = np.array([[truth[name] for truth in truths]], dtype=float)
+            low, high = np.array(spans).T[:, :, None]
+            assert np.mean((low <= values) & (values <= high)) == pytest.approx(0.9, abs=0.06)
+        found = sets[0]
+        assert found.interval_share is not None
+        assert 0.5 < found.interval_share < 1.0
+
+    def test_no_spread_gives_points(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(prefill_module, "ATTENTION_SPREAD", 0.0)
+        run = serve(LOAD, costs_of(LOAD, without_spread(SCENE)), ServiceSettings())
+        result = summarise_service(run)
+        told: list[tuple[int, int]] = []
+        found = with_intervals(result, run, draws=3, progress=lambda *now: told.append(now))
+        assert told == [(1, 3), (2, 3), (3, 3)]
+        for name, (low, high) in found.intervals.items():
+            assert low == high == pytest.approx(numbers(result)[name])
+
+    def test_the_chance_of_a_term_is_its_share_of_draws(self) -> None:
+        run = serve(LOAD, costs_of(LOAD), ServiceSettings())
+        middle = summarise_service(run).ttft_s.p50 or 0.0
+        slo = parse_slo(f"ttft_p50<{middle:.9f}s, e2e_p99<900s")
+        found = with_intervals(summarise_service(run, slo=slo), run, slo=slo, draws=24)
+        assert 0.1 < found.slo_chance["ttft_p50"] < 0.9
+        assert found.slo_chance["e2e_p99"] == 1.0
+
+    def test_what_may_not_keep_up_has_no_upper_end(self) -> None:
+        """Two GPUs' worth of load on one: latencies have no bound, in JSON they are null."""
+        load = generate("fixed", rate_per_s=40.0, num_requests=300, lengths=[(2048, 1)], seed=0)
+        run = serve(load, costs_of(load), ServiceSettings())
+        found = with_intervals(summarise_service(run), run, draws=20)
+        assert found.unstable
+        assert found.intervals["ttft_s_p95"] == (math.inf, math.inf)
+        assert json.loads(json.dumps(found.as_dict()))["intervals"]["ttft_s_p95"] == [None, None]
+        assert all(math.isfinite(end) for end in found.intervals["completed_per_s"])
+
+
+class TestFleets:
+    def fleet(self, slo_text: str, load: RequestTrace = LOAD, **options: Any) -> Any:
+        slo, service = parse_slo(slo_text), ServiceSettings()
+        fleet = smallest_fleet(SCENE, RESIDENT, load, slo, service)
+        return fleet, fleet_with_intervals(fleet, SCENE, RESIDENT, load, slo, service, **options)
+
+    def test_the_gpus_of_every_draw(self) -> None:
+        """Each draw's own smallest fleet, searched from one GPU on, is what the interval is made of."""
+        load = generate("poisson", rate_per_s=20.0, num_requests=150, lengths=[(4096, 4)], seed=1)
+        slo, service = parse_slo("ttft_p90<400ms"), ServiceSettings()
+        fleet, found = self.fleet("ttft_p90<400ms", load, draws=12)
+        costs, needed, enough = costs_of(load), [], []
+        for number in range(12):
+            drawn = drawn_costs(costs, CostDraw(np.random.default_rng((0, number))))
+            met = [
+                attempt(load, drawn, slo, replace(service, gpus=gpus), stop_early=False).met for gpus in range(1, 12)
+            ]
+            needed.append(1 + met.index(True))
+            enough.append(met[fleet.gpus - 1])
+        assert found.chance == np.mean(enough)
+        assert found.gpus_interval == (min(needed), max(needed))
+        assert found.result.intervals["ttft_s_p90"][0] < fleet.values["ttft_p90"] < math.inf
+
+    def test_an_slo_on_the_edge_may_be_met_by_no_number(self) -> None:
+        alone = alone_values(LOAD, costs_of(LOAD), parse_slo("ttft_mean<1s"))["ttft_mean"]
+        fleet, found = self.fleet(f"ttft_mean<{1.01 * alone:.6f}s", draws=20, max_gpus=64)
+        assert fleet.gpus is not None
+        assert found.gpus_interval[1] == math.inf
+        assert 0 < found.chance < 1
+
+    def test_no_fleet_no_interval(self) -> None:
+        fleet, found = self.fleet("ttft_mean<1us")
+        assert fleet.gpus is None
+        assert found is fleet
+
+
+class TestCommands:
+    AZURE = Path(__file__).parent / "data" / "azure_excerpt.csv"
+
+    def run(self, *arguments: Any) -> str:
+        result = CliRunner().invoke(clo, [str(one) for one in arguments], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    def test_serve_sim(self) -> None:
+        command = (
+            "serve-sim",
+            "--requests",
+            self.AZURE,
+            "--first",
+            20,
+            "--design",
+            "resident",
+            "--slo",
+            "ttft_p95<900s",
+        )
+        result = json.loads(self.run(*command, "--intervals", "--json"))
+        low, high = result["intervals"]["ttft_s_p95"]
+        assert low < result["ttft_s_p95"] < high
+        assert result["slo_chance"] == {"ttft_p95": 1.0}
+        text = self.run(*command, "--intervals")
+        assert "90% prediction interval" in text
+        assert "(it holds in 100% of draws)" in text
+        assert "prediction interval" not in self.run(*command)
+
+    def test_plan(self) -> None:
+        command = ("plan", "--requests", self.AZURE, "--first", 20, "--machines", "h200", "--designs", "resident")
+        command = (*command, "--slo", "ttft_p95<900s", "--no-map", "--jobs", 1)
+        (fleet,) = json.loads(self.run(*command, "--intervals", "--json"))["fleets"]
+        assert fleet["gpus_interval"] == [1, 1]
+        assert fleet["chance"] == 1.0
+        assert "In brackets: the GPUs needed" in self.run(*command, "--intervals")
