@@ -67,6 +67,17 @@ def test_finalists_are_told_apart_from_the_swept() -> None:
     assert list(drawn.get_xdata()) == [4, 5]
 
 
+def test_the_best_is_in_the_legend() -> None:
+    swept = [
+        DesignPoint(name=f"clo tau=0.{n}", kv_device_bytes=n * 1e9, tpot_s=0.2 / n, finalist=n > 3, best=n == 5)
+        for n in range(1, 6)
+    ]
+    figure = plot_pareto([*swept, *make_points()], title="search")
+    assert "best: clo tau=0.5, 40 ms" in [text.get_text() for text in figure.legends[0].get_texts()]
+    [ring] = [line for line in figure.axes[0].lines if "best:" in str(line.get_label())]
+    assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([5], [pytest.approx(40)])
+
+
 FIGURES = {
     "pareto": lambda: plot_pareto(make_points(), title="Llama-3-8B on H200", memory_bytes=124e9),
     "pareto of one": lambda: plot_pareto(make_points()[:1], title="one"),

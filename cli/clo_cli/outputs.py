@@ -159,6 +159,7 @@ def _points(found: Exploration) -> list[Any]:
             tpot_s=one.metrics["tpot_s"],
             named=role == "named",
             finalist=role == "finalist",
+            best=one is found.winner,
             allowed=found.goals.allows(one),
         )
         for role, evaluations in roles

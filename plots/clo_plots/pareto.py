@@ -24,7 +24,8 @@ class DesignPoint:
     """One design: what it keeps on the device and how long a step takes.
 
     A named one gets a marker and its name, a finalist (simulated, not only tried on the clock) a marker. One that is
-    not `allowed` breaks a bound that was asked for, and has no part in the front.
+    not `allowed` breaks a bound that was asked for, and has no part in the front. The `best` is ringed, and
+    the legend has its name.
     """
 
     name: str
@@ -33,6 +34,7 @@ class DesignPoint:
     named: bool = False
     finalist: bool = False
     allowed: bool = True
+    best: bool = False
 
 
 def pareto_front(points: Iterable[DesignPoint]) -> tuple[DesignPoint, ...]:
@@ -62,6 +64,7 @@ def plot_pareto(points: Sequence[DesignPoint], *, title: str, memory_bytes: floa
         _draw_excluded(axes, [point for point in swept if not point.allowed])
         _draw_finalists(axes, [point for point in points if point.finalist and not point.named])
         _draw_named(axes, named)
+        _draw_best(axes, [point for point in points if point.best])
         limit = _draw_memory(axes, memory_bytes)
         if axes.get_legend_handles_labels()[0]:
             figure.legend(loc="outside lower center", ncols=2)
@@ -148,6 +151,13 @@ def _draw_named(axes: Axes, named: Sequence[DesignPoint]) -> None:
     for number, (x, y) in enumerate(_positions(named)):
         marker = _MARKERS[number % len(_MARKERS)]
         axes.plot(x, y, marker, color=SLOWER, markersize=6, markeredgecolor=INK, markeredgewidth=0.6, zorder=4)
+
+
+def _draw_best(axes: Axes, best: Sequence[DesignPoint]) -> None:
+    for point, at in zip(best, _positions(best), strict=True):
+        name = f"best: {point.name}, {at[1]:.3g} ms"
+        style: dict[str, Any] = {"markersize": 11, "markerfacecolor": "none", "markeredgecolor": ACCENT, "zorder": 5}
+        axes.plot(*at, "o", **style, markeredgewidth=1.3, linestyle="none", label=name)
 
 
 def _draw_memory(axes: Axes, memory_bytes: float | None) -> Points:
