@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The CPU build of torch: the tests need no GPU. Where the package index offers no CPU build, this fetches the CUDA one.
+# The tests need no GPU, and pass with torch's CPU build and with its CUDA build, which is larger by gigabytes. Where the
+# package index has no CPU build: PIP_EXTRA_INDEX_URL=<PyTorch's CPU wheels> make test TORCH=torch==2.13.0+cpu
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
 
