@@ -98,6 +98,8 @@ class Verdict(Spec):
             "interval_coverage": float(np.mean([point.is_covered for point in self.judged])),
             "slower_than_calibrated": self.slower_than_calibrated(),
             "tpot_error_median_at_this_speed": self.error_at_this_speed(),
+            "repeat_error_median": self.repeat_error(50),
+            "repeat_error_p90": self.repeat_error(90),
             "disturbance": float(np.median([point.disturbed_s / point.real_s - 1.0 for point in self.points])),
         }
 
@@ -119,6 +121,14 @@ class Verdict(Spec):
         """
         speed = 1.0 + self.slower_than_calibrated()
         return float(np.median([abs(speed * point.simulated_s / point.real_s - 1.0) for point in self.judged]))
+
+    def repeat_error(self, percentile: float) -> float:
+        """|Error| of TPOT if a real run foretold its own repetition: fitted runs, at calibration and now. NaN if none.
+
+        The yardstick: what the machine itself does not repeat, no model can know.
+        """
+        errors = [abs(point.calibrated_s / point.real_s - 1.0) for point in self.points if point.calibrated_s]
+        return float(np.percentile(errors, percentile)) if errors else math.nan
 
     def groups(self) -> list[list[Point]]:
         """Judged points of one size, where designs can be chosen among."""
@@ -200,6 +210,7 @@ def markdown(verdict: Verdict) -> str:
         f"| the fitted runs, repeated now, take longer by | {summary['slower_than_calibrated']:+.1%} |",
         f"| median error of TPOT with every simulated step longer by that | "
         f"{summary['tpot_error_median_at_this_speed']:.1%} |",
+        *_repeated(summary),
         f"| baseline, minutes apart | ± {verdict.drift:.1%} |",
         f"| disturbed by others: a typical round against the fastest | +{summary['disturbance']:.1%} |",
         "",
@@ -227,6 +238,14 @@ def markdown(verdict: Verdict) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _repeated(summary: dict[str, float]) -> list[str]:
+    median, p90 = summary["repeat_error_median"], summary["repeat_error_p90"]
+    if math.isnan(median):
+        return []
+    what = "for comparison: the fitted runs foretold by themselves, median; 90th percentile"
+    return [f"| {what} | {median:.1%}; {p90:.1%} |"]
 
 
 def _judged(count: int, held: int) -> str:

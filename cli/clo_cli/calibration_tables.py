@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from statistics import median
 from typing import TYPE_CHECKING
@@ -90,6 +91,12 @@ def print_verdict(summary: Mapping[str, float], ablation: Mapping[str, float]) -
         f"the runs that costs were fitted from, repeated now, take {abs(slower):.1%} {how}: with every simulated step "
         f"changed by that the median error is {summary['tpot_error_median_at_this_speed']:.1%}"
     )
+    if math.isfinite(summary["repeat_error_median"]):
+        out.print(
+            f"for comparison: foretold by their own steps at calibration, these runs are "
+            f"{summary['repeat_error_median']:.1%} off in the median, {summary['repeat_error_p90']:.1%} at the 90th "
+            "percentile"
+        )
     if abs(slower) > QUIET / 2:
         out.print("The machine is not what it was when calibrated: calibrate and validate again when it is quiet.")
     parts = ", ".join(f"{name} {error:.1%}" for name, error in ablation.items() if name != "nothing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,20 @@ class TestVerdict:
         assert summary["slower_than_calibrated"] == pytest.approx(1.0)
         assert summary["tpot_error_median"] == pytest.approx(0.475)
         assert summary["tpot_error_median_at_this_speed"] == pytest.approx(0.05)
+
+    def test_what_the_machine_does_not_repeat_is_a_yardstick(self) -> None:
+        """Steps of 1 s that took 0.8, 1.0 and 1.3 s when costs were fitted; what was held out has no part in it."""
+        again = [
+            point(1.0, 1.0, design=name, fitted=True).model_copy(update={"calibrated_s": seconds})
+            for name, seconds in (("a", 0.8), ("b", 1.0), ("c", 1.3))
+        ]
+        found = verdict(point(4.0, 2.0), *again)
+        assert found.summary()["repeat_error_median"] == pytest.approx(0.2)
+        assert found.summary()["repeat_error_p90"] == pytest.approx(0.28)
+        assert "foretold by themselves, median; 90th percentile | 20.0%; 28.0% |" in markdown(found)
+        alone = verdict(point(1.0, 1.1))
+        assert math.isnan(alone.summary()["repeat_error_median"])
+        assert "foretold" not in markdown(alone)
 
     def test_one_design_has_no_order_and_no_regret(self) -> None:
         summary = verdict(point(1.0, 1.1)).summary()
