@@ -20,9 +20,9 @@ from clo_kernels.layout import INT32, PageTable, Resolved
 
 MAX_BUDGET = 16384
 SLOT_BLOCK = 8192
-"""Slots whose stamps and pages registers hold."""
+"""Slots whose stamps registers hold while they are searched."""
 LOOK_BLOCK = 4096
-"""Of more slots, those that are read at once, anew for every look."""
+"""Of more slots, those whose stamps are read at once, anew for every look."""
 REPLACE_BLOCK = 2048
 """Slots that are emptied at once."""
 BUDGET_BLOCK = 4096
