@@ -170,7 +170,8 @@ def _budget_pages(design: Design, workload: Workload) -> int:
             f"design.budget_pages = {design.budget_pages}: the context holds only {pages} pages of "
             f"{design.page_size} tokens (workload.context_tokens = {workload.context_tokens})"
         )
-    return design.budget_pages or max(1, round(design.budget_fraction * pages))
+    share = max(design.min_budget_pages, round(design.budget_fraction * pages))
+    return design.budget_pages or min(pages, share)
 
 
 def kv_room(model: ModelSpec, machine: MachineSpec, kv_memory_bytes: float | None = None) -> float:

@@ -215,6 +215,13 @@ class TestPlan:
         with pytest.raises(SpecError, match=r"machine\.host\.memory_bytes"):
             scene.plan(presets.load_design("streamed"))
 
+    @pytest.mark.parametrize(("context", "pages"), [(100, 7), (1024, 16), (2560, 16), (2720, 17), (131072, 819)])
+    def test_a_budget_by_share_has_a_least_that_a_short_context_may_not_hold(self, context: int, pages: int) -> None:
+        design = presets.load_design("clo").with_fields(min_budget_pages=16)
+        assert scene_of(context_tokens=context, batch=1).plan(design).budget_pages == pages
+        fixed = design.with_fields(budget_pages=3)
+        assert scene_of(context_tokens=context, batch=1).plan(fixed).budget_pages == 3
+
     def test_memory_of_the_main_job_by_hand(self) -> None:
         plan = scene_of(context_tokens=131072, batch=16).plan(presets.load_design("clo"))
         sequence = 131072 * 32 * 8 * 2 * 128 * 2

@@ -94,6 +94,10 @@ class Design(Spec):
     page_size: PositiveInt = Field(default=16, description="tokens in a page, the unit of storage and transfer")
     budget_fraction: float = Field(default=0.1, gt=0, le=1, description="pages attended, as a share of the context")
     budget_pages: PositiveInt | None = Field(default=None, description="pages attended; overrides budget_fraction")
+    min_budget_pages: PositiveInt = Field(
+        default=1,
+        description="the least that budget_fraction comes to: a share of a short prompt is little for a long answer",
+    )
     num_sink_tokens: NonNegativeInt = Field(default=4, description="first tokens, always resident")
     recent_window_tokens: PositiveInt = Field(default=64, description="last tokens, always resident")
 
