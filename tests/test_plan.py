@@ -19,6 +19,7 @@ from clo_cli.main import clo
 from clo_plots import plot_crossover, plot_fleets, plot_load, plot_service
 from clo_plots.fleets import FleetPoint, fleet_front
 from clo_sim.serving import ServiceSettings, generate, lengths_of, parse_slo, read_requests, serve
+from clo_sim.serving.clocks import StepClock
 from clo_sim.serving.crossover import crossover_map
 from clo_sim.serving.metrics import Latency, latency_values, term_value
 from clo_sim.serving.plan import alone_values, attempt, limits_of, smallest_fleet
@@ -196,6 +197,18 @@ class TestFleets:
         costs, slo = toy_costs(token_ns=1000), parse_slo("ttft_max<1s, tpot_mean<1s, e2e_max<1s, itl_p50<1s")
         alone = alone_values(trace, costs, slo)
         assert alone == pytest.approx({"ttft_max": 80e-6, "tpot_mean": 1e-3, "e2e_max": 40e-6 + 9e-3, "itl_p50": 1e-3})
+
+    def test_every_gap_counts_in_the_bound_of_itl(self) -> None:
+        """One long prompt with a short answer: its gaps are few among those of the others."""
+        clock = StepClock.of([1_000_000, 50_000_000], shift=10)
+        trace = trace_of([(0, 2000, 3), *((0, 100, 101) for _ in range(4))])
+        costs, slo = toy_costs(clock=lambda batch: clock), parse_slo("itl_p90<10ms, itl_mean<10ms, itl_max<10ms")
+        alone = alone_values(trace, costs, slo)
+        assert alone["itl_p90"] == pytest.approx(1e-3)
+        assert alone["itl_mean"] == pytest.approx((400 * 1e-3 + 2 * 50e-3) / 402)
+        assert alone["itl_max"] == pytest.approx(50e-3)
+        alone_on_their_own = attempt(trace, costs, slo, ServiceSettings(gpus=5), stop_early=False)
+        assert all(alone_on_their_own.values[name] >= value * (1 - 1e-9) for name, value in alone.items())
 
     def test_a_model_that_does_not_fit_one_gpu_is_no_fleet(self) -> None:
         scene = clo_sim.make_scene("llama-3-70b", "l40s")

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from clo.errors import CloError
 from clo.specs import Design
@@ -195,7 +196,7 @@ def alone_values(trace: RequestTrace, costs: WorkerCosts, slo: Slo) -> dict[str,
     What no number of GPUs brings down (in practice: a prefix cache of one GPU holds less).
     """
     clock = costs.clock(1)
-    first, gap, whole, gaps = [], [], [], []
+    first, gap, whole, shortest, gaps = [], [], [], [], []
     for request, cached in zip(trace.requests, _seen_prefixes(trace, costs), strict=True):
         if not (request.input_tokens and request.output_tokens and request.total_tokens <= costs.max_tokens):
             continue
@@ -206,9 +207,13 @@ def alone_values(trace: RequestTrace, costs: WorkerCosts, slo: Slo) -> dict[str,
         whole.append((ttft + decode) / NS_PER_S)
         if request.output_tokens > 1:
             gap.append(decode / (request.output_tokens - 1) / NS_PER_S)
-            gaps.append(clock.total(request.input_tokens + 1, 1) / NS_PER_S)
-    arrays = {"ttft": first, "tpot": gap, "itl": gaps, "e2e": whole}
-    values = {name: (np.array(seconds), None) for name, seconds in arrays.items()}
+            # steps grow with the context: none of its gaps is shorter than the first
+            shortest.append(clock.total(request.input_tokens + 1, 1) / NS_PER_S)
+            gaps.append(request.output_tokens - 1)
+    values: dict[str, tuple[NDArray[np.float64], NDArray[np.int64] | None]] = {
+        name: (np.array(seconds), None) for name, seconds in (("ttft", first), ("tpot", gap), ("e2e", whole))
+    }
+    values["itl"] = np.array(shortest), np.array(gaps, dtype=np.int64)
     return {term.name: term_value(term, values) for term in slo.terms}
 
 
