@@ -293,6 +293,25 @@ class TestCommands:
         plot_load(found["latency_against_load"], found["slo"], found["rate_per_s"], title="again")
         plot_fleets(found["fleets"])
 
+    def test_of_what_is_never_served_there_is_no_fleet(self, tmp_path: Path) -> None:
+        rows = [{"timestamp": 0, "input_length": 1000, "output_length": 0}] * 3
+        (tmp_path / "empty.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        command = ("--requests", tmp_path / "empty.jsonl", "--slo", "ttft_p95<6s")
+        text = run("plan", *command, "--machines", "h200", "--designs", "resident", "--price", "h200=3", "--no-map",
+                   "--jobs", 1)  # fmt: skip
+        assert "no request can be served: empty output: 3" in " ".join(text.split())
+        served = run("serve-sim", *command, "--design", "resident", "--intervals")
+        assert "completed 0, rejected 3 (empty output: 3)" in served
+        assert "nothing to hold against it" in served
+        assert "holds" not in served
+
+    def test_what_a_fleet_rejects_is_told(self, tmp_path: Path) -> None:
+        rows = [{"timestamp": 0, "input_length": 1000, "output_length": answer} for answer in (5, 0, 5)]
+        (tmp_path / "some.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        text = run("plan", "--requests", tmp_path / "some.jsonl", "--slo", "ttft_p95<6s", "--machines", "h200",
+                   "--designs", "resident", "--no-map", "--jobs", 1)  # fmt: skip
+        assert "rejects 1 requests (empty output: 1)" in " ".join(text.replace("│", " ").split())
+
     def test_without_prices_no_costs(self) -> None:
         text = run("plan", "--requests", AZURE, "--first", 10, "--slo", "e2e_p95<60s", "--machines", "h200",
                    "--designs", "resident", "--jobs", 1, "--no-map")  # fmt: skip

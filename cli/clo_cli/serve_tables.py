@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from clo_sim.serving import ServiceResult
     from clo_sim.serving.crossover import CrossoverMap
     from clo_sim.serving.metrics import Latency
+    from clo_sim.serving.plan import Fleet
 
 _STATISTICS = ("mean", "p50", "p90", "p95", "p99", "max")
 _LATENCIES = {
@@ -96,15 +97,18 @@ def _lines(result: ServiceResult) -> list[str]:
 
 
 def _reasons(result: ServiceResult) -> str:
-    if not result.rejected_by:
-        return ""
-    return " (" + ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in result.rejected_by.items()) + ")"
+    from clo_sim.serving.metrics import reasons_of
+
+    return f" ({reasons_of(result.rejected_by)})" if result.rejected_by else ""
 
 
 def _print_slo(result: ServiceResult) -> None:
     if not result.slo:
         return
     out = console()
+    if not result.completed:
+        out.print(f"SLO {result.slo}: no request was served, so there is nothing to hold against it")
+        return
     held = ", ".join(_held(name, met, result.slo_chance.get(name)) for name, met in result.slo_met.items())
     out.print(f"SLO {result.slo}: {held}; goodput {result.goodput_per_s:.3g} requests/s within every limit")
 
@@ -147,8 +151,18 @@ def _fleet_row(one: Priced) -> list[str]:
         head,
         "" if one.cost_per_hour is None else f"{one.cost_per_hour:.2f}",
         "" if one.cost_per_million is None else f"{one.cost_per_million:.3g}",
-        f"{best}{values}{breaks}{'' if fleet.chance is None else f'; enough in {fleet.chance:.0%} of draws'}",
+        f"{best}{values}{breaks}{_chance(fleet)}{_rejected(fleet)}",
     ]
+
+
+def _chance(fleet: Fleet) -> str:
+    return "" if fleet.chance is None else f"; enough in {fleet.chance:.0%} of draws"
+
+
+def _rejected(fleet: Fleet) -> str:
+    """What the values do not count."""
+    result = fleet.result
+    return f"; rejects {result.rejected} requests{_reasons(result)}" if result is not None and result.rejected else ""
 
 
 def _count_span(ends: tuple[float, float] | None) -> str:

@@ -139,6 +139,11 @@ class ServiceResult:
         return not self.unstable and all(self.slo_met.values())
 
 
+def reasons_of(rejected: Mapping[str, int]) -> str:
+    """Rejections as people read them: `longer than model: 3, empty output: 1`."""
+    return ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in rejected.items())
+
+
 def summarise_service(
     run: ServiceRun,
     *,

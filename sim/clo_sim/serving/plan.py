@@ -18,7 +18,7 @@ from clo.errors import CloError
 from clo.specs import Design
 from clo_sim.run import Executor
 from clo_sim.scene import Scene
-from clo_sim.serving.metrics import ServiceResult, latency_values, summarise_service, term_value
+from clo_sim.serving.metrics import ServiceResult, latency_values, reasons_of, summarise_service, term_value
 from clo_sim.serving.prefill import pairs_of
 from clo_sim.serving.prefix import PrefixCache
 from clo_sim.serving.records import Limits
@@ -104,6 +104,9 @@ def smallest_fleet(
     if best is None:
         problem = f"not with {last.gpus} GPUs: {', '.join(last.failing)} fails"
         return replace(fleet, problem=problem, failing=last.failing, values=last.values)
+    if best.result is not None and not best.result.completed:
+        problem = f"no request can be served: {reasons_of(best.result.rejected_by)}"
+        return replace(fleet, problem=problem)
     margin = max(best.values[term.name] / term.limit_s for term in slo.terms)
     return replace(fleet, gpus=best.gpus, values=best.values, margin=margin, result=best.result)
 
