@@ -305,12 +305,35 @@ class TestCommands:
         assert "nothing to hold against it" in served
         assert "holds" not in served
 
+    def test_a_single_request_has_no_rate(self, tmp_path: Path) -> None:
+        def no_constant(name: str) -> None:
+            raise ValueError(f"{name} is not JSON")
+
+        (tmp_path / "one.jsonl").write_text('{"timestamp": 5, "input_length": 1000, "output_length": 10}')
+        command = ("--requests", tmp_path / "one.jsonl", "--slo", "ttft_p95<6s")
+        served = json.loads(
+            run("serve-sim", *command, "--json", "--figure", tmp_path / "one.png"), parse_constant=no_constant
+        )
+        assert served["rate_per_s"] is None
+        assert "1 request of one" in run("serve-sim", *command)
+        plan = ("plan", *command, "--machines", "h200", "--designs", "resident", "--no-map", "--jobs", 1)
+        found = json.loads(run(*plan, "--json", "--out", tmp_path), parse_constant=no_constant)
+        assert [found["fleets"][0][name] for name in ("gpus", "head_room")] == [1, None]
+        assert (tmp_path / "fleets.png").exists()
+        assert "1 request of one, all at once" in run(*plan)
+
+    def test_head_room_that_was_not_found_the_end_of(self) -> None:
+        text = run("plan", "--load", "fixed:0.1", "--num-requests", 4, "--input-tokens", 100, "--output-tokens", 2,
+                   "--slo", "tpot_max<9s", "--machines", "h200", "--designs", "resident", "--no-map",
+                   "--jobs", 1)  # fmt: skip
+        assert "x or more" in " ".join(text.replace("│", " ").split())
+
     def test_what_a_fleet_rejects_is_told(self, tmp_path: Path) -> None:
         rows = [{"timestamp": 0, "input_length": 1000, "output_length": answer} for answer in (5, 0, 5)]
         (tmp_path / "some.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
         text = run("plan", "--requests", tmp_path / "some.jsonl", "--slo", "ttft_p95<6s", "--machines", "h200",
                    "--designs", "resident", "--no-map", "--jobs", 1)  # fmt: skip
-        assert "rejects 1 requests (empty output: 1)" in " ".join(text.replace("│", " ").split())
+        assert "rejects 1 request (empty output: 1)" in " ".join(text.replace("│", " ").split())
 
     def test_without_prices_no_costs(self) -> None:
         text = run("plan", "--requests", AZURE, "--first", 10, "--slo", "e2e_p95<60s", "--machines", "h200",

@@ -102,7 +102,7 @@ def plan(
     priced = [with_price(one, prices, machine) for machine, one in fleets]
     best = best_of(priced)
     found: dict[str, Any] = {"priced": priced, "curve": None, "map": None}
-    if best is not None and out is not None:
+    if best is not None and best.fleet.head_room is not None and out is not None:
         found["curve"] = _curve(question, machine_names, best, chosen, workers)
     if with_map:
         where = map_machine or (best.fleet.machine if best else machine_names[0])
@@ -239,7 +239,7 @@ def _report(
     prices_given: bool,
     as_json: bool,
 ) -> None:
-    from clo_cli.serve_tables import print_fleets, print_map
+    from clo_cli.serve_tables import counted, print_fleets, print_map, rate
 
     data = _as_dict(question, found)
     if out is not None:
@@ -248,7 +248,7 @@ def _report(
         click.echo(json.dumps(data, indent=1))
         return
     trace = question.trace
-    title = f"{len(trace)} requests of {trace.name}, {trace.rate_per_s:.3g}/s, {question.options['model']}"
+    title = f"{counted(len(trace))} of {trace.name}, {rate(trace.rate_per_s)}, {question.options['model']}"
     print_fleets(found["priced"], str(question.slo), title, prices_given=prices_given)
     if found["map"] is not None:
         print_map(found["map"])
@@ -263,7 +263,7 @@ def _as_dict(question: Question, found: dict[str, Any]) -> dict[str, Any]:
         "slo": str(question.slo),
         "trace": trace.name,
         "requests": len(trace),
-        "rate_per_s": trace.rate_per_s,
+        "rate_per_s": trace.rate_per_s if trace.duration_s else None,
         "fleets": [one.as_dict() for one in found["priced"]],
         "latency_against_load": curve
         and [
@@ -286,4 +286,5 @@ def _save(data: dict[str, Any], found: dict[str, Any], best: Priced | None, out:
         save_figure(
             plot_load(data["latency_against_load"], data["slo"], data["rate_per_s"], title=name), out / "load.png"
         )
+    if best is not None:
         save_figure(plot_fleets(data["fleets"]), out / "fleets.png")

@@ -31,7 +31,7 @@ def print_service(result: ServiceResult) -> None:
     """One service in full."""
     out = console()
     gpus = f"{result.gpus} x {result.machine}" + (" (replicas)" if result.gpus > 1 else "")
-    out.print(f"{result.design} on {gpus}: {result.model}, {result.requests} requests of {result.trace}")
+    out.print(f"{result.design} on {gpus}: {result.model}, {counted(result.requests)} of {result.trace}")
     for line in _lines(result):
         out.print(line)
     table = Table(title="Latency", title_justify="left")
@@ -48,6 +48,16 @@ def print_service(result: ServiceResult) -> None:
     if result.measured_share is not None:
         share = f"{result.measured_share:.0%} of the busy time"
         out.print(f"Measured kernel times account for {share}; the rest is literature or assumed (docs/serving.md).")
+
+
+def counted(requests: int) -> str:
+    """`1 request`, `2 requests`."""
+    return f"{requests} request{'' if requests == 1 else 's'}"
+
+
+def rate(per_s: float) -> str:
+    """Of arrivals."""
+    return "all at once" if math.isinf(per_s) else f"{per_s:.3g}/s"
 
 
 def _row(latency: Latency, unstable: bool) -> list[str]:
@@ -74,7 +84,7 @@ def _print_intervals(result: ServiceResult) -> None:
 def _lines(result: ServiceResult) -> list[str]:
     lines = [
         f"completed {result.completed}, rejected {result.rejected}{_reasons(result)}; arriving "
-        f"{result.rate_per_s:.3g}/s, completing {result.completed_per_s:.3g}/s, "
+        f"{rate(result.rate_per_s)}, completing {result.completed_per_s:.3g}/s, "
         f"{result.output_tokens_per_s:.4g} tokens/s",
         f"busy {result.busy_share:.0%} of the time (prefill {result.prefill_share:.0%}); decoding together: "
         f"{result.mean_running:.1f} on average, {result.peak_running} at most, of "
@@ -140,7 +150,8 @@ def _fleet_row(one: Priced) -> list[str]:
     if fleet.gpus is None:
         return [fleet.machine, fleet.design, "-", "", "", "", "", fleet.problem]
     values = ", ".join(f"{name} {format_seconds(value)}" for name, value in fleet.values.items())
-    head = "" if fleet.head_room is None else f"{fleet.head_room:.2f}x"
+    # beyond the largest multiple that was tried nothing is known
+    head = "" if fleet.head_room is None else f"{fleet.head_room:.2f}x{'' if fleet.breaks_by else ' or more'}"
     breaks = f"; beyond its head-room {fleet.breaks_by} fails first" if fleet.breaks_by else ""
     best = "BEST here: " if one.best else ""
     return [
@@ -162,7 +173,7 @@ def _chance(fleet: Fleet) -> str:
 def _rejected(fleet: Fleet) -> str:
     """What the values do not count."""
     result = fleet.result
-    return f"; rejects {result.rejected} requests{_reasons(result)}" if result is not None and result.rejected else ""
+    return f"; rejects {counted(result.rejected)}{_reasons(result)}" if result is not None and result.rejected else ""
 
 
 def _count_span(ends: tuple[float, float] | None) -> str:

@@ -117,10 +117,11 @@ class ServiceResult:
     samples: tuple[tuple[Sample, ...], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the usual percentiles also by flat names, `ttft_s_p95` and so on."""
+        """For JSON: the usual percentiles also by flat names, `ttft_s_p95` and so on; none for what is infinite."""
         data = asdict(self)
         data["samples"] = [[sample._asdict() for sample in worker] for worker in self.samples]
         data |= self.latencies()
+        data["rate_per_s"] = None if math.isinf(self.rate_per_s) else self.rate_per_s
         data["intervals"] = {
             name: [None if math.isinf(end) else end for end in ends] for name, ends in self.intervals.items()
         }

@@ -52,7 +52,7 @@ class Fleet:
     """What one design needs on one machine type. `gpus` is none where it cannot be done; `problem` says by what.
 
     `margin` is the worst term's share of its limit (1: at the limit); `head_room` the largest multiple of the load that
-    the fleet bears, and `breaks_by` the term that fails beyond it.
+    the fleet bears (none without a rate), and `breaks_by` the term that fails beyond it; empty where none was found to.
 
     Where they were asked for: `gpus_interval` are the GPUs that the load needs with a probability of 90% (infinite
     where no number would do), `chance` the probability that `gpus` are enough, as the spreads of the costs have it.
@@ -122,8 +122,8 @@ def with_head_room(
     chunk_tokens: int = 2048,
     executor: Executor = "clock",
 ) -> Fleet:
-    """The fleet with the load it bears: by bisection, to `TOLERANCE`."""
-    if fleet.gpus is None:
+    """The fleet with the load it bears: by bisection, to `TOLERANCE`. Requests that all come at once have no rate."""
+    if fleet.gpus is None or not trace.duration_s:
         return fleet
     costs = worker_costs(scene, design, trace, chunk_tokens=chunk_tokens, executor=executor)
     sized = replace(settings, gpus=fleet.gpus)
