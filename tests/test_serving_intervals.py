@@ -33,6 +33,7 @@ from clo_sim.serving import (
 )
 from clo_sim.serving import prefill as prefill_module
 from clo_sim.serving.intervals import fleet_with_intervals, numbers, with_intervals
+from clo_sim.serving.metrics import known_spread_share
 from clo_sim.serving.plan import alone_values, attempt, smallest_fleet
 from clo_sim.serving.worker import drawn_costs
 
@@ -50,6 +51,28 @@ class Constant(CostDraw):
 
     def factor(self, entry: str, spread: float) -> float:
         return self._value
+
+
+class KnownLonger(CostDraw):
+    """What has a spread, or only one entry of it, is longer by a thousandth."""
+
+    BY = 1e-3
+
+    def __init__(self, only: str = "") -> None:
+        super().__init__(np.random.default_rng(0))
+        self._only = only
+
+    def factor(self, entry: str, spread: float) -> float:
+        return 1 + self.BY if spread and self._only in ("", entry) else 1.0
+
+
+def growth(load: RequestTrace, costs: WorkerCosts, longer: KnownLonger) -> float:
+    """Of the busy time with those costs, relative to theirs."""
+    busy = []
+    for one in (costs, drawn_costs(costs, longer)):
+        tallies = [replica.tally for replica in serve(load, one, ServiceSettings()).replicas]
+        busy.append(sum(tally.decode_ns + tally.prefill_ns for tally in tallies))
+    return (busy[1] / busy[0] - 1) / longer.BY
 
 
 def without_spread(scene: Scene) -> Scene:
@@ -120,6 +143,26 @@ class TestServices:
         found = sets[0]
         assert found.interval_share is not None
         assert 0.5 < found.interval_share < 1.0
+
+    def test_the_share_that_varies_is_what_moves_with_the_factors(self) -> None:
+        """Every known cost 0.1% longer: busy time grows by their share. On a GPU without tables GEMMs do not vary."""
+        own = clo_sim.make_scene()
+        gpu = own.machine.gpu.model_copy(update={"hbm_bytes_per_s": 3e12})
+        own = replace(own, machine=own.machine.model_copy(update={"gpu": gpu}))
+        # one after another, so that batches are as they were
+        load = generate("fixed", rate_per_s=0.05, num_requests=6, lengths=[(8192, 4)])
+        for scene in (SCENE, own):
+            base = costs_of(load, scene)
+            share = known_spread_share(serve(load, base, ServiceSettings()))
+            assert share == pytest.approx(growth(load, base, KnownLonger()), abs=0.02)
+            assert share is not None
+            assert (share > 0.5) == (scene is SCENE)
+
+    def test_the_measured_share_of_prompts_is_that_of_their_gemms(self) -> None:
+        load = generate("fixed", rate_per_s=0.05, num_requests=6, lengths=[(8192, 1)])
+        base = costs_of(load)
+        result = summarise_service(serve(load, base, ServiceSettings()), with_measured_share=True)
+        assert result.measured_share == pytest.approx(growth(load, base, KnownLonger("Gemm")), abs=0.01)
 
     def test_no_spread_gives_points(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(prefill_module, "ATTENTION_SPREAD", 0.0)

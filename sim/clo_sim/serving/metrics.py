@@ -275,17 +275,21 @@ def _measured_share(run: ServiceRun, tallies: list[Tally]) -> float | None:
     prices = run.costs.decode_prices
     if prices is None:
         return None
-    gemms_ns = _total(tallies, "dense_prefill_ns") if prices.kernels_measured else 0
-    return _share(tallies, gemms_ns, prices.measured_share)
+    gemm_share = run.costs.prefill.gemm_share if prices.kernels_measured else 0.0
+    return _share(tallies, gemm_share * _total(tallies, "dense_prefill_ns"), prices.measured_share)
 
 
 def known_spread_share(run: ServiceRun) -> float | None:
-    """Share of busy time on costs of known spread: prefill's computing, and decode as at its mean batch and context."""
+    """Share of busy time on costs of known spread: of prefill where computing takes longest, and of decode as at its
+    mean batch and context."""
     tallies, prices = [replica.tally for replica in run.replicas], run.costs.decode_prices
-    return None if prices is None else _share(tallies, _total(tallies, "computed_prefill_ns"), prices.known_share)
+    if prices is None:
+        return None
+    unknown_ns = (1 - run.costs.prefill.known_share) * _total(tallies, "computed_dense_ns")
+    return _share(tallies, _total(tallies, "computed_prefill_ns") - unknown_ns, prices.known_share)
 
 
-def _share(tallies: list[Tally], of_prefill_ns: int, of_decode: Callable[[int, int], float]) -> float | None:
+def _share(tallies: list[Tally], of_prefill_ns: float, of_decode: Callable[[int, int], float]) -> float | None:
     decode_ns, busy = _total(tallies, "decode_ns"), _total(tallies, "decode_ns", "prefill_ns")
     if not busy:
         return None

@@ -48,7 +48,8 @@ class Stamps:
 class Tally:
     """Sums of one worker. `gaps` counts tokens by the time since the token before; `area_ns` is requests times time.
 
-    `dense_prefill_ns` is that of prefill's dense layers, `computed_prefill_ns` of chunks that computing was longest of.
+    `dense_prefill_ns` is that of prefill's dense layers, `computed_prefill_ns` of chunks that computing was longest of,
+    and `computed_dense_ns` that of their dense layers.
     """
 
     gaps: dict[int, int] = field(default_factory=dict)
@@ -60,6 +61,7 @@ class Tally:
     prefill_ns: int = 0
     dense_prefill_ns: int = 0
     computed_prefill_ns: int = 0
+    computed_dense_ns: int = 0
     decode_steps: int = 0
     iterations: int = 0
     prompt_tokens: int = 0

@@ -201,9 +201,11 @@ class Replica:
         compute_ns = prefill.compute_ns(tokens, pairs, finished)
         chunk_ns = prefill.chunk_ns(compute_ns, tokens, read_back, cached)
         self.tally.prefill_ns += chunk_ns
-        self.tally.dense_prefill_ns += min(chunk_ns, prefill.dense_ns[tokens])
+        dense_ns = min(chunk_ns, prefill.dense_ns[tokens])
+        self.tally.dense_prefill_ns += dense_ns
         if compute_ns >= chunk_ns:
             self.tally.computed_prefill_ns += chunk_ns
+            self.tally.computed_dense_ns += dense_ns
         self._step(chunk_ns)
         for sequence, start, count in chunk:
             if start + count == sequence.target:
