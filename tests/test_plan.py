@@ -328,6 +328,18 @@ class TestCommands:
                    "--jobs", 1)  # fmt: skip
         assert "x or more" in " ".join(text.replace("│", " ").split())
 
+    def test_a_model_too_large_for_a_map_still_has_a_table(self) -> None:
+        text = run("plan", "--load", "poisson:2", "--num-requests", 20, "--input-tokens", 3000, "--output-tokens", 100,
+                   "--slo", "ttft_p95<6s", "--machines", "h200", "--designs", "clo", "--model", "llama-3-70b",
+                   "--jobs", 1)  # fmt: skip
+        assert "does not fit one" in " ".join(text.replace("│", " ").split())
+
+    def test_of_few_requests_nobody_knows_whether_a_fleet_keeps_up(self) -> None:
+        command = ("plan", "--load", "poisson:20", "--input-tokens", 30000, "--output-tokens", 10, "--slo",
+                   "tpot_p50<500ms", "--machines", "h200", "--designs", "resident", "--no-map", "--jobs", 1)  # fmt: skip
+        assert "Too few requests (200 are needed)" in " ".join(run(*command, "--num-requests", 50).split())
+        assert "Too few requests" not in run(*command, "--num-requests", 200)
+
     def test_what_a_fleet_rejects_is_told(self, tmp_path: Path) -> None:
         rows = [{"timestamp": 0, "input_length": 1000, "output_length": answer} for answer in (5, 0, 5)]
         (tmp_path / "some.jsonl").write_text("\n".join(json.dumps(row) for row in rows))

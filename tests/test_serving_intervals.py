@@ -19,6 +19,7 @@ import clo_sim
 from clo import presets
 from clo.errors import SpecError
 from clo_cli.main import clo
+from clo_cli.serve_tables import print_service
 from clo_sim.intervals import CostDraw, interval_of
 from clo_sim.scene import Scene, gpu_tables
 from clo_sim.serving import (
@@ -182,7 +183,7 @@ class TestServices:
         assert 0.1 < found.slo_chance["ttft_p50"] < 0.9
         assert found.slo_chance["e2e_p99"] == 1.0
 
-    def test_what_may_not_keep_up_has_no_upper_end(self) -> None:
+    def test_what_may_not_keep_up_has_no_upper_end(self, capsys: pytest.CaptureFixture[str]) -> None:
         """Two GPUs' worth of load on one: latencies have no bound, in JSON they are null."""
         load = generate("fixed", rate_per_s=40.0, num_requests=300, lengths=[(2048, 1)], seed=0)
         run = serve(load, costs_of(load), ServiceSettings())
@@ -190,6 +191,8 @@ class TestServices:
         assert found.unstable
         assert found.intervals["ttft_s_p95"] == (math.inf, math.inf)
         assert json.loads(json.dumps(found.as_dict()))["intervals"]["ttft_s_p95"] == [None, None]
+        print_service(found)
+        assert "unstable to" not in capsys.readouterr().out
         assert all(math.isfinite(end) for end in found.intervals["completed_per_s"])
 
 
@@ -264,4 +267,7 @@ class TestCommands:
         (fleet,) = json.loads(self.run(*command, "--intervals", "--json"))["fleets"]
         assert fleet["gpus_interval"] == [1, 1]
         assert fleet["chance"] == 1.0
-        assert "In brackets: the GPUs needed" in self.run(*command, "--intervals")
+        text = " ".join(self.run(*command, "--intervals").replace("│", " ").split())
+        assert "In brackets: the GPUs needed" in text
+        assert f"(of costs that are {fleet['result']['interval_share']:.0%} of its time)" in text.replace("(1 to 1) ", "")
+        assert "(1 to 1)" in text

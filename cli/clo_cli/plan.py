@@ -106,7 +106,7 @@ def plan(
         found["curve"] = _curve(question, machine_names, best, chosen, workers)
     if with_map:
         where = map_machine or (best.fleet.machine if best else machine_names[0])
-        found["map"] = _map(question, where, list(chosen.values()), best, map_output_tokens, map_reuse, workers)
+        found["map"] = _map_if_any(question, where, list(chosen.values()), best, map_output_tokens, map_reuse, workers)
     _report(question, found, best, out, prices_given=bool(prices), as_json=as_json)
 
 
@@ -191,6 +191,17 @@ def _curve(
         for share in CURVE
     ]
     return [point for points in _run(run_curve, jobs, workers, "latency against load") for point in points]
+
+
+def _map_if_any(question: Question, machine: str, designs: Sequence[Design], best: Priced | None, *ask: Any) -> Any:
+    """The map, or none where there is nothing to map on this machine: fleets that were found are not lost for it."""
+    from clo.errors import CloError
+
+    try:
+        return _map(question, machine, designs, best, *ask)
+    except CloError as error:
+        click.echo(f"clo: no map: {error}", err=True)
+        return None
 
 
 def _map(

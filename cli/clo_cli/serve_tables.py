@@ -68,7 +68,9 @@ def _row(latency: Latency, unstable: bool) -> list[str]:
 
 def _span(result: ServiceResult, name: str) -> str:
     ends = result.intervals.get(name)
-    return "" if ends is None else " to ".join("unstable" if math.isinf(one) else format_seconds(one) for one in ends)
+    if ends is None:
+        return ""
+    return " to ".join(dict.fromkeys("unstable" if math.isinf(one) else format_seconds(one) for one in ends))
 
 
 def _print_intervals(result: ServiceResult) -> None:
@@ -129,6 +131,8 @@ def _held(name: str, met: bool, chance: float | None) -> str:
 
 def print_fleets(fleets: Sequence[Priced], slo: str, title: str, *, prices_given: bool) -> None:
     """Every machine and design: GPUs, cost, the SLO's values, head-room; best design of each machine first."""
+    from clo_sim.serving.stability import MIN_REQUESTS
+
     out = console()
     table = Table(title=title, title_justify="left")
     for name in ("machine", "design"):
@@ -140,7 +144,15 @@ def print_fleets(fleets: Sequence[Priced], slo: str, title: str, *, prices_given
         table.add_row(*_fleet_row(one))
     out.print(table)
     if any(one.fleet.gpus_interval is not None for one in fleets):
-        out.print("In brackets: the GPUs needed with a probability of 90%, as far as the spreads of costs are known.")
+        out.print(
+            "In brackets: the GPUs needed with a probability of 90%, as far as the spreads of costs are known: the upper "
+            "end is enough with 95%. Other costs are taken as exact."
+        )
+    if any(one.fleet.result is not None and one.fleet.result.unstable is None for one in fleets):
+        out.print(
+            f"Too few requests ({MIN_REQUESTS} are needed) to tell whether these fleets keep up: a longer load may need "
+            "more GPUs."
+        )
     if not prices_given:
         out.print("No prices given: no costs. Give yours, in $ per GPU and hour: --price h200=... --price l40s=...")
 
@@ -167,7 +179,11 @@ def _fleet_row(one: Priced) -> list[str]:
 
 
 def _chance(fleet: Fleet) -> str:
-    return "" if fleet.chance is None else f"; enough in {fleet.chance:.0%} of draws"
+    if fleet.chance is None or fleet.result is None:
+        return ""
+    share = fleet.result.interval_share
+    known = "" if share is None else f" (of costs that are {share:.0%} of its time)"
+    return f"; enough in {fleet.chance:.0%} of draws{known}"
 
 
 def _rejected(fleet: Fleet) -> str:
@@ -177,7 +193,9 @@ def _rejected(fleet: Fleet) -> str:
 
 
 def _count_span(ends: tuple[float, float] | None) -> str:
-    return "" if ends is None else "\n({} to {})".format(*("none" if math.isinf(one) else f"{one:.0f}" for one in ends))
+    if ends is None:
+        return ""
+    return "\n(" + " to ".join("no number" if math.isinf(one) else f"{one:.0f}" for one in ends) + ")"
 
 
 def print_map(found: CrossoverMap) -> None:
