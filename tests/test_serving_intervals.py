@@ -182,6 +182,29 @@ class TestServices:
         found = with_intervals(summarise_service(run, slo=slo), run, slo=slo, draws=24)
         assert 0.1 < found.slo_chance["ttft_p50"] < 0.9
         assert found.slo_chance["e2e_p99"] == 1.0
+        assert found.chance == found.slo_chance["ttft_p50"]
+
+    def test_the_chance_of_an_slo_is_that_of_all_terms_together(self) -> None:
+        """Terms that follow different costs: in draws where one holds the other may not."""
+        # attention is most of a long prompt, weights are most of a step
+        load = generate("fixed", rate_per_s=0.01, num_requests=6, lengths=[(100_000, 4)])
+        costs, settings_ = costs_of(load), ServiceSettings()
+        run = serve(load, costs, settings_)
+        result = summarise_service(run)
+        slo = parse_slo(f"ttft_p50<{result.ttft_s.p50:.9f}s, itl_p50<{result.itl_s.p50:.9f}s")
+        found = with_intervals(summarise_service(run, slo=slo), run, slo=slo, draws=24)
+        met = []
+        for number in range(24):
+            drawn = drawn_costs(costs, CostDraw(np.random.default_rng((0, number))))
+            met.append(all(summarise_service(serve(load, drawn, settings_), slo=slo).slo_met.values()))
+        assert found.chance == np.mean(met)
+        assert found.chance < min(found.slo_chance.values())
+
+    def test_what_does_not_keep_up_meets_nothing(self) -> None:
+        load = generate("fixed", rate_per_s=40.0, num_requests=300, lengths=[(2048, 2)], seed=0)
+        run, slo = serve(load, costs_of(load), ServiceSettings()), parse_slo("tpot_mean<9s")
+        found = with_intervals(summarise_service(run, slo=slo), run, slo=slo, draws=3)
+        assert (found.slo_chance, found.chance) == ({"tpot_mean": 1.0}, 0.0)
 
     def test_what_may_not_keep_up_has_no_upper_end(self, capsys: pytest.CaptureFixture[str]) -> None:
         """Two GPUs' worth of load on one: latencies have no bound, in JSON they are null."""
@@ -258,7 +281,8 @@ class TestCommands:
         assert result["slo_chance"] == {"ttft_p95": 1.0}
         text = self.run(*command, "--intervals")
         assert "90% prediction interval" in text
-        assert "(it holds in 100% of draws)" in text
+        assert "(it holds in 100% of draws)" in " ".join(text.split())
+        assert "all of it, and keeping up, in 100% of draws" in " ".join(text.split())
         assert "prediction interval" not in self.run(*command)
 
     def test_plan(self) -> None:

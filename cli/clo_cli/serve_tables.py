@@ -122,6 +122,8 @@ def _print_slo(result: ServiceResult) -> None:
         out.print(f"SLO {result.slo}: no request was served, so there is nothing to hold against it")
         return
     held = ", ".join(_held(name, met, result.slo_chance.get(name)) for name, met in result.slo_met.items())
+    if result.chance is not None:
+        held += f"; all of it, and keeping up, in {result.chance:.0%} of draws"
     out.print(f"SLO {result.slo}: {held}; goodput {result.goodput_per_s:.3g} requests/s within every limit")
 
 

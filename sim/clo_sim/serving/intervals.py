@@ -39,7 +39,7 @@ def with_intervals(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> ServiceResult:
-    """`result` of `run` with 90% intervals of its latencies and rates, and how often each term of `slo` holds."""
+    """`result` of `run` with 90% intervals of its latencies and rates, and how often terms of `slo`, and all of them, hold."""
     drawn = []
     for number, costs in enumerate(_drawn(run.costs, draws, seed)):
         drawn.append(summarise_service(serve(run.trace, costs, run.settings), slo=slo))
@@ -109,7 +109,8 @@ def _spanned(result: ServiceResult, drawn: list[ServiceResult], share: float | N
             found = interval_of([float(one) for one in values if one is not None])
             spans[name] = (found.low, found.high)
     chance = {term: sum(one.slo_met[term] for one in drawn) / len(drawn) for term in result.slo_met}
-    return replace(result, intervals=spans, interval_share=share, slo_chance=chance)
+    together = sum(one.met() for one in drawn) / len(drawn) if chance else None
+    return replace(result, intervals=spans, interval_share=share, slo_chance=chance, chance=together)
 
 
 def numbers(result: ServiceResult) -> dict[str, float | None]:

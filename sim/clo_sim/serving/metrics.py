@@ -69,7 +69,8 @@ class ServiceResult:
 
     Where they were asked for: `intervals` are 90% prediction intervals by the flat names of `as_dict`, infinite at an
     end where the service does not keep up; `interval_share` is the share of busy time on costs whose spread is known,
-    `slo_chance` the share of draws in which a term of the SLO holds.
+    `slo_chance` the share of draws in which a term of the SLO holds, `chance` that in which the service keeps up and
+    all of them hold.
     """
 
     trace: str
@@ -114,6 +115,7 @@ class ServiceResult:
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     interval_share: float | None = None
     slo_chance: Mapping[str, float] = field(default_factory=dict)
+    chance: float | None = None
     samples: tuple[tuple[Sample, ...], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
