@@ -14,7 +14,7 @@ from toy_service import toy_costs, trace_of
 
 import clo_sim
 from clo import presets
-from clo.errors import RequestError
+from clo.errors import RequestError, SpecError
 from clo_cli.main import clo
 from clo_plots import plot_crossover, plot_fleets, plot_load, plot_service
 from clo_plots.fleets import FleetPoint, fleet_front
@@ -339,6 +339,14 @@ class TestCommands:
                    "tpot_p50<500ms", "--machines", "h200", "--designs", "resident", "--no-map", "--jobs", 1)  # fmt: skip
         assert "Too few requests (200 are needed)" in " ".join(run(*command, "--num-requests", 50).split())
         assert "Too few requests" not in run(*command, "--num-requests", 200)
+
+    @pytest.mark.parametrize(("option", "kind"), [("--machines", "machines"), ("--designs", "designs")])
+    def test_two_of_a_name_could_not_be_told_apart(self, tmp_path: Path, option: str, kind: str) -> None:
+        preset = {"machines": "l40s", "designs": "resident"}[kind]
+        own = tmp_path / "own.toml"
+        own.write_text((Path(presets.__file__).parent / kind / f"{preset}.toml").read_text())
+        with pytest.raises(SpecError, match=f"are both named '{preset}'"):
+            run("plan", "--requests", AZURE, "--slo", "e2e_p95<9s", option, f"{preset},{own}")
 
     def test_what_a_fleet_rejects_is_told(self, tmp_path: Path) -> None:
         rows = [{"timestamp": 0, "input_length": 1000, "output_length": answer} for answer in (5, 0, 5)]

@@ -84,8 +84,11 @@ def plan(
     machine_names = _listed(machines, "--machines")
     prices = prices_from(price, machine_names)
     chosen = {name: design_from(name, overrides) for name in _listed(designs, "--designs")}
-    for name in (*machine_names, *([map_machine] if map_machine else [])):
-        serving_scene(options, overrides, name)
+    scenes = {name: serving_scene(options, overrides, name) for name in machine_names}
+    _check_names("--machines", {name: scene.machine.name for name, scene in scenes.items()})
+    _check_names("--designs", {name: design.name for name, design in chosen.items()})
+    if map_machine:
+        serving_scene(options, overrides, map_machine)
     service = service_from(options, gpus=1)
     if out is not None:
         claim_folder(out)
@@ -117,6 +120,17 @@ def _listed(text: str, option: str) -> list[str]:
     if not names:
         raise SpecError(f"{option}: name at least one")
     return list(dict.fromkeys(names))
+
+
+def _check_names(option: str, names: dict[str, str]) -> None:
+    """Tables and figures tell machines and designs apart by the names in their files."""
+    from clo.errors import SpecError
+
+    first: dict[str, str] = {}
+    for given, name in names.items():
+        if name in first:
+            raise SpecError(f"{option}: {first[name]} and {given} are both named {name!r}: give one of them another name")
+        first[name] = given
 
 
 def _fleets(
