@@ -33,7 +33,7 @@ from clo_sim.serving import (
     worker_costs,
 )
 from clo_sim.serving import prefill as prefill_module
-from clo_sim.serving.intervals import fleet_with_intervals, numbers, with_intervals
+from clo_sim.serving.intervals import fleet_with_intervals, numbers, of_counts, with_intervals
 from clo_sim.serving.metrics import known_spread_share
 from clo_sim.serving.plan import alone_values, attempt, smallest_fleet
 from clo_sim.serving.worker import drawn_costs
@@ -212,14 +212,34 @@ class TestServices:
         run = serve(load, costs_of(load), ServiceSettings())
         found = with_intervals(summarise_service(run), run, draws=20)
         assert found.unstable
-        assert found.intervals["ttft_s_p95"] == (math.inf, math.inf)
+        for name in ("ttft_s_p95", "ttft_s_mean", "e2e_s_p50"):
+            assert found.intervals[name] == (math.inf, math.inf)
         assert json.loads(json.dumps(found.as_dict()))["intervals"]["ttft_s_p95"] == [None, None]
         print_service(found)
         assert "unstable to" not in capsys.readouterr().out
         assert all(math.isfinite(end) for end in found.intervals["completed_per_s"])
 
 
+    def test_draws_are_served_as_the_run_was(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(prefill_module, "ATTENTION_SPREAD", 0.0)
+        load = generate("fixed", rate_per_s=20.0, num_requests=12, lengths=[(4096, 8)])
+        settings_ = ServiceSettings(gpus=2, max_batch=2, routing="round_robin", pressure="queue")
+        run = serve(load, costs_of(load, without_spread(SCENE)), settings_)
+        result = summarise_service(run)
+        assert result.ttft_s.p95 != summarise_service(serve(load, run.costs, ServiceSettings())).ttft_s.p95
+        for name, (low, high) in with_intervals(result, run, draws=2).intervals.items():
+            assert low == high == pytest.approx(numbers(result)[name])
+
+
 class TestFleets:
+    @pytest.mark.parametrize("draws", [20, 40, 100, 250])
+    def test_counts_lie_between_order_statistics_that_hold_nine_in_ten(self, draws: int) -> None:
+        """Between order statistics i and j of n lies (j - i) / (n + 1) on average: here the narrowest, outwards."""
+        low, high = of_counts([float(one) for one in np.random.default_rng(0).permutation(draws) + 1])
+        assert low + high == draws + 1
+        assert (high - low) / (draws + 1) >= 0.9
+        assert (high - low - 2) / (draws + 1) < 0.9
+
     def fleet(self, slo_text: str, load: RequestTrace = LOAD, **options: Any) -> Any:
         slo, service = parse_slo(slo_text), ServiceSettings()
         fleet = smallest_fleet(SCENE, RESIDENT, load, slo, service)
@@ -248,6 +268,14 @@ class TestFleets:
         assert fleet.gpus is not None
         assert found.gpus_interval[1] == math.inf
         assert 0 < found.chance < 1
+
+    def test_more_than_may_be_had_is_no_number(self) -> None:
+        load = generate("poisson", rate_per_s=20.0, num_requests=150, lengths=[(4096, 4)], seed=1)
+        fleet, found = self.fleet("ttft_p90<400ms", load, draws=20)
+        assert found.gpus_interval[1] > fleet.gpus
+        _, bounded = self.fleet("ttft_p90<400ms", load, draws=20, max_gpus=fleet.gpus)
+        assert bounded.gpus_interval == (found.gpus_interval[0], math.inf)
+        assert bounded.chance == found.chance
 
     def test_no_fleet_no_interval(self) -> None:
         fleet, found = self.fleet("ttft_mean<1us")

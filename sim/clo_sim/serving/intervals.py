@@ -75,7 +75,7 @@ def fleet_with_intervals(
     share = known_spread_share(serve(trace, base, sized))
     return replace(
         fleet,
-        gpus_interval=_of_counts(needed),
+        gpus_interval=of_counts(needed),
         chance=sum(one.met for one in found) / draws,
         result=_spanned(fleet.result, [_result(one) for one in found], share),
     )
@@ -121,7 +121,7 @@ def numbers(result: ServiceResult) -> dict[str, float | None]:
     return found
 
 
-def _of_counts(values: list[float]) -> tuple[float, float]:
+def of_counts(values: list[float]) -> tuple[float, float]:
     """As `interval_of`, but outwards to whole numbers; infinite where no number was enough."""
     tail = (1 - LEVEL) / 2 * (len(values) + 1)
     ordered = sorted(values)
