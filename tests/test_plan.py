@@ -335,8 +335,9 @@ class TestCommands:
         assert "does not fit one" in " ".join(text.replace("│", " ").split())
 
     def test_of_few_requests_nobody_knows_whether_a_fleet_keeps_up(self) -> None:
-        command = ("plan", "--load", "poisson:20", "--input-tokens", 30000, "--output-tokens", 10, "--slo",
-                   "tpot_p50<500ms", "--machines", "h200", "--designs", "resident", "--no-map", "--jobs", 1)  # fmt: skip
+        load = ("--load", "poisson:20", "--input-tokens", 30000, "--output-tokens", 10)
+        command = ("plan", *load, "--slo", "tpot_p50<500ms", "--machines", "h200", "--designs", "resident", "--no-map")
+        command = (*command, "--jobs", 1)
         assert "Too few requests (200 are needed)" in " ".join(run(*command, "--num-requests", 50).split())
         assert "Too few requests" not in run(*command, "--num-requests", 200)
 

@@ -36,6 +36,7 @@ from clo_sim.serving import prefill as prefill_module
 from clo_sim.serving.intervals import fleet_with_intervals, numbers, of_counts, with_intervals
 from clo_sim.serving.metrics import known_spread_share
 from clo_sim.serving.plan import alone_values, attempt, smallest_fleet
+from clo_sim.serving.prefill import prefill_prices
 from clo_sim.serving.worker import drawn_costs
 
 LOAD = generate("poisson", rate_per_s=2.0, num_requests=40, lengths=[(4096, 8)], seed=3)
@@ -111,6 +112,37 @@ class TestDraws:
         assert known != 1.0
         assert drawn.prefill.head_ns / base.prefill.head_ns == pytest.approx(known, rel=1e-4)
         assert draw.factor("DecodeAttention", table.p90_abs_relative_error) != known
+        # prefill attention is another kernel: its error is its own
+        attention = drawn.prefill.pair_ns / base.prefill.pair_ns
+        assert attention == pytest.approx(draw.factor("prefill_attention", 123.0))
+        assert attention != pytest.approx(draw.factor("DecodeAttention", 123.0))
+
+    @pytest.mark.parametrize("spread", [0.05, 0.12, 0.5])
+    def test_factors_have_mean_one_and_their_spread(self, spread: float) -> None:
+        source = np.random.default_rng(1)
+        logs = np.log([CostDraw(source).factor("any", spread) for _ in range(20_000)])
+        # of a log-normal with mean 1 and standard deviation s: logs of variance log(1 + s^2), mean half of that below 0
+        variance = math.log(1 + spread**2)
+        assert logs.var() == pytest.approx(variance, rel=0.05)
+        assert logs.mean() == pytest.approx(-variance / 2, abs=4 * math.sqrt(variance / 20_000))
+
+    def test_prefill_attention_varies_as_its_literature_does(self) -> None:
+        """Equally likely shares of the datasheet rate between 0.5 and 0.75: standard deviation over mean."""
+        base, source = costs_of(LOAD).prefill.pair_ns, np.random.default_rng(2)
+        logs = []
+        for _ in range(400):
+            drawn = prefill_prices(SCENE, RESIDENT, chunk_tokens=1, keeps_prefixes=False, draw=CostDraw(source))
+            logs.append(math.log(drawn.pair_ns / base))
+        assert np.std(logs) == pytest.approx(0.25 / math.sqrt(12) / 0.625, rel=0.12)
+
+    def test_prefixes_chunks_and_executor_stay_as_they_were(self) -> None:
+        base = worker_costs(SCENE, RESIDENT, LOAD, chunk_tokens=512, keeps_prefixes=True, executor="simpy")
+        drawn = drawn_costs(base, Constant(2.0))
+        assert drawn.prefill.chunk_tokens == 512
+        assert drawn.prefill.out_ns == base.prefill.out_ns > 0
+        assert drawn.block_bytes == base.block_bytes > 0
+        assert drawn.decode_prices is not None
+        assert (drawn.decode_prices.executor, drawn.decode_prices.max_context) == ("simpy", LOAD.max_total_tokens + 1)
 
     def test_given_costs_have_no_spread(self) -> None:
         with pytest.raises(SpecError, match="spread is not known"):
@@ -177,12 +209,16 @@ class TestServices:
 
     def test_the_chance_of_a_term_is_its_share_of_draws(self) -> None:
         run = serve(LOAD, costs_of(LOAD), ServiceSettings())
-        middle = summarise_service(run).ttft_s.p50 or 0.0
+        result = summarise_service(run)
+        middle = result.ttft_s.p50 or 0.0
         slo = parse_slo(f"ttft_p50<{middle:.9f}s, e2e_p99<900s")
         found = with_intervals(summarise_service(run, slo=slo), run, slo=slo, draws=24)
         assert 0.1 < found.slo_chance["ttft_p50"] < 0.9
         assert found.slo_chance["e2e_p99"] == 1.0
         assert found.chance == found.slo_chance["ttft_p50"]
+        # as many requests are in time as draws have it
+        low, high = found.intervals["goodput_per_s"]
+        assert low < high <= 1.1 * result.completed_per_s
 
     def test_the_chance_of_an_slo_is_that_of_all_terms_together(self) -> None:
         """Terms that follow different costs: in draws where one holds the other may not."""
@@ -219,7 +255,6 @@ class TestServices:
         assert "unstable to" not in capsys.readouterr().out
         assert all(math.isfinite(end) for end in found.intervals["completed_per_s"])
 
-
     def test_draws_are_served_as_the_run_was(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(prefill_module, "ATTENTION_SPREAD", 0.0)
         load = generate("fixed", rate_per_s=20.0, num_requests=12, lengths=[(4096, 8)])
@@ -240,17 +275,17 @@ class TestFleets:
         assert (high - low) / (draws + 1) >= 0.9
         assert (high - low - 2) / (draws + 1) < 0.9
 
-    def fleet(self, slo_text: str, load: RequestTrace = LOAD, **options: Any) -> Any:
-        slo, service = parse_slo(slo_text), ServiceSettings()
-        fleet = smallest_fleet(SCENE, RESIDENT, load, slo, service)
-        return fleet, fleet_with_intervals(fleet, SCENE, RESIDENT, load, slo, service, **options)
+    def fleet(self, slo_text: str, load: RequestTrace = LOAD, chunk_tokens: int = 2048, **options: Any) -> Any:
+        given = SCENE, RESIDENT, load, parse_slo(slo_text), ServiceSettings()
+        fleet = smallest_fleet(*given, chunk_tokens=chunk_tokens)
+        return fleet, fleet_with_intervals(fleet, *given, chunk_tokens=chunk_tokens, **options)
 
     def test_the_gpus_of_every_draw(self) -> None:
         """Each draw's own smallest fleet, searched from one GPU on, is what the interval is made of."""
         load = generate("poisson", rate_per_s=20.0, num_requests=150, lengths=[(4096, 4)], seed=1)
         slo, service = parse_slo("ttft_p90<400ms"), ServiceSettings()
-        fleet, found = self.fleet("ttft_p90<400ms", load, draws=12)
-        costs, needed, enough = costs_of(load), [], []
+        fleet, found = self.fleet("ttft_p90<400ms", load, draws=12, chunk_tokens=1024)
+        costs, needed, enough = worker_costs(SCENE, RESIDENT, load, chunk_tokens=1024), [], []
         for number in range(12):
             drawn = drawn_costs(costs, CostDraw(np.random.default_rng((0, number))))
             met = [
@@ -321,5 +356,7 @@ class TestCommands:
         assert fleet["chance"] == 1.0
         text = " ".join(self.run(*command, "--intervals").replace("│", " ").split())
         assert "In brackets: the GPUs needed" in text
-        assert f"(of costs that are {fleet['result']['interval_share']:.0%} of its time)" in text.replace("(1 to 1) ", "")
+        assert f"(of costs that are {fleet['result']['interval_share']:.0%} of its time)" in text.replace(
+            "(1 to 1) ", ""
+        )
         assert "(1 to 1)" in text

@@ -129,7 +129,7 @@ def _check_names(option: str, names: dict[str, str]) -> None:
     first: dict[str, str] = {}
     for given, name in names.items():
         if name in first:
-            raise SpecError(f"{option}: {first[name]} and {given} are both named {name!r}: give one of them another name")
+            raise SpecError(f"{option}: {first[name]} and {given} are both named {name!r}: rename one of them")
         first[name] = given
 
 

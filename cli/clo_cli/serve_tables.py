@@ -147,13 +147,13 @@ def print_fleets(fleets: Sequence[Priced], slo: str, title: str, *, prices_given
     out.print(table)
     if any(one.fleet.gpus_interval is not None for one in fleets):
         out.print(
-            "In brackets: the GPUs needed with a probability of 90%, as far as the spreads of costs are known: the upper "
-            "end is enough with 95%. Other costs are taken as exact."
+            "In brackets: the GPUs needed with a probability of 90% (the upper end is enough with 95%), as far as the "
+            "spreads of costs are known. Other costs are taken as exact."
         )
     if any(one.fleet.result is not None and one.fleet.result.unstable is None for one in fleets):
         out.print(
-            f"Too few requests ({MIN_REQUESTS} are needed) to tell whether these fleets keep up: a longer load may need "
-            "more GPUs."
+            f"Too few requests ({MIN_REQUESTS} are needed) to tell whether these fleets keep up: a longer load may "
+            "need more GPUs."
         )
     if not prices_given:
         out.print("No prices given: no costs. Give yours, in $ per GPU and hour: --price h200=... --price l40s=...")

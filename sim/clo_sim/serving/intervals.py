@@ -39,7 +39,7 @@ def with_intervals(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> ServiceResult:
-    """`result` of `run` with 90% intervals of its latencies and rates, and how often terms of `slo`, and all of them, hold."""
+    """`result` of `run` with 90% intervals of latencies and rates, and how often each term of `slo`, and all, hold."""
     drawn = []
     for number, costs in enumerate(_drawn(run.costs, draws, seed)):
         drawn.append(summarise_service(serve(run.trace, costs, run.settings), slo=slo))
