@@ -300,7 +300,7 @@ class TestCommands:
         text = run("plan", *command, "--machines", "h200", "--designs", "resident", "--price", "h200=3", "--no-map",
                    "--jobs", 1)  # fmt: skip
         assert "no request can be served: empty output: 3" in " ".join(text.split())
-        served = run("serve-sim", *command, "--design", "resident", "--intervals")
+        served = run("serve-sim", *command, "--design", "resident", "--intervals", "--figure", tmp_path / "none.png")
         assert "completed 0, rejected 3 (empty output: 3)" in served
         assert "nothing to hold against it" in served
         assert "holds" not in served

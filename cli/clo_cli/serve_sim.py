@@ -74,14 +74,14 @@ def serve_sim(
         result = _spread(result, run, slo, options["seed"])
     if out is not None:
         _save(result, out)
+    if figure is not None:
+        _draw(result, figure)
     if as_json:
         click.echo(json.dumps(result.as_dict(), indent=1))
     else:
         from clo_cli.serve_tables import print_service
 
         print_service(result)
-    if figure is not None:
-        _draw(result, figure)
 
 
 def _check_figure(figure: Path | None) -> None:
@@ -129,6 +129,11 @@ def _save(result: ServiceResult, path: Path) -> None:
 
 
 def _draw(result: ServiceResult, path: Path) -> None:
+    from clo.errors import CloError
     from clo_plots import plot_service, save_figure
 
-    save_figure(plot_service(result.as_dict()), path)
+    try:
+        save_figure(plot_service(result.as_dict()), path)
+    except CloError as error:
+        # the numbers are not lost for it
+        click.echo(f"clo: no figure: {error}", err=True)

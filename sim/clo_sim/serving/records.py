@@ -9,7 +9,10 @@ NOT_YET = -1
 
 
 class Sample(NamedTuple):
-    """The state of a worker at a moment; bytes of sequences, and of prefix blocks in host memory."""
+    """The state of a worker at a moment; bytes of sequences, and of prefix blocks in host memory.
+
+    Moments are evenly spaced, whatever happens then. `running` are all that were admitted, their prompts done or not.
+    """
 
     now_ns: int
     waiting: int
