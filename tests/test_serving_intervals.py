@@ -18,6 +18,7 @@ from toy_service import toy_costs
 import clo_sim
 from clo import presets
 from clo.errors import SpecError
+from clo_cli.fleet_prices import Priced
 from clo_cli.main import clo
 from clo_cli.serve_tables import print_service
 from clo_sim.intervals import CostDraw, interval_of
@@ -35,7 +36,7 @@ from clo_sim.serving import (
 from clo_sim.serving import prefill as prefill_module
 from clo_sim.serving.intervals import fleet_with_intervals, numbers, of_counts, with_intervals
 from clo_sim.serving.metrics import known_spread_share
-from clo_sim.serving.plan import alone_values, attempt, smallest_fleet
+from clo_sim.serving.plan import Fleet, alone_values, attempt, smallest_fleet
 from clo_sim.serving.prefill import prefill_prices
 from clo_sim.serving.worker import drawn_costs
 
@@ -184,8 +185,11 @@ class TestServices:
         own = replace(own, machine=own.machine.model_copy(update={"gpu": gpu}))
         # one after another, so that batches are as they were
         load = generate("fixed", rate_per_s=0.05, num_requests=6, lengths=[(8192, 4)])
-        for scene in (SCENE, own):
-            base = costs_of(load, scene)
+        link = SCENE.machine.link.model_copy(update={"h2d_bytes_per_s": 1e9})
+        slow = replace(SCENE, machine=SCENE.machine.model_copy(update={"link": link}))
+        # chunks of offloaded prompts wait for the slow link: their computing does not count
+        for scene, design in ((SCENE, "resident"), (own, "resident"), (slow, "clo")):
+            base = costs_of(load, scene, design)
             share = known_spread_share(serve(load, base, ServiceSettings()))
             assert share == pytest.approx(growth(load, base, KnownLonger()), abs=0.02)
             assert share is not None
@@ -342,17 +346,37 @@ class TestCommands:
         low, high = result["intervals"]["ttft_s_p95"]
         assert low < result["ttft_s_p95"] < high
         assert result["slo_chance"] == {"ttft_p95": 1.0}
+        other = json.loads(self.run(*command, "--intervals", "--seed", 1, "--json"))
+        assert other["ttft_s"] == result["ttft_s"]
+        assert other["intervals"] != result["intervals"]
         text = self.run(*command, "--intervals")
         assert "90% prediction interval" in text
         assert "(it holds in 100% of draws)" in " ".join(text.split())
         assert "all of it, and keeping up, in 100% of draws" in " ".join(text.split())
         assert "prediction interval" not in self.run(*command)
 
+    def test_no_number_of_gpus_is_null(self) -> None:
+        fleet = Fleet(machine="h200", design="resident", gpus=3, gpus_interval=(2.0, math.inf), chance=0.5)
+        assert Priced(fleet=fleet).as_dict()["gpus_interval"] == [2, None]
+
+    def test_the_largest_fleet_holds_for_draws_too(self) -> None:
+        load = ("--load", "poisson:20", "--num-requests", 150, "--input-tokens", 4096, "--output-tokens", 4)
+        command = ("plan", *load, "--slo", "ttft_p90<400ms", "--machines", "h200", "--designs", "resident", "--no-map")
+        command = (*command, "--jobs", 1, "--intervals", "--json", "--seed", 1)
+        (free,) = json.loads(self.run(*command))["fleets"]
+        assert free["gpus_interval"][1] > free["gpus"]
+        (bounded,) = json.loads(self.run(*command, "--max-gpus", free["gpus"]))["fleets"]
+        assert bounded["gpus_interval"][1] is None
+
     def test_plan(self) -> None:
         command = ("plan", "--requests", self.AZURE, "--first", 20, "--machines", "h200", "--designs", "resident")
         command = (*command, "--slo", "ttft_p95<900s", "--no-map", "--jobs", 1)
         (fleet,) = json.loads(self.run(*command, "--intervals", "--json"))["fleets"]
         assert fleet["gpus_interval"] == [1, 1]
+        assert fleet["head_room"] > 1
+        (other,) = json.loads(self.run(*command, "--intervals", "--seed", 1, "--json"))["fleets"]
+        assert other["values"] == fleet["values"]
+        assert other["result"]["intervals"] != fleet["result"]["intervals"]
         assert fleet["chance"] == 1.0
         text = " ".join(self.run(*command, "--intervals").replace("│", " ").split())
         assert "In brackets: the GPUs needed" in text
