@@ -223,6 +223,13 @@ class TestFleets:
         ]
         assert [point.name for point in fleet_front(points)] == ["1", "0"]
 
+    @pytest.mark.parametrize(("ends", "bars"), [(None, 0), ([2, 6], 1), ([2, None], 0)])
+    def test_the_figure_has_the_span_of_gpus(self, ends: Any, bars: int) -> None:
+        fleet = {"machine": "h200", "design": "clo", "gpus": 4, "values": {"ttft_p95": 1.0}, "gpus_interval": ends}
+        figure = plot_fleets([fleet | {"cost_per_million_output_tokens": 2.0}])
+        lines = [line for line in figure.axes[0].lines if line.get_label() == "needed with 90%"]
+        assert [line.get_xdata().tolist() for line in lines] == [[1.0, 3.0]] * bars  # type: ignore[union-attr]
+
 
 class TestMap:
     def test_offloading_is_only_needed_where_memory_is_not_enough(self) -> None:
