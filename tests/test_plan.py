@@ -14,11 +14,12 @@ from toy_service import toy_costs, trace_of
 
 import clo_sim
 from clo import presets
-from clo.errors import RequestError
+from clo.errors import RequestError, SpecError
 from clo_cli.main import clo
 from clo_plots import plot_crossover, plot_fleets, plot_load, plot_service
 from clo_plots.fleets import FleetPoint, fleet_front
 from clo_sim.serving import ServiceSettings, generate, lengths_of, parse_slo, read_requests, serve
+from clo_sim.serving.clocks import StepClock
 from clo_sim.serving.crossover import crossover_map
 from clo_sim.serving.metrics import Latency, latency_values, term_value
 from clo_sim.serving.plan import alone_values, attempt, limits_of, smallest_fleet
@@ -197,6 +198,18 @@ class TestFleets:
         alone = alone_values(trace, costs, slo)
         assert alone == pytest.approx({"ttft_max": 80e-6, "tpot_mean": 1e-3, "e2e_max": 40e-6 + 9e-3, "itl_p50": 1e-3})
 
+    def test_every_gap_counts_in_the_bound_of_itl(self) -> None:
+        """One long prompt with a short answer: its gaps are few among those of the others."""
+        clock = StepClock.of([1_000_000, 50_000_000], shift=10)
+        trace = trace_of([(0, 2000, 3), *((0, 100, 101) for _ in range(4))])
+        costs, slo = toy_costs(clock=lambda batch: clock), parse_slo("itl_p90<10ms, itl_mean<10ms, itl_max<10ms")
+        alone = alone_values(trace, costs, slo)
+        assert alone["itl_p90"] == pytest.approx(1e-3)
+        assert alone["itl_mean"] == pytest.approx((400 * 1e-3 + 2 * 50e-3) / 402)
+        assert alone["itl_max"] == pytest.approx(50e-3)
+        alone_on_their_own = attempt(trace, costs, slo, ServiceSettings(gpus=5), stop_early=False)
+        assert all(alone_on_their_own.values[name] >= value * (1 - 1e-9) for name, value in alone.items())
+
     def test_a_model_that_does_not_fit_one_gpu_is_no_fleet(self) -> None:
         scene = clo_sim.make_scene("llama-3-70b", "l40s")
         trace = trace_of([(0, 40, 10)])
@@ -209,6 +222,13 @@ class TestFleets:
             FleetPoint(str(number), "m", cost, late) for number, (cost, late) in enumerate([(3, 1), (1, 3), (2, 3)])
         ]
         assert [point.name for point in fleet_front(points)] == ["1", "0"]
+
+    @pytest.mark.parametrize(("ends", "bars"), [(None, 0), ([2, 6], 1), ([2, None], 0)])
+    def test_the_figure_has_the_span_of_gpus(self, ends: Any, bars: int) -> None:
+        fleet = {"machine": "h200", "design": "clo", "gpus": 4, "values": {"ttft_p95": 1.0}, "gpus_interval": ends}
+        figure = plot_fleets([fleet | {"cost_per_million_output_tokens": 2.0}])
+        lines = [line for line in figure.axes[0].lines if line.get_label() == "needed with 90%"]
+        assert [line.get_xdata().tolist() for line in lines] == [[1.0, 3.0]] * bars  # type: ignore[union-attr]
 
 
 class TestMap:
@@ -279,6 +299,69 @@ class TestCommands:
             assert (tmp_path / name).exists()
         plot_load(found["latency_against_load"], found["slo"], found["rate_per_s"], title="again")
         plot_fleets(found["fleets"])
+
+    def test_of_what_is_never_served_there_is_no_fleet(self, tmp_path: Path) -> None:
+        rows = [{"timestamp": 0, "input_length": 1000, "output_length": 0}] * 3
+        (tmp_path / "empty.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        command = ("--requests", tmp_path / "empty.jsonl", "--slo", "ttft_p95<6s")
+        text = run("plan", *command, "--machines", "h200", "--designs", "resident", "--price", "h200=3", "--no-map",
+                   "--jobs", 1)  # fmt: skip
+        assert "no request can be served: empty output: 3" in " ".join(text.split())
+        served = run("serve-sim", *command, "--design", "resident", "--intervals", "--figure", tmp_path / "none.png")
+        assert "completed 0, rejected 3 (empty output: 3)" in served
+        assert "nothing to hold against it" in served
+        assert "holds" not in served
+
+    def test_a_single_request_has_no_rate(self, tmp_path: Path) -> None:
+        def no_constant(name: str) -> None:
+            raise ValueError(f"{name} is not JSON")
+
+        (tmp_path / "one.jsonl").write_text('{"timestamp": 5, "input_length": 1000, "output_length": 10}')
+        command = ("--requests", tmp_path / "one.jsonl", "--slo", "ttft_p95<6s")
+        served = json.loads(
+            run("serve-sim", *command, "--json", "--figure", tmp_path / "one.png"), parse_constant=no_constant
+        )
+        assert served["rate_per_s"] is None
+        assert "1 request of one" in run("serve-sim", *command)
+        plan = ("plan", *command, "--machines", "h200", "--designs", "resident", "--no-map", "--jobs", 1)
+        found = json.loads(run(*plan, "--json", "--out", tmp_path), parse_constant=no_constant)
+        assert [found["fleets"][0][name] for name in ("gpus", "head_room")] == [1, None]
+        assert (tmp_path / "fleets.png").exists()
+        assert "1 request of one, all at once" in run(*plan)
+
+    def test_head_room_that_was_not_found_the_end_of(self) -> None:
+        text = run("plan", "--load", "fixed:0.1", "--num-requests", 4, "--input-tokens", 100, "--output-tokens", 2,
+                   "--slo", "tpot_max<9s", "--machines", "h200", "--designs", "resident", "--no-map",
+                   "--jobs", 1)  # fmt: skip
+        assert "x or more" in " ".join(text.replace("│", " ").split())
+
+    def test_a_model_too_large_for_a_map_still_has_a_table(self) -> None:
+        text = run("plan", "--load", "poisson:2", "--num-requests", 20, "--input-tokens", 3000, "--output-tokens", 100,
+                   "--slo", "ttft_p95<6s", "--machines", "h200", "--designs", "clo", "--model", "llama-3-70b",
+                   "--jobs", 1)  # fmt: skip
+        assert "does not fit one" in " ".join(text.replace("│", " ").split())
+
+    def test_of_few_requests_nobody_knows_whether_a_fleet_keeps_up(self) -> None:
+        load = ("--load", "poisson:20", "--input-tokens", 30000, "--output-tokens", 10)
+        command = ("plan", *load, "--slo", "tpot_p50<500ms", "--machines", "h200", "--designs", "resident", "--no-map")
+        command = (*command, "--jobs", 1)
+        assert "Too few requests (200 are needed)" in " ".join(run(*command, "--num-requests", 50).split())
+        assert "Too few requests" not in run(*command, "--num-requests", 200)
+
+    @pytest.mark.parametrize(("option", "kind"), [("--machines", "machines"), ("--designs", "designs")])
+    def test_two_of_a_name_could_not_be_told_apart(self, tmp_path: Path, option: str, kind: str) -> None:
+        preset = {"machines": "l40s", "designs": "resident"}[kind]
+        own = tmp_path / "own.toml"
+        own.write_text((Path(presets.__file__).parent / kind / f"{preset}.toml").read_text())
+        with pytest.raises(SpecError, match=f"are both named '{preset}'"):
+            run("plan", "--requests", AZURE, "--slo", "e2e_p95<9s", option, f"{preset},{own}")
+
+    def test_what_a_fleet_rejects_is_told(self, tmp_path: Path) -> None:
+        rows = [{"timestamp": 0, "input_length": 1000, "output_length": answer} for answer in (5, 0, 5)]
+        (tmp_path / "some.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        text = run("plan", "--requests", tmp_path / "some.jsonl", "--slo", "ttft_p95<6s", "--machines", "h200",
+                   "--designs", "resident", "--no-map", "--jobs", 1)  # fmt: skip
+        assert "rejects 1 request (empty output: 1)" in " ".join(text.replace("│", " ").split())
 
     def test_without_prices_no_costs(self) -> None:
         text = run("plan", "--requests", AZURE, "--first", 10, "--slo", "e2e_p95<60s", "--machines", "h200",

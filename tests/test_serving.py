@@ -274,6 +274,30 @@ class TestEveryRun:
         assert max(held, default=0) <= costs.room.host
         assert all(replica.unfinished == 0 and replica.waiting_tokens == 0 for replica in run.replicas)
 
+    @settings(max_examples=150, deadline=None)
+    @given(services())
+    def test_samples_count_who_is_there(self, case: tuple[RequestTrace, WorkerCosts, ServiceSettings]) -> None:
+        trace, costs, service = case
+        run = serve(trace, costs, replace(service, gpus=1))
+        (replica,) = run.replicas
+        stays = [(one.arrival_ns, end) for one, end in zip(trace.requests, run.stamps.finish_ns, strict=True)]
+        for sample in replica.tally.samples:
+            there = sum(arrival <= sample.now_ns <= finish for arrival, finish in stays)
+            assert sample.waiting + sample.running == there
+        assert len(replica.tally.samples) < 800
+
+    def test_samples_are_evenly_spaced_however_long_a_run_is(self) -> None:
+        """A hundred requests in a microsecond, then minutes of decoding."""
+        trace = trace_of([(10 * number, 1, 1 + 1000 * (number % 7)) for number in range(100)])
+        run = serve(trace, toy_costs(), ServiceSettings(max_batch=2))
+        samples = run.replicas[0].tally.samples
+        assert 300 < len(samples) < 800
+        times = np.array([sample.now_ns for sample in samples])
+        assert set(np.diff(times[1:]).tolist()) == {times[-1] - times[-2]}
+        # Little's law: the mean number there is the time in system of all, over that of the run
+        mean = np.mean([sample.waiting + sample.running for sample in samples])
+        assert mean == pytest.approx(times_in_system(run).sum() / (max(run.stamps.finish_ns) / 1e9), rel=0.02)
+
 
 class TestMemory:
     def test_host_memory_holds_as_many_as_fit(self) -> None:

@@ -84,8 +84,11 @@ def plan(
     machine_names = _listed(machines, "--machines")
     prices = prices_from(price, machine_names)
     chosen = {name: design_from(name, overrides) for name in _listed(designs, "--designs")}
-    for name in (*machine_names, *([map_machine] if map_machine else [])):
-        serving_scene(options, overrides, name)
+    scenes = {name: serving_scene(options, overrides, name) for name in machine_names}
+    _check_names("--machines", {name: scene.machine.name for name, scene in scenes.items()})
+    _check_names("--designs", {name: design.name for name, design in chosen.items()})
+    if map_machine:
+        serving_scene(options, overrides, map_machine)
     service = service_from(options, gpus=1)
     if out is not None:
         claim_folder(out)
@@ -102,11 +105,11 @@ def plan(
     priced = [with_price(one, prices, machine) for machine, one in fleets]
     best = best_of(priced)
     found: dict[str, Any] = {"priced": priced, "curve": None, "map": None}
-    if best is not None and out is not None:
+    if best is not None and best.fleet.head_room is not None and out is not None:
         found["curve"] = _curve(question, machine_names, best, chosen, workers)
     if with_map:
         where = map_machine or (best.fleet.machine if best else machine_names[0])
-        found["map"] = _map(question, where, list(chosen.values()), best, map_output_tokens, map_reuse, workers)
+        found["map"] = _map_if_any(question, where, list(chosen.values()), best, map_output_tokens, map_reuse, workers)
     _report(question, found, best, out, prices_given=bool(prices), as_json=as_json)
 
 
@@ -117,6 +120,17 @@ def _listed(text: str, option: str) -> list[str]:
     if not names:
         raise SpecError(f"{option}: name at least one")
     return list(dict.fromkeys(names))
+
+
+def _check_names(option: str, names: dict[str, str]) -> None:
+    """Tables and figures tell machines and designs apart by the names in their files."""
+    from clo.errors import SpecError
+
+    first: dict[str, str] = {}
+    for given, name in names.items():
+        if name in first:
+            raise SpecError(f"{option}: {first[name]} and {given} are both named {name!r}: rename one of them")
+        first[name] = given
 
 
 def _fleets(
@@ -193,6 +207,17 @@ def _curve(
     return [point for points in _run(run_curve, jobs, workers, "latency against load") for point in points]
 
 
+def _map_if_any(question: Question, machine: str, designs: Sequence[Design], best: Priced | None, *ask: Any) -> Any:
+    """The map, or none where there is nothing to map on this machine: fleets that were found are not lost for it."""
+    from clo.errors import CloError
+
+    try:
+        return _map(question, machine, designs, best, *ask)
+    except CloError as error:
+        click.echo(f"clo: no map: {error}", err=True)
+        return None
+
+
 def _map(
     question: Question,
     machine: str,
@@ -239,7 +264,7 @@ def _report(
     prices_given: bool,
     as_json: bool,
 ) -> None:
-    from clo_cli.serve_tables import print_fleets, print_map
+    from clo_cli.serve_tables import counted, print_fleets, print_map, rate
 
     data = _as_dict(question, found)
     if out is not None:
@@ -248,7 +273,7 @@ def _report(
         click.echo(json.dumps(data, indent=1))
         return
     trace = question.trace
-    title = f"{len(trace)} requests of {trace.name}, {trace.rate_per_s:.3g}/s, {question.options['model']}"
+    title = f"{counted(len(trace))} of {trace.name}, {rate(trace.rate_per_s)}, {question.options['model']}"
     print_fleets(found["priced"], str(question.slo), title, prices_given=prices_given)
     if found["map"] is not None:
         print_map(found["map"])
@@ -263,7 +288,7 @@ def _as_dict(question: Question, found: dict[str, Any]) -> dict[str, Any]:
         "slo": str(question.slo),
         "trace": trace.name,
         "requests": len(trace),
-        "rate_per_s": trace.rate_per_s,
+        "rate_per_s": trace.rate_per_s if trace.duration_s else None,
         "fleets": [one.as_dict() for one in found["priced"]],
         "latency_against_load": curve
         and [
@@ -286,4 +311,5 @@ def _save(data: dict[str, Any], found: dict[str, Any], best: Priced | None, out:
         save_figure(
             plot_load(data["latency_against_load"], data["slo"], data["rate_per_s"], title=name), out / "load.png"
         )
+    if best is not None:
         save_figure(plot_fleets(data["fleets"]), out / "fleets.png")

@@ -129,6 +129,11 @@ def _save(result: ServiceResult, path: Path) -> None:
 
 
 def _draw(result: ServiceResult, path: Path) -> None:
+    from clo.errors import CloError
     from clo_plots import plot_service, save_figure
 
-    save_figure(plot_service(result.as_dict()), path)
+    try:
+        save_figure(plot_service(result.as_dict()), path)
+    except CloError as error:
+        # the numbers are not lost for it
+        click.echo(f"clo: no figure: {error}", err=True)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from clo_sim.serving import ServiceResult
     from clo_sim.serving.crossover import CrossoverMap
     from clo_sim.serving.metrics import Latency
+    from clo_sim.serving.plan import Fleet
 
 _STATISTICS = ("mean", "p50", "p90", "p95", "p99", "max")
 _LATENCIES = {
@@ -30,7 +31,7 @@ def print_service(result: ServiceResult) -> None:
     """One service in full."""
     out = console()
     gpus = f"{result.gpus} x {result.machine}" + (" (replicas)" if result.gpus > 1 else "")
-    out.print(f"{result.design} on {gpus}: {result.model}, {result.requests} requests of {result.trace}")
+    out.print(f"{result.design} on {gpus}: {result.model}, {counted(result.requests)} of {result.trace}")
     for line in _lines(result):
         out.print(line)
     table = Table(title="Latency", title_justify="left")
@@ -49,6 +50,16 @@ def print_service(result: ServiceResult) -> None:
         out.print(f"Measured kernel times account for {share}; the rest is literature or assumed (docs/serving.md).")
 
 
+def counted(requests: int) -> str:
+    """`1 request`, `2 requests`."""
+    return f"{requests} request{'' if requests == 1 else 's'}"
+
+
+def rate(per_s: float) -> str:
+    """Of arrivals."""
+    return "all at once" if math.isinf(per_s) else f"{per_s:.3g}/s"
+
+
 def _row(latency: Latency, unstable: bool) -> list[str]:
     values = [getattr(latency, name) for name in _STATISTICS]
     missing = "unstable" if unstable else "-"
@@ -57,7 +68,9 @@ def _row(latency: Latency, unstable: bool) -> list[str]:
 
 def _span(result: ServiceResult, name: str) -> str:
     ends = result.intervals.get(name)
-    return "" if ends is None else " to ".join("unstable" if math.isinf(one) else format_seconds(one) for one in ends)
+    if ends is None:
+        return ""
+    return " to ".join(dict.fromkeys("unstable" if math.isinf(one) else format_seconds(one) for one in ends))
 
 
 def _print_intervals(result: ServiceResult) -> None:
@@ -73,7 +86,7 @@ def _print_intervals(result: ServiceResult) -> None:
 def _lines(result: ServiceResult) -> list[str]:
     lines = [
         f"completed {result.completed}, rejected {result.rejected}{_reasons(result)}; arriving "
-        f"{result.rate_per_s:.3g}/s, completing {result.completed_per_s:.3g}/s, "
+        f"{rate(result.rate_per_s)}, completing {result.completed_per_s:.3g}/s, "
         f"{result.output_tokens_per_s:.4g} tokens/s",
         f"busy {result.busy_share:.0%} of the time (prefill {result.prefill_share:.0%}); decoding together: "
         f"{result.mean_running:.1f} on average, {result.peak_running} at most, of "
@@ -96,16 +109,21 @@ def _lines(result: ServiceResult) -> list[str]:
 
 
 def _reasons(result: ServiceResult) -> str:
-    if not result.rejected_by:
-        return ""
-    return " (" + ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in result.rejected_by.items()) + ")"
+    from clo_sim.serving.metrics import reasons_of
+
+    return f" ({reasons_of(result.rejected_by)})" if result.rejected_by else ""
 
 
 def _print_slo(result: ServiceResult) -> None:
     if not result.slo:
         return
     out = console()
+    if not result.completed:
+        out.print(f"SLO {result.slo}: no request was served, so there is nothing to hold against it")
+        return
     held = ", ".join(_held(name, met, result.slo_chance.get(name)) for name, met in result.slo_met.items())
+    if result.chance is not None:
+        held += f"; all of it, and keeping up, in {result.chance:.0%} of draws"
     out.print(f"SLO {result.slo}: {held}; goodput {result.goodput_per_s:.3g} requests/s within every limit")
 
 
@@ -115,6 +133,8 @@ def _held(name: str, met: bool, chance: float | None) -> str:
 
 def print_fleets(fleets: Sequence[Priced], slo: str, title: str, *, prices_given: bool) -> None:
     """Every machine and design: GPUs, cost, the SLO's values, head-room; best design of each machine first."""
+    from clo_sim.serving.stability import MIN_REQUESTS
+
     out = console()
     table = Table(title=title, title_justify="left")
     for name in ("machine", "design"):
@@ -126,7 +146,15 @@ def print_fleets(fleets: Sequence[Priced], slo: str, title: str, *, prices_given
         table.add_row(*_fleet_row(one))
     out.print(table)
     if any(one.fleet.gpus_interval is not None for one in fleets):
-        out.print("In brackets: the GPUs needed with a probability of 90%, as far as the spreads of costs are known.")
+        out.print(
+            "In brackets: the GPUs needed with a probability of 90% (the upper end is enough with 95%), as far as the "
+            "spreads of costs are known. Other costs are taken as exact."
+        )
+    if any(one.fleet.result is not None and one.fleet.result.unstable is None for one in fleets):
+        out.print(
+            f"Too few requests ({MIN_REQUESTS} are needed) to tell whether these fleets keep up: a longer load may "
+            "need more GPUs."
+        )
     if not prices_given:
         out.print("No prices given: no costs. Give yours, in $ per GPU and hour: --price h200=... --price l40s=...")
 
@@ -136,7 +164,8 @@ def _fleet_row(one: Priced) -> list[str]:
     if fleet.gpus is None:
         return [fleet.machine, fleet.design, "-", "", "", "", "", fleet.problem]
     values = ", ".join(f"{name} {format_seconds(value)}" for name, value in fleet.values.items())
-    head = "" if fleet.head_room is None else f"{fleet.head_room:.2f}x"
+    # beyond the largest multiple that was tried nothing is known
+    head = "" if fleet.head_room is None else f"{fleet.head_room:.2f}x{'' if fleet.breaks_by else ' or more'}"
     breaks = f"; beyond its head-room {fleet.breaks_by} fails first" if fleet.breaks_by else ""
     best = "BEST here: " if one.best else ""
     return [
@@ -147,12 +176,28 @@ def _fleet_row(one: Priced) -> list[str]:
         head,
         "" if one.cost_per_hour is None else f"{one.cost_per_hour:.2f}",
         "" if one.cost_per_million is None else f"{one.cost_per_million:.3g}",
-        f"{best}{values}{breaks}{'' if fleet.chance is None else f'; enough in {fleet.chance:.0%} of draws'}",
+        f"{best}{values}{breaks}{_chance(fleet)}{_rejected(fleet)}",
     ]
 
 
+def _chance(fleet: Fleet) -> str:
+    if fleet.chance is None or fleet.result is None:
+        return ""
+    share = fleet.result.interval_share
+    known = "" if share is None else f" (of costs that are {share:.0%} of its time)"
+    return f"; enough in {fleet.chance:.0%} of draws{known}"
+
+
+def _rejected(fleet: Fleet) -> str:
+    """What the values do not count."""
+    result = fleet.result
+    return f"; rejects {counted(result.rejected)}{_reasons(result)}" if result is not None and result.rejected else ""
+
+
 def _count_span(ends: tuple[float, float] | None) -> str:
-    return "" if ends is None else "\n({} to {})".format(*("none" if math.isinf(one) else f"{one:.0f}" for one in ends))
+    if ends is None:
+        return ""
+    return "\n(" + " to ".join("no number" if math.isinf(one) else f"{one:.0f}" for one in ends) + ")"
 
 
 def print_map(found: CrossoverMap) -> None:

@@ -19,19 +19,21 @@ _MARKERS = "osD^vP*X"
 
 @dataclass(frozen=True, slots=True)
 class FleetPoint:
-    """A fleet: its name, machine type, cost and latency."""
+    """A fleet: its name, machine type, cost and latency; `span`, where known, is that of the GPUs needed with 90%."""
 
     name: str
     machine: str
     cost: float
     latency_s: float
+    span: tuple[float, float] | None = None
 
 
 def plot_fleets(fleets: Sequence[Mapping[str, Any]]) -> Figure:
     """Cost per million output tokens (GPUs, where a price is missing) against the SLO's first term.
 
     `fleets` are those of `clo plan --json`. Fleets on the front, which none beats in one without losing in the other,
-    carry their names. Raises `CloError` when no fleet meets the SLO.
+    carry their names; a bar is the span of GPUs needed with a probability of 90%.
+    Raises `CloError` when no fleet meets the SLO.
     """
     able = [one for one in fleets if one["gpus"] is not None]
     if not able:
@@ -48,6 +50,10 @@ def plot_fleets(fleets: Sequence[Mapping[str, Any]]) -> Figure:
             own = [point for point in points if point.machine == machine]
             at = [point.cost for point in own], [point.latency_s for point in own]
             axes.plot(*at, marker, color=FAINT, markersize=6, markeredgecolor=INK, markeredgewidth=0.4, label=machine)
+        spans = [(*point.span, point.latency_s) for point in points if point.span is not None]
+        for number, (low, high, latency_s) in enumerate(spans):
+            label = "needed with 90%" if number == 0 else None
+            axes.plot([low, high], [latency_s] * 2, "|-", color=INK, linewidth=0.8, markersize=5, label=label)
         corners = np.array([(point.cost, point.latency_s) for point in front])
         axes.step(corners[:, 0], corners[:, 1], where="post", color=ACCENT, linewidth=1.2, label="front")
         axes.plot(corners[:, 0], corners[:, 1], ".", color=SLOWER, markersize=5)
@@ -73,4 +79,12 @@ def fleet_front(points: Sequence[FleetPoint]) -> list[FleetPoint]:
 def _point(fleet: Mapping[str, Any], term: str, priced: bool) -> FleetPoint:
     cost = fleet["cost_per_million_output_tokens"] if priced else fleet["gpus"]
     name = f"{fleet['gpus']} x {fleet['machine']}, {fleet['design']}"
-    return FleetPoint(name, fleet["machine"], float(cost), float(fleet["values"][term]))
+    return FleetPoint(name, fleet["machine"], float(cost), float(fleet["values"][term]), _span(fleet, float(cost)))
+
+
+def _span(fleet: Mapping[str, Any], cost: float) -> tuple[float, float] | None:
+    """As many times the cost as GPUs; none where no number of them may be enough."""
+    ends = fleet.get("gpus_interval")
+    if ends is None or None in ends:
+        return None
+    return cost * ends[0] / fleet["gpus"], cost * ends[1] / fleet["gpus"]

@@ -27,7 +27,8 @@ def plot_service(result: Mapping[str, Any]) -> Figure:
     with new_figure(5.2, what="service", empty=not samples) as figure:
         requests, device, host = figure.subplots(3, sharex=True)
         gpus = f"{result['gpus']} x {result['machine']}"
-        requests.set_title(f"{result['design']} on {gpus}: {result['trace']}, {result['rate_per_s']:.3g} requests/s")
+        rate = "all at once" if result["rate_per_s"] is None else f"{result['rate_per_s']:.3g} requests/s"
+        requests.set_title(f"{result['design']} on {gpus}: {result['trace']}, {rate}")
         _requests(requests, samples)
         _memory(device, samples, ["device_bytes"], result["room_device_bytes"], "least KV on a GPU (GB)")
         _memory(host, samples, ["host_bytes", "prefix_bytes"], result["room_host_bytes"], "KV on a host (GB)")

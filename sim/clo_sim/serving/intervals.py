@@ -39,7 +39,7 @@ def with_intervals(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> ServiceResult:
-    """`result` of `run` with 90% intervals of its latencies and rates, and how often each term of `slo` holds."""
+    """`result` of `run` with 90% intervals of latencies and rates, and how often each term of `slo`, and all, hold."""
     drawn = []
     for number, costs in enumerate(_drawn(run.costs, draws, seed)):
         drawn.append(summarise_service(serve(run.trace, costs, run.settings), slo=slo))
@@ -75,7 +75,7 @@ def fleet_with_intervals(
     share = known_spread_share(serve(trace, base, sized))
     return replace(
         fleet,
-        gpus_interval=_of_counts(needed),
+        gpus_interval=of_counts(needed),
         chance=sum(one.met for one in found) / draws,
         result=_spanned(fleet.result, [_result(one) for one in found], share),
     )
@@ -109,7 +109,8 @@ def _spanned(result: ServiceResult, drawn: list[ServiceResult], share: float | N
             found = interval_of([float(one) for one in values if one is not None])
             spans[name] = (found.low, found.high)
     chance = {term: sum(one.slo_met[term] for one in drawn) / len(drawn) for term in result.slo_met}
-    return replace(result, intervals=spans, interval_share=share, slo_chance=chance)
+    together = sum(one.met() for one in drawn) / len(drawn) if chance else None
+    return replace(result, intervals=spans, interval_share=share, slo_chance=chance, chance=together)
 
 
 def numbers(result: ServiceResult) -> dict[str, float | None]:
@@ -120,7 +121,7 @@ def numbers(result: ServiceResult) -> dict[str, float | None]:
     return found
 
 
-def _of_counts(values: list[float]) -> tuple[float, float]:
+def of_counts(values: list[float]) -> tuple[float, float]:
     """As `interval_of`, but outwards to whole numbers; infinite where no number was enough."""
     tail = (1 - LEVEL) / 2 * (len(values) + 1)
     ordered = sorted(values)

@@ -69,7 +69,8 @@ class ServiceResult:
 
     Where they were asked for: `intervals` are 90% prediction intervals by the flat names of `as_dict`, infinite at an
     end where the service does not keep up; `interval_share` is the share of busy time on costs whose spread is known,
-    `slo_chance` the share of draws in which a term of the SLO holds.
+    `slo_chance` the share of draws in which a term of the SLO holds, `chance` that in which the service keeps up and
+    all of them hold.
     """
 
     trace: str
@@ -114,13 +115,15 @@ class ServiceResult:
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     interval_share: float | None = None
     slo_chance: Mapping[str, float] = field(default_factory=dict)
+    chance: float | None = None
     samples: tuple[tuple[Sample, ...], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the usual percentiles also by flat names, `ttft_s_p95` and so on."""
+        """For JSON: the usual percentiles also by flat names, `ttft_s_p95` and so on; none for what is infinite."""
         data = asdict(self)
         data["samples"] = [[sample._asdict() for sample in worker] for worker in self.samples]
         data |= self.latencies()
+        data["rate_per_s"] = None if math.isinf(self.rate_per_s) else self.rate_per_s
         data["intervals"] = {
             name: [None if math.isinf(end) else end for end in ends] for name, ends in self.intervals.items()
         }
@@ -137,6 +140,11 @@ class ServiceResult:
     def met(self) -> bool:
         """Whether the service keeps up, serves every request it accepts, and meets every term."""
         return not self.unstable and all(self.slo_met.values())
+
+
+def reasons_of(rejected: Mapping[str, int]) -> str:
+    """Rejections as people read them: `longer than model: 3, empty output: 1`."""
+    return ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in rejected.items())
 
 
 def summarise_service(
@@ -269,17 +277,21 @@ def _measured_share(run: ServiceRun, tallies: list[Tally]) -> float | None:
     prices = run.costs.decode_prices
     if prices is None:
         return None
-    gemms_ns = _total(tallies, "dense_prefill_ns") if prices.kernels_measured else 0
-    return _share(tallies, gemms_ns, prices.measured_share)
+    gemm_share = run.costs.prefill.gemm_share if prices.kernels_measured else 0.0
+    return _share(tallies, gemm_share * _total(tallies, "dense_prefill_ns"), prices.measured_share)
 
 
 def known_spread_share(run: ServiceRun) -> float | None:
-    """Share of busy time on costs of known spread: prefill's computing, and decode as at its mean batch and context."""
+    """Share of busy time on costs of known spread: of prefill where computing takes longest, and of decode as at its
+    mean batch and context."""
     tallies, prices = [replica.tally for replica in run.replicas], run.costs.decode_prices
-    return None if prices is None else _share(tallies, _total(tallies, "computed_prefill_ns"), prices.known_share)
+    if prices is None:
+        return None
+    unknown_ns = (1 - run.costs.prefill.known_share) * _total(tallies, "computed_dense_ns")
+    return _share(tallies, _total(tallies, "computed_prefill_ns") - unknown_ns, prices.known_share)
 
 
-def _share(tallies: list[Tally], of_prefill_ns: int, of_decode: Callable[[int, int], float]) -> float | None:
+def _share(tallies: list[Tally], of_prefill_ns: float, of_decode: Callable[[int, int], float]) -> float | None:
     decode_ns, busy = _total(tallies, "decode_ns"), _total(tallies, "decode_ns", "prefill_ns")
     if not busy:
         return None

@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from clo.errors import CloError
 from clo.specs import Design
 from clo_sim.run import Executor
 from clo_sim.scene import Scene
-from clo_sim.serving.metrics import ServiceResult, latency_values, summarise_service, term_value
+from clo_sim.serving.metrics import ServiceResult, latency_values, reasons_of, summarise_service, term_value
 from clo_sim.serving.prefill import pairs_of
 from clo_sim.serving.prefix import PrefixCache
 from clo_sim.serving.records import Limits
@@ -51,7 +52,7 @@ class Fleet:
     """What one design needs on one machine type. `gpus` is none where it cannot be done; `problem` says by what.
 
     `margin` is the worst term's share of its limit (1: at the limit); `head_room` the largest multiple of the load that
-    the fleet bears, and `breaks_by` the term that fails beyond it.
+    the fleet bears (none without a rate), and `breaks_by` the term that fails beyond it; empty where none was found to.
 
     Where they were asked for: `gpus_interval` are the GPUs that the load needs with a probability of 90% (infinite
     where no number would do), `chance` the probability that `gpus` are enough, as the spreads of the costs have it.
@@ -103,6 +104,9 @@ def smallest_fleet(
     if best is None:
         problem = f"not with {last.gpus} GPUs: {', '.join(last.failing)} fails"
         return replace(fleet, problem=problem, failing=last.failing, values=last.values)
+    if best.result is not None and not best.result.completed:
+        problem = f"no request can be served: {reasons_of(best.result.rejected_by)}"
+        return replace(fleet, problem=problem)
     margin = max(best.values[term.name] / term.limit_s for term in slo.terms)
     return replace(fleet, gpus=best.gpus, values=best.values, margin=margin, result=best.result)
 
@@ -118,8 +122,8 @@ def with_head_room(
     chunk_tokens: int = 2048,
     executor: Executor = "clock",
 ) -> Fleet:
-    """The fleet with the load it bears: by bisection, to `TOLERANCE`."""
-    if fleet.gpus is None:
+    """The fleet with the load it bears: by bisection, to `TOLERANCE`. Requests that all come at once have no rate."""
+    if fleet.gpus is None or not trace.duration_s:
         return fleet
     costs = worker_costs(scene, design, trace, chunk_tokens=chunk_tokens, executor=executor)
     sized = replace(settings, gpus=fleet.gpus)
@@ -195,7 +199,7 @@ def alone_values(trace: RequestTrace, costs: WorkerCosts, slo: Slo) -> dict[str,
     What no number of GPUs brings down (in practice: a prefix cache of one GPU holds less).
     """
     clock = costs.clock(1)
-    first, gap, whole, gaps = [], [], [], []
+    first, gap, whole, shortest, gaps = [], [], [], [], []
     for request, cached in zip(trace.requests, _seen_prefixes(trace, costs), strict=True):
         if not (request.input_tokens and request.output_tokens and request.total_tokens <= costs.max_tokens):
             continue
@@ -206,9 +210,13 @@ def alone_values(trace: RequestTrace, costs: WorkerCosts, slo: Slo) -> dict[str,
         whole.append((ttft + decode) / NS_PER_S)
         if request.output_tokens > 1:
             gap.append(decode / (request.output_tokens - 1) / NS_PER_S)
-            gaps.append(clock.total(request.input_tokens + 1, 1) / NS_PER_S)
-    arrays = {"ttft": first, "tpot": gap, "itl": gaps, "e2e": whole}
-    values = {name: (np.array(seconds), None) for name, seconds in arrays.items()}
+            # steps grow with the context: none of its gaps is shorter than the first
+            shortest.append(clock.total(request.input_tokens + 1, 1) / NS_PER_S)
+            gaps.append(request.output_tokens - 1)
+    values: dict[str, tuple[NDArray[np.float64], NDArray[np.int64] | None]] = {
+        name: (np.array(seconds), None) for name, seconds in (("ttft", first), ("tpot", gap), ("e2e", whole))
+    }
+    values["itl"] = np.array(shortest), np.array(gaps, dtype=np.int64)
     return {term.name: term_value(term, values) for term in slo.terms}
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
+from numpy.typing import NDArray
 
 from clo.plan import dense_layers
 from clo.pricing import Pricer
@@ -37,15 +38,21 @@ ATTENTION_SPREAD = 0.12
 """Relative standard deviation of that share: of 0.5 to 0.75, all as likely."""
 
 
+Floats = NDArray[np.float64]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillPrices:
     """Prices of a worker's chunks. `dense_ns[n]` is the time of the dense layers for n tokens; others are per token.
 
     `pair_ns` is for one new token attending to one other; `in_ns` for a token read back by the offloaded layers,
     `cached_in_ns` for a token of a prefix hit that the other layers load; `out_ns` for a new token that leaves.
+    `gemm_share` is that of GEMMs in the dense layers of a full chunk, `known_share` that of costs with a known spread.
     """
 
     dense_ns: Sequence[int]
+    gemm_share: float = 1.0
+    known_share: float = 1.0
     head_ns: int = 0
     pair_ns: float = 0.0
     in_ns: float = 0.0
@@ -100,9 +107,16 @@ def prefill_prices(
     flops = 4.0 * model.num_query_heads * model.head_dim * model.num_layers
     head = Gemm(m=1, n=model.vocab_size, k=model.hidden_size)
     attention = 1.0 if draw is None else draw.factor("prefill_attention", ATTENTION_SPREAD)
+    gemms, small = _gemm_seconds(scene, pricer, chunk_tokens), _elementwise_seconds(scene, pricer, chunk_tokens)
+    in_gemms = float(gemms[-1] / (gemms[-1] + small[-1]))
+    errors = pricer.uncertainty(head), ("elementwise", pricer.profile.elementwise.spread)
+    factors = [1.0 if draw is None else draw.factor(*error) for error in errors]
+    known = [share for share, (_, spread) in zip((in_gemms, 1 - in_gemms), errors, strict=True) if spread]
     return PrefillPrices(
-        dense_ns=_dense_ns(scene, pricer, chunk_tokens, draw),
-        head_ns=round(_factor(pricer, head, draw) * pricer.gemm_seconds(head.m, head.n, head.k) * NS_PER_S),
+        dense_ns=_whole_ns(factors[0] * gemms + factors[1] * small),
+        gemm_share=in_gemms,
+        known_share=sum(known),
+        head_ns=round(factors[0] * pricer.gemm_seconds(head.m, head.n, head.k) * NS_PER_S),
         pair_ns=attention * flops / (ATTENTION_EFFICIENCY * scene.machine.gpu.peak_flops_per_s) * NS_PER_S,
         in_ns=offloaded / link.h2d_bytes_per_s * NS_PER_S,
         cached_in_ns=(model.kv_bytes_per_token - offloaded) / link.h2d_bytes_per_s * NS_PER_S,
@@ -110,24 +124,28 @@ def prefill_prices(
     )
 
 
-def _dense_ns(scene: Scene, pricer: Pricer, chunk_tokens: int, draw: CostDraw | None) -> list[int]:
-    """GEMMs and element-wise kernels of all layers for 0, 1, ... tokens; more tokens never take less."""
+def _gemm_seconds(scene: Scene, pricer: Pricer, chunk_tokens: int) -> Floats:
+    """GEMMs of all layers for 1, 2, ... tokens."""
     model = scene.model
     hidden, attended = model.hidden_size, model.num_query_heads * model.head_dim
     tokens = np.arange(1, chunk_tokens + 1, dtype=np.float64)
     shapes = ((model.qkv_width, hidden), (hidden, attended), (2 * model.intermediate_size, hidden))
     products = (*shapes, (hidden, model.intermediate_size))
-    gemms = sum(pricer.gemm_seconds(tokens, n, k) for n, k in products)
+    return np.asarray(model.num_layers * sum(pricer.gemm_seconds(tokens, n, k) for n, k in products))
+
+
+def _elementwise_seconds(scene: Scene, pricer: Pricer, chunk_tokens: int) -> Floats:
+    """Element-wise kernels of all layers for 1, 2, ... tokens."""
+    model = scene.model
+    hidden, attended = model.hidden_size, model.num_query_heads * model.head_dim
+    tokens = np.arange(1, chunk_tokens + 1, dtype=np.float64)
     # two norms read and write the hidden state twice each, rotary embedding the queries, the activation three widths
     values = 8 * hidden + 2 * attended + 2 * model.layer_token_bytes / 2 + 3 * model.intermediate_size
     small = pricer.profile.elementwise
     rate = small.efficiency * scene.machine.gpu.hbm_bytes_per_s
-    elementwise = 4 * small.latency_s + tokens * values * 2.0 / rate
-    varied = _factor(pricer, Gemm(m=1, n=hidden, k=hidden), draw) * gemms
-    varied += (1.0 if draw is None else draw.factor("elementwise", small.spread)) * elementwise
-    seconds = model.num_layers * varied
+    return np.asarray(model.num_layers * (4 * small.latency_s + tokens * values * 2.0 / rate))
+
+
+def _whole_ns(seconds: Floats) -> list[int]:
+    """For 0, 1, ... tokens; more tokens never take less."""
     return [0, *accumulate(np.rint(seconds * NS_PER_S).astype(np.int64).tolist(), max)]
-
-
-def _factor(pricer: Pricer, gemm: Gemm, draw: CostDraw | None) -> float:
-    return 1.0 if draw is None else draw.factor(*pricer.uncertainty(gemm))

@@ -9,7 +9,10 @@ NOT_YET = -1
 
 
 class Sample(NamedTuple):
-    """The state of a worker at a moment; bytes of sequences, and of prefix blocks in host memory."""
+    """The state of a worker at a moment; bytes of sequences, and of prefix blocks in host memory.
+
+    Moments are evenly spaced, whatever happens then. `running` are all that were admitted, their prompts done or not.
+    """
 
     now_ns: int
     waiting: int
@@ -48,7 +51,8 @@ class Stamps:
 class Tally:
     """Sums of one worker. `gaps` counts tokens by the time since the token before; `area_ns` is requests times time.
 
-    `dense_prefill_ns` is that of prefill's dense layers, `computed_prefill_ns` of chunks that computing was longest of.
+    `dense_prefill_ns` is that of prefill's dense layers, `computed_prefill_ns` of chunks that computing was longest of,
+    and `computed_dense_ns` that of their dense layers.
     """
 
     gaps: dict[int, int] = field(default_factory=dict)
@@ -60,6 +64,7 @@ class Tally:
     prefill_ns: int = 0
     dense_prefill_ns: int = 0
     computed_prefill_ns: int = 0
+    computed_dense_ns: int = 0
     decode_steps: int = 0
     iterations: int = 0
     prompt_tokens: int = 0

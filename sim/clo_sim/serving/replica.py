@@ -25,6 +25,9 @@ NEVER = 1 << 62
 WATERMARK = 0.01
 """Share of memory that an admission leaves free while others run, so that it does not push them out at once."""
 
+MOST_SAMPLES = 800
+"""States kept of a worker."""
+
 
 class Sequence:
     """A request in a worker. `target` is what must be prefilled: the prompt, and after a preemption its own tokens."""
@@ -73,7 +76,7 @@ class Replica:
         self.prefixes = PrefixCache() if costs.block_bytes else None
         self._stamps, self._limits = stamps, limits
         self._max_batch, self._block_tokens, self._coalesce = max_batch, block_tokens, coalesce
-        self._sample_every_ns, self._next_sample_ns = sample_every_ns, 0
+        self._sample_every_ns = self._next_sample_ns = sample_every_ns or NEVER
         self._waiting: deque[Sequence] = deque()
         self._partial: Sequence | None = None
         self._running: list[tuple[int, Sequence]] = []
@@ -110,7 +113,9 @@ class Replica:
         if self.now_ns > arrival:
             self.tally.area_ns += self.now_ns - arrival
         elif not self.unfinished:
+            self._sample_until(arrival, 0)
             self.now_ns = arrival
+        self._count_in_samples(arrival)
         self._next_change_ns = None
         self.unfinished += 1
         self.waiting_tokens += sequence.target
@@ -201,14 +206,15 @@ class Replica:
         compute_ns = prefill.compute_ns(tokens, pairs, finished)
         chunk_ns = prefill.chunk_ns(compute_ns, tokens, read_back, cached)
         self.tally.prefill_ns += chunk_ns
-        self.tally.dense_prefill_ns += min(chunk_ns, prefill.dense_ns[tokens])
+        dense_ns = min(chunk_ns, prefill.dense_ns[tokens])
+        self.tally.dense_prefill_ns += dense_ns
         if compute_ns >= chunk_ns:
             self.tally.computed_prefill_ns += chunk_ns
+            self.tally.computed_dense_ns += dense_ns
         self._step(chunk_ns)
         for sequence, start, count in chunk:
             if start + count == sequence.target:
                 self._join(sequence)
-        self._sample()
 
     def _step(self, chunk_ns: int) -> None:
         """End an iteration: a chunk, and a decode step if anything runs."""
@@ -277,18 +283,18 @@ class Replica:
             mean += count
         duration = clock.total(mean - steps, steps)
         tally.decode_ns += duration
-        if self._pass(duration, batch, steps):
-            self._sample()
+        self._pass(duration, batch, steps)
 
-    def _pass(self, duration: int, batch: int, steps: int) -> bool:
-        """Let an iteration or several pass: time, growth, completions. Whether anybody finished."""
+    def _pass(self, duration: int, batch: int, steps: int) -> None:
+        """Let an iteration or several pass: time, growth, completions."""
         tally = self.tally
+        self._sample_until(self.now_ns + duration, steps)
         self.now_ns += duration
         tally.iterations += steps
         tally.area_ns += duration * self.unfinished
         if not batch:
             self._note_peaks()
-            return False
+            return
         tally.decode_area_ns += duration * batch
         tally.decode_steps += steps
         self._steps_done += steps
@@ -296,13 +302,11 @@ class Replica:
         self._device_used += self._growth[0] * batch * steps
         self._host_used += self._growth[1] * batch * steps
         self._note_peaks()
-        running, finished = self._running, False
+        running = self._running
         while running and running[0][0] == self._steps_done:
             sequence = heappop(running)[1]
             self._context_sum -= sequence.request.total_tokens
             self._leave(sequence)
-            finished = True
-        return finished
 
     def _leave(self, sequence: Sequence) -> None:
         """A request is complete: its memory is free, its stamps are set."""
@@ -368,12 +372,41 @@ class Replica:
         if self._host_used > tally.peak_host_bytes:
             tally.peak_host_bytes = self._host_used
 
-    def _sample(self) -> None:
-        """Keep the state, not more often than asked for."""
-        if self.now_ns < self._next_sample_ns:
-            return
-        self._next_sample_ns = self.now_ns + self._sample_every_ns
-        prefix_bytes = len(self.prefixes) * self.costs.block_bytes if self.prefixes is not None else 0
-        running = len(self._running) + (self._partial is not None)
-        state = (len(self._waiting), running, self._device_used, self._host_used, prefix_bytes)
-        self.tally.samples.append(Sample(self.now_ns, *state))
+    def _sample_until(self, end_ns: int, steps: int) -> None:
+        """Keep the state at every moment that is due up to `end_ns`, over which nothing but `steps` steps happen."""
+        while self._next_sample_ns <= end_ns:
+            due, batch, taken = self._next_sample_ns, len(self._running), 0
+            if steps > 1:
+                taken = self._clock().steps_to_pass(self._mean_context(), due - self.now_ns) - 1
+            grown = batch * taken
+            device, host = (used + each * grown for used, each in zip(self._used, self._growth, strict=True))
+            waiting = len(self._waiting)
+            state = (waiting, self.unfinished - waiting, device, host, self._prefix_bytes_beside(host))
+            self.tally.samples.append(Sample(due, *state))
+            self._next_sample_ns += self._sample_every_ns
+            if len(self.tally.samples) == MOST_SAMPLES:
+                self._thin_samples()
+
+    @property
+    def _used(self) -> tuple[int, int]:
+        return self._device_used, self._host_used
+
+    def _prefix_bytes_beside(self, host_bytes: int) -> int:
+        """What prefixes take once they have made way for sequences of so many bytes."""
+        if self.prefixes is None:
+            return 0
+        room = (self.costs.room.host - host_bytes) // self.costs.block_bytes
+        return min(len(self.prefixes), room) * self.costs.block_bytes
+
+    def _thin_samples(self) -> None:
+        """Keep every other one, and from now on half as many: runs may be much longer than their arrivals."""
+        del self.tally.samples[::2]
+        self._sample_every_ns *= 2
+        self._next_sample_ns = self.tally.samples[-1].now_ns + self._sample_every_ns
+
+    def _count_in_samples(self, arrival_ns: int) -> None:
+        """Samples of an iteration that was under way when a request arrived were taken without it."""
+        samples, place = self.tally.samples, len(self.tally.samples) - 1
+        while place >= 0 and samples[place].now_ns >= arrival_ns:
+            samples[place] = samples[place]._replace(waiting=samples[place].waiting + 1)
+            place -= 1

@@ -13,12 +13,12 @@ from typing import Literal, get_args
 from clo.errors import SpecError
 from clo_sim.serving.records import Limits, Stamps
 from clo_sim.serving.replica import NEVER, Pressure, Replica, Sequence
-from clo_sim.serving.requests import Request, RequestTrace
+from clo_sim.serving.requests import NS_PER_MS, NS_PER_S, Request, RequestTrace
 from clo_sim.serving.worker import MAX_BATCH, WorkerCosts
 
 Routing = Literal["least_loaded", "round_robin", "prefix"]
 SAMPLES = 400
-"""States kept of each worker, about."""
+"""States kept of each worker while requests arrive."""
 
 Progress = Callable[[int, int], None]
 """Called with (requests arrived, requests in all)."""
@@ -80,7 +80,7 @@ def serve(
 ) -> ServiceRun:
     """Serve every request of `trace`; with `limits`, stop once too many of them are late."""
     stamps, bounds = Stamps.of(len(trace)), limits or Limits()
-    every_ns = int(trace.duration_s * 1e9) // SAMPLES
+    every_ns = int(trace.duration_s * NS_PER_S) // SAMPLES or NS_PER_MS
     replicas = [
         Replica(
             costs,
