@@ -114,4 +114,4 @@ def test_wheel_holds_our_packages_and_the_profiles(tmp_path: Path) -> None:
     for needed in ("profiles/h200.json", "traces/smollm2-135m-4k.npz", "designs/clo.toml"):
         assert f"clo/presets/{needed}" in names
     assert "clo_calibration/costs/common.toml" in names
-    assert "clo/py.typed" in names
+    assert {f"{package}/py.typed" for package in OURS} <= set(names)

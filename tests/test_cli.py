@@ -501,3 +501,29 @@ def test_memory_that_runs_out_is_said_in_a_line(
     said = capsys.readouterr().err
     assert said.startswith("clo: error: memory ran out: ")
     assert said.count("\n") == 1
+
+
+PROFILE = "calibration/profiles/machines/cpu-2core.json"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        (["generate", "hi"], "models"),
+        (["evaluate"], "models"),
+        (["run"], "models"),
+        (["record", "--out", "no-such.npz"], "models"),
+        (["calibrate", "--out", "no-such.json"], "calibrate"),
+        (["validate", "--profile", PROFILE, "--out", "no-such"], "calibrate"),
+        (["heads"], ""),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_without_torch_a_command_runs_or_says_what_to_install(arguments: list[str], extra: str) -> None:
+    code = "import sys\nfor n in ('torch', 'transformers', 'triton'): sys.modules[n] = None\n"
+    code += "from clo_cli.main import main\nmain()"
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=root, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == (2 if extra else 0)
+    assert (f'pip install "clo-offload[{extra}]"' in done.stderr) == bool(extra)

@@ -154,6 +154,9 @@ def _spread(designs: list[Any], fits: Callable[[Any], bool], field: str, values:
 
 
 def _evaluate(designs: list[Any], options: dict[str, Any]) -> dict[str, Any]:
+    from clo_cli.models import load_for_decoding, need_engine, with_heads
+
+    need_engine("decoding")
     from clo.engine.answers.controls import Contender, controls_of
     from clo.engine.answers.evaluate import evaluate as run
     from clo.engine.answers.quality import compared
@@ -162,7 +165,6 @@ def _evaluate(designs: list[Any], options: dict[str, Any]) -> dict[str, Any]:
     from clo.engine.texts import Split
     from clo.engine.versions import package_versions
     from clo_cli.bars import phases
-    from clo_cli.models import load_for_decoding, with_heads
 
     by_context = [
         EvaluationSettings(

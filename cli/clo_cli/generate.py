@@ -103,9 +103,11 @@ def _generate(
     timeline: Path | None,
     as_json: bool,
 ) -> dict[str, Any]:
+    from clo_cli.models import load_for_decoding, need_engine, with_heads
+
+    need_engine("decoding")
     from clo.engine.decoder import Decoder
     from clo.engine.sampling import sampler_of
-    from clo_cli.models import load_for_decoding, with_heads
 
     model, tokenizer = load_for_decoding(name)
     design, heads = with_heads(design, model, trace_path)

@@ -6,9 +6,9 @@ Knows nothing about tensors on devices or about how a design uses the settings.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from clo import presets
@@ -17,6 +17,9 @@ from clo.specs import Design, GqaFold, ModelSpec
 from clo.thresholds import tau_by_importance
 from clo.trace import AttentionTrace
 from clo.trace_stats import overlap
+
+if TYPE_CHECKING:
+    import torch
 
 Floats = NDArray[np.float64]
 
@@ -72,6 +75,8 @@ def head_profile(trace: AttentionTrace, design: Design, model: ModelSpec) -> Hea
     Tau per head reaches the design's target hit rate on the recorded queries, or grows with importance; pinned are the
     heads of each layer whose queries change most, which would move most.
     """
+    import torch  # what is measured needs none
+
     header = trace.header
     shape = (header.num_layers, header.num_kv_heads, header.num_query_heads)
     if shape != (model.num_layers, model.num_kv_heads, model.num_query_heads):
