@@ -14,8 +14,9 @@ Tell = Callable[[str, int, int | None], None]
 
 def progress_bar() -> Progress:
     """A bar that goes away when it is done; add tasks to it inside `with`."""
-    console = Console(stderr=True)
-    return Progress(console=console, transient=True, disable=not console.is_terminal)
+    terminal = Console(stderr=True).is_terminal
+    # some versions of rich end a bar that is off with an empty line
+    return Progress(console=Console(stderr=True, quiet=not terminal), transient=True, disable=not terminal)
 
 
 @contextmanager
