@@ -16,6 +16,7 @@ from clo_sim.serving.prefill import pairs_of
 from clo_sim.serving.prefix import PrefixCache
 from clo_sim.serving.records import NOT_YET, Limits, Sample, Stamps, Tally
 from clo_sim.serving.requests import Request
+from clo_sim.serving.sampler import Sampler
 from clo_sim.serving.worker import WorkerCosts
 
 Pressure = Literal["preempt", "queue"]
@@ -24,9 +25,6 @@ NEVER = 1 << 62
 """Later than any simulated moment, ns."""
 WATERMARK = 0.01
 """Share of memory that an admission leaves free while others run, so that it does not push them out at once."""
-
-MOST_SAMPLES = 800
-"""States kept of a worker."""
 
 
 class Sequence:
@@ -76,7 +74,7 @@ class Replica:
         self.prefixes = PrefixCache() if costs.block_bytes else None
         self._stamps, self._limits = stamps, limits
         self._max_batch, self._block_tokens, self._coalesce = max_batch, block_tokens, coalesce
-        self._sample_every_ns = self._next_sample_ns = sample_every_ns or NEVER
+        self._sampler = Sampler(self.tally.samples, sample_every_ns or NEVER)
         self._waiting: deque[Sequence] = deque()
         self._partial: Sequence | None = None
         self._running: list[tuple[int, Sequence]] = []
@@ -115,7 +113,7 @@ class Replica:
         elif not self.unfinished:
             self._sample_until(arrival, 0)
             self.now_ns = arrival
-        self._count_in_samples(arrival)
+        self._sampler.count_arrival(arrival)
         self._next_change_ns = None
         self.unfinished += 1
         self.waiting_tokens += sequence.target
@@ -374,18 +372,17 @@ class Replica:
 
     def _sample_until(self, end_ns: int, steps: int) -> None:
         """Keep the state at every moment that is due up to `end_ns`, over which nothing but `steps` steps happen."""
-        while self._next_sample_ns <= end_ns:
-            due, batch, taken = self._next_sample_ns, len(self._running), 0
-            if steps > 1:
-                taken = self._clock().steps_to_pass(self._mean_context(), due - self.now_ns) - 1
-            grown = batch * taken
-            device, host = (used + each * grown for used, each in zip(self._used, self._growth, strict=True))
-            waiting = len(self._waiting)
-            state = (waiting, self.unfinished - waiting, device, host, self._prefix_bytes_beside(host))
-            self.tally.samples.append(Sample(due, *state))
-            self._next_sample_ns += self._sample_every_ns
-            if len(self.tally.samples) == MOST_SAMPLES:
-                self._thin_samples()
+        while (due := self._sampler.next_ns) <= end_ns:
+            self._sampler.keep(self._state_at(due, steps))
+
+    def _state_at(self, due_ns: int, steps: int) -> Sample:
+        taken = 0
+        if steps > 1:
+            taken = self._clock().steps_to_pass(self._mean_context(), due_ns - self.now_ns) - 1
+        grown = len(self._running) * taken
+        device, host = (used + each * grown for used, each in zip(self._used, self._growth, strict=True))
+        waiting = len(self._waiting)
+        return Sample(due_ns, waiting, self.unfinished - waiting, device, host, self._prefix_bytes_beside(host))
 
     @property
     def _used(self) -> tuple[int, int]:
@@ -397,16 +394,3 @@ class Replica:
             return 0
         room = (self.costs.room.host - host_bytes) // self.costs.block_bytes
         return min(len(self.prefixes), room) * self.costs.block_bytes
-
-    def _thin_samples(self) -> None:
-        """Keep every other one, and from now on half as many: runs may be much longer than their arrivals."""
-        del self.tally.samples[::2]
-        self._sample_every_ns *= 2
-        self._next_sample_ns = self.tally.samples[-1].now_ns + self._sample_every_ns
-
-    def _count_in_samples(self, arrival_ns: int) -> None:
-        """Samples of an iteration that was under way when a request arrived were taken without it."""
-        samples, place = self.tally.samples, len(self.tally.samples) - 1
-        while place >= 0 and samples[place].now_ns >= arrival_ns:
-            samples[place] = samples[place]._replace(waiting=samples[place].waiting + 1)
-            place -= 1
