@@ -34,7 +34,7 @@ from clo_sim.serving import (
     worker_costs,
 )
 from clo_sim.serving import prefill as prefill_module
-from clo_sim.serving.intervals import fleet_with_intervals, numbers, of_counts, with_intervals
+from clo_sim.serving.intervals import drawn_fleet, fleet_with_intervals, numbers, of_counts, with_intervals
 from clo_sim.serving.metrics import known_spread_share
 from clo_sim.serving.plan import Fleet, alone_values, attempt, smallest_fleet
 from clo_sim.serving.prefill import prefill_prices
@@ -279,10 +279,17 @@ class TestFleets:
         assert (high - low) / (draws + 1) >= 0.9
         assert (high - low - 2) / (draws + 1) < 0.9
 
-    def fleet(self, slo_text: str, load: RequestTrace = LOAD, chunk_tokens: int = 2048, **options: Any) -> Any:
+    def fleet(
+        self, slo_text: str, load: RequestTrace = LOAD, *, draws: int, chunk_tokens: int = 2048, **options: Any
+    ) -> Any:
+        """The fleet as priced, and with intervals from draws in two parts."""
         given = SCENE, RESIDENT, load, parse_slo(slo_text), ServiceSettings()
         fleet = smallest_fleet(*given, chunk_tokens=chunk_tokens)
-        return fleet, fleet_with_intervals(fleet, *given, chunk_tokens=chunk_tokens, **options)
+        parts = [
+            drawn_fleet(fleet, *given, draws=part, chunk_tokens=chunk_tokens, **options)
+            for part in (range(3), range(3, draws))
+        ]
+        return fleet, fleet_with_intervals(fleet, parts)
 
     def test_the_gpus_of_every_draw(self) -> None:
         """Each draw's own smallest fleet, searched from one GPU on, is what the interval is made of."""
@@ -315,11 +322,6 @@ class TestFleets:
         _, bounded = self.fleet("ttft_p90<400ms", load, draws=20, max_gpus=fleet.gpus)
         assert bounded.gpus_interval == (found.gpus_interval[0], math.inf)
         assert bounded.chance == found.chance
-
-    def test_no_fleet_no_interval(self) -> None:
-        fleet, found = self.fleet("ttft_mean<1us")
-        assert fleet.gpus is None
-        assert found is fleet
 
 
 class TestCommands:
@@ -358,6 +360,12 @@ class TestCommands:
     def test_no_number_of_gpus_is_null(self) -> None:
         fleet = Fleet(machine="h200", design="resident", gpus=3, gpus_interval=(2.0, math.inf), chance=0.5)
         assert Priced(fleet=fleet).as_dict()["gpus_interval"] == [2, None]
+
+    def test_no_fleet_no_interval(self) -> None:
+        command = ("plan", "--requests", self.AZURE, "--first", 20, "--machines", "h200", "--designs", "resident")
+        text = self.run(*command, "--slo", "ttft_p95<1us", "--no-map", "--jobs", 1, "--intervals", "--json")
+        (fleet,) = json.loads(text)["fleets"]
+        assert (fleet["gpus"], fleet["gpus_interval"], fleet["chance"]) == (None, None, None)
 
     def test_the_largest_fleet_holds_for_draws_too(self) -> None:
         load = ("--load", "poisson:20", "--num-requests", 150, "--input-tokens", 4096, "--output-tokens", 4)

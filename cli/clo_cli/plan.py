@@ -20,9 +20,9 @@ from clo_cli.serve_options import serve_options, service_from, serving_scene, tr
 
 if TYPE_CHECKING:
     from clo.specs import Design
-    from clo_cli.plan_jobs import Question
+    from clo_cli.plan_jobs import FleetJob, Question
     from clo_sim.serving.crossover import CrossoverMap
-    from clo_sim.serving.plan import Attempt
+    from clo_sim.serving.plan import Attempt, Fleet
 
 Job = TypeVar("Job")
 Done = TypeVar("Done")
@@ -32,6 +32,8 @@ DESIGNS = "resident,resident-sparse,streamed,lru-cpu,resolve,clo"
 RESIDENT = ("resident", "resident-sparse")
 CURVE = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25)
 """Latency is drawn at these multiples of the load that the fleet bears."""
+DRAWS_AT_ONCE = 10
+"""Of the costs, in one job: each job prices its steps anew."""
 
 
 @click.command()
@@ -137,7 +139,7 @@ def _fleets(
     question: Question, machines: Sequence[str], designs: Sequence[Design], workers: int, *, intervals: bool
 ) -> list[tuple[str, Priced]]:
     """The smallest fleet of every machine and design, best design of each machine first and with its head-room."""
-    from clo_cli.plan_jobs import FleetJob, run_fleet, run_intervals
+    from clo_cli.plan_jobs import FleetJob, run_fleet
 
     first = [FleetJob(question=question, machine=one, design=designs[0]) for one in machines]
     known = _run(run_fleet, first, workers, f"fleets with {designs[0].name}")
@@ -157,9 +159,9 @@ def _fleets(
     leaders = [pairs[0] for pairs in by_machine.values() if pairs[0][1].gpus is not None]
     again = [FleetJob(question=question, machine=job.machine, design=job.design, fleet=fleet) for job, fleet in leaders]
     with_room = _run(run_fleet, again, workers, "head-room") if again else []
-    if intervals:
+    if intervals and again:
         again = [replace(job, fleet=fleet) for job, fleet in zip(again, with_room, strict=True)]
-        with_room = _run(run_intervals, again, workers, "prediction intervals") if again else []
+        with_room = _with_intervals(again, workers)
     rooms = {job.machine: fleet for job, fleet in zip(again, with_room, strict=True)}
     listed = []
     for machine, pairs in by_machine.items():
@@ -167,6 +169,22 @@ def _fleets(
             leads = place == 0 and machine in rooms
             listed.append((machine, Priced(fleet=rooms[machine] if leads else fleet, best=leads)))
     return listed
+
+
+def _with_intervals(jobs: Sequence[FleetJob], workers: int) -> list[Fleet]:
+    """Draws in parts: every worker has some, and the bar moves."""
+    from clo_cli.plan_jobs import run_draws
+    from clo_sim.intervals import DRAWS
+    from clo_sim.serving.intervals import fleet_with_intervals
+
+    starts = range(0, DRAWS, DRAWS_AT_ONCE)
+    parts = [replace(job, draws=range(start, min(DRAWS, start + DRAWS_AT_ONCE))) for job in jobs for start in starts]
+    drawn = _run(run_draws, parts, workers, "prediction intervals")
+    return [
+        fleet_with_intervals(job.fleet, drawn[at : at + len(starts)])
+        for job, at in zip(jobs, range(0, len(drawn), len(starts)), strict=True)
+        if job.fleet is not None
+    ]
 
 
 def _run(work: Callable[[Job], Done], jobs: Sequence[Job], workers: int, what: str) -> list[Done]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from clo.specs.overrides import Overrides
     from clo_sim.serving import RequestTrace, ServiceSettings, Slo
     from clo_sim.serving.crossover import CrossoverMap
+    from clo_sim.serving.intervals import DrawnFleet
     from clo_sim.serving.plan import Attempt, Fleet
 
 Job = TypeVar("Job")
@@ -40,13 +41,15 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetJob:
-    """One design on one machine type; with a `fleet`, the load that it bears. `near` is a guess at the GPUs."""
+    """One design on one machine type; with a `fleet`, the load that it bears. `near` is a guess at the GPUs, `draws`
+    are numbers of draws of the costs."""
 
     question: Question
     machine: str
     design: Design
     fleet: Fleet | None = None
     near: int | None = None
+    draws: Sequence[int] = ()
 
 
 def run_fleet(job: FleetJob) -> Fleet:
@@ -61,24 +64,15 @@ def run_fleet(job: FleetJob) -> Fleet:
     return smallest_fleet(*given, max_gpus=ask.max_gpus, near=job.near, **ask.prices)
 
 
-def run_intervals(job: FleetJob) -> Fleet:
-    """The job's fleet with prediction intervals."""
-    from clo_sim.serving.intervals import fleet_with_intervals
+def run_draws(job: FleetJob) -> DrawnFleet:
+    """The job's fleet under its draws."""
+    from clo_sim.serving.intervals import drawn_fleet
 
     ask = job.question
     assert job.fleet is not None
     scene = serving_scene(ask.options, ask.overrides, job.machine)
-    return fleet_with_intervals(
-        job.fleet,
-        scene,
-        job.design,
-        ask.trace,
-        ask.slo,
-        ask.service,
-        max_gpus=ask.max_gpus,
-        seed=ask.options["seed"],
-        **ask.prices,
-    )
+    given = (job.fleet, scene, job.design, ask.trace, ask.slo, ask.service)
+    return drawn_fleet(*given, draws=job.draws, max_gpus=ask.max_gpus, seed=ask.options["seed"], **ask.prices)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,8 +6,8 @@ Knows nothing about how costs are drawn; see `clo_sim.intervals`, whose level an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -41,14 +41,26 @@ def with_intervals(
 ) -> ServiceResult:
     """`result` of `run` with 90% intervals of latencies and rates, and how often each term of `slo`, and all, hold."""
     drawn = []
-    for number, costs in enumerate(_drawn(run.costs, draws, seed)):
+    for number, costs in enumerate(_drawn(run.costs, range(draws), seed)):
         drawn.append(summarise_service(serve(run.trace, costs, run.settings), slo=slo))
         if progress is not None:
             progress(number + 1, draws)
     return _spanned(result, drawn, known_spread_share(run))
 
 
-def fleet_with_intervals(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawnFleet:
+    """A fleet under some draws: what it did, and the fewest GPUs that are enough (infinite: no number is), by draw.
+
+    `share` is the share of its busy time on costs whose spread is known.
+    """
+
+    tried: tuple[Attempt, ...]
+    needed: tuple[float, ...]
+    share: float | None
+
+
+def drawn_fleet(
     fleet: Fleet,
     scene: Scene,
     design: Design,
@@ -56,28 +68,33 @@ def fleet_with_intervals(
     slo: Slo,
     settings: ServiceSettings,
     *,
+    draws: Sequence[int],
     chunk_tokens: int = 2048,
     max_gpus: int = MAX_GPUS,
     executor: Executor = "clock",
-    draws: int = DRAWS,
     seed: int = 0,
-) -> Fleet:
-    """The fleet with intervals of its result, of the GPUs that the load needs, and the chance that these are enough."""
-    if fleet.gpus is None or fleet.result is None:
-        return fleet
+) -> DrawnFleet:
+    """A fleet that meets the SLO, under the draws of these numbers: parts of all draws may be served side by side."""
+    assert fleet.gpus is not None
     base = worker_costs(scene, design, trace, chunk_tokens=chunk_tokens, executor=executor)
     sized = replace(settings, gpus=fleet.gpus)
-    found, needed = [], []
+    tried, needed = [], []
     for costs in _drawn(base, draws, seed):
-        tried = attempt(trace, costs, slo, sized, stop_early=False)
-        found.append(tried)
-        needed.append(_needed(tried, trace, costs, slo, settings, max_gpus))
+        tried.append(attempt(trace, costs, slo, sized, stop_early=False))
+        needed.append(_needed(tried[-1], trace, costs, slo, settings, max_gpus))
     share = known_spread_share(serve(trace, base, sized))
+    return DrawnFleet(tried=tuple(tried), needed=tuple(needed), share=share)
+
+
+def fleet_with_intervals(fleet: Fleet, parts: Sequence[DrawnFleet]) -> Fleet:
+    """The fleet with intervals of its result, of the GPUs that the load needs, and the chance that these are enough."""
+    assert fleet.result is not None
+    tried = [one for part in parts for one in part.tried]
     return replace(
         fleet,
-        gpus_interval=of_counts(needed),
-        chance=sum(one.met for one in found) / draws,
-        result=_spanned(fleet.result, [_result(one) for one in found], share),
+        gpus_interval=of_counts([gpus for part in parts for gpus in part.needed]),
+        chance=sum(one.met for one in tried) / len(tried),
+        result=_spanned(fleet.result, [_result(one) for one in tried], parts[0].share),
     )
 
 
@@ -96,8 +113,8 @@ def _result(tried: Attempt) -> ServiceResult:
     return tried.result
 
 
-def _drawn(costs: WorkerCosts, draws: int, seed: int) -> Iterator[WorkerCosts]:
-    for number in range(draws):
+def _drawn(costs: WorkerCosts, draws: Iterable[int], seed: int) -> Iterator[WorkerCosts]:
+    for number in draws:
         yield drawn_costs(costs, CostDraw(np.random.default_rng((seed, number))))
 
 
