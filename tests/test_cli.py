@@ -427,6 +427,12 @@ class TestSoleWriter:
         with sole_writer(tmp_path):
             pass
 
+    def test_where_files_cannot_be_locked_nothing_is_held(self, tmp_path: Path) -> None:
+        program = "import sys; sys.modules['fcntl'] = None; from pathlib import Path; from clo.files import sole_writer\n"
+        program += "with sole_writer(Path(sys.argv[1])), sole_writer(Path(sys.argv[1])): print('both')"
+        done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, check=True)
+        assert done.stdout == b"both\n"
+
 
 def test_a_trace_is_a_preset_or_a_file(tmp_path: Path) -> None:
     path = tmp_path / "renamed.bin"
