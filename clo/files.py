@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import tempfile
@@ -12,6 +11,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from clo.errors import CloError
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there, all else works
+    fcntl = None  # type: ignore[assignment]
 
 
 def check_target(path: Path, *, folder: bool = False) -> None:
@@ -35,6 +39,9 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
     The operating system lets go when the process ends, however it ends. Where it cannot lock, nothing is held.
     """
+    if fcntl is None:
+        yield
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

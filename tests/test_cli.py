@@ -26,6 +26,7 @@ from clo.schedule import Lane
 from clo.specs import Design, MachineSpec, ModelSpec, Spec
 from clo.timeline import load_chrome_trace
 from clo_cli.main import COMMANDS, clo, main
+from clo_cli.models import need_engine
 from clo_cli.tables import design_table
 
 SMALL = ["--context", "32768", "--batch", "4", "--steps", "8"]
@@ -54,6 +55,13 @@ def refuse(*arguments: str) -> str:
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1, done.stderr
     return lines[0]
+
+
+def test_where_there_is_no_triton_nobody_is_told_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(CloError, match=r"decoding needs triton, which there is for Linux only$"):
+        need_engine("decoding")
 
 
 def test_a_reason_is_said_once() -> None:
@@ -426,6 +434,13 @@ class TestSoleWriter:
         process.communicate()
         with sole_writer(tmp_path):
             pass
+
+    def test_where_files_cannot_be_locked_nothing_is_held(self, tmp_path: Path) -> None:
+        program = "import sys; sys.modules['fcntl'] = None\nfrom pathlib import Path\n"
+        program += "from clo.files import sole_writer\n"
+        program += "with sole_writer(Path(sys.argv[1])), sole_writer(Path(sys.argv[1])): print('both')"
+        done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, check=True)
+        assert done.stdout == b"both\n"
 
 
 def test_a_trace_is_a_preset_or_a_file(tmp_path: Path) -> None:

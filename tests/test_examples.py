@@ -91,6 +91,15 @@ def test_the_course_begins_with_a_refusal() -> None:
     assert len(COURSE) >= 15
 
 
+def test_bounds_shown_in_the_docs_can_be_kept() -> None:
+    text = (DOCS / "exploring.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    clo (explore --objective .* --require .*)$", text, re.MULTILINE)
+    assert commands
+    for command in commands:
+        done = CliRunner().invoke(clo, [*shlex.split(command), "--steps", "8"], catch_exceptions=False)
+        assert done.exit_code == 0, command
+
+
 class TestOwn:
     """docs/own.md: its files are what it says they are, and its commands run on them."""
 

@@ -25,6 +25,7 @@ import clo_sim
 from clo import presets
 from clo.errors import CloError, SpecError
 from clo.specs import Design
+from clo_cli.explore import _as_json
 from clo_cli.main import clo
 from clo_sim.evaluation import METRICS, Evaluation, evaluate, from_json, key_of, question_digest, to_json
 from clo_sim.explore import explore
@@ -289,6 +290,15 @@ class TestSearch:
         assert len(found.measured) == 3
         assert found.best.executor == "machine"
         assert found.best.tpot_s == 1.0 / max(order)
+
+    def test_what_a_machine_cannot_say_is_null_in_json(self, scene: Scene) -> None:
+        def run(its_scene: Scene, design: Design) -> Any:
+            return clo_sim.simulate(its_scene, design).model_copy(update={"executor": "machine", "overlap": None})
+
+        found = explore(scene, named=[], base=CLO, space={"design.slot_budgets": [1]}, num_finalists=1, measure=run)
+        said = json.loads(json.dumps(_as_json(found), allow_nan=False))
+        assert said["front"][0]["metrics"]["overlap"] is None
+        assert said["front"][0]["metrics"]["tpot_s"] == found.best.tpot_s
 
     def test_without_a_machine_the_level_says_so(self, scene: Scene) -> None:
         with pytest.raises(SpecError, match="no real machine"):

@@ -6,7 +6,8 @@ Knows nothing about how a step is run or drawn.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -290,7 +291,7 @@ def _as_json(found: Exploration) -> dict[str, Any]:
         "best": found.best.model_dump(mode="json"),
         "best_changes": dict(found.winner.task.changes),
         "front": [
-            {"name": one.task.label, "executor": one.task.level, "metrics": dict(one.metrics)} for one in found.front
+            {"name": one.task.label, "executor": one.task.level, "metrics": _known(one.metrics)} for one in found.front
         ],
         "named": [result.model_dump(mode="json") for result in found.named_results],
         "not_run": found.not_run,
@@ -301,6 +302,11 @@ def _as_json(found: Exploration) -> dict[str, Any]:
         "interrupted": found.interrupted,
         "choices": found.choices.model_dump(mode="json") if found.choices else None,
     }
+
+
+def _known(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """What a machine cannot say is `null`: JSON has no NaN."""
+    return {name: None if math.isnan(value) else value for name, value in metrics.items()}
 
 
 def _write(found: Exploration, scene: Scene, out: Path | None, parquet: Path | None, figures: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from typing import Any
 
 
@@ -12,6 +13,8 @@ def need_engine(doing: str, extra: str = "models", also: tuple[str, ...] = ()) -
     from clo.errors import NotFoundError
 
     missing = [name for name in ("torch", "transformers", "triton", *also) if importlib.util.find_spec(name) is None]
+    if "triton" in missing and sys.platform != "linux":
+        raise NotFoundError(f"{doing} needs triton, which there is for Linux only")
     if missing:
         raise NotFoundError(f'{doing} needs {", ".join(missing)}: pip install "clo-offload[{extra}]"')
 
@@ -19,9 +22,9 @@ def need_engine(doing: str, extra: str = "models", also: tuple[str, ...] = ()) -
 def load_for_decoding(name: str) -> tuple[Any, Any]:
     """A model and its tokenizer. Libraries stay quiet."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    need_engine("decoding")
     from clo.engine.models.loading import load_model
 
-    need_engine("decoding")
     return load_model(name)
 
 
