@@ -24,13 +24,13 @@ def trace(name: str | None, as_json: bool) -> None:
 
 
 def _print(described: dict[str, Any]) -> None:
-    from rich.console import Console
+    from clo_cli.tables import console
 
-    console = Console()
-    console.print(_about(described), highlight=False)
-    console.print(_cosine_table(described), _overlap_table(described))
+    out = console()
+    out.print(_about(described), highlight=False)
+    out.print(_cosine_table(described), _overlap_table(described))
     if described["layers"]:
-        console.print(_layer_table(described["layers"]))
+        out.print(_layer_table(described["layers"]))
 
 
 def _about(described: dict[str, Any]) -> str:

@@ -114,4 +114,5 @@ def submission(op: Op) -> Op:
 
 
 def runtime_op(action: HostActionName, layer: int) -> Op:
+    """What the launching thread does once, such as replaying a graph."""
     return Op(action, layer, Part.RUNTIME, HostAction(action))
