@@ -518,7 +518,7 @@ def test_memory_that_runs_out_is_said_in_a_line(
     assert said.count("\n") == 1
 
 
-PROFILE = "calibration/profiles/machines/cpu-2core.json"
+PROFILE = str(Path(__file__).parent.parent / "calibration" / "profiles" / "machines" / "cpu-2core.json")
 
 
 @pytest.mark.parametrize(
@@ -534,11 +534,10 @@ PROFILE = "calibration/profiles/machines/cpu-2core.json"
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_without_torch_a_command_runs_or_says_what_to_install(arguments: list[str], extra: str) -> None:
+def test_without_torch_a_command_runs_or_says_what_to_install(tmp_path: Path, arguments: list[str], extra: str) -> None:
     code = "import sys\nfor n in ('torch', 'transformers', 'triton'): sys.modules[n] = None\n"
     code += "from clo_cli.main import main\nmain()"
-    root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     assert done.returncode == (2 if extra else 0)
     assert (f'pip install "clo-offload[{extra}]"' in done.stderr) == bool(extra)
