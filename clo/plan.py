@@ -6,7 +6,7 @@ Every rule that involves more than one of the four is checked here, before any w
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from clo.errors import SpecError
 from clo.specs import Attend, Cache, Design, MachineSpec, ModelSpec, Selector, Workload
@@ -132,7 +132,7 @@ def make_plan(
     room = kv_room(model, machine, kv_memory_bytes) - fixed.kv
     page_row_bytes = _slot_row_bytes(model, design, workload, pinned)
     slots = _slot_pages(design, workload, budget, room, page_row_bytes)
-    memory = _with_slots(fixed, slots * page_row_bytes)
+    memory = replace(fixed, slots=slots * page_row_bytes)
     _check_device(machine, design, memory, room, slots * page_row_bytes)
     host_bytes = _host_bytes(model, machine, design, workload)
     return DecodePlan(
@@ -228,18 +228,6 @@ def _slot_pages(design: Design, workload: Workload, budget: int, room: float, ro
         return min(pages, round(design.slot_budgets * budget))
     fitting = int(room // row_bytes) if row_bytes else pages
     return max(budget, min(pages, fitting))
-
-
-def _with_slots(fixed: DeviceMemory, slot_bytes: float) -> DeviceMemory:
-    return DeviceMemory(
-        weights=fixed.weights,
-        reserve=fixed.reserve,
-        window=fixed.window,
-        dense_layers=fixed.dense_layers,
-        pinned_heads=fixed.pinned_heads,
-        index=fixed.index,
-        slots=slot_bytes,
-    )
 
 
 def _check_device(

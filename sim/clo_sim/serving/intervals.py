@@ -52,7 +52,7 @@ def with_intervals(
 class DrawnFleet:
     """A fleet under some draws: what it did, and the fewest GPUs that are enough (infinite: no number is), by draw.
 
-    `share` is the share of its busy time on costs whose spread is known.
+    `share` is the share of its busy time on costs whose spread is known; of the part with the first draw only.
     """
 
     tried: tuple[Attempt, ...]
@@ -82,7 +82,7 @@ def drawn_fleet(
     for costs in _drawn(base, draws, seed):
         tried.append(attempt(trace, costs, slo, sized, stop_early=False))
         needed.append(_needed(tried[-1], trace, costs, slo, settings, max_gpus))
-    share = known_spread_share(serve(trace, base, sized))
+    share = known_spread_share(serve(trace, base, sized)) if 0 in draws else None
     return DrawnFleet(tried=tuple(tried), needed=tuple(needed), share=share)
 
 
