@@ -23,11 +23,12 @@ class Alternative(Spec):
 
 
 class Choices(Spec):
-    """A design and its neighbours, each one change away."""
+    """A design and its neighbours, each one change away; `where` is the model, machine and workload, in words."""
 
     best_name: str
     best_tpot_s: PositiveFloat
     alternatives: tuple[Alternative, ...]
+    where: str = ""
 
     def save(self, path: Path) -> None:
         """Write as JSON, whole or not at all."""

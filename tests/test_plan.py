@@ -287,7 +287,7 @@ class TestCommands:
 
     def test_plan(self, tmp_path: Path) -> None:
         text = run("plan", "--requests", MOONCAKE, "--slo", "ttft_p95<4s, tpot_p95<50ms", "--machines", "h200",
-                   "--designs", "resident,resident-sparse", "--price", "h200=3.5", "--jobs", 1, "--no-map",
+                   "--designs", "resident,resident-sparse", "--price", "h200=3.5", "--workers", 1, "--no-map",
                    "--out", tmp_path, "--json")  # fmt: skip
         found = json.loads(text)
         best = next(one for one in found["fleets"] if one["best"])
@@ -305,7 +305,7 @@ class TestCommands:
         (tmp_path / "empty.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
         command = ("--requests", tmp_path / "empty.jsonl", "--slo", "ttft_p95<6s")
         text = run("plan", *command, "--machines", "h200", "--designs", "resident", "--price", "h200=3", "--no-map",
-                   "--jobs", 1)  # fmt: skip
+                   "--workers", 1)  # fmt: skip
         assert "no request can be served: empty output: 3" in " ".join(text.split())
         served = run("serve-sim", *command, "--design", "resident", "--intervals", "--figure", tmp_path / "none.png")
         assert "completed 0, rejected 3 (empty output: 3)" in served
@@ -323,7 +323,7 @@ class TestCommands:
         )
         assert served["rate_per_s"] is None
         assert "1 request of one" in run("serve-sim", *command)
-        plan = ("plan", *command, "--machines", "h200", "--designs", "resident", "--no-map", "--jobs", 1)
+        plan = ("plan", *command, "--machines", "h200", "--designs", "resident", "--no-map", "--workers", 1)
         found = json.loads(run(*plan, "--json", "--out", tmp_path), parse_constant=no_constant)
         assert [found["fleets"][0][name] for name in ("gpus", "head_room")] == [1, None]
         assert (tmp_path / "fleets.png").exists()
@@ -332,19 +332,19 @@ class TestCommands:
     def test_head_room_that_was_not_found_the_end_of(self) -> None:
         text = run("plan", "--load", "fixed:0.1", "--num-requests", 4, "--input-tokens", 100, "--output-tokens", 2,
                    "--slo", "tpot_max<9s", "--machines", "h200", "--designs", "resident", "--no-map",
-                   "--jobs", 1)  # fmt: skip
+                   "--workers", 1)  # fmt: skip
         assert "x or more" in " ".join(text.replace("│", " ").split())
 
     def test_a_model_too_large_for_a_map_still_has_a_table(self) -> None:
         text = run("plan", "--load", "poisson:2", "--num-requests", 20, "--input-tokens", 3000, "--output-tokens", 100,
                    "--slo", "ttft_p95<6s", "--machines", "h200", "--designs", "clo", "--model", "llama-3-70b",
-                   "--jobs", 1)  # fmt: skip
+                   "--workers", 1)  # fmt: skip
         assert "does not fit one" in " ".join(text.replace("│", " ").split())
 
     def test_of_few_requests_nobody_knows_whether_a_fleet_keeps_up(self) -> None:
         load = ("--load", "poisson:20", "--input-tokens", 30000, "--output-tokens", 10)
         command = ("plan", *load, "--slo", "tpot_p50<500ms", "--machines", "h200", "--designs", "resident", "--no-map")
-        command = (*command, "--jobs", 1)
+        command = (*command, "--workers", 1)
         assert "Too few requests (200 are needed)" in " ".join(run(*command, "--num-requests", 50).split())
         assert "Too few requests" not in run(*command, "--num-requests", 200)
 
@@ -360,17 +360,17 @@ class TestCommands:
         rows = [{"timestamp": 0, "input_length": 1000, "output_length": answer} for answer in (5, 0, 5)]
         (tmp_path / "some.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
         text = run("plan", "--requests", tmp_path / "some.jsonl", "--slo", "ttft_p95<6s", "--machines", "h200",
-                   "--designs", "resident", "--no-map", "--jobs", 1)  # fmt: skip
+                   "--designs", "resident", "--no-map", "--workers", 1)  # fmt: skip
         assert "rejects 1 request (empty output: 1)" in " ".join(text.replace("│", " ").split())
 
     def test_without_prices_no_costs(self) -> None:
         text = run("plan", "--requests", AZURE, "--first", 10, "--slo", "e2e_p95<60s", "--machines", "h200",
-                   "--designs", "resident", "--jobs", 1, "--no-map")  # fmt: skip
+                   "--designs", "resident", "--workers", 1, "--no-map")  # fmt: skip
         assert "No prices given" in text
 
     def test_prices_of_fleets_that_cannot_be_are_not_asked_for_again(self) -> None:
         text = run("plan", "--requests", AZURE, "--first", 10, "--slo", "e2e_p95<1us", "--machines", "h200",
-                   "--designs", "resident", "--price", "h200=3.5", "--jobs", 1, "--no-map")  # fmt: skip
+                   "--designs", "resident", "--price", "h200=3.5", "--workers", 1, "--no-map")  # fmt: skip
         assert "even for requests alone on an idle" in " ".join(text.split())
         assert "No prices given" not in text
 

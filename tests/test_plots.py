@@ -303,6 +303,12 @@ def test_changes_are_written_in_percent_and_milliseconds() -> None:
     assert "cache: head_reuse →" in shown
 
 
+def test_the_title_says_which_model_and_machine() -> None:
+    where = "llama-3-8b on h200, 16 x 131072 tokens"
+    title = plot_choices(make_choices().with_fields(where=where)).axes[0].get_title(loc="left")
+    assert title.splitlines() == [where, "clo (20 ms) with one choice changed"]
+
+
 def test_what_does_not_run_stands_in_small_print() -> None:
     note = next(word for word in words(plot_choices(make_choices())) if "does not run" in word)
     assert note.startswith("slot_budgets = 8 does not run: needs 300 GB of 121 GB needs")

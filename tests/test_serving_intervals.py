@@ -363,14 +363,14 @@ class TestCommands:
 
     def test_no_fleet_no_interval(self) -> None:
         command = ("plan", "--requests", self.AZURE, "--first", 20, "--machines", "h200", "--designs", "resident")
-        text = self.run(*command, "--slo", "ttft_p95<1us", "--no-map", "--jobs", 1, "--intervals", "--json")
+        text = self.run(*command, "--slo", "ttft_p95<1us", "--no-map", "--workers", 1, "--intervals", "--json")
         (fleet,) = json.loads(text)["fleets"]
         assert (fleet["gpus"], fleet["gpus_interval"], fleet["chance"]) == (None, None, None)
 
     def test_the_largest_fleet_holds_for_draws_too(self) -> None:
         load = ("--load", "poisson:20", "--num-requests", 150, "--input-tokens", 4096, "--output-tokens", 4)
         command = ("plan", *load, "--slo", "ttft_p90<400ms", "--machines", "h200", "--designs", "resident", "--no-map")
-        command = (*command, "--jobs", 1, "--intervals", "--json", "--seed", 1)
+        command = (*command, "--workers", 1, "--intervals", "--json", "--seed", 1)
         (free,) = json.loads(self.run(*command))["fleets"]
         assert free["gpus_interval"][1] > free["gpus"]
         (bounded,) = json.loads(self.run(*command, "--max-gpus", free["gpus"]))["fleets"]
@@ -378,7 +378,7 @@ class TestCommands:
 
     def test_plan(self) -> None:
         command = ("plan", "--requests", self.AZURE, "--first", 20, "--machines", "h200", "--designs", "resident")
-        command = (*command, "--slo", "ttft_p95<900s", "--no-map", "--jobs", 1)
+        command = (*command, "--slo", "ttft_p95<900s", "--no-map", "--workers", 1)
         (fleet,) = json.loads(self.run(*command, "--intervals", "--json"))["fleets"]
         assert fleet["gpus_interval"] == [1, 1]
         assert fleet["head_room"] > 1

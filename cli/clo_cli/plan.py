@@ -50,7 +50,7 @@ DRAWS_AT_ONCE = 10
 @click.option("--map-machine", help="Machine type of the map [default: the best fleet's].")
 @click.option("--map-output-tokens", type=click.IntRange(1), help="Answers of the map [default: the trace's mean].")
 @click.option("--map-reuse", type=click.FloatRange(0, 1), help="Share of a prompt found cached [default: as served].")
-@click.option("--jobs", type=click.IntRange(1), help="Processes [default: one per core].")
+@click.option("--workers", type=click.IntRange(1), help="Processes [default: one per core].")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for plan.json and figures.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def plan(
@@ -64,7 +64,7 @@ def plan(
     map_machine: str | None,
     map_output_tokens: int | None,
     map_reuse: float | None,
-    jobs: int | None,
+    workers: int | None,
     out: Path | None,
     as_json: bool,
     settings: tuple[str, ...],
@@ -102,16 +102,16 @@ def plan(
         service=service,
         max_gpus=max_gpus,
     )
-    workers = jobs or os.cpu_count() or 1
-    fleets = _fleets(question, machine_names, list(chosen.values()), workers, intervals=intervals)
+    count = workers or os.cpu_count() or 1
+    fleets = _fleets(question, machine_names, list(chosen.values()), count, intervals=intervals)
     priced = [with_price(one, prices, machine) for machine, one in fleets]
     best = best_of(priced)
     found: dict[str, Any] = {"priced": priced, "curve": None, "map": None}
     if best is not None and best.fleet.head_room is not None and out is not None:
-        found["curve"] = _curve(question, machine_names, best, chosen, workers)
+        found["curve"] = _curve(question, machine_names, best, chosen, count)
     if with_map:
         where = map_machine or (best.fleet.machine if best else machine_names[0])
-        found["map"] = _map_if_any(question, where, list(chosen.values()), best, map_output_tokens, map_reuse, workers)
+        found["map"] = _map_if_any(question, where, list(chosen.values()), best, map_output_tokens, map_reuse, count)
     _report(question, found, best, out, prices_given=bool(prices), as_json=as_json)
 
 

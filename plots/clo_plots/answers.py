@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -80,9 +81,7 @@ def plot_answers(answers: Answers) -> Figure:
         axes.set_title(f"{answers.title}; against full attention, ± one standard error")
         axes.grid(True)
         axes.axhline(0.0, color=INK, linewidth=0.9)
-        families = list(dict.fromkeys(point.family for point in answers.points))
-        for number, family in enumerate(families):
-            members = [point for point in answers.points if point.family == family]
+        for number, (family, members) in enumerate(_families(answers.points).items()):
             _draw_family(axes, family, members, _COLOURS[number % len(_COLOURS)])
         _frame(axes, answers.points)
         if axes.get_legend_handles_labels()[0]:
@@ -92,7 +91,7 @@ def plot_answers(answers: Answers) -> Figure:
             axes,
             [point.setting for point in answers.points],
             _at(answers.points),
-            _bars(answers.points),
+            np.vstack([_bars(answers.points), _lines(answers.points)]),
             size_pt=SMALL_PT,
         )
         return figure
@@ -113,7 +112,7 @@ def _draw_family(axes: Axes, family: str, members: Sequence[Answer], colour: str
         linewidth=1.1,
         elinewidth=0.9,
         capsize=2,
-        label=f"{family} {members[0].name.rpartition(' ')[2].partition('=')[0]}" if swept else None,
+        label=f"{family}, by {members[0].name.rpartition(' ')[2].partition('=')[0]}" if swept else None,
     )
 
 
@@ -136,3 +135,23 @@ def _bars(points: Sequence[Answer]) -> np.ndarray:
         (point.share, point.delta_nll + part * point.delta_nll_se) for point in points for part in np.linspace(-1, 1, 9)
     ]
     return np.array(spots, float).reshape(-1, 2)
+
+
+def _lines(points: Sequence[Answer]) -> np.ndarray:
+    """Points along the lines between a family's members, straight where shares are drawn on a logarithmic scale."""
+    members = (_at(family) for family in _families(points).values())
+    pairs = [pair for at in members for pair in pairwise(at)]
+    parts = np.linspace(0.0, 1.0, 25)
+    spots = [
+        (one[0] * (other[0] / one[0]) ** part, one[1] + part * (other[1] - one[1]))
+        for one, other in pairs
+        for part in parts
+    ]
+    return np.array(spots, float).reshape(-1, 2)
+
+
+def _families(points: Sequence[Answer]) -> dict[str, list[Answer]]:
+    families: dict[str, list[Answer]] = {}
+    for point in points:
+        families.setdefault(point.family, []).append(point)
+    return families

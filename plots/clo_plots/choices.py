@@ -30,7 +30,7 @@ def plot_choices(choices: Choices) -> Figure:
     rows, not_run = without_ties(ranked(choices)), [one for one in choices.alternatives if one.tpot_s is None]
     small_print = _small_print(not_run)
     what = f"{choices.best_name} ({format_seconds(choices.best_tpot_s)}) with one choice changed"
-    title = textwrap.wrap(what, _TITLE_CHARS)
+    title = [*textwrap.wrap(choices.where, _TITLE_CHARS), *textwrap.wrap(what, _TITLE_CHARS)]
     height = 0.8 + 0.15 * len(title) + 0.2 * len(rows) + 0.13 * len(small_print)
     with new_figure(height, what="choices", empty=not rows) as figure:
         axes = figure.add_subplot(title="\n".join(title))

@@ -49,6 +49,8 @@ def plot_crossover(found: Mapping[str, Any]) -> Figure:
             handles=[*lines, Patch(facecolor="white", edgecolor=INK, label="nothing keeps up")],
             loc="outside lower center",
             ncols=3,
+            title="in a cell: that ratio (only: just one of the two keeps up), and the best of all designs",
+            title_fontsize=SMALL_PT,
         )
         return figure
 
