@@ -16,7 +16,7 @@ from toy_service import PLENTY, toy_costs, trace_of
 
 import clo_sim
 from clo import presets
-from clo.errors import RequestError
+from clo.errors import RequestError, SpecError
 from clo.plan import make_plan
 from clo_sim.serving import (
     RequestTrace,
@@ -434,3 +434,8 @@ def test_a_load_whose_last_request_never_comes_is_refused() -> None:
     trace = generate("poisson", rate_per_s=4, num_requests=50, lengths=[(5, 5)])
     with pytest.raises(RequestError, match="rate multiplier = 1e-300: the last request would never come"):
         trace.at_rate(1e-300)
+
+
+def test_a_service_that_never_ends_is_refused() -> None:
+    with pytest.raises(SpecError, match="the last request would be done in over a century"):
+        serve(trace_of([(0, 5, 5)]), toy_costs(step_ns=1 << 61), ServiceSettings())

@@ -148,4 +148,4 @@ def _elementwise_seconds(scene: Scene, pricer: Pricer, chunk_tokens: int) -> Flo
 
 def _whole_ns(seconds: Floats) -> list[int]:
     """For 0, 1, ... tokens; more tokens never take less."""
-    return [0, *accumulate(np.rint(seconds * NS_PER_S).astype(np.int64).tolist(), max)]
+    return [0, *accumulate(map(int, np.rint(seconds * NS_PER_S)), max)]

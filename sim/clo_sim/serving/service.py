@@ -78,7 +78,10 @@ def serve(
     limits: Limits | None = None,
     progress: Progress | None = None,
 ) -> ServiceRun:
-    """Serve every request of `trace`; with `limits`, stop once too many of them are late."""
+    """Serve every request of `trace`; with `limits`, stop once too many of them are late.
+
+    Raises `SpecError` where that takes longer than moments can be counted, 146 years.
+    """
     stamps, bounds = Stamps.of(len(trace)), limits or Limits()
     every_ns = int(trace.duration_s * NS_PER_S) // SAMPLES or NS_PER_MS
     replicas = [
@@ -99,6 +102,8 @@ def serve(
     if not stopped:
         for replica in replicas:
             replica.advance(NEVER)
+            if replica.now_ns >= NEVER:
+                raise SpecError("service: the last request would be done in over a century: a cost is far too large")
         stopped = _hopeless(stamps, bounds)
     return ServiceRun(
         trace=trace,
