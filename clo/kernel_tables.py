@@ -1,4 +1,4 @@
-"""Measured GPU kernel times as small monotone tables: GEMM and decode attention.
+"""Measured GPU kernel times as small monotone tables: GEMM, decode attention, all-reduce.
 
 A table is a grid of latencies, read by multilinear interpolation in log space, so that it never decreases with any
 argument. Outside the grid it follows the roofline. It knows nothing about where its numbers come from beyond the labels
@@ -228,6 +228,32 @@ class GemmTable(KernelTable):
         """`max(bytes / HBM bandwidth, flops / peak)` with every matrix moved once."""
         num_bytes = BYTES_PER_VALUE * (m * k + k * n + m * n)
         return np.maximum(num_bytes / self.hbm_bytes_per_s, 2.0 * m * n * k / self.flops_per_s)
+
+
+class AllReduceTable(KernelTable):
+    """Time until each of `num_gpus` GPUs holds the sum of what all of them have, `num_values` bfloat16 values.
+
+    Timed inside a CUDA graph. Where the GPUs have no link of their own, what they send takes from the host link.
+    """
+
+    ARGUMENTS: ClassVar[tuple[str, ...]] = ("num_gpus", "num_values")
+
+    num_gpus: Axis
+    num_values: Axis
+    over_host_link: bool = Field(default=False, description="whether the GPUs reach each other by the host link only")
+
+    @overload
+    def seconds(self, num_gpus: float, num_values: float) -> float: ...
+    @overload
+    def seconds(self, num_gpus: ArrayLike, num_values: ArrayLike) -> Floats: ...
+    def seconds(self, num_gpus: ArrayLike, num_values: ArrayLike) -> float | Floats:
+        """Seconds; arguments broadcast, scalars give a float. Raises `ValueError` for sizes that are not positive."""
+        result: float | Floats = self.seconds_at(num_gpus, num_values)
+        return result
+
+    def roofline_seconds(self, num_gpus: Any, num_values: Any) -> Any:
+        """What was there is read once, the sum is written once; links between GPUs are not in the datasheet's rates."""
+        return 2.0 * BYTES_PER_VALUE * num_values / self.hbm_bytes_per_s + 0.0 * num_gpus
 
 
 class DecodeAttentionTable(KernelTable):

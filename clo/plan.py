@@ -38,7 +38,10 @@ class DeviceMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodePlan:
-    """One decode step's fixed numbers. Page counts are per KV head and sequence."""
+    """One decode step's fixed numbers. Page counts are per KV head and sequence.
+
+    Where GPUs share the model they all do the same: `model` is one GPU's part of it, and all else is of that GPU.
+    """
 
     model: ModelSpec
     machine: MachineSpec
@@ -126,10 +129,11 @@ def make_plan(
     `SpecError` that says what is needed, what there is, and which field to change.
     """
     _check_context(model, workload)
+    model = model.shard(machine.tensor_parallel)
     budget = _budget_pages(design, workload)
     pinned = round(design.pinned_head_fraction * model.num_kv_heads) if design.offloads else 0
     fixed = _fixed_memory(model, machine, design, workload, pinned)
-    room = kv_room(model, machine, kv_memory_bytes) - fixed.kv
+    room = _room(model, machine, kv_memory_bytes) - fixed.kv
     page_row_bytes = _slot_row_bytes(model, design, workload, pinned)
     slots = _slot_pages(design, workload, budget, room, page_row_bytes)
     memory = replace(fixed, slots=slots * page_row_bytes)
@@ -175,13 +179,19 @@ def _budget_pages(design: Design, workload: Workload) -> int:
 
 
 def kv_room(model: ModelSpec, machine: MachineSpec, kv_memory_bytes: float | None = None) -> float:
-    """Device bytes that weights and reserve leave for KV, at most `kv_memory_bytes`. Raises `SpecError` if none."""
+    """Device bytes that weights and reserve leave for KV on a GPU, at most `kv_memory_bytes`. `SpecError` if none."""
+    return _room(model.shard(machine.tensor_parallel), machine, kv_memory_bytes)
+
+
+def _room(model: ModelSpec, machine: MachineSpec, kv_memory_bytes: float | None) -> float:
     free = machine.gpu.memory_bytes - machine.reserve_bytes - model.weight_bytes
     if free <= 0:
         raise SpecError(
             f"model {model.name}: weights take {format_bytes(model.weight_bytes)} and the reserve "
             f"{format_bytes(machine.reserve_bytes)}, but {machine.name} has {format_bytes(machine.gpu.memory_bytes)} "
-            "of device memory (machine.gpu.memory_bytes): this model does not fit one GPU"
+            "of device memory (machine.gpu.memory_bytes): this model does not fit "
+            + (f"{machine.tensor_parallel} GPUs" if machine.tensor_parallel > 1 else "one GPU")
+            + ": share it among more (machine.tensor_parallel)"
         )
     return free if kv_memory_bytes is None else min(free, kv_memory_bytes)
 

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from clo.errors import SpecError
 from clo.kernel_scaling import measured_on, scaled_seconds
-from clo.kernel_tables import KernelTable
+from clo.kernel_tables import BYTES_PER_VALUE, AllReduceTable, KernelTable
 from clo.profile import Cost, InterferenceCost, Profile, Source, StreamCost
 from clo.schedule.machine import Lane
 from clo.schedule.work import (
+    AllReduce,
     Amount,
     BarWrite,
     Bookkeeping,
@@ -108,6 +110,8 @@ def hbm_bytes(work: Work, traffic: Traffic) -> Seconds:
         return 2.0 * heads * work.kv_tokens * work.head_dim * work.kv_bytes_per_value
     if isinstance(work, StreamKernel):
         return value_of(work.num_bytes, traffic)
+    if isinstance(work, AllReduce):
+        return 2.0 * BYTES_PER_VALUE * work.num_values
     if isinstance(work, ZeroCopy | Copy | BarWrite):
         return link_bytes(work, traffic)
     return 0.0
@@ -223,7 +227,23 @@ class Pricer:
         if isinstance(work, Gemm | DecodeAttention | StreamKernel):
             busy = min(1.0, mean_bytes / (mean_seconds * hbm)) if mean_seconds else 0.0
             return Demand(hbm=busy, is_kernel=True)
+        if isinstance(work, AllReduce):
+            return self._all_reduce_demand(work, mean_seconds)
         return Demand()
+
+    def _all_reduce_demand(self, work: AllReduce, mean_seconds: float) -> Demand:
+        """GPUs with links of their own leave the host link alone; else each part goes out and a sum comes in.
+
+        An all-reduce cannot send less than `2 (n - 1) / n` of the values each way (Patarasuk and Yuan 2009).
+        """
+        if not self._all_reduce_table.over_host_link or not mean_seconds:
+            return Demand(is_kernel=True)
+        share = 2.0 * (work.num_gpus - 1) / work.num_gpus
+        rate = share * BYTES_PER_VALUE * work.num_values / mean_seconds
+        link = self.machine.link
+        return Demand(
+            h2d=min(1.0, rate / link.h2d_bytes_per_s), d2h=min(1.0, rate / link.d2h_bytes_per_s), is_kernel=True
+        )
 
     @property
     def _into_device(self) -> float:
@@ -233,6 +253,13 @@ class Pricer:
     def gemm_seconds(self, m: Any, n: Any, k: Any) -> Any:
         """Time of `C[m, n] = A[m, k] @ B[k, n]` on this machine's GPU; sizes are numbers or arrays."""
         return scaled_seconds(self.profile.gemm, self.machine.gpu, m, n, k)
+
+    def all_reduce_seconds(self, num_gpus: Any, num_values: Any) -> Any:
+        """Time until all of `num_gpus` GPUs have the sum of `num_values` of each, as where it was measured.
+
+        Numbers or arrays.
+        """
+        return self._all_reduce_table.seconds(num_gpus, num_values)
 
     def zero_copy_rate(self, num_ctas: int) -> float:
         """Bytes/s of a zero-copy kernel: the link, or what its thread blocks keep in flight."""
@@ -273,6 +300,10 @@ class Pricer:
         tokens = max(1.0, work.kv_tokens * work.kv_bytes_per_value / 2.0)
         sizes = (work.batch, work.num_query_heads, work.num_kv_heads, work.head_dim, tokens)
         return float(scaled_seconds(self.profile.decode_attention, self.machine.gpu, *sizes))
+
+    @_seconds.register
+    def _(self, work: AllReduce, traffic: Traffic) -> Seconds:
+        return float(self.all_reduce_seconds(work.num_gpus, work.num_values))
 
     @_seconds.register
     def _(self, work: StreamKernel, traffic: Traffic) -> Seconds:
@@ -323,10 +354,19 @@ class Pricer:
 
     def _table(self, work: Work) -> KernelTable:
         """The measured kernel times behind a price that has no cost entry."""
+        if isinstance(work, AllReduce):
+            return self._all_reduce_table
         return self.profile.gemm if isinstance(work, Gemm) else self.profile.decode_attention
 
+    @property
+    def _all_reduce_table(self) -> AllReduceTable:
+        table = self.profile.all_reduce
+        if table is None:
+            raise SpecError(f"machine.tensor_parallel: profile {self.profile.name} has no times of an all-reduce")
+        return table
+
     def _cost(self, work: Work) -> Cost | None:
-        if isinstance(work, Gemm | DecodeAttention):
+        if isinstance(work, Gemm | DecodeAttention | AllReduce):
             return None
         cost: Cost = getattr(self.profile, self._entry(work))
         return cost

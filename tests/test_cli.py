@@ -291,7 +291,7 @@ class TestShow:
         costs = json.loads(run("show", "profiles", "h200", "--json"))["profiles"]["h200"]
         assert costs["gemm"]["source"] == "aiconfigurator"
         assert costs["zero_copy"]["source"] == "assumed"
-        assert sum(costs["sources"].values()) == 22
+        assert sum(costs["sources"].values()) == 23
 
 
 @pytest.mark.parametrize(

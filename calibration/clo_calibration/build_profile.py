@@ -22,7 +22,7 @@ from clo_calibration.tables.fit import fit_tables
 GPUS = ("h200", "h100", "a100", "l40s")
 
 NOTE = (
-    "GEMM and decode attention: fitted from measurements of vLLM kernels published in aiconfigurator-core. "
+    "GEMM, decode attention and all-reduce: fitted from measurements of vLLM kernels published in aiconfigurator-core. "
     "Transfers, launches, synchronisation and selection kernels: literature or assumed, never measured by this project."
 )
 
@@ -37,6 +37,7 @@ def build_profile(gpu: str, data_root: Path | None = None) -> Profile:
         note=NOTE,
         gemm=tables.gemm,
         decode_attention=tables.decode_attention,
+        all_reduce=tables.all_reduce,
         **_costs(gpu),
     )
 

@@ -234,7 +234,7 @@ def _print(scene: Scene, found: Exploration, searched: bool) -> None:
     )
 
     load, machine, best = scene.workload, scene.machine, found.best_simulated
-    question = f"{scene.model.name} on {machine.name}: {load.batch} x {load.context_tokens} tokens"
+    question = f"{scene.model.name} on {machine.label}: {load.batch} x {load.context_tokens} tokens"
     varied = sorted({field for one in found.candidates for field, _ in one.task.changes})
     console().print(question + (f" (varied: {', '.join(varied)})" if varied else ""), style="bold")
     offloads = best.design.offloads

@@ -137,7 +137,7 @@ def draw_figures(out: Path, scene: Scene, found: Exploration, best: Result, time
 
     load = scene.workload
     varied = {field for one in found.candidates for field, _ in one.task.changes}
-    title = f"{scene.model.name} on {scene.machine.name}, {load.batch} x {load.context_tokens} tokens"
+    title = f"{scene.model.name} on {scene.machine.label}, {load.batch} x {load.context_tokens} tokens"
     title += f", varied: {', '.join(sorted(varied))}" if varied else ""
     room = None if any(field.startswith(("machine", "model")) for field in varied) else _kv_room(scene)
     save_figure(plot_pareto(_points(found), title=title, memory_bytes=room), out / "pareto.png")
@@ -170,5 +170,5 @@ def _points(found: Exploration) -> list[Any]:
 
 def _kv_room(scene: Scene) -> float:
     """Device memory that weights and reserve leave for KV, or the cap on it, bytes."""
-    free = scene.machine.gpu.memory_bytes - scene.machine.reserve_bytes - scene.model.weight_bytes
+    free = scene.machine.gpu.memory_bytes - scene.machine.reserve_bytes - scene.part.weight_bytes
     return free if scene.kv_memory_bytes is None else min(free, scene.kv_memory_bytes)

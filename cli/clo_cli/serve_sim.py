@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.option("--design", "design_name", default="clo", show_default=True, help="Preset or TOML file.")
 @click.option("--machine", default="h200", show_default=True, help="Preset or TOML file.")
 @click.option("--profile", help="Preset or JSON file with the costs [default: the machine's].")
-@click.option("--gpus", type=int, default=1, show_default=True, help="Replicas: each GPU holds the whole model.")
+@click.option("--gpus", type=int, help="In all [default: one replica's: 1, or machine.tensor_parallel].")
 @click.option("--slo", "slo_text", help='Such as "ttft_p95<2s, tpot_p95<50ms": goodput, and whether each term holds.')
 @click.option("--no-coalesce", is_flag=True, help="Take every decode step by itself: slow, the same numbers.")
 @click.option("--intervals", is_flag=True, help="Also 90% prediction intervals: served 40 times with drawn costs.")
@@ -33,7 +33,7 @@ def serve_sim(
     design_name: str,
     machine: str,
     profile: str | None,
-    gpus: int,
+    gpus: int | None,
     slo_text: str | None,
     no_coalesce: bool,
     intervals: bool,
@@ -60,7 +60,9 @@ def serve_sim(
     overrides = overrides_from(settings)
     slo = None if slo_text is None else parse_slo(slo_text)
     scene, design = serving_scene(options, overrides, machine, profile), design_from(design_name, overrides)
-    service = replace(service_from(options, gpus=gpus), coalesce=not no_coalesce)
+    service = replace(
+        service_from(options, gpus=scene.machine.tensor_parallel if gpus is None else gpus), coalesce=not no_coalesce
+    )
     _check_figure(figure)
     if out is not None:
         check_target(out)

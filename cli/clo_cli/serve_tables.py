@@ -27,10 +27,17 @@ _LATENCIES = {
 }
 
 
+def _replicas(result: ServiceResult) -> str:
+    if result.replica_gpus > 1:
+        replicas = result.gpus // result.replica_gpus
+        return f" ({replicas} replica{'' if replicas == 1 else 's'} of {result.replica_gpus})"
+    return " (replicas)" if result.gpus > 1 else ""
+
+
 def print_service(result: ServiceResult) -> None:
     """One service in full."""
     out = console()
-    gpus = f"{result.gpus} x {result.machine}" + (" (replicas)" if result.gpus > 1 else "")
+    gpus = f"{result.gpus} x {result.machine}{_replicas(result)}"
     out.print(f"{result.design} on {gpus}: {result.model}, {counted(result.requests)} of {result.trace}")
     for line in _lines(result):
         out.print(line)
@@ -159,6 +166,10 @@ def print_fleets(fleets: Sequence[Priced], slo: str, title: str, *, prices_given
         out.print("No prices given: no costs. Give yours, in $ per GPU and hour: --price h200=... --price l40s=...")
 
 
+def _one(gpus: int) -> str:
+    return "one" if gpus == 1 else str(gpus)
+
+
 def _fleet_row(one: Priced) -> list[str]:
     fleet = one.fleet
     if fleet.gpus is None:
@@ -204,8 +215,8 @@ def print_map(found: CrossoverMap) -> None:
     """Mean time of a request under the best offloading design, over that of the exact resident one, cell by cell."""
     out = console()
     table = Table(
-        title=f"When offloading helps: {found.model} on one {found.machine}, answers of {found.output_tokens} tokens, "
-        f"{found.reused_share:.0%} of a prompt cached",
+        title=f"When offloading helps: {found.model} on {_one(found.gpus)} {found.machine}, "
+        f"answers of {found.output_tokens} tokens, {found.reused_share:.0%} of a prompt cached",
         title_justify="left",
         caption=f"mean E2E of the best of {', '.join(found.offloading)} over that of {found.residents[0]} (below 1: "
         "offloading is faster); *: also faster than resident-sparse; only: resident does not keep up; -: neither does",

@@ -14,6 +14,9 @@ from clo.schedule.ops import Stage, StepOps
 from clo.schedule.transfer import Arrival, fetch, needs_host, wait_for
 from clo.specs import Attend, Cache, ResolveOn, Sync
 
+BEST_TOKEN_VALUES = 4
+"""A GPU has a part of the vocabulary: of each sequence it sends its best token and that one's logit, 4 bytes each."""
+
 
 @dataclass(slots=True)
 class _Flight:
@@ -34,6 +37,7 @@ def decode_step(plan: DecodePlan, m: Machine) -> Step:
     if plan.design.sync is Sync.GRAPH:
         m.begin_graph()
     _first_streamed_layers(m, ops, flight)
+    _add_up(m, ops, 0)
     for layer in range(plan.model.num_layers):
         yield from _layer(m, ops, flight, layer)
     m.launch(Lane.MAIN, ops.hidden_norm("final_norm", ops.last_layer))
@@ -47,6 +51,8 @@ def _join(m: Machine, ops: StepOps, flight: _Flight) -> Step:
     if flight.speculated is not None:
         wait_for(m, Lane.MAIN, flight.speculated, ops.last_layer, Cause.PREFETCH)
     sampled = m.launch(Lane.MAIN, ops.sample())
+    if ops.shares_model:
+        sampled = m.launch(Lane.MAIN, ops.all_reduce(ops.last_layer, BEST_TOKEN_VALUES))
     yield HostWait(sampled, ops.host_action("read_back", ops.last_layer), Cause.SYNC)
 
 
@@ -73,10 +79,18 @@ def _layer(m: Machine, ops: StepOps, flight: _Flight, layer: int) -> Step:
 
 def _mlp(m: Machine, ops: StepOps, layer: int) -> None:
     m.launch(Lane.MAIN, ops.out_proj(layer))
+    _add_up(m, ops, layer)
     m.launch(Lane.MAIN, ops.hidden_norm("post_norm", layer))
     m.launch(Lane.MAIN, ops.gate_up_proj(layer))
     m.launch(Lane.MAIN, ops.activation(layer))
     m.launch(Lane.MAIN, ops.down_proj(layer))
+    _add_up(m, ops, layer)
+
+
+def _add_up(m: Machine, ops: StepOps, layer: int) -> None:
+    """What GPUs that share the model have each computed of the hidden state becomes one."""
+    if ops.shares_model:
+        m.launch(Lane.MAIN, ops.all_reduce(layer, ops.plan.model.hidden_size))
 
 
 def _write_back(m: Machine, ops: StepOps, flight: _Flight, layer: int, appended: Token) -> None:

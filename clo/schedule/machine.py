@@ -47,6 +47,7 @@ class Part(StrEnum):
     SELECTION = "selection"
     TRANSFER = "transfer"
     RUNTIME = "runtime"
+    EXCHANGE = "all-reduce"
 
 
 class Op(NamedTuple):

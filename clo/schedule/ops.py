@@ -8,6 +8,7 @@ from enum import StrEnum
 from clo.plan import DecodePlan
 from clo.schedule.machine import Op, Part
 from clo.schedule.work import (
+    AllReduce,
     Amount,
     AmountName,
     BarWrite,
@@ -202,9 +203,19 @@ class StepOps:
         num_bytes = self.plan.workload.batch * self.plan.model.vocab_size * 8.0
         return Op("sample", self.last_layer, Part.MODEL, StreamKernel("elementwise", num_bytes))
 
+    def all_reduce(self, layer: int, num_values: int) -> Op:
+        """GPUs that share the model add up their parts, `num_values` for each sequence."""
+        work = AllReduce(self.plan.machine.tensor_parallel, self.plan.workload.batch * num_values)
+        return Op("all_reduce", layer, Part.EXCHANGE, work)
+
     def host_action(self, action: HostActionName, layer: int) -> Op:
         """A fixed runtime cost."""
         return Op(action, layer, Part.RUNTIME, HostAction(action))
+
+    @property
+    def shares_model(self) -> bool:
+        """Whether several GPUs compute a part of every layer each."""
+        return self.plan.machine.tensor_parallel > 1
 
     @property
     def last_layer(self) -> int:

@@ -44,6 +44,14 @@ class DecodeAttention:
     kv_bytes_per_value: float = 2.0
 
 
+@dataclass(frozen=True, slots=True)
+class AllReduce:
+    """`num_gpus` GPUs that share a layer add up what each has computed of it, `num_values` values."""
+
+    num_gpus: int
+    num_values: int
+
+
 KernelName = Literal["elementwise", "hit_test", "score_pages", "select_pages", "resolve_pages"]
 
 
@@ -122,4 +130,4 @@ class HostAction:
 
 KernelWork = Gemm | DecodeAttention | StreamKernel
 
-Work = KernelWork | ZeroCopy | Copy | Submit | HostGather | BarWrite | Bookkeeping | HostAction
+Work = KernelWork | AllReduce | ZeroCopy | Copy | Submit | HostGather | BarWrite | Bookkeeping | HostAction

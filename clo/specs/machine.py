@@ -31,8 +31,12 @@ class HostSpec(Spec):
     num_threads: PositiveInt = Field(description="CPU threads that may work for one GPU")
 
 
+MOST_GPUS = 8
+"""GPUs that share a layer stand in one machine."""
+
+
 class MachineSpec(Spec):
-    """One GPU with its link and its share of the host."""
+    """One GPU with its link and its share of the host, and how many such GPUs hold a model together."""
 
     name: str = Field(description="how reports call it")
     source: str = Field(default="", description="where the numbers were read")
@@ -42,4 +46,14 @@ class MachineSpec(Spec):
     gpu: GpuSpec
     link: LinkSpec
     host: HostSpec
+    tensor_parallel: PositiveInt = Field(
+        default=1,
+        le=MOST_GPUS,
+        description="GPUs that hold one copy of the model together, a part of every layer each (tensor parallelism)",
+    )
     reserve_bytes: float = Field(default=4e9, ge=0, description="device memory for context, activations, workspace")
+
+    @property
+    def label(self) -> str:
+        """How reports call what holds one copy of the model."""
+        return self.name if self.tensor_parallel == 1 else f"{self.tensor_parallel} x {self.name}"

@@ -80,6 +80,26 @@ class ModelSpec(Spec):
         head = self.vocab_size * self.hidden_size * self.weight_bytes_per_value
         return self.num_layers * self.layer_weight_bytes + head
 
+    def shard(self, num_gpus: int) -> ModelSpec:
+        """What each of `num_gpus` GPUs holds and computes: its heads, its part of the MLP and of the vocabulary.
+
+        As in Megatron-LM (arXiv 1909.08053). What does not divide evenly is rounded up. Raises `SpecError` where the KV
+        heads cannot be dealt out evenly.
+        """
+        if num_gpus == 1:
+            return self
+        if self.num_kv_heads % num_gpus:
+            raise SpecError(
+                f"machine.tensor_parallel = {num_gpus}: the {self.num_kv_heads} KV heads of {self.name} cannot be "
+                "dealt out evenly to so many GPUs"
+            )
+        return self.with_fields(
+            num_query_heads=self.num_query_heads // num_gpus,
+            num_kv_heads=self.num_kv_heads // num_gpus,
+            intermediate_size=-(-self.intermediate_size // num_gpus),
+            vocab_size=-(-self.vocab_size // num_gpus),
+        )
+
 
 _HF_FIELDS = {
     "num_layers": "num_hidden_layers",

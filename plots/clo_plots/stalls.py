@@ -15,7 +15,7 @@ from clo_plots.style import CONTENTION, FONT_PT, INK, PARTS, SMALL_PT, STALLS, U
 
 OFF_SCALE = 5.0
 """Designs that take this many times the median are cut off at the edge, so that the others can be told apart."""
-_WORK = (Part.MODEL.value, Part.ATTENTION.value, Part.SELECTION.value)
+_WORK = (Part.MODEL.value, Part.EXCHANGE.value, Part.ATTENTION.value, Part.SELECTION.value)
 _BAR = 0.66
 
 

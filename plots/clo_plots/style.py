@@ -82,6 +82,7 @@ PARTS: dict[str, Fill] = {
     Part.SELECTION.value: Fill("#F0E442"),
     Part.TRANSFER.value: Fill("#D55E00"),
     Part.RUNTIME.value: Fill("#CC79A7"),
+    Part.EXCHANGE.value: Fill("#4B3F8F"),
 }
 CONTENTION = Fill("#8c8c8c")
 STALLS: dict[str, Fill] = {

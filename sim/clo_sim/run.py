@@ -56,7 +56,7 @@ def summarise(scene: Scene, plan: DecodePlan, priced: PricedStep, times: StepTim
     return Result(
         executor=executor,
         model=plan.model.name,
-        machine=plan.machine.name,
+        machine=plan.machine.label,
         profile=scene.profile.name,
         design=plan.design,
         workload=plan.workload,
@@ -94,7 +94,21 @@ def summarise(scene: Scene, plan: DecodePlan, priced: PricedStep, times: StepTim
 
 def assumptions_of(scene: Scene, priced: PricedStep) -> tuple[str, ...]:
     """What traffic and kernel times take for granted, a line each."""
-    return (*priced.traffic.assumptions, *_table_notes(scene))
+    return (*priced.traffic.assumptions, *_table_notes(scene), *_sharing_notes(scene))
+
+
+def _sharing_notes(scene: Scene) -> tuple[str, ...]:
+    """Of GPUs that share the model one is simulated."""
+    count = scene.machine.tensor_parallel
+    if count == 1:
+        return ()
+    same = (
+        f"the {count} GPUs do alike: bytes, memory and link are of one of them, and none waits for another's transfers"
+    )
+    table = None if isinstance(scene.profile, OperationProfile) else scene.profile.all_reduce
+    if table is None or measured_on(table, scene.machine.gpu):
+        return (same,)
+    return (same, f"an all-reduce takes as long as between {table.device} GPUs")
 
 
 def _table_notes(scene: Scene) -> tuple[str, ...]:
@@ -121,8 +135,9 @@ def _busy_by_part(priced: PricedStep) -> dict[str, float]:
     """Main-stream work by what it is for; waiting for a transfer or a flag is a stall, not work."""
     busy = {part.value: 0.0 for part in (Part.MODEL, Part.ATTENTION, Part.SELECTION)}
     for node in _main_nodes(priced):
-        if node.op.part.value in busy:
-            busy[node.op.part.value] += _mean(priced.seconds(node.op))
+        part = node.op.part
+        if part not in (Part.TRANSFER, Part.RUNTIME):
+            busy[part.value] = busy.get(part.value, 0.0) + _mean(priced.seconds(node.op))
     return busy
 
 

@@ -47,6 +47,16 @@ class Scene:
                 f"model {self.model.name}: the costs of {self.machine.name} were timed with {timed.name} of "
                 f"{timed.num_layers} layers: leave the model out, or calibrate with this one"
             )
+        if self.machine.tensor_parallel > 1 and isinstance(self.profile, OperationProfile):
+            raise SpecError(
+                f"machine.tensor_parallel = {self.machine.tensor_parallel}: the costs of {self.machine.name} were "
+                "timed on one device"
+            )
+
+    @property
+    def part(self) -> ModelSpec:
+        """What one GPU holds of the model: all of it, unless GPUs share it. `SpecError` where they cannot."""
+        return self.model.shard(self.machine.tensor_parallel)
 
     def plan(self, design: Design) -> DecodePlan:
         """The design's numbers here. Raises `SpecError` where it does not fit."""

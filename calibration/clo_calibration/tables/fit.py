@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from clo.kernel_tables import DecodeAttentionTable, Floats, GemmTable, KernelTable
+from clo.kernel_tables import AllReduceTable, DecodeAttentionTable, Floats, GemmTable, KernelTable
 from clo_calibration.tables.grid import fill, interpolate, make_grid
 from clo_calibration.tables.measurements import (
     PACKAGE_VERSION,
     Bools,
     Samples,
+    read_all_reduce,
     read_decode_attention,
     read_gemm,
     read_hardware,
@@ -28,6 +29,8 @@ HELD_OUT_SHARE = 0.2
 FILLED_WEIGHT = 0.02
 SMALLEST_HEAD_DIM = 64
 MULTI_HEAD_SLOWDOWN = 1.25
+WITHOUT_NVLINK = ("l40s",)
+"""GPUs that reach each other by PCIe only."""
 
 Table = TypeVar("Table", bound=KernelTable)
 
@@ -51,6 +54,7 @@ class FittedTables:
 
     gemm: GemmTable
     decode_attention: DecodeAttentionTable
+    all_reduce: AllReduceTable
     report: tuple[FitReport, ...]
 
 
@@ -86,6 +90,13 @@ def fit_decode_attention(
         measured_head_dim=tuple(map(int, measured)),
         min_query_heads_per_kv_head=min_group,
     )
+
+
+def fit_all_reduce(
+    samples: Samples, hardware: dict[str, float], *, over_host_link: bool = False, seed: int = 0
+) -> tuple[AllReduceTable, FitReport]:
+    """Fit a table of all-reduces."""
+    return _fit(AllReduceTable, samples, hardware, seed=seed, axes=_axes(samples), over_host_link=over_host_link)
 
 
 def fitted_groups(samples: Samples, min_group: int) -> Samples:
@@ -168,4 +179,12 @@ def fit_tables(gpu: str, data_root: Path | None = None, seed: int = 0) -> Fitted
     hardware = read_hardware(gpu, data_root)
     gemm, gemm_report = fit_gemm(read_gemm(gpu, data_root), hardware, seed=seed)
     decode, decode_report = fit_decode_attention(read_decode_attention(gpu, data_root), hardware, seed=seed)
-    return FittedTables(gemm=gemm, decode_attention=decode, report=(gemm_report, decode_report))
+    reduce, reduce_report = fit_all_reduce(
+        read_all_reduce(gpu, data_root), hardware, over_host_link=gpu in WITHOUT_NVLINK, seed=seed
+    )
+    return FittedTables(
+        gemm=gemm,
+        decode_attention=decode,
+        all_reduce=reduce,
+        report=(gemm_report, decode_report, reduce_report),
+    )

@@ -67,6 +67,19 @@ def read_decode_attention(gpu: str, data_root: Path | None = None) -> Samples:
     return decode_attention_samples(columns)
 
 
+def read_all_reduce(gpu: str, data_root: Path | None = None) -> Samples:
+    """Measured bfloat16 all-reduces of vLLM: points are (num_gpus, num_values)."""
+    columns = _read(_newest(gpu, "comm", data_root) / "custom_allreduce_perf.parquet")
+    return all_reduce_samples(columns)
+
+
+def all_reduce_samples(columns: dict[str, NDArray[Any]]) -> Samples:
+    """Select bfloat16 rows that were timed inside a CUDA graph; the size of a message counts values."""
+    inside_graph = np.array([str(name).endswith("_graph") for name in columns["kernel_source"]])
+    chosen = (columns["allreduce_dtype"] == "bfloat16") & inside_graph
+    return _samples(columns, chosen, [columns["num_gpus"], columns["message_size"]])
+
+
 def gemm_samples(columns: dict[str, NDArray[Any]]) -> Samples:
     """Select bfloat16 rows of a GEMM file (latency in milliseconds)."""
     return _samples(columns, columns["gemm_dtype"] == "bfloat16", [columns[name] for name in "mnk"])

@@ -46,6 +46,7 @@ class CrossoverMap:
     """Cells by design, `[rate][context]`; `residents` keep everything on the GPU, the first of them is exact."""
 
     machine: str
+    gpus: int
     model: str
     residents: tuple[str, ...]
     output_tokens: int
@@ -67,6 +68,7 @@ class CrossoverMap:
         places = [[(row, column) for column in range(len(self.contexts))] for row in range(len(self.rates_per_s))]
         return {
             "machine": self.machine,
+            "gpus": self.gpus,
             "model": self.model,
             "residents": list(self.residents),
             "offloading": list(self.offloading),
@@ -125,7 +127,7 @@ def crossover_map(
     to a geometric row from a tenth of what one request after the other makes of the longest context, to twice what
     prefill allows of the shortest.
     """
-    chosen = replace(settings or ServiceSettings(), gpus=1)
+    chosen = replace(settings or ServiceSettings(), gpus=scene.machine.tensor_parallel)
     longest = _load(max(contexts), output_tokens, reused_share, 1.0, 1, seed)
     every = {design.name: design for design in (*residents, *designs)}
     priced = {
@@ -144,6 +146,7 @@ def crossover_map(
         cells[name] = tuple(zip(*columns, strict=True))
     return CrossoverMap(
         machine=scene.machine.name,
+        gpus=chosen.gpus,
         model=scene.model.name,
         residents=tuple(design.name for design in residents),
         output_tokens=output_tokens,

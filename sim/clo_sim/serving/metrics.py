@@ -64,7 +64,7 @@ class ServiceResult:
     """One service under one load. Of an unstable one, TTFT and E2E are left out: they depend on the run's length.
 
     `goodput_per_s` counts completed requests whose own TTFT, TPOT and E2E are within the SLO's limits, over the time of
-    the run; none without an SLO. `slo_met` is by term. Memory is per worker: peaks of the fullest,
+    the run; none without an SLO. `slo_met` is by term. Memory is per GPU: peaks of the fullest worker's,
     on the host apart for sequences and for the prefixes in what they leave.
 
     Where they were asked for: `intervals` are 90% prediction intervals by the flat names of `as_dict`, infinite at an
@@ -116,6 +116,7 @@ class ServiceResult:
     interval_share: float | None = None
     slo_chance: Mapping[str, float] = field(default_factory=dict)
     chance: float | None = None
+    replica_gpus: int = 1
     samples: tuple[tuple[Sample, ...], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
@@ -170,6 +171,7 @@ def summarise_service(
         machine=machine,
         design=design,
         gpus=run.settings.gpus,
+        replica_gpus=run.costs.replica_gpus,
         routing=run.settings.routing,
         pressure=run.settings.pressure,
         requests=len(run.trace),
@@ -277,8 +279,8 @@ def _measured_share(run: ServiceRun, tallies: list[Tally]) -> float | None:
     prices = run.costs.decode_prices
     if prices is None:
         return None
-    gemm_share = run.costs.prefill.gemm_share if prices.kernels_measured else 0.0
-    return _share(tallies, gemm_share * _total(tallies, "dense_prefill_ns"), prices.measured_share)
+    in_tables = run.costs.prefill.table_share if prices.kernels_measured else 0.0
+    return _share(tallies, in_tables * _total(tallies, "dense_prefill_ns"), prices.measured_share)
 
 
 def known_spread_share(run: ServiceRun) -> float | None:

@@ -93,6 +93,8 @@ def smallest_fleet(
         costs = worker_costs(scene, design, trace, chunk_tokens=chunk_tokens, executor=executor)
     except CloError as error:
         return replace(fleet, problem=str(error))
+    if max_gpus < costs.replica_gpus:
+        return replace(fleet, problem=f"a replica takes {costs.replica_gpus} GPUs, {max_gpus} may be tried")
     alone = alone_values(trace, costs, slo)
     hopeless = lost_terms(alone, slo)
     if hopeless:
@@ -263,43 +265,47 @@ def search(
     `near` is a guess, and `known` a fleet that was tried before: they save runs.
     """
 
-    def tried(gpus: int) -> Attempt:
-        if known is not None and known.gpus == gpus:
+    def tried(replicas: int) -> Attempt:
+        if known is not None and known.gpus == replicas * costs.replica_gpus:
             return known
-        return attempt(trace, costs, slo, replace(settings, gpus=gpus))
+        return attempt(trace, costs, slo, replace(settings, gpus=replicas * costs.replica_gpus))
 
-    start = near or math.floor(_least_load(trace, costs))
+    most = max_gpus // costs.replica_gpus
+    start = near // costs.replica_gpus if near else math.floor(_least_load(trace, costs))
     # near a known answer the bracket grows from one, else it doubles
-    found, step = tried(min(max_gpus, max(1, start))), 1 if near else max(1, start)
-    low, failed = 0, None
+    high, step = min(most, max(1, start)), 1 if near else max(1, start)
+    found, low, failed = tried(high), 0, None
     while not found.met:
-        if found.gpus == max_gpus or _of_memory(found):
+        if high == most or _of_memory(found):
             return None, found
-        low, failed = found.gpus, found
-        found, step = tried(min(max_gpus, found.gpus + step)), 2 * step
+        low, failed = high, found
+        high, step = min(most, high + step), 2 * step
+        found = tried(high)
     step = 1
-    while failed is None and found.gpus > 1:
-        lower, step = tried(max(1, found.gpus - step)), 2 * step
+    while failed is None and high > 1:
+        fewer, step = max(1, high - step), 2 * step
+        lower = tried(fewer)
         if lower.met:
-            found = lower
+            high, found = fewer, lower
         else:
-            low, failed = lower.gpus, lower
-    while found.gpus - low > 1:
-        middle = tried((low + found.gpus) // 2)
+            low, failed = fewer, lower
+    while high - low > 1:
+        between = (low + high) // 2
+        middle = tried(between)
         if middle.met:
-            found = middle
+            high, found = between, middle
         else:
-            low, failed = middle.gpus, middle
+            low, failed = between, middle
     return found, failed or found
 
 
 def _of_memory(tried: Attempt) -> bool:
-    """More GPUs do not help a request that is larger than one of them."""
+    """More replicas do not help a request that is larger than one of them."""
     return any(reason.endswith(f"({kind})") for reason in tried.failing for kind in OF_MEMORY)
 
 
 def _least_load(trace: RequestTrace, costs: WorkerCosts) -> float:
-    """GPUs that prefill's computing alone keeps busy, with every prefix seen before cached: no fewer can keep up."""
+    """Replicas that prefill's computing alone keeps busy, every prefix seen before cached: no fewer can keep up."""
     if not trace.duration_s:
         return 1.0
     prefill, prefixes = costs.prefill, _seen_prefixes(trace, costs)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from clo.plan import dense_layers
 from clo.pricing import Pricer
-from clo.schedule.work import Gemm
+from clo.schedule.work import AllReduce, Gemm, Work
 from clo.specs import Design
 from clo_sim.intervals import CostDraw
 from clo_sim.scene import Scene, gpu_tables
@@ -47,11 +47,12 @@ class PrefillPrices:
 
     `pair_ns` is for one new token attending to one other; `in_ns` for a token read back by the offloaded layers,
     `cached_in_ns` for a token of a prefix hit that the other layers load; `out_ns` for a new token that leaves.
-    `gemm_share` is that of GEMMs in the dense layers of a full chunk, `known_share` that of costs with a known spread.
+    `table_share` is that of GEMMs and all-reduces, which measured tables price, in the dense layers of a full chunk,
+    `known_share` that of costs with a known spread.
     """
 
     dense_ns: Sequence[int]
-    gemm_share: float = 1.0
+    table_share: float = 1.0
     known_share: float = 1.0
     head_ns: int = 0
     pair_ns: float = 0.0
@@ -98,7 +99,7 @@ def prefill_prices(
 
     With a `draw`, GEMMs, element-wise kernels and attention vary with their spreads; the link's is not known.
     """
-    model, link = scene.model, scene.machine.link
+    model, link = scene.part, scene.machine.link
     pricer = Pricer(gpu_tables(scene.profile, "serving"), scene.machine)
     resident = dense_layers(model, design) if design.offloads else model.num_layers
     pinned = round(design.pinned_head_fraction * model.num_kv_heads) / model.num_kv_heads if design.offloads else 0.0
@@ -107,15 +108,15 @@ def prefill_prices(
     flops = 4.0 * model.num_query_heads * model.head_dim * model.num_layers
     head = Gemm(m=1, n=model.vocab_size, k=model.hidden_size)
     attention = 1.0 if draw is None else draw.factor("prefill_attention", ATTENTION_SPREAD)
-    gemms, small = _gemm_seconds(scene, pricer, chunk_tokens), _elementwise_seconds(scene, pricer, chunk_tokens)
-    in_gemms = float(gemms[-1] / (gemms[-1] + small[-1]))
-    errors = pricer.uncertainty(head), ("elementwise", pricer.profile.elementwise.spread)
+    tables, small = _table_seconds(scene, pricer, chunk_tokens), _elementwise_seconds(scene, pricer, chunk_tokens)
+    errors = [pricer.uncertainty(work) for work in tables] + [("elementwise", pricer.profile.elementwise.spread)]
     factors = [1.0 if draw is None else draw.factor(*error) for error in errors]
-    known = [share for share, (_, spread) in zip((in_gemms, 1 - in_gemms), errors, strict=True) if spread]
+    parts = np.array([*tables.values(), small])
+    shares = parts[:, -1] / parts[:, -1].sum()
     return PrefillPrices(
-        dense_ns=_whole_ns(factors[0] * gemms + factors[1] * small),
-        gemm_share=in_gemms,
-        known_share=sum(known),
+        dense_ns=_whole_ns(np.array(factors) @ parts),
+        table_share=float(shares[:-1].sum()),
+        known_share=float(sum(share for share, (_, spread) in zip(shares, errors, strict=True) if spread)),
         head_ns=round(factors[0] * pricer.gemm_seconds(head.m, head.n, head.k) * NS_PER_S),
         pair_ns=attention * flops / (ATTENTION_EFFICIENCY * scene.machine.gpu.peak_flops_per_s) * NS_PER_S,
         in_ns=offloaded / link.h2d_bytes_per_s * NS_PER_S,
@@ -124,9 +125,21 @@ def prefill_prices(
     )
 
 
+def _table_seconds(scene: Scene, pricer: Pricer, chunk_tokens: int) -> dict[Work, Floats]:
+    """What measured tables price of 1, 2, ... tokens, by the work of a full chunk: GEMMs first, then all-reduces."""
+    model, sharing = scene.part, scene.machine.tensor_parallel
+    found: dict[Work, Floats] = {
+        Gemm(chunk_tokens, model.qkv_width, model.hidden_size): _gemm_seconds(scene, pricer, chunk_tokens)
+    }
+    if sharing > 1:
+        sums = AllReduce(sharing, chunk_tokens * model.hidden_size)
+        found[sums] = _all_reduce_seconds(scene, pricer, chunk_tokens)
+    return found
+
+
 def _gemm_seconds(scene: Scene, pricer: Pricer, chunk_tokens: int) -> Floats:
     """GEMMs of all layers for 1, 2, ... tokens."""
-    model = scene.model
+    model = scene.part
     hidden, attended = model.hidden_size, model.num_query_heads * model.head_dim
     tokens = np.arange(1, chunk_tokens + 1, dtype=np.float64)
     shapes = ((model.qkv_width, hidden), (hidden, attended), (2 * model.intermediate_size, hidden))
@@ -134,9 +147,16 @@ def _gemm_seconds(scene: Scene, pricer: Pricer, chunk_tokens: int) -> Floats:
     return np.asarray(model.num_layers * sum(pricer.gemm_seconds(tokens, n, k) for n, k in products))
 
 
+def _all_reduce_seconds(scene: Scene, pricer: Pricer, chunk_tokens: int) -> Floats:
+    """GPUs that share the model add up hidden states of 1, 2, ... tokens: the embedding's, and two of every layer."""
+    values = scene.part.hidden_size * np.arange(1, chunk_tokens + 1, dtype=np.float64)
+    seconds = pricer.all_reduce_seconds(scene.machine.tensor_parallel, values)
+    return np.asarray((2 * scene.part.num_layers + 1) * seconds)
+
+
 def _elementwise_seconds(scene: Scene, pricer: Pricer, chunk_tokens: int) -> Floats:
     """Element-wise kernels of all layers for 1, 2, ... tokens."""
-    model = scene.model
+    model = scene.part
     hidden, attended = model.hidden_size, model.num_query_heads * model.head_dim
     tokens = np.arange(1, chunk_tokens + 1, dtype=np.float64)
     # two norms read and write the hidden state twice each, rotary embedding the queries, the activation three widths

@@ -1,6 +1,7 @@
 """Workers side by side: requests are checked, routed on arrival, and served to the end. Knows no prices.
 
-Every worker is one GPU that holds the whole model (a replica), with its own queue and its own share of the host.
+Every worker is a replica: one GPU that holds the whole model, or several that share it, with its own queue and its own
+share of the host.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceSettings:
-    """How the service is run.
+    """How the service is run, on how many GPUs in all: a replica takes as many as share the model.
 
     Routing on arrival: `least_loaded` (fewest unfinished requests), `round_robin`, or `prefix` (fewest prompt tokens
     left to prefill there, this request's included, after what the worker's prefix cache holds). Under pressure a worker
@@ -95,7 +96,7 @@ def serve(
             coalesce=settings.coalesce,
             sample_every_ns=every_ns,
         )
-        for _ in range(settings.gpus)
+        for _ in range(_num_replicas(settings, costs))
     ]
     run = ServiceRun(trace=trace, costs=costs, settings=settings, stamps=stamps, replicas=replicas)
     stopped = _arrivals(run, bounds, progress)
@@ -114,6 +115,12 @@ def serve(
         rejected=run.rejected,
         stopped=stopped,
     )
+
+
+def _num_replicas(settings: ServiceSettings, costs: WorkerCosts) -> int:
+    replicas, left = divmod(settings.gpus, costs.replica_gpus)
+    _require(not left, f"gpus = {settings.gpus}: a replica takes {costs.replica_gpus} (machine.tensor_parallel)")
+    return replicas
 
 
 def _arrivals(run: ServiceRun, limits: Limits, progress: Progress | None) -> bool:

@@ -23,7 +23,8 @@ MAX_BATCH = BATCHES[-1]
 class WorkerCosts:
     """Prices and memory of a worker. `clock(batch)` prices decode steps, `prefill` chunks of prompts.
 
-    `block_bytes` is a prefix block in host memory; `max_tokens` the longest sequence the model accepts.
+    `block_bytes` is a prefix block in host memory; `max_tokens` the longest sequence the model accepts; `replica_gpus`
+    the GPUs that a worker is, of which one's memory and transfers are counted.
     """
 
     clock: Callable[[int], StepClock]
@@ -32,6 +33,7 @@ class WorkerCosts:
     room: MemoryRoom
     max_tokens: int
     block_bytes: int = 0
+    replica_gpus: int = 1
     decode_prices: DecodePrices | None = None
 
 
@@ -57,7 +59,8 @@ def worker_costs(
         need=memory_need(scene, design),
         room=memory_room(scene),
         max_tokens=scene.model.max_positions,
-        block_bytes=int(trace.block_tokens * scene.model.kv_bytes_per_token) if keeps else 0,
+        block_bytes=int(trace.block_tokens * scene.part.kv_bytes_per_token) if keeps else 0,
+        replica_gpus=scene.machine.tensor_parallel,
         decode_prices=prices,
     )
 
