@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clo.engine.cuda.copies import declared, submit_rows
+from clo.engine.cuda.copies import declared, submit_rows, use
 from clo.errors import EngineError
 
 STREAM = 0x5EED
@@ -39,3 +39,20 @@ def test_the_drivers_code_is_told(driver: ctypes.CDLL) -> None:
     rows, first = torch.zeros(2, 3), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(EngineError, match="cuMemcpyHtoDAsync failed with code 400"):
         submit_rows(driver, 0, rows, first, rows, first)
+
+
+def test_a_thread_asks_its_stream_before_it_calls_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only that makes a context for it, where the device is the current one of every thread."""
+    asked, device = list[str](), torch.device("cuda", 0)
+
+    class Stream:
+        cuda_stream = STREAM
+
+        def query(self) -> bool:
+            asked.append("query")
+            return False
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda where: asked.append(f"set {where}"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda where: asked.append(f"stream of {where}") or Stream())
+    assert use(device) == STREAM
+    assert asked == ["set cuda:0", "stream of cuda:0", "query"]

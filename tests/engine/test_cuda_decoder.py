@@ -113,7 +113,10 @@ class TestTimelines:
                 spans = [span for span in found.spans if span.lane == lane.value]
                 assert [(span.name, span.layer) for span in spans] == recorded
             if chosen.selects or chosen.offloads:
-                assert sum(span.num_bytes for span in found.spans) >= decoder.traffic.h2d_bytes
+                traffic = decoder.traffic
+                # a layer that is streamed moves tokens and counts pages: the last one of a head may be part of a page
+                parts = 0.0 if chosen.selects else traffic.offloaded_heads * traffic.page_bytes
+                assert sum(span.num_bytes for span in found.spans) > traffic.h2d_bytes - max(parts, 1.0)
 
     def test_a_replayed_step_waits_for_the_host_nowhere(self) -> None:
         with Decoder(small_model().cuda(), on_cuda("clo"), max_new_tokens=8) as decoder:

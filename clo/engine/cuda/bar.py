@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from clo.engine.cuda.copies import DRIVER, moves
+from clo.engine.cuda.copies import DRIVER, moves, use
 from clo.errors import EngineError
 
 LIBRARIES = ("libgdrapi.so.2", "libgdrapi.so")
@@ -76,7 +76,7 @@ class Bar:
     def flush(self) -> None:
         """What was written is visible to kernels of the device, those that run already too."""
         if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # the thread may not have used the device before
+            use(self._device)
         _check("cuFlushGPUDirectRDMAWrites", self._driver.cuFlushGPUDirectRDMAWrites(CURRENT_CONTEXT, TO_OWNER))
 
 

@@ -21,9 +21,19 @@ def copy_rows(device: torch.Tensor, targets: torch.Tensor, host: torch.Tensor, s
 
     The caller keeps both tensors until the stream has done them. Raises `EngineError` with the driver's code.
     """
-    torch.cuda.set_device(device.device)  # the thread may not have used the device before
-    stream = torch.cuda.current_stream(device.device).cuda_stream
-    submit_rows(_driver(DRIVER), stream, device, targets, host, sources)
+    submit_rows(_driver(DRIVER), use(device.device), device, targets, host, sources)
+
+
+def use(device: torch.device) -> int:
+    """Let this thread, which may not have used `device` before, call the driver; the current stream's handle.
+
+    The driver wants a context in each thread. `set_device` makes none where the device is the current one already, as
+    the first is in a new thread; a question to its stream does.
+    """
+    torch.cuda.set_device(device)
+    stream = torch.cuda.current_stream(device)
+    stream.query()
+    return int(stream.cuda_stream)
 
 
 def submit_rows(
