@@ -23,6 +23,7 @@ from clo.engine.layers import Layer, OffloadedLayer
 from clo.engine.make_layers import make_layers
 from clo.engine.memory import check_memory, check_weights, explain_need, local_machine
 from clo.engine.models.network import Network
+from clo.engine.models.probe import check_taken_apart
 from clo.engine.operations import Operations
 from clo.engine.prefill import read_into
 from clo.engine.prompts import Prompt
@@ -130,6 +131,7 @@ class Decoder:
         if self._closed:
             raise EngineError("the decoder is closed: make a new one")
         self._prefills += 1
+        check_taken_apart(self.network)
         check_device(self.design, self.heads, self.network.device)
         for prompt in prompts:
             if not isinstance(prompt, Prompt):
