@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from clo import presets
 from clo.engine import inline
 from clo.engine.decoder import Decoder
+from clo.engine.finite import Projected, explain_step
 from clo.engine.heads import HeadProfile, heads_for
 from clo.engine.layers import Layer, OffloadedLayer, StreamedLayer
 from clo.engine.make_layers import make_layers
@@ -142,6 +143,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         self._lengths = torch.zeros(0, dtype=torch.int32)
         self._tokens: list[int] = []
         self._predicted: dict[int, torch.Tensor] = {}
+        self._projected: dict[int, Projected] = {}
         self._under_way = False
         count = len(network.layers)
         super().__init__(layers=[_CacheLayer(self, layer) for layer in range(count)])
@@ -160,6 +162,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         """Free the KV cache. The model is as it was once all its caches are closed. A second call does nothing."""
         self._leave()
         self._kv = []
+        self._projected.clear()
         for layer in self.layers:
             layer.hand_over()
 
@@ -259,8 +262,17 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         """
         predicted = self._predicted.pop(arrived.layer, None)
         attended = [self._attend_one(arrived, query, predicted, at) for at in range(query.shape[2])]
+        output = torch.stack(attended, dim=1)
+        if arrived.layer == len(self.layers) - 1:
+            self._check_finite(output)
         self.arrived(arrived.layer)
-        return torch.stack(attended, dim=1)
+        return output
+
+    def _check_finite(self, output: torch.Tensor) -> None:
+        """What is not finite in any layer is not in the last one's attention either: one look a token is enough."""
+        if not bool(torch.isfinite(output).all()):
+            why = explain_step(self._kv, self._projected, self._tokens)
+            raise EngineError(f"attention of layer {len(self._kv) - 1}: its output is not finite, {why}")
 
     def _attend_one(
         self, arrived: _Arrived, query: torch.Tensor, predicted: torch.Tensor | None, at: int
@@ -270,6 +282,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         lengths = self._lengths - before
         key, value = (tensor[:, :, at].contiguous() for tensor in (arrived.key, arrived.value))
         now = query[:, :, at].contiguous()
+        self._projected[arrived.layer] = Projected(now, key, value)
         kv.begin([tokens - before for tokens in self._tokens])
         if isinstance(kv, OffloadedLayer):
             if predicted is not None:
@@ -284,6 +297,10 @@ class OffloadedCache(Cache):  # type: ignore[misc]
     def decoded_length(self) -> int:
         """Tokens in the cache while decoding."""
         return max(self._tokens)
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> OffloadedCache:
+        """The library's way to keep a prompt for several continuations, which this cache does not."""
+        raise SpecError("cache: it cannot be copied: offload() the model anew for each continuation of a prompt")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
