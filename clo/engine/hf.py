@@ -50,11 +50,11 @@ def offload(
 
     Give it to `model.generate` or to the model as `past_key_values`; one cache serves one batch of prompts of equal
     length. Prefill is the model's own, exact. Whatever comes after the first generated token, a chat's next turn too,
-    is decoded token by token under the design; `max_new_tokens` is the room for all of it. With any other cache the
-    model works as before, with SDPA as its attention: it returns no attention weights. `close`, the end of a `with`
-    block, or dropping the last of a model's caches gives the model back as it was. A design whose thresholds, weights
-    or pinned heads come from a head profile takes `heads`, or the shipped one if that is of such a model. Raises
-    `SpecError` for a model or a design that does not fit.
+    is decoded token by token under the design; `max_new_tokens` is the room for all of it, as far as the model's
+    positions go. With any other cache the model works as before, with SDPA as its attention: it returns no attention
+    weights. `close`, the end of a `with` block, or dropping the last of a model's caches gives the model back as it
+    was. A design whose thresholds, weights or pinned heads come from a head profile takes `heads`, or the shipped one
+    if that is of such a model. Raises `SpecError` for a model or a design that does not fit.
     """
     chosen = design if isinstance(design, Design) else presets.load_design(str(design))
     network = Network(model)
@@ -191,6 +191,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         """The prompt is complete: make the caches, and let each layer hand over what prefill left."""
         first = self.layers[0]
         batch, tokens = first.keys.shape[0], first.keys.shape[2]
+        self._decoder.max_new_tokens = self._most_new_tokens(tokens)
         self.plan = self._decoder.make_plan([tokens] * batch)
         self._kv = make_layers(self._network, self.plan, self._decoder.heads, tokens + self._decoder.max_new_tokens)
         self._tokens = [tokens] * batch
@@ -199,6 +200,10 @@ class OffloadedCache(Cache):  # type: ignore[misc]
             for sequence in range(batch):
                 kv.load(sequence, layer.keys[sequence], layer.values[sequence])
             layer.hand_over()
+
+    def _most_new_tokens(self, tokens: int) -> int:
+        """Those that were asked for, as far as the model's positions go; at least one, which is refused after them."""
+        return max(1, min(self._decoder.max_new_tokens, self._network.spec.max_positions - tokens))
 
     def before_layer(self, layer: int, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Decoder layer `layer` is about to run: it predicts what a later one asks."""
@@ -247,7 +252,10 @@ class OffloadedCache(Cache):  # type: ignore[misc]
             self.begin_decoding()
         room = self._kv[0].shape.max_tokens
         if max(self._tokens) + count > room:
-            raise EngineError(f"cache: there is room for {room} tokens: give offload() a larger max_new_tokens")
+            model = self._network.spec
+            at_the_end = room == model.max_positions
+            why = f"{model.name} has no more" if at_the_end else "give offload() a larger max_new_tokens"
+            raise EngineError(f"cache: there is room for {room} tokens: {why}")
         self._lengths = self._lengths + count
         self._tokens = [tokens + count for tokens in self._tokens]
 

@@ -228,6 +228,21 @@ class TestAnotherConversation:
             assert greedy(model, text, cache).shape[1] == text.shape[1] + 3
 
 
+def test_the_room_ends_where_the_models_positions_do() -> None:
+    """The room that is the default is no reason to refuse a long prompt."""
+    model, text = small_model(), prompt(250)[None]
+    assert model.config.max_position_embeddings == 256
+    wanted = model.generate(text, max_new_tokens=7, do_sample=False)
+    with offload(model, design("clo", budget_fraction=1.0, slot_budgets=1.0, tau=2.0)) as cache:
+        told = greedy(model, text, cache, 7)
+        assert torch.equal(told, wanted)
+        assert cache.get_seq_length() == 256
+        with pytest.raises(EngineError, match="cache: there is room for 256 tokens: LlamaForCausalLM has no more"):
+            greedy(model, told, cache)
+    with offload(model, design("clo")) as cache, pytest.raises(SpecError, match=r"need 257 positions: .* has 256"):
+        greedy(model, prompt(256)[None], cache)
+
+
 def test_guesses_that_are_taken_back_are_refused() -> None:
     model = small_model()
     with (
