@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -430,6 +432,22 @@ class TestInput:
         decoder.close()
         with pytest.raises(EngineError, match="the decoder is closed: make a new one"):
             decoder.prefill([prompt(40)])
+
+    @pytest.mark.parametrize("transfer", ["staged", "gpu_zero_copy"])
+    def test_the_threads_of_a_decoder_that_is_dropped_end(self, transfer: str) -> None:
+        before = set(threading.enumerate())
+        decoder = Decoder(small_model(), design("clo", budget_pages=3, transfer=transfer), max_new_tokens=4)
+        for tokens in (40, 50):
+            decoder.prefill([prompt(tokens)])
+            decoder.step(torch.tensor([1]))
+        its_own = set(threading.enumerate()) - before
+        assert its_own
+        cache = weakref.ref(decoder.layers[1])
+        del decoder
+        for thread in its_own:
+            thread.join(30)
+            assert not thread.is_alive()
+        assert cache() is None
 
     def test_tokens_of_earlier_prompts_do_not_go_on(self) -> None:
         with Decoder(small_model(), "clo", max_new_tokens=4) as decoder:
