@@ -141,12 +141,16 @@ class CpuMachine:
 
     def close(self) -> None:
         """End the lanes; a second call does nothing."""
+        self.dismiss()
+        for thread in self._threads:
+            thread.join(self._patience_s)
+
+    def dismiss(self) -> None:
+        """Tell the lanes to end without waiting for them."""
         if not self._closed:
             self._closed = True
             for lane_queue in self._queues.values():
                 lane_queue.put(None)
-            for thread in self._threads:
-                thread.join(self._patience_s)
 
     def execute(self, step: Step, title: str = "step", *, prepare: Callable[[], None] = lambda: None) -> Timeline:
         """Drive one step to its end, after `prepare`. Raises `EngineError` naming the operation that failed."""

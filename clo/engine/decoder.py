@@ -5,6 +5,7 @@ Knows nothing about prompts' text, about evaluation or about commands.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,6 +24,7 @@ from clo.engine.layers import Layer, OffloadedLayer
 from clo.engine.make_layers import make_layers
 from clo.engine.memory import check_memory, check_weights, explain_need, local_machine
 from clo.engine.models.network import Network
+from clo.engine.models.probe import check_taken_apart
 from clo.engine.operations import Operations
 from clo.engine.prefill import read_into
 from clo.engine.prompts import Prompt
@@ -80,6 +82,9 @@ class Decoder:
         self._one_at_a_time, self._timed = one_at_a_time, timed
         self._pool = ThreadPoolExecutor(self.design.transfer_threads, thread_name_prefix="clo transfer")
         self._machine: CpuMachine | CudaMachine | None = None
+        # threads keep what they run: of a decoder that nobody has any more, and nobody closed, they are told to end
+        self._running: list[CpuMachine | CudaMachine] = []
+        weakref.finalize(self, _dismiss, self._running).atexit = False
         self._operations: Operations | None = None
         self._bar: Bar | None = None
         self._broken = self._closed = False
@@ -95,10 +100,14 @@ class Decoder:
     def close(self) -> None:
         """End all threads; a second call does nothing. What was decoded can still be read."""
         self._closed = True
+        self._close_machine()
+        self._pool.shutdown()
+
+    def _close_machine(self) -> None:
         if self._machine is not None:
             self._machine.close()
+        self._running.clear()
         self._close_bar()
-        self._pool.shutdown()
 
     @property
     def lengths(self) -> list[int]:
@@ -130,14 +139,13 @@ class Decoder:
         if self._closed:
             raise EngineError("the decoder is closed: make a new one")
         self._prefills += 1
+        check_taken_apart(self.network)
         check_device(self.design, self.heads, self.network.device)
         for prompt in prompts:
             if not isinstance(prompt, Prompt):
                 check_tokens(prompt, "prompt", self.network.spec.vocab_size)
         lengths = [prompt.num_tokens if isinstance(prompt, Prompt) else len(prompt) for prompt in prompts]
-        if self._machine is not None:
-            self._machine.close()
-        self._close_bar()
+        self._close_machine()
         # until everything has been read there is nothing to decode, and what was there before makes room
         self._machine = self._operations = None
         self.plan = self.make_plan(lengths)
@@ -160,6 +168,7 @@ class Decoder:
         operations = Operations(self.network, self.plan, layers, self._pool, self._bar)
         operations.take(lengths)
         self._machine = self._new_machine(operations)
+        self._running.append(self._machine)
         self._operations, self._broken = operations, False
         return read
 
@@ -273,6 +282,11 @@ def _sized(design: Design, kv_memory_bytes: float | None) -> Design:
     if left_open and kv_memory_bytes is None and design.offloads and design.selects:
         return design.with_fields(slot_budgets=DEFAULT_SLOT_BUDGETS)
     return design
+
+
+def _dismiss(machines: Sequence[CpuMachine | CudaMachine]) -> None:
+    for machine in machines:
+        machine.dismiss()
 
 
 def _doer(operations: Operations) -> Callable[[Op], float]:

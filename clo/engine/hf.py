@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from clo import presets
 from clo.engine import inline
 from clo.engine.decoder import Decoder
+from clo.engine.finite import Projected, explain_step
 from clo.engine.heads import HeadProfile, heads_for
 from clo.engine.layers import Layer, OffloadedLayer, StreamedLayer
 from clo.engine.make_layers import make_layers
@@ -49,11 +50,11 @@ def offload(
 
     Give it to `model.generate` or to the model as `past_key_values`; one cache serves one batch of prompts of equal
     length. Prefill is the model's own, exact. Whatever comes after the first generated token, a chat's next turn too,
-    is decoded token by token under the design; `max_new_tokens` is the room for all of it. With any other cache the
-    model works as before, with SDPA as its attention: it returns no attention weights. `close`, the end of a `with`
-    block, or dropping the last of a model's caches gives the model back as it was. A design whose thresholds, weights
-    or pinned heads come from a head profile takes `heads`, or the shipped one if that is of such a model. Raises
-    `SpecError` for a model or a design that does not fit.
+    is decoded token by token under the design; `max_new_tokens` is the room for all of it, as far as the model's
+    positions go. With any other cache the model works as before, with SDPA as its attention: it returns no attention
+    weights. `close`, the end of a `with` block, or dropping the last of a model's caches gives the model back as it
+    was. A design whose thresholds, weights or pinned heads come from a head profile takes `heads`, or the shipped one
+    if that is of such a model. Raises `SpecError` for a model or a design that does not fit.
     """
     chosen = design if isinstance(design, Design) else presets.load_design(str(design))
     network = Network(model)
@@ -142,6 +143,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         self._lengths = torch.zeros(0, dtype=torch.int32)
         self._tokens: list[int] = []
         self._predicted: dict[int, torch.Tensor] = {}
+        self._projected: dict[int, Projected] = {}
         self._under_way = False
         count = len(network.layers)
         super().__init__(layers=[_CacheLayer(self, layer) for layer in range(count)])
@@ -160,6 +162,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         """Free the KV cache. The model is as it was once all its caches are closed. A second call does nothing."""
         self._leave()
         self._kv = []
+        self._projected.clear()
         for layer in self.layers:
             layer.hand_over()
 
@@ -188,6 +191,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         """The prompt is complete: make the caches, and let each layer hand over what prefill left."""
         first = self.layers[0]
         batch, tokens = first.keys.shape[0], first.keys.shape[2]
+        self._decoder.max_new_tokens = self._most_new_tokens(tokens)
         self.plan = self._decoder.make_plan([tokens] * batch)
         self._kv = make_layers(self._network, self.plan, self._decoder.heads, tokens + self._decoder.max_new_tokens)
         self._tokens = [tokens] * batch
@@ -196,6 +200,10 @@ class OffloadedCache(Cache):  # type: ignore[misc]
             for sequence in range(batch):
                 kv.load(sequence, layer.keys[sequence], layer.values[sequence])
             layer.hand_over()
+
+    def _most_new_tokens(self, tokens: int) -> int:
+        """Those that were asked for, as far as the model's positions go; at least one, which is refused after them."""
+        return max(1, min(self._decoder.max_new_tokens, self._network.spec.max_positions - tokens))
 
     def before_layer(self, layer: int, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Decoder layer `layer` is about to run: it predicts what a later one asks."""
@@ -244,7 +252,10 @@ class OffloadedCache(Cache):  # type: ignore[misc]
             self.begin_decoding()
         room = self._kv[0].shape.max_tokens
         if max(self._tokens) + count > room:
-            raise EngineError(f"cache: there is room for {room} tokens: give offload() a larger max_new_tokens")
+            model = self._network.spec
+            at_the_end = room == model.max_positions
+            why = f"{model.name} has no more" if at_the_end else "give offload() a larger max_new_tokens"
+            raise EngineError(f"cache: there is room for {room} tokens: {why}")
         self._lengths = self._lengths + count
         self._tokens = [tokens + count for tokens in self._tokens]
 
@@ -259,8 +270,17 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         """
         predicted = self._predicted.pop(arrived.layer, None)
         attended = [self._attend_one(arrived, query, predicted, at) for at in range(query.shape[2])]
+        output = torch.stack(attended, dim=1)
+        if arrived.layer == len(self.layers) - 1:
+            self._check_finite(output)
         self.arrived(arrived.layer)
-        return torch.stack(attended, dim=1)
+        return output
+
+    def _check_finite(self, output: torch.Tensor) -> None:
+        """What is not finite in any layer is not in the last one's attention either: one look a token is enough."""
+        if not bool(torch.isfinite(output).all()):
+            why = explain_step(self._kv, self._projected, self._tokens)
+            raise EngineError(f"attention of layer {len(self._kv) - 1}: its output is not finite, {why}")
 
     def _attend_one(
         self, arrived: _Arrived, query: torch.Tensor, predicted: torch.Tensor | None, at: int
@@ -270,6 +290,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         lengths = self._lengths - before
         key, value = (tensor[:, :, at].contiguous() for tensor in (arrived.key, arrived.value))
         now = query[:, :, at].contiguous()
+        self._projected[arrived.layer] = Projected(now, key, value)
         kv.begin([tokens - before for tokens in self._tokens])
         if isinstance(kv, OffloadedLayer):
             if predicted is not None:
@@ -284,6 +305,10 @@ class OffloadedCache(Cache):  # type: ignore[misc]
     def decoded_length(self) -> int:
         """Tokens in the cache while decoding."""
         return max(self._tokens)
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> OffloadedCache:
+        """The library's way to keep a prompt for several continuations, which this cache does not."""
+        raise SpecError("cache: it cannot be copied: offload() the model anew for each continuation of a prompt")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,6 +15,7 @@ from clo.engine.heads import HeadProfile
 from clo.engine.layers import Layer, OffloadedLayer, StreamedLayer
 from clo.engine.make_layers import make_layers
 from clo.engine.models.network import Network, Rotation
+from clo.engine.models.probe import check_taken_apart
 from clo.engine.prompts import Prompt
 from clo.engine.step_traffic import StepTraffic
 from clo.errors import EngineError
@@ -63,6 +64,7 @@ class InlineDecoder:
 
     def prefill(self, prompts: Sequence[Prompt]) -> torch.Tensor:
         """Take in prompts that have been read; logits `[batch, vocab_size]` of what follows them."""
+        check_taken_apart(self.network)
         lengths = [prompt.num_tokens for prompt in prompts]
         self._plan = self._sizes.make_plan(lengths)
         self.layers = make_layers(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from clo.engine.decoder import Decoder
 from clo.engine.heads import HeadProfile
 from clo.engine.layers import OffloadedLayer
 from clo.errors import EngineError, SpecError
+from clo.schedule.ops import Stage
 from clo.specs import Design, Selector
 from clo_kernels.page_index import IndexKind, dequantized, differing_bits
 
@@ -168,6 +171,26 @@ class TestWhatIsAttended:
                 pages = mass[PAGE:start].unflatten(0, (-1, PAGE)).sum(-1)
                 best = sorted((pages.argsort(descending=True)[:3] + 1).tolist())
                 assert layer.selection.pages[0, head].tolist() == best
+
+    @pytest.mark.parametrize(("stage", "same"), [(Stage.PREFETCH, True), (Stage.DEMAND, False)])
+    def test_what_is_chosen_ahead_is_chosen_without_the_layers_newest_key(self, stage: Stage, same: bool) -> None:
+        """Which is being stored meanwhile: else the choice would depend on who is faster."""
+        model, tokens = small_model(), prompt(120)
+        chosen = design("resolve", selector="exact", budget_pages=3, prefetch_depth=1)
+        with Decoder(model, chosen, max_new_tokens=30) as decoder:
+            decoder.prefill([tokens[:90]])
+            decoder.step(tokens[90:91])
+            layer, operations = decoder.layers[2], decoder._operations
+            assert isinstance(layer, OffloadedLayer)
+            assert operations is not None
+            selection, everyone = layer.selection, torch.ones(1, 2, dtype=torch.bool)
+            scores = []
+            with torch.inference_mode():
+                for _ in range(2):
+                    selection.score(stage, operations._real[2], operations.lengths, everyone)
+                    scores.append(selection.scores[stage].clone())
+                    selection.keys[:, :, 90] = 100 * operations._real[2][:, ::3]
+        assert torch.equal(*scores) == same
 
     @pytest.mark.parametrize("selector", [s for s in Selector if s is not Selector.EXACT])
     @pytest.mark.parametrize("transfer", ["gpu_zero_copy", "cpu_zero_copy"])
@@ -409,6 +432,22 @@ class TestInput:
         decoder.close()
         with pytest.raises(EngineError, match="the decoder is closed: make a new one"):
             decoder.prefill([prompt(40)])
+
+    @pytest.mark.parametrize("transfer", ["staged", "gpu_zero_copy"])
+    def test_the_threads_of_a_decoder_that_is_dropped_end(self, transfer: str) -> None:
+        before = set(threading.enumerate())
+        decoder = Decoder(small_model(), design("clo", budget_pages=3, transfer=transfer), max_new_tokens=4)
+        for tokens in (40, 50):
+            decoder.prefill([prompt(tokens)])
+            decoder.step(torch.tensor([1]))
+        its_own = set(threading.enumerate()) - before
+        assert its_own
+        cache = weakref.ref(decoder.layers[1])
+        del decoder
+        for thread in its_own:
+            thread.join(30)
+            assert not thread.is_alive()
+        assert cache() is None
 
     def test_tokens_of_earlier_prompts_do_not_go_on(self) -> None:
         with Decoder(small_model(), "clo", max_new_tokens=4) as decoder:

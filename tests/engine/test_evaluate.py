@@ -102,6 +102,14 @@ class TestEvaluate:
             assert one.h2d_bytes_per_step == other.h2d_bytes_per_step
             assert (one.agreement, one.passkeys_found) == (other.agreement, other.passkeys_found)
 
+    @pytest.mark.parametrize("tokens", [2, 3])
+    def test_of_an_answer_of_few_tokens_the_last_step_counts(self, tokens: int) -> None:
+        """The first token follows from the prompt: two tokens are one step, and that must not be warm-up alone."""
+        (found,) = judge([named("staged", budget_pages=2)], dataclasses.replace(SETTINGS, decoded_tokens=tokens))
+        texts, fed_and_generated = SETTINGS.num_texts, 2
+        assert found.steps == texts * fed_and_generated
+        assert found.h2d_bytes_per_step == found.refetch_bytes_per_step > 0
+
     def test_a_short_text_is_refused(self) -> None:
         with pytest.raises(SpecError, match=r"text: its part 'all' has 100 tokens, but .*need 180"):
             judge([], words=text(100))

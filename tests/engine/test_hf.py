@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from pathlib import Path
@@ -227,6 +228,21 @@ class TestAnotherConversation:
             assert greedy(model, text, cache).shape[1] == text.shape[1] + 3
 
 
+def test_the_room_ends_where_the_models_positions_do() -> None:
+    """The room that is the default is no reason to refuse a long prompt."""
+    model, text = small_model(), prompt(250)[None]
+    assert model.config.max_position_embeddings == 256
+    wanted = model.generate(text, max_new_tokens=7, do_sample=False)
+    with offload(model, design("clo", budget_fraction=1.0, slot_budgets=1.0, tau=2.0)) as cache:
+        told = greedy(model, text, cache, 7)
+        assert torch.equal(told, wanted)
+        assert cache.get_seq_length() == 256
+        with pytest.raises(EngineError, match="cache: there is room for 256 tokens: LlamaForCausalLM has no more"):
+            greedy(model, told, cache)
+    with offload(model, design("clo")) as cache, pytest.raises(SpecError, match=r"need 257 positions: .* has 256"):
+        greedy(model, prompt(256)[None], cache)
+
+
 def test_guesses_that_are_taken_back_are_refused() -> None:
     model = small_model()
     with (
@@ -234,6 +250,43 @@ def test_guesses_that_are_taken_back_are_refused() -> None:
         pytest.raises(SpecError, match="tokens cannot be taken back"),
     ):
         greedy(model, prompt(70)[None], cache, 9, prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        ("self_attn.q_proj", "attention of layer 3: its output is not finite, first in layer 2: its query of the"),
+        ("mlp.down_proj", r"not finite, first in layer 3: its query, key and value, .* layer 2's weights behind its"),
+    ],
+)
+def test_a_query_that_is_not_finite_is_an_error_and_a_sound_model_goes_on(weight: str, message: str) -> None:
+    model, text = small_model(), prompt(70)[None]
+    spoilt = model.model.layers[2].get_submodule(weight).weight
+    sound = spoilt.detach().clone()
+    with offload(model, design("clo", budget_pages=3), max_new_tokens=20) as cache:
+        wanted = greedy(model, text, cache)
+    with offload(model, design("clo", budget_pages=3), max_new_tokens=20) as cache:
+        with torch.no_grad():
+            spoilt[0, 0] = float("nan")
+        with pytest.raises(EngineError, match=message):
+            greedy(model, text, cache)
+        with torch.no_grad():
+            spoilt.copy_(sound)
+        with pytest.raises(EngineError, match="broken off half-way"):
+            greedy(model, text, cache)
+    with offload(model, design("clo", budget_pages=3), max_new_tokens=20) as cache:
+        assert torch.equal(greedy(model, text, cache), wanted)
+
+
+@pytest.mark.parametrize("decoded", [False, True])
+def test_a_copy_of_a_cache_is_refused(decoded: bool) -> None:
+    model, text = small_model(), prompt(70)[None]
+    with offload(model, design("clo", budget_pages=3), max_new_tokens=20) as cache:
+        if decoded:
+            greedy(model, text, cache)
+        with pytest.raises(SpecError, match=r"cache: it cannot be copied: offload\(\) the model anew"):
+            copy.deepcopy(cache)
+        assert greedy(model, text if not decoded else prompt(80)[None], cache).shape[1] > 70
 
 
 @pytest.mark.parametrize("tokens", [0, -1, 1.5, float("nan"), "a", None])

@@ -137,7 +137,7 @@ def _decode_texts(
         best[:, step], generated[:, step] = chosen[:count].numpy(), chosen[count:].numpy()
         if step < steps - 1:
             logits = decoder.step(torch.cat([fed[:, step], chosen[count:]]))
-            if step >= min(WARMUP_STEPS, steps // 2):
+            if step >= min(WARMUP_STEPS, steps // 2, steps - 2):
                 into.moved.add(decoder)
     into.losses += list(losses[:, 1:])
     into.best += list(best[:, 1:])

@@ -90,6 +90,10 @@ class CudaMachine:
             # these know the machine: without them nobody keeps the KV cache alive
             self._recorded = self._last = None
 
+    def dismiss(self) -> None:
+        """Tell the transfer thread to end without waiting for it."""
+        self._thread.dismiss()
+
     @property
     def timed(self) -> bool:
         """Whether each operation is timed."""

@@ -102,8 +102,12 @@ class TransferThread:
 
     def close(self) -> None:
         """End the thread once it has done what is queued."""
-        self._queue.put(None)
+        self.dismiss()
         self._thread.join(self._patience_s)
+
+    def dismiss(self) -> None:
+        """The same without waiting for it."""
+        self._queue.put(None)
 
     def _serve(self) -> None:
         while (item := self._next()) is not None:

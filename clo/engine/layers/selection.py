@@ -74,7 +74,9 @@ class Selection:
         """Scores of the candidate pages of heads that missed, by `query` `[batch, query_heads, head_dim]`."""
         candidates = self.candidates(lengths)
         if self._design.selector is Selector.EXACT:
-            self._score_exactly(self.scores[stage], query, lengths, candidates, missed)
+            # a query made ahead of its layer is scored while that layer may be storing its newest key
+            ahead = stage is Stage.PREFETCH and not self._design.speculates_last_step
+            self._score_exactly(self.scores[stage], query, lengths - int(ahead), candidates, missed)
             return
         scale, out = self._shape.scale, self.scores[stage]
         self._kernels.score_pages(query, self.index, candidates, missed, scale=scale, planes=self.planes, out=out)
@@ -87,7 +89,8 @@ class Selection:
         candidates: torch.Tensor,
         missed: torch.Tensor,
     ) -> None:
-        """Attention mass of each page, mean over the group: what an oracle would fetch."""
+        """Attention mass of each page, mean over the group, among the first `lengths` tokens: what an oracle would
+        fetch."""
         grouped, size = query.float().unflatten(1, (self._shape.num_kv_heads, -1)), self._design.page_size
         for b, length in enumerate(lengths.tolist()):
             logits = grouped[b] @ self.keys[b, :, :length].float().transpose(1, 2) * self._shape.scale

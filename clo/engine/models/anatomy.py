@@ -17,6 +17,13 @@ def decoder_layers(network: Any) -> list[Any]:
         for layer in layers:
             if not _has(layer, part):
                 raise SpecError(f"model {type(network).__name__}: layers lack {part}: not a Llama or Qwen-style model")
+    for layer in layers:
+        own = ", ".join(name for name, _ in layer.self_attn.named_parameters(recurse=False))
+        if own:
+            raise SpecError(
+                f"model {type(network).__name__}: attention has weights of its own ({own}): not a Llama or Qwen-style "
+                "model"
+            )
     return layers
 
 
