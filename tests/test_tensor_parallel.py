@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import random_trace, tiny_design, tiny_model, tiny_scene
 
 import clo_sim
 from clo import presets
-from clo.errors import SpecError
+from clo.errors import SpecError, TraceError
 from clo.kernel_tables import AllReduceTable
 from clo.plan import kv_room, make_plan
 from clo.pricing import Pricer, hbm_bytes, link_bytes
@@ -22,6 +23,7 @@ from clo.profile import Profile
 from clo.schedule import Lane, record_step
 from clo.schedule.work import AllReduce
 from clo.specs import Design, Sync, Workload
+from clo.trace import AttentionTrace
 from clo.traffic import Traffic
 from clo_sim.evaluation import evaluate
 from clo_sim.run import simulate
@@ -36,6 +38,7 @@ from clo_sim.serving import (
 )
 from clo_sim.serving.memory import memory_room
 from clo_sim.serving.plan import smallest_fleet
+from clo_sim.stand_in import TrafficSource
 from clo_sim.variation import Task
 
 NO_TRAFFIC = Traffic(
@@ -201,6 +204,31 @@ class TestPrices:
         scene = clo_sim.make_scene(machine="calibration/profiles/machines/cpu-2core.json", context_tokens=1024, batch=1)
         with pytest.raises(SpecError, match="tensor_parallel = 3: the costs of cpu-2core were timed on one device"):
             shared(scene, 3)
+
+
+class TestTraces:
+    """A plan's model is one GPU's part; a trace is of a whole model."""
+
+    @staticmethod
+    def scene(trace: AttentionTrace, gpus: int, **fields: Any) -> Scene:
+        return shared(tiny_scene(trace, **fields), gpus)
+
+    def test_a_gpu_has_its_own_heads_of_its_models_trace(self) -> None:
+        scene = self.scene(random_trace(0, heads=4), 2)
+        source = TrafficSource(scene.source.trace, resample_heads=False)
+        traffic = source.traffic(scene.plan(tiny_design(4, cache="lru")))
+        whole = self.scene(scene.source.trace, 1)
+        first = source.traffic(whole.plan(tiny_design(4, cache="lru")))
+        assert 0 < traffic.fetched_pages.sum() < first.fetched_pages.sum()
+        assert traffic.assumptions == ("the first 2 of 4 recorded KV heads stand for all GPUs",)
+
+    def test_a_part_as_large_as_another_model_is_not_that_model(self) -> None:
+        trace = random_trace(0, heads=2)
+        model = tiny_model(num_layers=3, num_query_heads=4, num_kv_heads=4)
+        plan = self.scene(trace, 2, model=model).plan(tiny_design(4))
+        with pytest.raises(TraceError, match=r"3 layers x 2 KV heads, but tiny has 3 x 4"):
+            TrafficSource(trace, resample_heads=False).traffic(plan)
+        assert "recorded KV heads" in TrafficSource(trace).traffic(plan).assumptions[0]
 
 
 class TestServices:
