@@ -166,7 +166,7 @@ class TestStep:
     def test_results_name_the_gpus_and_say_that_one_stands_for_all(self) -> None:
         result = simulate(shared(whole_scene(), 4), "clo")
         assert result.machine == "4 x h200"
-        assert any("tokens/s are those of the 4 GPUs together" in note for note in result.assumptions)
+        assert any("tokens/s of all" in note for note in result.assumptions)
         assert any("the 4 GPUs do alike" in note for note in result.assumptions)
         assert simulate(whole_scene(), "clo").machine == "h200"
 

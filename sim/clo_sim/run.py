@@ -103,8 +103,8 @@ def _sharing_notes(scene: Scene, plan: DecodePlan) -> tuple[str, ...]:
     if count == 1:
         return ()
     notes = [
-        f"the {count} GPUs do alike: bytes, memory and link are of one of them, and none waits for another's transfers",
-        f"tokens/s are those of the {count} GPUs together",
+        f"the {count} GPUs do alike: bytes, memory and link are of one of them, tokens/s of all, and none waits for "
+        "another's transfers"
     ]
     wanted = round(plan.design.pinned_head_fraction * scene.model.num_kv_heads) if plan.design.offloads else 0
     if count * plan.pinned_heads_per_layer != wanted:
