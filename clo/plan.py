@@ -250,9 +250,14 @@ def _check_device(
         return
     available = memory.kv - missing
     raise SpecError(
-        f"design {design.name}: its KV needs {format_bytes(memory.kv)} of device memory, {machine.name} has "
+        f"design {design.name}: its KV needs {format_bytes(memory.kv)} of device memory, {_one_of(machine)} has "
         f"{format_bytes(max(0.0, available))} left for KV: {_remedy(design)}"
     )
+
+
+def _one_of(machine: MachineSpec) -> str:
+    """Whose memory is meant: of GPUs that share the model each needs its own."""
+    return machine.name if machine.tensor_parallel == 1 else f"each of {machine.tensor_parallel} {machine.name}"
 
 
 def _remedy(design: Design) -> str:
@@ -273,8 +278,8 @@ def _host_bytes(model: ModelSpec, machine: MachineSpec, design: Design, workload
     needed = sparse * workload.batch * workload.context_tokens * model.layer_token_bytes
     if needed > machine.host.memory_bytes:
         raise SpecError(
-            f"design {design.name}: KV on the host needs {format_bytes(needed)} of pinned memory, {machine.name} has "
-            f"{format_bytes(machine.host.memory_bytes)} (machine.host.memory_bytes): lower workload.batch or "
-            "workload.context_tokens"
+            f"design {design.name}: KV on the host needs {format_bytes(needed)} of pinned memory, "
+            f"{_one_of(machine)} has {format_bytes(machine.host.memory_bytes)} (machine.host.memory_bytes): lower "
+            "workload.batch or workload.context_tokens"
         )
     return needed

@@ -117,6 +117,12 @@ class TestParts:
         ):
             kv_room(large, machine.with_fields(tensor_parallel=2))
 
+    @pytest.mark.parametrize(("name", "what"), [("resident", "device"), ("streamed", "pinned")])
+    def test_what_does_not_fit_is_said_of_each_gpu(self, name: str, what: str) -> None:
+        machine, load = presets.load_machine("l40s").with_fields(tensor_parallel=4), Workload(batch=128)
+        with pytest.raises(SpecError, match=f"of {what} memory, each of 4 l40s has "):
+            make_plan(MODEL, machine, presets.load_design(name).with_fields(prefetch_depth=0), load)
+
     def test_no_more_gpus_than_there_may_be_are_proposed(self) -> None:
         machine = presets.load_machine("l40s").with_fields(tensor_parallel=8, reserve_bytes=47e9)
         with pytest.raises(SpecError, match=r"does not fit 8 GPUs$"):
