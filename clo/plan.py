@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from clo.errors import SpecError
 from clo.specs import Attend, Cache, Design, MachineSpec, ModelSpec, Selector, Workload
+from clo.specs.machine import MOST_GPUS
 from clo.units import format_bytes
 
 
@@ -186,12 +187,13 @@ def kv_room(model: ModelSpec, machine: MachineSpec, kv_memory_bytes: float | Non
 def _room(model: ModelSpec, machine: MachineSpec, kv_memory_bytes: float | None) -> float:
     free = machine.gpu.memory_bytes - machine.reserve_bytes - model.weight_bytes
     if free <= 0:
+        count = machine.tensor_parallel
+        gpus, each = (f"{count} GPUs", " on each") if count > 1 else ("one GPU", "")
+        more = f": simulated, up to {MOST_GPUS} may share it (machine.tensor_parallel)" if count < MOST_GPUS else ""
         raise SpecError(
-            f"model {model.name}: weights take {format_bytes(model.weight_bytes)} and the reserve "
+            f"model {model.name}: weights take {format_bytes(model.weight_bytes)}{each} and the reserve "
             f"{format_bytes(machine.reserve_bytes)}, but {machine.name} has {format_bytes(machine.gpu.memory_bytes)} "
-            "of device memory (machine.gpu.memory_bytes): this model does not fit "
-            + (f"{machine.tensor_parallel} GPUs" if machine.tensor_parallel > 1 else "one GPU")
-            + ": share it among more (machine.tensor_parallel)"
+            f"of device memory (machine.gpu.memory_bytes): this model does not fit {gpus}{more}"
         )
     return free if kv_memory_bytes is None else min(free, kv_memory_bytes)
 
@@ -248,9 +250,14 @@ def _check_device(
         return
     available = memory.kv - missing
     raise SpecError(
-        f"design {design.name}: its KV needs {format_bytes(memory.kv)} of device memory, {machine.name} has "
+        f"design {design.name}: its KV needs {format_bytes(memory.kv)} of device memory, {_one_of(machine)} has "
         f"{format_bytes(max(0.0, available))} left for KV: {_remedy(design)}"
     )
+
+
+def _one_of(machine: MachineSpec) -> str:
+    """Whose memory is meant: of GPUs that share the model each needs its own."""
+    return machine.name if machine.tensor_parallel == 1 else f"each of {machine.tensor_parallel} {machine.name}"
 
 
 def _remedy(design: Design) -> str:
@@ -271,8 +278,8 @@ def _host_bytes(model: ModelSpec, machine: MachineSpec, design: Design, workload
     needed = sparse * workload.batch * workload.context_tokens * model.layer_token_bytes
     if needed > machine.host.memory_bytes:
         raise SpecError(
-            f"design {design.name}: KV on the host needs {format_bytes(needed)} of pinned memory, {machine.name} has "
-            f"{format_bytes(machine.host.memory_bytes)} (machine.host.memory_bytes): lower workload.batch or "
-            "workload.context_tokens"
+            f"design {design.name}: KV on the host needs {format_bytes(needed)} of pinned memory, "
+            f"{_one_of(machine)} has {format_bytes(machine.host.memory_bytes)} (machine.host.memory_bytes): lower "
+            "workload.batch or workload.context_tokens"
         )
     return needed

@@ -244,6 +244,12 @@ def test_panels_show_the_same_layer_for_the_same_time() -> None:
         assert any(bar.get_x() == pytest.approx(0.0) for bar in bars_of(axes))
 
 
+def test_designs_on_different_machines_are_told_apart() -> None:
+    one, other, *_ = make_results()
+    assert one.design.name in words(plot_stalls([one, other]))
+    assert f"{one.design.name}, 4 x h200" in words(plot_stalls([one.with_fields(machine="4 x h200"), other]))
+
+
 def test_stalls_are_hatched_and_named_and_layers_numbered() -> None:
     figure = plot_timelines(make_timelines())
     slow = figure.axes[2]

@@ -562,7 +562,10 @@ class TestCommand:
             (["--vary", "tau=0.9..0.1", "--evaluations", "4"], "--vary tau=0.9..0.1: range"),
             (["--vary", "tau=a..b", "--evaluations", "4"], "--vary tau=a..b: expected FIELD=LOW..HIGH"),
             (["--vary", "tau=0.5..9", "--evaluations", "4"], "design.tau = 9"),
-            (["--vary", "machine=l40s", "--set", "machine.reserve_bytes=1"], "drop --set machine.*"),
+            (
+                ["--vary", "machine=l40s", "--set", "machine.reserve_bytes=1"],
+                "vary machine.reserve_bytes too, and drop --set machine.*",
+            ),
             (["--vary", "machine=l40s", "--profile", "h100"], "drop --profile"),
             (["--objective", "speed"], "--objective: metric 'speed' is unknown"),
             (["--require", "overlap"], "--require: 'overlap': expected METRIC"),

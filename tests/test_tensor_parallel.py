@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import random_trace, tiny_design, tiny_model, tiny_scene
 
 import clo_sim
 from clo import presets
-from clo.errors import SpecError
+from clo.errors import SpecError, TraceError
 from clo.kernel_tables import AllReduceTable
 from clo.plan import kv_room, make_plan
 from clo.pricing import Pricer, hbm_bytes, link_bytes
@@ -22,6 +23,7 @@ from clo.profile import Profile
 from clo.schedule import Lane, record_step
 from clo.schedule.work import AllReduce
 from clo.specs import Design, Sync, Workload
+from clo.trace import AttentionTrace
 from clo.traffic import Traffic
 from clo_sim.evaluation import evaluate
 from clo_sim.run import simulate
@@ -36,7 +38,9 @@ from clo_sim.serving import (
 )
 from clo_sim.serving.memory import memory_room
 from clo_sim.serving.plan import smallest_fleet
+from clo_sim.stand_in import TrafficSource
 from clo_sim.variation import Task
+from clo_sim.worth import worth_of_choices
 
 NO_TRAFFIC = Traffic(
     **{name: np.zeros((1, 1)) for name in ("spec_heads", "spec_pages", "demand_heads", "demand_pages")},
@@ -106,10 +110,23 @@ class TestParts:
 
     def test_a_model_too_large_says_what_to_change(self) -> None:
         large, machine = presets.load_model("llama-3-70b"), presets.load_machine("l40s")
-        with pytest.raises(SpecError, match=r"does not fit one GPU: share it among more \(machine.tensor_parallel\)"):
+        with pytest.raises(SpecError, match=r"does not fit one GPU: simulated, .* \(machine.tensor_parallel\)$"):
             kv_room(large, machine)
-        with pytest.raises(SpecError, match="does not fit 2 GPUs"):
+        with pytest.raises(
+            SpecError, match=r"70\.6 GB on each .* does not fit 2 GPUs: .* \(machine.tensor_parallel\)$"
+        ):
             kv_room(large, machine.with_fields(tensor_parallel=2))
+
+    @pytest.mark.parametrize(("name", "what"), [("resident", "device"), ("streamed", "pinned")])
+    def test_what_does_not_fit_is_said_of_each_gpu(self, name: str, what: str) -> None:
+        machine, load = presets.load_machine("l40s").with_fields(tensor_parallel=4), Workload(batch=128)
+        with pytest.raises(SpecError, match=f"of {what} memory, each of 4 l40s has "):
+            make_plan(MODEL, machine, presets.load_design(name).with_fields(prefetch_depth=0), load)
+
+    def test_no_more_gpus_than_there_may_be_are_proposed(self) -> None:
+        machine = presets.load_machine("l40s").with_fields(tensor_parallel=8, reserve_bytes=47e9)
+        with pytest.raises(SpecError, match=r"does not fit 8 GPUs$"):
+            kv_room(MODEL, machine)
 
 
 class TestStep:
@@ -155,8 +172,26 @@ class TestStep:
     def test_results_name_the_gpus_and_say_that_one_stands_for_all(self) -> None:
         result = simulate(shared(whole_scene(), 4), "clo")
         assert result.machine == "4 x h200"
+        assert any("tokens/s of all" in note for note in result.assumptions)
         assert any("the 4 GPUs do alike" in note for note in result.assumptions)
         assert simulate(whole_scene(), "clo").machine == "h200"
+
+    @pytest.mark.parametrize(("gpus", "fraction", "note"), [(8, 0.125, "0 of 1"), (4, 0.375, "1 of 2"), (4, 0.5, "")])
+    def test_pinned_heads_are_rounded_on_each_gpu_and_results_say_so(
+        self, gpus: int, fraction: float, note: str
+    ) -> None:
+        design = presets.load_design("clo").with_fields(pinned_head_fraction=fraction)
+        notes = simulate(shared(whole_scene(), gpus), design, executor="clock").assumptions
+        said = [one for one in notes if one.startswith("pinned_head_fraction")]
+        assert said == ([f"pinned_head_fraction = {fraction}: {note} KV heads on each GPU"] if note else [])
+
+    def test_pinning_no_more_heads_is_not_said_to_change_the_answers(self) -> None:
+        scene = shared(whole_scene(), 8)
+        found = worth_of_choices(scene, simulate(scene, "clo"), {"pinned_head_fraction": (0.125, 0.75)})
+        assert [one.note for one in found.alternatives] == [
+            "pins as many heads on each GPU",
+            "changes the answers: another share of the heads attends in full",
+        ]
 
 
 class TestPrices:
@@ -203,6 +238,31 @@ class TestPrices:
             shared(scene, 3)
 
 
+class TestTraces:
+    """A plan's model is one GPU's part; a trace is of a whole model."""
+
+    @staticmethod
+    def scene(trace: AttentionTrace, gpus: int, **fields: Any) -> Scene:
+        return shared(tiny_scene(trace, **fields), gpus)
+
+    def test_a_gpu_has_its_own_heads_of_its_models_trace(self) -> None:
+        scene = self.scene(random_trace(0, heads=4), 2)
+        source = TrafficSource(scene.source.trace, resample_heads=False)
+        traffic = source.traffic(scene.plan(tiny_design(4, cache="lru")))
+        whole = self.scene(scene.source.trace, 1)
+        first = source.traffic(whole.plan(tiny_design(4, cache="lru")))
+        assert 0 < traffic.fetched_pages.sum() < first.fetched_pages.sum()
+        assert traffic.assumptions == ("the first 2 of 4 recorded KV heads stand for all GPUs",)
+
+    def test_a_part_as_large_as_another_model_is_not_that_model(self) -> None:
+        trace = random_trace(0, heads=2)
+        model = tiny_model(num_layers=3, num_query_heads=4, num_kv_heads=4)
+        plan = self.scene(trace, 2, model=model).plan(tiny_design(4))
+        with pytest.raises(TraceError, match=r"3 layers x 2 KV heads, but tiny has 3 x 4"):
+            TrafficSource(trace, resample_heads=False).traffic(plan)
+        assert "recorded KV heads" in TrafficSource(trace).traffic(plan).assumptions[0]
+
+
 class TestServices:
     LOAD = generate("poisson", rate_per_s=2, num_requests=60, lengths=[(2000, 20)])
 
@@ -214,6 +274,22 @@ class TestServices:
         )
         longer = np.diff([free, paid], axis=0)[0][1:]
         assert longer == pytest.approx((2 * MODEL.num_layers + 1) * 10_000, abs=1)
+
+    def test_the_first_token_is_agreed_on(self) -> None:
+        scene, design = whole_scene(), presets.load_design("clo")
+        free, paid = (
+            worker_costs(shared(scene, 4, with_all_reduce(scene.profile, each)), design, self.LOAD).prefill.head_ns
+            for each in (1e-30, 1e-5)
+        )
+        assert paid - free == pytest.approx(10_000, abs=1)
+
+    def test_all_reduces_of_another_gpu_are_not_measured_ones(self) -> None:
+        scene, design = shared(whole_scene(), 4), presets.load_design("clo")
+        profile = scene.profile.model_copy(update={"all_reduce": presets.load_named_profile("a100").all_reduce})
+        for costs, measured in ((scene.profile, True), (profile, False)):
+            prices = worker_costs(replace(scene, profile=costs), design, self.LOAD).decode_prices
+            assert prices is not None
+            assert prices.kernels_measured == measured
 
     def test_gpus_are_counted_all(self) -> None:
         costs = worker_costs(shared(whole_scene(), 4), presets.load_design("clo"), self.LOAD)
@@ -243,6 +319,11 @@ class TestServices:
         fleet = smallest_fleet(scene, presets.load_design("clo"), self.LOAD, slo, ServiceSettings(), max_gpus=3)
         assert fleet.gpus is None
         assert fleet.problem == "a replica takes 4 GPUs, 3 may be tried"
+
+    def test_an_slo_that_is_lost_even_alone_names_all_gpus_of_a_replica(self) -> None:
+        scene, slo = shared(whole_scene(), 4), parse_slo("ttft_p95<1ms")
+        fleet = smallest_fleet(scene, presets.load_design("clo"), self.LOAD, slo, ServiceSettings())
+        assert fleet.problem.endswith("even for requests alone on 4 idle GPUs")
 
     def test_memory_is_a_gpus(self) -> None:
         scene = whole_scene()

@@ -142,7 +142,7 @@ def draw_figures(out: Path, scene: Scene, found: Exploration, best: Result, time
     room = None if any(field.startswith(("machine", "model")) for field in varied) else _kv_room(scene)
     save_figure(plot_pareto(_points(found), title=title, memory_bytes=room), out / "pareto.png")
     save_figure(plot_timelines(timelines), out / "timeline.png")
-    results = {result.design.name: result for result in (*found.named_results, best)}
+    results = {(result.design.name, result.machine): result for result in (*found.named_results, best)}
     save_figure(plot_stalls(list(results.values())), out / "stalls.png")
     if found.choices is not None and any(row.tpot_s is not None for row in found.choices.alternatives):
         save_figure(plot_choices(found.choices), out / "choices.png")

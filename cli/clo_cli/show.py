@@ -107,9 +107,11 @@ def _trace_record(name: str) -> dict[str, Any]:
 def _profile_record(name: str) -> dict[str, Any]:
     """Costs without the packed tables, and how many of them are measured."""
     from clo import presets
+    from clo.kernel_tables import KernelTable
 
     profile = presets.load_named_profile(name)
-    packed = {"gemm": {"log_latency"}, "decode_attention": {"log_latency"}}
+    tables = [name for name in type(profile).model_fields if isinstance(getattr(profile, name), KernelTable)]
+    packed = {name: {"log_latency"} for name in tables}
     data: dict[str, Any] = profile.model_dump(mode="json", exclude=packed)
     sources = [source.value for source in profile.sources().values()]
     return data | {"sources": {source: sources.count(source) for source in sorted(set(sources))}}

@@ -43,6 +43,12 @@ def check_conflicts(space: Space, overrides: Overrides, profile: str | None) -> 
             continue
         for other in set_by_hand:
             if overrides[other]:
+                if other == root:
+                    field = ".".join(next(iter(overrides[other])))
+                    raise SpecError(
+                        f"--vary {root}=...: each {root} comes with its own fields: vary {root}.{field} too, "
+                        f"and drop --set {root}.*"
+                    )
                 raise SpecError(f"--vary {root}=...: each {root} comes with its own {other}: drop --set {other}.*")
         if profile is not None and root == "machine":
             raise SpecError("--vary machine=...: each machine comes with its own costs: drop --profile")

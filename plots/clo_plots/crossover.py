@@ -30,7 +30,7 @@ def plot_crossover(found: Mapping[str, Any]) -> Figure:
     rows = found["ratio"][found["residents"][0]]
     with new_figure(4.6, what="crossover", empty=not rows) as figure:
         axes = figure.add_subplot()
-        gpus = "one" if found["gpus"] == 1 else found["gpus"]
+        gpus = "one" if _gpus(found) == 1 else _gpus(found)
         percent = f"{100 * found['reused_share']:.0f} %"
         axes.set_title(
             f"Offloading against all on the GPU: {found['model']} on {gpus} {found['machine']}\n"
@@ -54,6 +54,11 @@ def plot_crossover(found: Mapping[str, Any]) -> Figure:
             title_fontsize=SMALL_PT,
         )
         return figure
+
+
+def _gpus(found: Mapping[str, Any]) -> int:
+    """Maps that were saved before GPUs could share a model are of one."""
+    return int(found.get("gpus", 1))
 
 
 def _cells(axes: Axes, rows: Sequence[Sequence[float | None]]) -> Any:
@@ -112,7 +117,9 @@ def _ticks(axes: Axes, found: Mapping[str, Any]) -> None:
     axes.set_xticks(range(len(found["contexts"])), [_tokens(one) for one in found["contexts"]])
     axes.set_yticks(range(len(found["rates_per_s"])), [f"{one:.3g}" for one in found["rates_per_s"]])
     axes.set_xlabel("prompt (tokens)")
-    axes.set_ylabel("load (requests/s on one GPU)" if found["gpus"] == 1 else "load (requests/s)")
+    axes.set_ylabel(
+        "load (requests/s on one GPU)" if _gpus(found) == 1 else f"load (requests/s on {_gpus(found)} GPUs)"
+    )
     axes.tick_params(length=0)
     axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, edgecolor=INK, linewidth=0.6))
 

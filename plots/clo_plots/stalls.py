@@ -37,7 +37,7 @@ def plot_stalls(results: Sequence[Result]) -> Figure:
         limit = scale_limit_s([result.tpot_s for result in ordered])
         axes.set_xlim(0, limit * MS_PER_S)
         axes.set_ylim(len(ordered) - 0.5, -0.5)
-        axes.set_yticks(range(len(ordered)), [result.design.name for result in ordered])
+        axes.set_yticks(range(len(ordered)), _names(ordered))
         axes.tick_params(axis="y", length=0, labelsize=FONT_PT)
         axes.grid(True, axis="x")
         for row, result in enumerate(ordered):
@@ -45,6 +45,13 @@ def plot_stalls(results: Sequence[Result]) -> Figure:
             _write_total(axes, row, result, cut=result.tpot_s > limit)
         _legend(figure, ordered)
         return figure
+
+
+def _names(results: Sequence[Result]) -> list[str]:
+    """Designs, and what they ran on where that differs."""
+    if len({result.machine for result in results}) == 1:
+        return [result.design.name for result in results]
+    return [f"{result.design.name}, {result.machine}" for result in results]
 
 
 def scale_limit_s(times: Sequence[float]) -> float:

@@ -116,7 +116,7 @@ def _on_clock(scene: Scene, task: Task) -> Evaluation:
         "slot_pages": float(plan.slot_pages),
         "measured_share": measured_share(source_shares(priced)),
     }
-    return Evaluation(task=task, metrics=metrics, assumptions=assumptions_of(scene, priced))
+    return Evaluation(task=task, metrics=metrics, assumptions=assumptions_of(scene, plan, priced))
 
 
 def question_digest(scene: Scene) -> str:

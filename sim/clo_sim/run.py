@@ -88,27 +88,32 @@ def summarise(scene: Scene, plan: DecodePlan, priced: PricedStep, times: StepTim
         roofline=roofline(plan, scene.source, h2d_bytes),
         measured_share=measured_share(shares),
         source_shares=shares,
-        assumptions=assumptions_of(scene, priced),
+        assumptions=assumptions_of(scene, plan, priced),
     )
 
 
-def assumptions_of(scene: Scene, priced: PricedStep) -> tuple[str, ...]:
+def assumptions_of(scene: Scene, plan: DecodePlan, priced: PricedStep) -> tuple[str, ...]:
     """What traffic and kernel times take for granted, a line each."""
-    return (*priced.traffic.assumptions, *_table_notes(scene), *_sharing_notes(scene))
+    return (*priced.traffic.assumptions, *_table_notes(scene), *_sharing_notes(scene, plan))
 
 
-def _sharing_notes(scene: Scene) -> tuple[str, ...]:
+def _sharing_notes(scene: Scene, plan: DecodePlan) -> tuple[str, ...]:
     """Of GPUs that share the model one is simulated."""
     count = scene.machine.tensor_parallel
     if count == 1:
         return ()
-    same = (
-        f"the {count} GPUs do alike: bytes, memory and link are of one of them, and none waits for another's transfers"
-    )
+    notes = [
+        f"the {count} GPUs do alike: bytes, memory and link are of one of them, tokens/s of all, and none waits for "
+        "another's transfers"
+    ]
+    wanted = round(plan.design.pinned_head_fraction * scene.model.num_kv_heads) if plan.design.offloads else 0
+    if count * plan.pinned_heads_per_layer != wanted:
+        pinned = f"{plan.pinned_heads_per_layer} of {plan.model.num_kv_heads} KV heads"
+        notes.append(f"pinned_head_fraction = {plan.design.pinned_head_fraction:g}: {pinned} on each GPU")
     table = None if isinstance(scene.profile, OperationProfile) else scene.profile.all_reduce
-    if table is None or measured_on(table, scene.machine.gpu):
-        return (same,)
-    return (same, f"an all-reduce takes as long as between {table.device} GPUs")
+    if table is not None and not measured_on(table, scene.machine.gpu):
+        notes.append(f"an all-reduce takes as long as between {table.device} GPUs")
+    return tuple(notes)
 
 
 def _table_notes(scene: Scene) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from clo.errors import SpecError, TraceError
 from clo.plan import DecodePlan
-from clo.specs import Attend, ModelSpec
+from clo.specs import Attend
 from clo.trace import AttentionTrace, TraceHeader
 from clo.traffic import Counts, Traffic
 from clo_sim.replay import HeadHistory, Policy, fewest_pages, policy_of, replay
@@ -69,6 +69,7 @@ class TrafficSource:
         key = (
             policy,
             plan.model,
+            plan.machine.tensor_parallel,
             plan.workload,
             plan.budget_pages,
             plan.num_pages,
@@ -99,10 +100,10 @@ class TrafficSource:
                 f"workload.steps = {workload.steps}: with workload.warmup_steps = {workload.warmup_steps} it exceeds "
                 f"the {header.num_steps} recorded steps of the trace: lower it, or use a synthetic trace (--synthetic)"
             )
-        if not self.resample_heads and not _same_heads(plan.model, header):
+        if not self.resample_heads and not _same_heads(plan, header):
             raise TraceError(
                 f"trace of {header.model}: {header.num_layers} layers x {header.num_kv_heads} KV heads, but "
-                f"{plan.model.name} has {plan.model.num_layers} x {plan.model.num_kv_heads}: record a trace of this "
+                f"{plan.model.name} has {plan.model.num_layers} x {_kv_heads(plan)}: record a trace of this "
                 "model, or let recorded heads stand for others with --resample-heads"
             )
 
@@ -130,17 +131,26 @@ def _measured(plan: DecodePlan, header: TraceHeader) -> slice:
     return slice(start, min(start + _distinct_steps(plan), header.num_steps))
 
 
-def _same_heads(model: ModelSpec, header: TraceHeader) -> bool:
-    ours = (model.num_layers, model.num_kv_heads, model.num_query_heads)
-    return ours == (header.num_layers, header.num_kv_heads, header.num_query_heads)
+def _same_heads(plan: DecodePlan, header: TraceHeader) -> bool:
+    """Whether the trace is of as many heads as the model has, all GPUs that share it together."""
+    ours = (plan.model.num_layers, _kv_heads(plan), plan.model.group_size)
+    return ours == (header.num_layers, header.num_kv_heads, header.group_size)
+
+
+def _kv_heads(plan: DecodePlan) -> int:
+    """Of the whole model: a plan's is one GPU's part of it."""
+    return plan.machine.tensor_parallel * plan.model.num_kv_heads
 
 
 def _draw_heads(plan: DecodePlan, header: TraceHeader) -> NDArray[np.intp]:
-    """The recorded head behind each offloaded layer, KV head and sequence: `[sparse_layers, kv_heads, batch]`."""
+    """The recorded head behind each offloaded layer, KV head and sequence: `[sparse_layers, kv_heads, batch]`.
+
+    Of a model's own trace a GPU that shares the model has the first heads, as many as its part has.
+    """
     model, batch = plan.model, plan.workload.batch
     layers = np.arange(plan.dense_layers, model.num_layers)
     heads = np.arange(model.num_kv_heads)
-    if _same_heads(model, header):
+    if _same_heads(plan, header):
         own = layers[:, None] * header.num_kv_heads + heads
         return np.broadcast_to(own[..., None], (len(layers), len(heads), batch)).astype(np.intp)
     rng = np.random.default_rng(plan.workload.seed)
@@ -283,9 +293,11 @@ def _everything_moves(plan: DecodePlan) -> Traffic:
 def assumptions(plan: DecodePlan, header: TraceHeader) -> tuple[str, ...]:
     """What a report must say about the trace behind its numbers."""
     notes = []
-    if not _same_heads(plan.model, header):
+    if not _same_heads(plan, header):
         stand_in = f"recorded KV heads of {header.model} stand for those of {plan.model.name}"
         notes.append(f"{stand_in}, at equal relative depth")
+    elif plan.machine.tensor_parallel > 1:
+        notes.append(f"the first {plan.model.num_kv_heads} of {_kv_heads(plan)} recorded KV heads stand for all GPUs")
     if plan.workload.context_tokens != header.context_tokens:
         notes.append(
             f"page choices recorded at {header.context_tokens} tokens are scaled to {plan.workload.context_tokens}: "

@@ -107,8 +107,10 @@ class DecodePrices:
 
     @property
     def kernels_measured(self) -> bool:
-        """Whether GEMM times were measured on this GPU, and not carried over from another."""
-        return measured_on(gpu_tables(self.scene.profile, "serving").gemm, self.scene.machine.gpu)
+        """Whether times of GEMMs, and of all-reduces if there are any, were measured on this GPU and not on another."""
+        profile, machine = gpu_tables(self.scene.profile, "serving"), self.scene.machine
+        tables = (profile.gemm, profile.all_reduce if machine.tensor_parallel > 1 else None)
+        return all(measured_on(table, machine.gpu) for table in tables if table is not None)
 
     @property
     def num_priced(self) -> int:

@@ -1,6 +1,6 @@
 """The smallest fleet that meets an SLO, what fails first, and how much more load it takes. Knows nothing about money.
 
-A fleet is so many GPUs of one machine type, each a replica, all with one design. More GPUs are taken never to hurt, and
+A fleet is so many replicas on GPUs of one machine type, all with one design. More GPUs are taken never to hurt, and
 more load never to help: both are searched by doubling and bisection. Runs in which an SLO cannot be met any more are
 ended early.
 """
@@ -100,7 +100,8 @@ def smallest_fleet(
     if hopeless:
         worst = max(hopeless, key=lambda term: alone[term.name] / term.limit_s)
         failing = (worst.name, *(term.name for term in hopeless if term is not worst))
-        problem = f"{worst.name} is {alone[worst.name]:.3g} s even for requests alone on an idle GPU"
+        idle = "an idle GPU" if costs.replica_gpus == 1 else f"{costs.replica_gpus} idle GPUs"
+        problem = f"{worst.name} is {alone[worst.name]:.3g} s even for requests alone on {idle}"
         return replace(fleet, problem=problem, failing=failing, values=alone)
     best, last = search(trace, costs, slo, settings, max_gpus, near=near)
     if best is None:
@@ -196,9 +197,9 @@ def limits_of(slo: Slo, requests: int) -> Limits:
 
 
 def alone_values(trace: RequestTrace, costs: WorkerCosts, slo: Slo) -> dict[str, float]:
-    """The SLO's statistics if every request had an idle GPU, and every prefix seen before it were cached.
+    """The SLO's statistics if every request had an idle replica, and every prefix seen before it were cached.
 
-    What no number of GPUs brings down (in practice: a prefix cache of one GPU holds less).
+    What no number of replicas brings down (in practice: a prefix cache of one of them holds less).
     """
     clock = costs.clock(1)
     first, gap, whole, shortest, gaps = [], [], [], [], []

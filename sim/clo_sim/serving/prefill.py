@@ -2,9 +2,8 @@
 
 A simplification, with these parts:
 
-- dense layers: the profile's GEMM table at as many rows as the chunk has tokens (measured, or carried
-  over to this GPU), and the bytes of norms and
-  activations over device memory;
+- dense layers: the profile's GEMM table at as many rows as the chunk has tokens (measured, or carried over to this
+  GPU), the bytes of norms and activations over device memory, and all-reduces where GPUs share the model;
 - attention: 4 x query heads x head_dim flops for each pair of a new token and one before it, at `ATTENTION_EFFICIENCY`
   of the datasheet rate (no table of measured prefill attention is used);
 - link: offloaded layers read the prompt's earlier KV back from the host, layer by layer, chunk after chunk; what the
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from clo.plan import dense_layers
 from clo.pricing import Pricer
+from clo.schedule.decode import BEST_TOKEN_VALUES
 from clo.schedule.work import AllReduce, Gemm, Work
 from clo.specs import Design
 from clo_sim.intervals import CostDraw
@@ -106,18 +106,19 @@ def prefill_prices(
     offloaded = (model.num_layers - resident) * model.layer_token_bytes * (1 - pinned)
     leaving = model.kv_bytes_per_token if keeps_prefixes else (model.num_layers - resident) * model.layer_token_bytes
     flops = 4.0 * model.num_query_heads * model.head_dim * model.num_layers
-    head = Gemm(m=1, n=model.vocab_size, k=model.hidden_size)
+    head, sharing = Gemm(m=1, n=model.vocab_size, k=model.hidden_size), scene.machine.tensor_parallel
     attention = 1.0 if draw is None else draw.factor("prefill_attention", ATTENTION_SPREAD)
     tables, small = _table_seconds(scene, pricer, chunk_tokens), _elementwise_seconds(scene, pricer, chunk_tokens)
     errors = [pricer.uncertainty(work) for work in tables] + [("elementwise", pricer.profile.elementwise.spread)]
     factors = [1.0 if draw is None else draw.factor(*error) for error in errors]
     parts = np.array([*tables.values(), small])
+    best = factors[1] * pricer.all_reduce_seconds(sharing, BEST_TOKEN_VALUES) if sharing > 1 else 0.0
     shares = parts[:, -1] / parts[:, -1].sum()
     return PrefillPrices(
         dense_ns=_whole_ns(np.array(factors) @ parts),
         table_share=float(shares[:-1].sum()),
         known_share=float(sum(share for share, (_, spread) in zip(shares, errors, strict=True) if spread)),
-        head_ns=round(factors[0] * pricer.gemm_seconds(head.m, head.n, head.k) * NS_PER_S),
+        head_ns=round((factors[0] * pricer.gemm_seconds(head.m, head.n, head.k) + best) * NS_PER_S),
         pair_ns=attention * flops / (ATTENTION_EFFICIENCY * scene.machine.gpu.peak_flops_per_s) * NS_PER_S,
         in_ns=offloaded / link.h2d_bytes_per_s * NS_PER_S,
         cached_in_ns=(model.kv_bytes_per_token - offloaded) / link.h2d_bytes_per_s * NS_PER_S,

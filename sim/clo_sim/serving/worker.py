@@ -1,4 +1,4 @@
-"""What one worker (a GPU with its share of the host) costs and holds under one design. Knows nothing about arrivals."""
+"""What one worker (a replica, its share of the host included) costs and holds under one design. Knows no arrivals."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def worker_costs(
     """Costs of `design` in `scene` for the contexts of `trace`; decode steps are priced as they are needed.
 
     `keeps_prefixes` (default: where the trace names prefixes) sends prompts to a prefix cache in host memory. Raises
-    `SpecError` where the model does not fit one GPU, or the design not the shortest context.
+    `SpecError` where the model does not fit a replica, or the design not the shortest context.
     """
     prices = DecodePrices(scene, design, max_context=trace.max_total_tokens + 1, executor=executor)
     keeps = trace.has_prefixes if keeps_prefixes is None else keeps_prefixes
