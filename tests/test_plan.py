@@ -287,6 +287,13 @@ class TestCommands:
         assert "UNSTABLE" in text
         assert json.loads(run("serve-sim", "--design", "resident", *load, "--json"))["ttft_s_p95"] is None
 
+    def test_fleets_of_gpus_that_share_the_model_name_their_replicas(self) -> None:
+        load = ["--load", "fixed:2", "--num-requests", 20, "--input-tokens", 512, "--output-tokens", 4]
+        sharing = [*load, "--model", "llama-3-70b", "--set", "machine.tensor_parallel=4"]
+        plan = ["--slo", "ttft_p95<5s", "--machines", "h200", "--designs", "clo", "--no-map", "--workers", 1]
+        assert "1 replica of 4: ttft_p95" in run("plan", *sharing, *plan)
+        assert "clo on 8 x h200 (2 replicas of 4): llama-3-70b" in run("serve-sim", *sharing, "--gpus", 8)
+
     def test_plan(self, tmp_path: Path) -> None:
         text = run("plan", "--requests", MOONCAKE, "--slo", "ttft_p95<4s, tpot_p95<50ms", "--machines", "h200",
                    "--designs", "resident,resident-sparse", "--price", "h200=3.5", "--workers", 1, "--no-map",

@@ -27,17 +27,21 @@ _LATENCIES = {
 }
 
 
-def _replicas(result: ServiceResult) -> str:
+def _of_replicas(result: ServiceResult) -> str:
     if result.replica_gpus > 1:
-        replicas = result.gpus // result.replica_gpus
-        return f" ({replicas} replica{'' if replicas == 1 else 's'} of {result.replica_gpus})"
+        return f" ({_replicas(result)})"
     return " (replicas)" if result.gpus > 1 else ""
+
+
+def _replicas(result: ServiceResult) -> str:
+    count = result.gpus // result.replica_gpus
+    return f"{count} replica{'' if count == 1 else 's'} of {result.replica_gpus}"
 
 
 def print_service(result: ServiceResult) -> None:
     """One service in full."""
     out = console()
-    gpus = f"{result.gpus} x {result.machine}{_replicas(result)}"
+    gpus = f"{result.gpus} x {result.machine}{_of_replicas(result)}"
     out.print(f"{result.design} on {gpus}: {result.model}, {counted(result.requests)} of {result.trace}")
     for line in _lines(result):
         out.print(line)
@@ -187,8 +191,13 @@ def _fleet_row(one: Priced) -> list[str]:
         head,
         "" if one.cost_per_hour is None else f"{one.cost_per_hour:.2f}",
         "" if one.cost_per_million is None else f"{one.cost_per_million:.3g}",
-        f"{best}{values}{breaks}{_chance(fleet)}{_rejected(fleet)}",
+        f"{best}{_in_replicas(fleet)}{values}{breaks}{_chance(fleet)}{_rejected(fleet)}",
     ]
+
+
+def _in_replicas(fleet: Fleet) -> str:
+    """Where GPUs share the model."""
+    return "" if fleet.result is None or fleet.result.replica_gpus == 1 else f"{_replicas(fleet.result)}: "
 
 
 def _chance(fleet: Fleet) -> str:
