@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, ValidationError, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator
 
 from clo.errors import CloError
 from clo.files import read_json, write_text
@@ -84,6 +84,7 @@ class Result(Spec):
     intervals: dict[str, tuple[float, float]] = Field(
         default_factory=dict, description="90% prediction intervals by the field's name, where they were asked for"
     )
+    num_gpus: PositiveInt = Field(default=1, description="GPUs that share the model")
     interval_share: float | None = Field(
         default=None, description="share of busy time that rests on costs whose spread is known: only these vary"
     )
@@ -92,6 +93,11 @@ class Result(Spec):
     @classmethod
     def _readable(cls, value: int) -> int:
         return check_version(value, SCHEMA_VERSION, "result")
+
+    @property
+    def gpu_tokens_per_s(self) -> float:
+        """Tokens a second for each of the GPUs."""
+        return self.tokens_per_s / self.num_gpus
 
     @property
     def total_stall_s(self) -> float:

@@ -169,6 +169,12 @@ class TestStep:
         assert paid.busy_s["all-reduce"] == pytest.approx(count * seconds)
         assert paid.ops["all_reduce"].calls == count
 
+    def test_tokens_of_each_gpu_are_a_share_of_all(self) -> None:
+        result = simulate(shared(whole_scene(), 4), "clo", executor="clock")
+        assert result.gpu_tokens_per_s == pytest.approx(result.tokens_per_s / 4)
+        found = evaluate(whole_scene(), Task(design=result.design, changes=(("machine.tensor_parallel", 4),)))
+        assert found.metrics["gpu_tokens_per_s"] == pytest.approx(result.gpu_tokens_per_s)
+
     def test_results_name_the_gpus_and_say_that_one_stands_for_all(self) -> None:
         result = simulate(shared(whole_scene(), 4), "clo")
         assert result.machine == "4 x h200"

@@ -223,6 +223,7 @@ METRIC_NAMES = {
     "tpot_s": "TPOT",
     "tpot_p99_s": "TPOT p99",
     "tokens_per_s": "tokens/s",
+    "gpu_tokens_per_s": "tokens/s a GPU",
     "hit_rate": "hit rate",
     "reuse_rate": "reuse",
     "h2d_bytes_per_step": "h2d/step",
@@ -273,7 +274,7 @@ def _headline(result: Result) -> dict[str, str]:
     threads = format_seconds(result.cpu_threads_s)
     fields = {
         "TPOT": f"{format_seconds(result.tpot_s)} ({spread})",
-        "tokens/s": f"{result.tokens_per_s:.1f}",
+        "tokens/s": f"{result.tokens_per_s:.1f}" + _of_each(result),
         "device memory": f"{format_bytes(result.device_bytes)}, of it KV {format_bytes(result.kv_device_bytes)}",
         "host memory": format_bytes(result.host_bytes),
         "pages": f"{result.num_pages} per head, budget {result.budget_pages}, slots {result.slot_pages}",
@@ -294,6 +295,10 @@ def _headline(result: Result) -> dict[str, str]:
     if result.roofline is not None:
         fields["of its roofline"] = f"{result.roofline.seconds / result.tpot_s:.0%}"
     return fields
+
+
+def _of_each(result: Result) -> str:
+    return f", {result.gpu_tokens_per_s:.1f} of each GPU" if result.num_gpus > 1 else ""
 
 
 def _time_table(result: Result) -> Table:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from clo.errors import SpecError
 from clo_sim.evaluation import METRICS, Evaluation
 
-LARGER_IS_BETTER = frozenset({"tokens_per_s", "overlap", "hit_rate", "reuse_rate", "measured_share"})
+LARGER_IS_BETTER = frozenset(
+    {"tokens_per_s", "gpu_tokens_per_s", "overlap", "hit_rate", "reuse_rate", "measured_share"}
+)
 """Metrics that are maximised; all others are minimised."""
 
 _BOUND = re.compile(r"\s*(\w+)\s*(<=|>=)\s*(\S+)\s*")

@@ -17,7 +17,7 @@ from clo.errors import CloError
 from clo.files import check_target
 from clo_sim.evaluation import Evaluation, from_json, to_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _HEADER = {"what": "clo evaluations", "schema_version": SCHEMA_VERSION}
 
 

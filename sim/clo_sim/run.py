@@ -64,6 +64,7 @@ def summarise(scene: Scene, plan: DecodePlan, priced: PricedStep, times: StepTim
         tpot_p50_s=float(np.median(times.seconds)),
         tpot_p99_s=float(np.percentile(times.seconds, 99)),
         tokens_per_s=plan.workload.batch / tpot,
+        num_gpus=plan.machine.tensor_parallel,
         hit_rate=traffic.hit_rate,
         reuse_rate=traffic.reuse_rate,
         overlap=traffic.overlap,
