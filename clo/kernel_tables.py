@@ -253,7 +253,7 @@ class AllReduceTable(KernelTable):
 
     def roofline_seconds(self, num_gpus: Any, num_values: Any) -> Any:
         """What was there is read once, the sum is written once; links between GPUs are not in the datasheet's rates."""
-        return 2.0 * BYTES_PER_VALUE * num_values / self.hbm_bytes_per_s + 0.0 * num_gpus
+        return 2.0 * BYTES_PER_VALUE * num_values / self.hbm_bytes_per_s
 
 
 class DecodeAttentionTable(KernelTable):

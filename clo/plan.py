@@ -95,6 +95,11 @@ def dense_layers(model: ModelSpec, design: Design) -> int:
     return min(design.dense_layers, model.num_layers)
 
 
+def pinned_heads(model: ModelSpec, design: Design) -> int:
+    """KV heads of a layer whose KV stays on the device whole."""
+    return round(design.pinned_head_fraction * model.num_kv_heads) if design.offloads else 0
+
+
 def index_bytes_per_head(model: ModelSpec, design: Design, workload: Workload) -> float:
     """Device bytes of the selector's index for one KV head of one sequence.
 
@@ -132,7 +137,7 @@ def make_plan(
     _check_context(model, workload)
     model = model.shard(machine.tensor_parallel)
     budget = _budget_pages(design, workload)
-    pinned = round(design.pinned_head_fraction * model.num_kv_heads) if design.offloads else 0
+    pinned = pinned_heads(model, design)
     fixed = _fixed_memory(model, machine, design, workload, pinned)
     room = _room(model, machine, kv_memory_bytes) - fixed.kv
     page_row_bytes = _slot_row_bytes(model, design, workload, pinned)

@@ -224,26 +224,21 @@ class Pricer:
             )
         if isinstance(work, HostGather):
             return Demand(host_memory=min(1.0, 2 * self.gather_rate(work) / self.machine.host.memory_bytes_per_s))
-        if isinstance(work, Gemm | DecodeAttention | StreamKernel):
+        if isinstance(work, Gemm | DecodeAttention | StreamKernel | AllReduce):
             busy = min(1.0, mean_bytes / (mean_seconds * hbm)) if mean_seconds else 0.0
-            return Demand(hbm=busy, is_kernel=True)
-        if isinstance(work, AllReduce):
-            return self._all_reduce_demand(work, mean_seconds)
+            beside = self._exchanged_bytes(work) / mean_seconds if mean_seconds else 0.0
+            h2d, d2h = (min(1.0, beside / rate) for rate in (link.h2d_bytes_per_s, link.d2h_bytes_per_s))
+            return Demand(h2d=h2d, d2h=d2h, hbm=busy, is_kernel=True)
         return Demand()
 
-    def _all_reduce_demand(self, work: AllReduce, mean_seconds: float) -> Demand:
-        """GPUs with links of their own leave the host link alone; else each part goes out and a sum comes in.
+    def _exchanged_bytes(self, work: Work) -> float:
+        """What each GPU sends, and receives, over the host link because it has no other to its neighbours.
 
-        An all-reduce cannot send less than `2 (n - 1) / n` of the values each way (Patarasuk and Yuan 2009).
+        An all-reduce moves at least `2 (n - 1) / n` of the values each way (Patarasuk and Yuan 2009).
         """
-        if not self._all_reduce_table.over_host_link or not mean_seconds:
-            return Demand(is_kernel=True)
-        share = 2.0 * (work.num_gpus - 1) / work.num_gpus
-        rate = share * BYTES_PER_VALUE * work.num_values / mean_seconds
-        link = self.machine.link
-        return Demand(
-            h2d=min(1.0, rate / link.h2d_bytes_per_s), d2h=min(1.0, rate / link.d2h_bytes_per_s), is_kernel=True
-        )
+        if not isinstance(work, AllReduce) or not self._all_reduce_table.over_host_link:
+            return 0.0
+        return 2.0 * (work.num_gpus - 1) / work.num_gpus * BYTES_PER_VALUE * work.num_values
 
     @property
     def _into_device(self) -> float:

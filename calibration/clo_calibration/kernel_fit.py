@@ -13,11 +13,9 @@ from clo_calibration.tables.measurements import GPUS, systems_folder
 
 
 def to_json(tables: FittedTables) -> str:
-    """The tables as one JSON object, keys `gemm` and `decode_attention`."""
-    data = {
-        "gemm": tables.gemm.model_dump(mode="json"),
-        "decode_attention": tables.decode_attention.model_dump(mode="json"),
-    }
+    """The tables as one JSON object, by their names in a profile."""
+    names = ("gemm", "decode_attention", "all_reduce")
+    data = {name: getattr(tables, name).model_dump(mode="json") for name in names}
     return json.dumps(data, separators=(",", ":")) + "\n"
 
 

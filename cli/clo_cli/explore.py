@@ -233,8 +233,8 @@ def _print(scene: Scene, found: Exploration, searched: bool) -> None:
         print_trials,
     )
 
-    load, machine, best = scene.workload, scene.machine, found.best_simulated
-    question = f"{scene.model.name} on {machine.label}: {load.batch} x {load.context_tokens} tokens"
+    machine, best = scene.machine, found.best_simulated
+    question = f"{scene.model.name} on {machine.label}: {scene.workload.label}"
     varied = sorted({field for one in found.candidates for field, _ in one.task.changes})
     console().print(question + (f" (varied: {', '.join(varied)})" if varied else ""), style="bold")
     offloads = best.design.offloads

@@ -133,13 +133,14 @@ def _rival(named: Sequence[Result], best: Result) -> list[Result]:
 
 def draw_figures(out: Path, scene: Scene, found: Exploration, best: Result, timelines: Sequence[Timeline]) -> None:
     """Pareto front, timelines, stalls and choices as PNG."""
+    from clo.plan import kv_room
     from clo_plots import plot_choices, plot_pareto, plot_stalls, plot_timelines, save_figure
 
-    load = scene.workload
     varied = {field for one in found.candidates for field, _ in one.task.changes}
-    title = f"{scene.model.name} on {scene.machine.label}, {load.batch} x {load.context_tokens} tokens"
+    title = f"{scene.model.name} on {scene.machine.label}, {scene.workload.label}"
     title += f", varied: {', '.join(sorted(varied))}" if varied else ""
-    room = None if any(field.startswith(("machine", "model")) for field in varied) else _kv_room(scene)
+    elsewhere = any(field.startswith(("machine", "model")) for field in varied)
+    room = None if elsewhere else kv_room(scene.model, scene.machine, scene.kv_memory_bytes)
     save_figure(plot_pareto(_points(found), title=title, memory_bytes=room), out / "pareto.png")
     save_figure(plot_timelines(timelines), out / "timeline.png")
     results = {(result.design.name, result.machine): result for result in (*found.named_results, best)}
@@ -166,9 +167,3 @@ def _points(found: Exploration) -> list[Any]:
         for one in evaluations
         if one.runs
     ]
-
-
-def _kv_room(scene: Scene) -> float:
-    """Device memory that weights and reserve leave for KV, or the cap on it, bytes."""
-    free = scene.machine.gpu.memory_bytes - scene.machine.reserve_bytes - scene.part.weight_bytes
-    return free if scene.kv_memory_bytes is None else min(free, scene.kv_memory_bytes)

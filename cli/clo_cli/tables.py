@@ -260,7 +260,7 @@ def print_result(result: Result) -> None:
     out = console()
     load = result.workload
     out.print(
-        f"{result.design.name} on {result.machine}: {result.model}, {load.batch} x {load.context_tokens} tokens, "
+        f"{result.design.name} on {result.machine}: {result.model}, {load.label}, "
         f"{load.steps} steps on the {result.executor} executor"
     )
     print_roofline(result, "this design's memory")

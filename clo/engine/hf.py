@@ -277,7 +277,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         return output
 
     def _check_finite(self, output: torch.Tensor) -> None:
-        """What is not finite in any layer is not in the last one's attention either: one look a token is enough."""
+        """What is not finite in any layer spoils the last one's attention, too: one look a token is enough."""
         if not bool(torch.isfinite(output).all()):
             why = explain_step(self._kv, self._projected, self._tokens)
             raise EngineError(f"attention of layer {len(self._kv) - 1}: its output is not finite, {why}")

@@ -15,3 +15,8 @@ class Workload(Spec):
     steps: PositiveInt = Field(default=96, description="decode steps to measure, after the warm-up")
     warmup_steps: NonNegativeInt = Field(default=32, description="steps replayed first, not measured")
     seed: NonNegativeInt = Field(default=0, lt=2**63, description="draws which recorded heads stand for which heads")
+
+    @property
+    def label(self) -> str:
+        """How reports call its size."""
+        return f"{self.batch} x {self.context_tokens} tokens"

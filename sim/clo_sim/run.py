@@ -15,7 +15,7 @@ from clo.errors import SpecError
 from clo.kernel_scaling import measured_on
 from clo.metrics import StepTimes
 from clo.operation_costs import OperationProfile
-from clo.plan import DecodePlan
+from clo.plan import DecodePlan, pinned_heads
 from clo.pricing import Seconds, hbm_bytes, link_bytes
 from clo.profile import Source
 from clo.results import OpTotal, Result
@@ -107,8 +107,7 @@ def _sharing_notes(scene: Scene, plan: DecodePlan) -> tuple[str, ...]:
         f"the {count} GPUs do alike: bytes, memory and link are of one of them, tokens/s of all, and none waits for "
         "another's transfers"
     ]
-    wanted = round(plan.design.pinned_head_fraction * scene.model.num_kv_heads) if plan.design.offloads else 0
-    if count * plan.pinned_heads_per_layer != wanted:
+    if count * plan.pinned_heads_per_layer != pinned_heads(scene.model, plan.design):
         pinned = f"{plan.pinned_heads_per_layer} of {plan.model.num_kv_heads} KV heads"
         notes.append(f"pinned_head_fraction = {plan.design.pinned_head_fraction:g}: {pinned} on each GPU")
     table = None if isinstance(scene.profile, OperationProfile) else scene.profile.all_reduce

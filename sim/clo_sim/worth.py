@@ -55,12 +55,11 @@ def worth(laboratory: Laboratory, best: Result, changes: Changes, alternatives: 
         Alternative(**row, tpot_s=None, note=task) if isinstance(task, str) else _priced(row, best, next(evaluations))
         for row, task in neighbours
     ]
-    load = best.workload
     return Choices(
         best_name=Task(design=best.design, changes=changes).label,
         best_tpot_s=best.tpot_s,
         alternatives=tuple(rows),
-        where=f"{best.model} on {best.machine}, {load.batch} x {load.context_tokens} tokens",
+        where=f"{best.model} on {best.machine}, {best.workload.label}",
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from clo.kernel_tables import AllReduceTable, DecodeAttentionTable, Floats, GemmTable, KernelTable
-from clo_calibration.tables.grid import fill, interpolate, make_grid
+from clo_calibration.tables.grid import Grid, fill, interpolate, make_grid
 from clo_calibration.tables.measurements import (
     PACKAGE_VERSION,
     Bools,
@@ -145,14 +145,15 @@ def _fit(
     train, test = samples.take(~held_out), samples.take(held_out)
     fields = dict(zip(kind.ARGUMENTS, (tuple(axis.tolist()) for axis in axes), strict=True))
     fields |= hardware | samples.labels | extra | {"package_version": PACKAGE_VERSION}
-    table, plain = _table(kind, train, axes, fields)
-    report = _report(kind, table, plain[make_grid(train.points, train.seconds, axes).where(test.points)], train, test)
-    shipped = samples if ship_all else train
+    grid = make_grid(train.points, train.seconds, axes)
+    table, plain = _table(kind, grid, fields)
+    report = _report(kind, table, plain[grid.where(test.points)], train, test)
     if ship_all:
-        table, _ = _table(kind, samples, axes, fields)
+        grid = make_grid(samples.points, samples.seconds, axes)
+        table, _ = _table(kind, grid, fields)
     counts = {
-        "num_samples": len(shipped.seconds),
-        "num_filled": plain.size - len(shipped.seconds),
+        "num_samples": len(samples.seconds if ship_all else train.seconds),
+        "num_filled": int((~np.isfinite(grid.logs)).sum()),
         "num_held_out": len(test.seconds),
         "median_abs_relative_error": round(report.median, 5),
         "p90_abs_relative_error": round(report.p90, 5),
@@ -160,10 +161,9 @@ def _fit(
     return table.with_fields(**counts), report
 
 
-def _table(kind: type[Table], samples: Samples, axes: list[Floats], fields: dict[str, Any]) -> tuple[Table, Floats]:
-    """The monotone table of `samples`, and the log-seconds that it smooths."""
-    empty = kind.from_latencies(np.ones([len(axis) for axis in axes]), **fields)
-    grid = make_grid(samples.points, samples.seconds, axes)
+def _table(kind: type[Table], grid: Grid, fields: dict[str, Any]) -> tuple[Table, Floats]:
+    """The monotone table of what `grid` knows, and the log-seconds that it smooths."""
+    empty = kind.from_latencies(np.ones(grid.logs.shape), **fields)
     plain = fill(grid, interpolate(grid), empty.roofline_seconds)
     weights = np.where(np.isfinite(grid.logs), 1.0, FILLED_WEIGHT)
     return kind.from_latencies(np.exp(monotone(plain, weights)), **fields), plain

@@ -20,7 +20,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from clo.plan import dense_layers
+from clo.plan import dense_layers, pinned_heads
 from clo.pricing import Pricer
 from clo.schedule.decode import BEST_TOKEN_VALUES
 from clo.schedule.work import AllReduce, Gemm, Work
@@ -102,7 +102,7 @@ def prefill_prices(
     model, link = scene.part, scene.machine.link
     pricer = Pricer(gpu_tables(scene.profile, "serving"), scene.machine)
     resident = dense_layers(model, design) if design.offloads else model.num_layers
-    pinned = round(design.pinned_head_fraction * model.num_kv_heads) / model.num_kv_heads if design.offloads else 0.0
+    pinned = pinned_heads(model, design) / model.num_kv_heads
     offloaded = (model.num_layers - resident) * model.layer_token_bytes * (1 - pinned)
     leaving = model.kv_bytes_per_token if keeps_prefixes else (model.num_layers - resident) * model.layer_token_bytes
     flops = 4.0 * model.num_query_heads * model.head_dim * model.num_layers
