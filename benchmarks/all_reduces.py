@@ -18,7 +18,7 @@ def main() -> None:
     print(f"| GPU | GPUs |{''.join(f' {tokens} tokens, us |' for tokens in TOKENS)} large sums, GB/s |")
     for name in presets.names("profiles"):
         table = presets.load_named_profile(name).all_reduce
-        for gpus in (2, 4, 8):
+        for gpus in map(int, table.num_gpus):
             times = "".join(f" {1e6 * table.seconds(gpus, tokens * HIDDEN):.1f} |" for tokens in TOKENS)
             moved = 2 * (gpus - 1) / gpus * BYTES_PER_VALUE * LARGE_VALUES
             print(f"| {name} | {gpus} |{times} {moved / table.seconds(gpus, LARGE_VALUES) / 1e9:.0f} |")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from clo import presets
-from clo.kernel_scaling import scaled_seconds
+from clo.kernel_scaling import measured_on, scaled_seconds
 from clo.kernel_tables import KernelTable
 from clo.specs import MachineSpec
 
@@ -22,12 +22,19 @@ ATTENTION = ((1, 2, 4, 8, 16, 32), (32,), (8,), (128,), (2048, 4096, 8192, 16384
 
 
 def main() -> None:
-    machines = {name: presets.load_machine(name) for name in presets.names("profiles")}
-    for source in machines:
-        for target, machine in machines.items():
-            if source != target:
-                gemm, attention = (_errors(source, machine, *kind) for kind in _KINDS)
-                print(f"| {source} | {target} | {gemm} | {attention} |")
+    machines = {name: machine for name in presets.names("profiles") if _measured(machine := presets.load_machine(name))}
+    for kind, sizes in _KINDS:
+        print(f"\n{kind}: carried over (in brackets: as it is)\n")
+        print(f"| Measured on | {' | '.join(machines)} |\n|---|{'---|' * len(machines)}")
+        for source in machines:
+            row = (
+                "" if source == name else _errors(source, machine, kind, sizes) for name, machine in machines.items()
+            )
+            print(f"| {source} | {' | '.join(row)} |")
+
+
+def _measured(machine: MachineSpec) -> bool:
+    return measured_on(_table(machine.profile, "gemm"), machine.gpu)
 
 
 _KINDS = (("gemm", GEMMS), ("decode_attention", ATTENTION))
@@ -38,7 +45,7 @@ def _errors(source: str, machine: MachineSpec, kind: str, sizes: tuple[tuple[int
     borrowed = _table(source, kind)
     truth = _table(machine.profile, kind).seconds_at(*points)
     as_it_is, carried_over = borrowed.seconds_at(*points), scaled_seconds(borrowed, machine.gpu, *points)
-    return f"{_error(as_it_is, truth)} | {_error(carried_over, truth)}"
+    return f"{_error(carried_over, truth)} ({np.median(np.abs(as_it_is / truth - 1)):.0%})"
 
 
 def _table(profile: str, kind: str) -> KernelTable:

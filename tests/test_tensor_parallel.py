@@ -239,6 +239,11 @@ class TestPrices:
         with pytest.raises(SpecError, match="profile h200 has no times of an all-reduce"):
             simulate(shared(scene, 2, without), "clo")
 
+    def test_more_gpus_than_were_timed_are_named(self) -> None:
+        scene = clo_sim.make_scene("llama-3-8b", presets.load_machine("gb200").with_fields(tensor_parallel=8))
+        with pytest.raises(SpecError, match=r"tensor_parallel = 8: all-reduces of profile gb200 .* up to 4 GPUs"):
+            simulate(scene, "clo")
+
     def test_timed_machines_are_one_device(self) -> None:
         scene = clo_sim.make_scene(machine="calibration/profiles/machines/cpu-2core.json", context_tokens=1024, batch=1)
         with pytest.raises(SpecError, match="tensor_parallel = 3: the costs of cpu-2core were timed on one device"):

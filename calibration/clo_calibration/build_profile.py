@@ -18,8 +18,10 @@ from clo.errors import CloError
 from clo.files import write_text
 from clo.profile import Profile
 from clo_calibration.tables.fit import fit_tables
+from clo_calibration.tables.measurements import GPUS
 
-GPUS = ("h200", "h100", "a100", "l40s")
+CARRIED_OVER = {"gh200": "h200"}
+"""GPUs that nobody measured, with costs of their own, by the one whose kernel times they borrow."""
 
 NOTE = (
     "GEMM, decode attention and all-reduce: fitted from measurements of vLLM kernels published in aiconfigurator-core. "
@@ -29,7 +31,7 @@ NOTE = (
 
 def build_profile(gpu: str, data_root: Path | None = None) -> Profile:
     """A profile of `gpu` from fitted tables and the cost files."""
-    tables = fit_tables(gpu, data_root)
+    tables = fit_tables(CARRIED_OVER.get(gpu, gpu), data_root)
     return Profile(
         name=gpu,
         machine=gpu,
@@ -60,8 +62,8 @@ def _read(name: str) -> dict[str, Any]:
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of aiconfigurator_core, if not installed.")
 @click.argument("gpus", nargs=-1)
 def main(out: Path, data: Path | None, gpus: tuple[str, ...]) -> None:
-    """Fit and write profiles (all four GPUs by default)."""
-    for gpu in gpus or GPUS:
+    """Fit and write profiles (of all GPUs by default)."""
+    for gpu in gpus or (*GPUS, *CARRIED_OVER):
         profile = build_profile(gpu, data)
         path = out / f"{gpu}.json"
         write_text(path, json.dumps(profile.model_dump(mode="json"), indent=1))

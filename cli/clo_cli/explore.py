@@ -245,7 +245,7 @@ def _print(scene: Scene, found: Exploration, searched: bool) -> None:
     shown = {one.design.name: one for one in found.named_results}
     if found.candidates and not elsewhere:
         shown[best.design.name] = best
-    print_designs(list(shown.values()), found.not_run, "Designs with the same device memory for KV to use, simulated")
+    print_designs(list(shown.values()), found.reasons, "Designs with the same device memory for KV to use, simulated")
     print_intervals([*shown.values()])
     if found.measured:
         print_measured(found)

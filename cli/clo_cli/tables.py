@@ -28,7 +28,7 @@ NUMBER_COLUMNS = (
     "overlap",
     "hit\nrate",
     "h2d a\nstep",
-    "PCIe\nused",
+    "link\nused",
     "CPU threads\nbusy",
     "stall",
     "of its\nroofline",
@@ -43,7 +43,7 @@ def console() -> Console:
 
 LEGEND = (
     "overlap: attended pages that the selector would choose for the real query; hit rate: attended pages that needed "
-    "no transfer; PCIe used: bytes over the link's peak; stall: time the main stream did not compute; of its roofline: "
+    "no transfer; link used: bytes over its peak; stall: time the main stream did not compute; of its roofline: "
     "the least time for what this design attends and moves, over its TPOT."
 )
 
@@ -115,12 +115,13 @@ def _short(reason: str) -> str:
     return reason.split(": ", 1)[-1]
 
 
-def print_designs(results: Sequence[Result], not_run: Mapping[str, str], title: str) -> None:
-    """Print the table of designs, and those that cannot run with the reason."""
+def print_designs(results: Sequence[Result], reasons: Mapping[str, Sequence[str]], title: str) -> None:
+    """Print the table of designs, and those that cannot run, by the reason."""
     out = console()
     out.print(design_table(results, title, out.width))
-    for name, reason in not_run.items():
-        out.print(f"  {name} does not run: {_short(reason)}")
+    for reason, names in reasons.items():
+        do = "does" if len(names) == 1 else "do"
+        out.print(f"  {', '.join(names)} {do} not run: {reason}")
 
 
 def print_intervals(results: Sequence[Result]) -> None:

@@ -63,6 +63,14 @@ class Exploration:
         return {one.task.label: one.problem for one in self.named if one.problem}
 
     @property
+    def reasons(self) -> dict[str, list[str]]:
+        """Why named designs cannot run, with the names of those that cannot for the same reason."""
+        names: dict[str, list[str]] = {}
+        for name, problem in self.not_run.items():
+            names.setdefault(problem.removeprefix(f"design {name}: "), []).append(name)
+        return names
+
+    @property
     def named_results(self) -> tuple[Result, ...]:
         """Results of the named designs that run."""
         return _results(self.named)
@@ -88,8 +96,9 @@ class Exploration:
         if ran:
             bounds = ", ".join(str(bound) for bound in self.goals.bounds)
             raise SpecError(f"explore: none of the {len(ran)} designs that run keeps {bounds}")
-        problems = self.not_run.values() or {one.problem for one in self.candidates[:3]}
-        raise SpecError("explore: no design fits: " + "; ".join(dict.fromkeys(problems)))
+        problems = [f"{', '.join(names)}: {reason}" for reason, names in self.reasons.items()]
+        problems = problems or list(dict.fromkeys(one.problem for one in self.candidates[:3]))
+        raise SpecError("explore: no design fits: " + "; ".join(problems))
 
     @property
     def best(self) -> Result:

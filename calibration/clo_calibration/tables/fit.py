@@ -29,7 +29,7 @@ HELD_OUT_SHARE = 0.2
 FILLED_WEIGHT = 0.02
 SMALLEST_HEAD_DIM = 64
 MULTI_HEAD_SLOWDOWN = 1.25
-WITHOUT_NVLINK = ("l40s",)
+WITHOUT_NVLINK = ("l40s", "rtx-pro-6000")
 """GPUs that reach each other by PCIe only."""
 
 Table = TypeVar("Table", bound=KernelTable)
@@ -166,7 +166,7 @@ def _table(kind: type[Table], grid: Grid, fields: dict[str, Any]) -> tuple[Table
     empty = kind.from_latencies(np.ones(grid.logs.shape), **fields)
     plain = fill(grid, interpolate(grid), empty.roofline_seconds)
     weights = np.where(np.isfinite(grid.logs), 1.0, FILLED_WEIGHT)
-    return kind.from_latencies(np.exp(monotone(plain, weights)), **fields), plain
+    return kind.from_latencies(np.exp(monotone(plain, weights, kind.rising_axes())), **fields), plain
 
 
 def _report(kind: type[KernelTable], table: Any, plain: Floats, train: Samples, test: Samples) -> FitReport:

@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 from clo.errors import ProfileError
 from clo.kernel_tables import Floats
 
-GPUS = {"h200": "h200_sxm", "h100": "h100_sxm", "a100": "a100_sxm", "l40s": "l40s"}
+GPUS = {
+    "gb200": "gb200",
+    "b200": "b200_sxm",
+    "h200": "h200_sxm",
+    "h100": "h100_sxm",
+    "a100": "a100_sxm",
+    "rtx-pro-6000": "rtx_pro_6000_server",
+    "l40s": "l40s",
+}
+"""Folder of each measured GPU."""
 PACKAGE = "aiconfigurator_core"
 PACKAGE_VERSION = "0.12.0"
 
