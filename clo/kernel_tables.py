@@ -1,4 +1,4 @@
-"""Measured GPU kernel times as small monotone tables: GEMM, decode attention, all-reduce.
+"""Measured GPU kernel times as small monotone tables: GEMM, experts, decode attention, all-reduce.
 
 A table is a grid of latencies, read by multilinear interpolation in log space, so that it never decreases with an
 argument that means more work. Outside the grid it follows the roofline. It knows nothing about where its numbers come
@@ -236,6 +236,33 @@ class GemmTable(KernelTable):
         """`max(bytes / HBM bandwidth, flops / peak)` with every matrix moved once."""
         num_bytes = BYTES_PER_VALUE * (m * k + k * n + m * n)
         return np.maximum(num_bytes / self.hbm_bytes_per_s, 2.0 * m * n * k / self.flops_per_s)
+
+
+class ExpertsTable(KernelTable):
+    """Time of a mixture of experts: those used read `weight_values` weights, and `rows` tokens pass each, in the mean.
+
+    Gate, up and down projection in bfloat16, without the router. What bounds such kernels, bytes and arithmetic, needs
+    no more than these two numbers; what experts of the same size differ by otherwise is in the table's errors.
+    """
+
+    ARGUMENTS: ClassVar[tuple[str, ...]] = ("weight_values", "rows")
+
+    weight_values: Axis
+    rows: Axis
+
+    @overload
+    def seconds(self, weight_values: float, rows: float) -> float: ...
+    @overload
+    def seconds(self, weight_values: ArrayLike, rows: ArrayLike) -> Floats: ...
+    def seconds(self, weight_values: ArrayLike, rows: ArrayLike) -> float | Floats:
+        """Seconds; arguments broadcast, scalars give a float. Raises `ValueError` for sizes that are not positive."""
+        result: float | Floats = self.seconds_at(weight_values, rows)
+        return result
+
+    def roofline_seconds(self, weight_values: Any, rows: Any) -> Any:
+        """`max(bytes / HBM bandwidth, flops / peak)` with every weight used read once."""
+        num_bytes = BYTES_PER_VALUE * weight_values
+        return np.maximum(num_bytes / self.hbm_bytes_per_s, 2.0 * weight_values * rows / self.flops_per_s)
 
 
 class AllReduceTable(KernelTable):

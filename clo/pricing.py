@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from clo.errors import SpecError
 from clo.kernel_scaling import measured_on, scaled_seconds
-from clo.kernel_tables import BYTES_PER_VALUE, AllReduceTable, KernelTable
+from clo.kernel_tables import BYTES_PER_VALUE, AllReduceTable, ExpertsTable, KernelTable
 from clo.profile import Cost, InterferenceCost, Profile, Source, StreamCost
 from clo.schedule.machine import Lane
 from clo.schedule.work import (
@@ -25,9 +25,11 @@ from clo.schedule.work import (
     Bookkeeping,
     Copy,
     DecodeAttention,
+    Experts,
     Gemm,
     HostAction,
     HostGather,
+    KernelWork,
     Quantity,
     StreamKernel,
     Submit,
@@ -105,6 +107,8 @@ def hbm_bytes(work: Work, traffic: Traffic) -> Seconds:
     """Bytes `work` moves through device memory."""
     if isinstance(work, Gemm):
         return 2.0 * (work.m * work.k + work.k * work.n + work.m * work.n)
+    if isinstance(work, Experts):
+        return BYTES_PER_VALUE * work.weight_values
     if isinstance(work, DecodeAttention):
         heads = work.batch * work.num_kv_heads
         return 2.0 * heads * work.kv_tokens * work.head_dim * work.kv_bytes_per_value
@@ -224,7 +228,7 @@ class Pricer:
             )
         if isinstance(work, HostGather):
             return Demand(host_memory=min(1.0, 2 * self.gather_rate(work) / self.machine.host.memory_bytes_per_s))
-        if isinstance(work, Gemm | DecodeAttention | StreamKernel | AllReduce):
+        if isinstance(work, KernelWork | AllReduce):
             busy = min(1.0, mean_bytes / (mean_seconds * hbm)) if mean_seconds else 0.0
             beside = self._exchanged_bytes(work) / mean_seconds if mean_seconds else 0.0
             h2d, d2h = (min(1.0, beside / rate) for rate in (link.h2d_bytes_per_s, link.d2h_bytes_per_s))
@@ -248,6 +252,10 @@ class Pricer:
     def gemm_seconds(self, m: Any, n: Any, k: Any) -> Any:
         """Time of `C[m, n] = A[m, k] @ B[k, n]` on this machine's GPU; sizes are numbers or arrays."""
         return scaled_seconds(self.profile.gemm, self.machine.gpu, m, n, k)
+
+    def experts_seconds(self, weight_values: Any, rows: Any) -> Any:
+        """Time of a layer's experts that read `weight_values` weights, each for `rows` tokens; numbers or arrays."""
+        return scaled_seconds(self._experts_table, self.machine.gpu, weight_values, rows)
 
     def all_reduce_seconds(self, num_gpus: Any, num_values: Any) -> Any:
         """Time until all of `num_gpus` GPUs have the sum of `num_values` of each, as where it was measured.
@@ -295,6 +303,10 @@ class Pricer:
         tokens = max(1.0, work.kv_tokens * work.kv_bytes_per_value / 2.0)
         sizes = (work.batch, work.num_query_heads, work.num_kv_heads, work.head_dim, tokens)
         return float(scaled_seconds(self.profile.decode_attention, self.machine.gpu, *sizes))
+
+    @_seconds.register
+    def _(self, work: Experts, traffic: Traffic) -> Seconds:
+        return float(self.experts_seconds(work.weight_values, work.rows))
 
     @_seconds.register
     def _(self, work: AllReduce, traffic: Traffic) -> Seconds:
@@ -351,6 +363,8 @@ class Pricer:
         """The measured kernel times behind a price that has no cost entry."""
         if isinstance(work, AllReduce):
             return self._all_reduce_table
+        if isinstance(work, Experts):
+            return self._experts_table
         return self.profile.gemm if isinstance(work, Gemm) else self.profile.decode_attention
 
     @property
@@ -365,8 +379,15 @@ class Pricer:
             )
         return table
 
+    @property
+    def _experts_table(self) -> ExpertsTable:
+        table = self.profile.experts
+        if table is None:
+            raise SpecError(f"model.experts: profile {self.profile.name} has no times of experts")
+        return table
+
     def _cost(self, work: Work) -> Cost | None:
-        if isinstance(work, Gemm | DecodeAttention | AllReduce):
+        if isinstance(work, Gemm | Experts | DecodeAttention | AllReduce):
             return None
         cost: Cost = getattr(self.profile, self._entry(work))
         return cost

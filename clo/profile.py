@@ -17,7 +17,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Val
 
 from clo.errors import ProfileError
 from clo.files import read_json
-from clo.kernel_tables import AllReduceTable, DecodeAttentionTable, GemmTable
+from clo.kernel_tables import AllReduceTable, DecodeAttentionTable, ExpertsTable, GemmTable
 from clo.specs.base import Spec, check_version, explain
 from clo.specs.overrides import apply
 
@@ -143,6 +143,7 @@ class Profile(Spec):
     gemm: GemmTable
     decode_attention: DecodeAttentionTable
     all_reduce: AllReduceTable | None = None
+    experts: ExpertsTable | None = None
 
     elementwise: StreamCost
     hit_test: StreamCost

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from clo import presets
 from clo.errors import ProfileError
 from clo.kernel_scaling import scaled_seconds
-from clo.kernel_tables import LOG_STEP, AllReduceTable, DecodeAttentionTable, GemmTable, KernelTable
+from clo.kernel_tables import LOG_STEP, AllReduceTable, DecodeAttentionTable, ExpertsTable, GemmTable, KernelTable
 from clo.specs import GpuSpec
 from clo_calibration.tables import fit, measurements, monotone
 
@@ -28,8 +28,9 @@ KINDS: dict[str, type[KernelTable]] = {
     "gemm": GemmTable,
     "decode_attention": DecodeAttentionTable,
     "all_reduce": AllReduceTable,
+    "experts": ExpertsTable,
 }
-FEWEST_HELD_OUT = {"gemm": 500, "decode_attention": 500, "all_reduce": 8}
+FEWEST_HELD_OUT = {"gemm": 500, "decode_attention": 500, "all_reduce": 8, "experts": 500}
 
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec(measurements.PACKAGE) is None,
@@ -247,7 +248,8 @@ def test_shipped_file_is_small_and_labelled(gpu: str) -> None:
     for kind in KINDS:
         table = shipped(gpu, kind)
         assert (table.source, table.license) == ("aiconfigurator", "Apache-2.0")
-        assert gpu.replace("-", " ").upper() in table.device
+        timed = fit.EXPERTS_OF.get(gpu, gpu) if kind == "experts" else gpu
+        assert timed.replace("-", " ").upper() in table.device
         assert table.num_held_out > FEWEST_HELD_OUT[kind]
         assert 0.0 < table.median_abs_relative_error < table.p90_abs_relative_error
 

@@ -423,7 +423,7 @@ class TestPrices:
         scene = clo_sim.make_scene()
         costs = worker_costs(scene, presets.load_design("clo"), trace_of([(0, 4096, 10)]))
         model, tokens = scene.model, 65_536
-        flops = 2 * tokens * model.num_layers * model.layer_weight_bytes / 2
+        flops = 2 * tokens * model.num_layers * model.layer_weight_values(0)
         flops += 4 * model.num_layers * model.num_query_heads * model.head_dim * tokens**2 / 2
         assert costs.prefill.alone_ns(tokens) / 1e9 > flops / scene.machine.gpu.peak_flops_per_s
 

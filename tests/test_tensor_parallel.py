@@ -77,7 +77,7 @@ class TestParts:
     def test_parts_add_up_to_the_model(self, name: str, gpus: int) -> None:
         model = presets.load_model(name)
         part = model.shard(gpus)
-        for field in ("layer_weight_bytes", "weight_bytes", "step_weight_bytes", "kv_bytes_per_token"):
+        for field in ("weight_bytes", "token_weight_values", "kv_bytes_per_token"):
             assert gpus * getattr(part, field) == pytest.approx(getattr(model, field), rel=1e-12)
         assert (part.hidden_size, part.group_size) == (model.hidden_size, model.group_size)
 

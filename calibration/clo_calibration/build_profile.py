@@ -24,7 +24,8 @@ CARRIED_OVER = {"gh200": "h200"}
 """GPUs that nobody measured, with costs of their own, by the one whose kernel times they borrow."""
 
 NOTE = (
-    "GEMM, decode attention and all-reduce: fitted from measurements of vLLM kernels published in aiconfigurator-core. "
+    "GEMM, experts, decode attention and all-reduce: fitted from measurements of vLLM kernels published in "
+    "aiconfigurator-core. "
     "Transfers, launches, synchronisation and selection kernels: literature or assumed, never measured by this project."
 )
 
@@ -40,6 +41,7 @@ def build_profile(gpu: str, data_root: Path | None = None) -> Profile:
         gemm=tables.gemm,
         decode_attention=tables.decode_attention,
         all_reduce=tables.all_reduce,
+        experts=tables.experts,
         **_costs(gpu),
     )
 

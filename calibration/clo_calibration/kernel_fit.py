@@ -14,16 +14,18 @@ from clo_calibration.tables.measurements import GPUS, systems_folder
 
 def to_json(tables: FittedTables) -> str:
     """The tables as one JSON object, by their names in a profile."""
-    names = ("gemm", "decode_attention", "all_reduce")
+    names = ("gemm", "decode_attention", "all_reduce", "experts")
     data = {name: getattr(tables, name).model_dump(mode="json") for name in names}
     return json.dumps(data, separators=(",", ":")) + "\n"
 
 
 def markdown_row(gpu: str, report: FitReport) -> str:
     """One row of the table of errors."""
+    known = report.baseline_median is not None
+    baseline = f"{report.baseline_median:.1%} / {report.baseline_p90:.1%}" if known else "-"
     return (
         f"| {gpu} | {report.kernel} | {report.num_samples} | {report.num_held_out}"
-        f" | {report.median:.1%} / {report.p90:.1%} | {report.baseline_median:.1%} / {report.baseline_p90:.1%} |"
+        f" | {report.median:.1%} / {report.p90:.1%} | {baseline} |"
     )
 
 

@@ -353,7 +353,9 @@ def _what(kind: str, record: Mapping[str, Any]) -> str:
     if kind == "models":
         heads = f"{record['num_query_heads']} query and {record['num_kv_heads']} KV heads of {record['head_dim']}"
         per_token = f"{format_bytes(ModelSpec.parse(dict(record)).kv_bytes_per_token)} of KV per token"
-        return f"{record['num_layers']} layers, {heads}, {per_token}, up to {record['max_positions']} tokens"
+        experts = record["experts"]
+        mixed = f"{experts['experts_per_token']} of {experts['num_experts']} experts, " if experts else ""
+        return f"{record['num_layers']} layers, {heads}, {mixed}{per_token}, up to {record['max_positions']} tokens"
     if kind == "machines":
         gpu, link = record["gpu"], record["link"]
         rates = f"HBM {format_bytes(gpu['hbm_bytes_per_s'])}/s, link {format_bytes(link['h2d_bytes_per_s'])}/s"

@@ -57,7 +57,7 @@ def offload(
     if that is of such a model. Raises `SpecError` for a model or a design that does not fit.
     """
     chosen = design if isinstance(design, Design) else presets.load_design(str(design))
-    network = Network(model)
+    network = Network(model, whole=True)
     heads = heads or _shipped_profile(chosen, network)
     decoder = Decoder(network, chosen, max_new_tokens=max_new_tokens, heads=heads, kv_memory_bytes=kv_memory_bytes)
     decoder.close()  # only its sizes and checks are needed: the model drives

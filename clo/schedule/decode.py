@@ -81,9 +81,14 @@ def _mlp(m: Machine, ops: StepOps, layer: int) -> None:
     m.launch(Lane.MAIN, ops.out_proj(layer))
     _add_up(m, ops, layer)
     m.launch(Lane.MAIN, ops.hidden_norm("post_norm", layer))
-    m.launch(Lane.MAIN, ops.gate_up_proj(layer))
-    m.launch(Lane.MAIN, ops.activation(layer))
-    m.launch(Lane.MAIN, ops.down_proj(layer))
+    if ops.plan.model.mlp_width(layer):
+        m.launch(Lane.MAIN, ops.gate_up_proj(layer))
+        m.launch(Lane.MAIN, ops.activation(layer))
+        m.launch(Lane.MAIN, ops.down_proj(layer))
+    if experts := ops.plan.model.experts_in(layer):
+        m.launch(Lane.MAIN, ops.router_proj(layer, experts))
+        m.launch(Lane.MAIN, ops.route(layer, experts))
+        m.launch(Lane.MAIN, ops.experts(layer, experts))
     _add_up(m, ops, layer)
 
 

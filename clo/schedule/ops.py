@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from clo.plan import DecodePlan
 from clo.schedule.machine import Op, Part
@@ -15,6 +16,7 @@ from clo.schedule.work import (
     Bookkeeping,
     Copy,
     DecodeAttention,
+    Experts,
     Gemm,
     HostAction,
     HostActionName,
@@ -24,7 +26,7 @@ from clo.schedule.work import (
     Work,
     ZeroCopy,
 )
-from clo.specs import Attend, Sync
+from clo.specs import Attend, ExpertsSpec, ModelSpec, Sync
 
 PREFETCH_MARK = "prefetch."
 """Begins the names of operations that serve a prediction."""
@@ -61,6 +63,12 @@ def price_name(op: Op) -> str:
     if isinstance(op.work, Submit):
         return "submit"
     return op.name.removeprefix(PREFETCH_MARK)
+
+
+def experts_work(model: ModelSpec, experts: ExpertsSpec, tokens: Any) -> Experts:
+    """What the experts of a layer do for `tokens` tokens, routed evenly and independently."""
+    used = experts.used_by(tokens)
+    return Experts(used, tokens * experts.experts_per_token / used, model.hidden_size, experts.intermediate_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,17 +190,30 @@ class StepOps:
         return self._gemm("out_proj", layer, model.hidden_size, model.num_query_heads * model.head_dim)
 
     def gate_up_proj(self, layer: int) -> Op:
-        """Fused gate and up projection of the MLP."""
-        return self._gemm("gate_up_proj", layer, 2 * self.plan.model.intermediate_size, self.plan.model.hidden_size)
+        """Fused gate and up projection of the MLP, or of the shared expert."""
+        return self._gemm("gate_up_proj", layer, 2 * self.plan.model.mlp_width(layer), self.plan.model.hidden_size)
 
     def activation(self, layer: int) -> Op:
         """Gated activation."""
-        num_bytes = 3 * self.plan.workload.batch * self.plan.model.intermediate_size * 2.0
+        num_bytes = 3 * self.plan.workload.batch * self.plan.model.mlp_width(layer) * 2.0
         return Op("activation", layer, Part.MODEL, StreamKernel("elementwise", num_bytes))
 
     def down_proj(self, layer: int) -> Op:
-        """Down projection of the MLP."""
-        return self._gemm("down_proj", layer, self.plan.model.hidden_size, self.plan.model.intermediate_size)
+        """Down projection of the MLP, or of the shared expert."""
+        return self._gemm("down_proj", layer, self.plan.model.hidden_size, self.plan.model.mlp_width(layer))
+
+    def router_proj(self, layer: int, experts: ExpertsSpec) -> Op:
+        """How well every expert suits every token."""
+        return self._gemm("router_proj", layer, experts.num_experts, self.plan.model.hidden_size)
+
+    def route(self, layer: int, experts: ExpertsSpec) -> Op:
+        """The best experts of every token and their weights (float32 scores read twice)."""
+        num_bytes = self.plan.workload.batch * experts.num_experts * 8.0
+        return Op("route", layer, Part.MODEL, StreamKernel("elementwise", num_bytes))
+
+    def experts(self, layer: int, experts: ExpertsSpec) -> Op:
+        """The chosen experts of every token, and their sum."""
+        return Op("experts", layer, Part.MODEL, experts_work(self.plan.model, experts, self.plan.workload.batch))
 
     def lm_head(self) -> Op:
         """Vocabulary projection after the last layer."""

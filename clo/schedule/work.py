@@ -45,6 +45,21 @@ class DecodeAttention:
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """Gated MLPs of which each token passes a few: `num_used` of them are read, for `rows` tokens each, in the mean."""
+
+    num_used: float
+    rows: float
+    hidden_size: int
+    intermediate_size: int
+
+    @property
+    def weight_values(self) -> float:
+        """Weights read: gate, up and down projection of every expert used."""
+        return 3.0 * self.num_used * self.hidden_size * self.intermediate_size
+
+
+@dataclass(frozen=True, slots=True)
 class AllReduce:
     """`num_gpus` GPUs that share a layer add up what each has computed of it, `num_values` values."""
 
@@ -128,6 +143,6 @@ class HostAction:
     count: int = 1
 
 
-KernelWork = Gemm | DecodeAttention | StreamKernel
+KernelWork = Gemm | Experts | DecodeAttention | StreamKernel
 
 Work = KernelWork | AllReduce | ZeroCopy | Copy | Submit | HostGather | BarWrite | Bookkeeping | HostAction

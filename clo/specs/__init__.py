@@ -13,14 +13,16 @@ from clo.specs.design import (
     Sync,
     Transfer,
 )
+from clo.specs.hf_config import model_from_hf_config
 from clo.specs.machine import GpuSpec, HostSpec, LinkSpec, MachineSpec
-from clo.specs.model import ModelSpec, model_from_hf_config
+from clo.specs.model import ExpertsSpec, ModelSpec
 from clo.specs.workload import Workload
 
 __all__ = [
     "Attend",
     "Cache",
     "Design",
+    "ExpertsSpec",
     "GpuSpec",
     "GqaFold",
     "HostSpec",

@@ -2,24 +2,57 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from clo.errors import SpecError
-from clo.files import read_json
 from clo.specs.base import Spec
 
 
+class ExpertsSpec(Spec):
+    """A mixture of experts where other models have an MLP: a router sends every token through a few gated MLPs."""
+
+    num_experts: PositiveInt = Field(description="experts of a layer")
+    experts_per_token: PositiveInt = Field(description="experts that a token passes")
+    intermediate_size: PositiveInt = Field(description="width of one expert")
+    shared_intermediate_size: NonNegativeInt = Field(
+        default=0, description="width of the shared expert, which every token passes"
+    )
+    dense_layers: NonNegativeInt = Field(default=0, description="first layers, which have an MLP instead of experts")
+
+    @model_validator(mode="after")
+    def _enough(self) -> ExpertsSpec:
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token = {self.experts_per_token} must be at most num_experts = {self.num_experts}"
+            )
+        return self
+
+    def used_by(self, tokens: Any) -> Any:
+        """How many experts of a layer `tokens` tokens pass, in the mean, if routing is even and independent.
+
+        Of a number a number, of an array an array.
+        """
+        missed = (1.0 - self.experts_per_token / self.num_experts) ** tokens
+        return self.num_experts * (1.0 - missed)
+
+    def shard(self, num_gpus: int) -> ExpertsSpec:
+        """What each of `num_gpus` GPUs holds: a part of every expert, and the router."""
+        return self.with_fields(
+            intermediate_size=_part(self.intermediate_size, num_gpus),
+            shared_intermediate_size=_part(self.shared_intermediate_size, num_gpus),
+        )
+
+
 class ModelSpec(Spec):
-    """A Llama/Qwen-style decoder: grouped-query attention, gated MLP, one KV cache per layer."""
+    """A Llama/Qwen-style decoder: grouped-query attention, gated MLP or experts, one KV cache per layer."""
 
     name: str = Field(description="how reports call it")
     source: str = Field(default="", description="where the shape was read")
     num_layers: PositiveInt
     hidden_size: PositiveInt
-    intermediate_size: PositiveInt = Field(description="width of the gated MLP")
+    intermediate_size: PositiveInt = Field(description="width of the gated MLP, in layers that have no experts")
     num_query_heads: PositiveInt
     num_kv_heads: PositiveInt
     head_dim: PositiveInt
@@ -28,12 +61,17 @@ class ModelSpec(Spec):
     tied_embeddings: bool = False
     weight_bytes_per_value: float = Field(default=2.0, gt=0, description="bytes a weight takes (bf16: 2)")
     kv_bytes_per_value: float = Field(default=2.0, gt=0, description="bytes a key or value element takes (bf16: 2)")
+    experts: ExpertsSpec | None = Field(default=None, description="a mixture of experts; none: an MLP in every layer")
 
     @model_validator(mode="after")
     def _grouped_evenly(self) -> ModelSpec:
         if self.num_query_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_query_heads = {self.num_query_heads} must be a multiple of num_kv_heads = {self.num_kv_heads}"
+            )
+        if self.experts is not None and self.experts.dense_layers >= self.num_layers:
+            raise ValueError(
+                f"experts.dense_layers = {self.experts.dense_layers} must be less than num_layers = {self.num_layers}"
             )
         return self
 
@@ -63,25 +101,54 @@ class ModelSpec(Spec):
         return (self.num_query_heads + 2 * self.num_kv_heads) * self.head_dim
 
     @property
-    def layer_weight_bytes(self) -> float:
-        """Weights of one layer (projections and gated MLP; norms are negligible), bytes."""
+    def num_expert_layers(self) -> int:
+        """Layers with experts."""
+        return 0 if self.experts is None else self.num_layers - self.experts.dense_layers
+
+    def experts_in(self, layer: int) -> ExpertsSpec | None:
+        """The experts of a layer, if it has any."""
+        return self.experts if layer >= self.num_layers - self.num_expert_layers else None
+
+    def mlp_width(self, layer: int) -> int:
+        """Width of the gated MLP that every token passes in a layer: where there are experts, of the shared one."""
+        experts = self.experts_in(layer)
+        return self.intermediate_size if experts is None else experts.shared_intermediate_size
+
+    def layer_weight_values(self, layer: int, num_experts: float | None = None) -> float:
+        """Weights of a layer, or of it with `num_experts` of its experts only (norms are negligible), values."""
         attention = self.hidden_size * (self.qkv_width + self.num_query_heads * self.head_dim)
-        return (attention + 3 * self.hidden_size * self.intermediate_size) * self.weight_bytes_per_value
+        mlp = 3 * self.hidden_size * self.mlp_width(layer)
+        experts = self.experts_in(layer)
+        if experts is None:
+            return attention + mlp
+        router, one = self.hidden_size * experts.num_experts, 3 * self.hidden_size * experts.intermediate_size
+        return attention + mlp + router + one * (experts.num_experts if num_experts is None else num_experts)
 
     @property
     def weight_bytes(self) -> float:
         """All weights on the device, bytes."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        return self.num_layers * self.layer_weight_bytes + embeddings * self.weight_bytes_per_value
+        layers = sum(self.layer_weight_values(layer) for layer in range(self.num_layers))
+        return (layers + embeddings) * self.weight_bytes_per_value
+
+    def step_weight_bytes(self, batch: int) -> float:
+        """Weights that a decode step of `batch` sequences reads, bytes.
+
+        All but the input embedding, of which it reads a row a sequence, and the experts that no sequence passes.
+        """
+        return self._used_values(self.experts.used_by(batch) if self.experts else None) * self.weight_bytes_per_value
 
     @property
-    def step_weight_bytes(self) -> float:
-        """Weights that a decode step reads, bytes: all but the input embedding, of which it reads a row a sequence."""
-        head = self.vocab_size * self.hidden_size * self.weight_bytes_per_value
-        return self.num_layers * self.layer_weight_bytes + head
+    def token_weight_values(self) -> float:
+        """Weights that one token is multiplied with: two operations each."""
+        return self._used_values(self.experts.experts_per_token if self.experts else None)
+
+    def _used_values(self, num_experts: float | None) -> float:
+        layers = sum(self.layer_weight_values(layer, num_experts) for layer in range(self.num_layers))
+        return layers + self.vocab_size * self.hidden_size
 
     def shard(self, num_gpus: int) -> ModelSpec:
-        """What each of `num_gpus` GPUs holds and computes: its heads, its part of the MLP and of the vocabulary.
+        """What each of `num_gpus` GPUs holds and computes: its heads, its part of each MLP and of the vocabulary.
 
         As in Megatron-LM (arXiv 1909.08053). What does not divide evenly is rounded up. Raises `SpecError` where the KV
         heads cannot be dealt out evenly.
@@ -96,101 +163,11 @@ class ModelSpec(Spec):
         return self.with_fields(
             num_query_heads=self.num_query_heads // num_gpus,
             num_kv_heads=self.num_kv_heads // num_gpus,
-            intermediate_size=-(-self.intermediate_size // num_gpus),
-            vocab_size=-(-self.vocab_size // num_gpus),
+            intermediate_size=_part(self.intermediate_size, num_gpus),
+            vocab_size=_part(self.vocab_size, num_gpus),
+            experts=None if self.experts is None else self.experts.shard(num_gpus).model_dump(),
         )
 
 
-_HF_FIELDS = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_query_heads": "num_attention_heads",
-    "vocab_size": "vocab_size",
-    "max_positions": "max_position_embeddings",
-}
-
-
-def model_from_hf_config(path: Path) -> ModelSpec:
-    """Read a Hugging Face `config.json` (or a folder that holds one).
-
-    Raises `SpecError` naming what is missing, or what this model has that no `ModelSpec` can say: read as a dense model
-    with a full cache it would get the wrong bytes.
-    """
-    file = path / "config.json" if path.is_dir() else path
-    config = _read_json(file)
-    text_config = config.get("text_config") or config
-    missing = [theirs for theirs in _HF_FIELDS.values() if theirs not in text_config]
-    if missing:
-        raise SpecError(f"{file}: no field {missing[0]!r}: not the config of a decoder-only transformer")
-    if problem := _not_modelled(config | text_config):
-        raise SpecError(f"{file}: {problem}")
-    try:
-        values = _hf_values(text_config, file)
-    except (TypeError, ZeroDivisionError) as error:
-        raise SpecError(f"{file}: head counts and sizes must be positive whole numbers ({error})") from None
-    return ModelSpec.parse(values, where=str(file))
-
-
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-
-
-def _not_modelled(config: dict[str, Any]) -> str:
-    """What about this model is beyond a `ModelSpec`, as field, value and rule; empty if nothing is."""
-    for field in _EXPERTS:
-        if config.get(field) not in (None, 0, 1):
-            return f"{field} = {config[field]!r}: mixtures of experts are not modelled, dense MLPs only"
-    if config.get("kv_lora_rank"):
-        return (
-            f"kv_lora_rank = {config['kv_lora_rank']!r}: latent attention (MLA) is not modelled, keys and values only"
-        )
-    if config.get("quantization_config"):
-        return (
-            "quantization_config: quantised weights are not modelled, GEMM times are those of bf16: describe the model "
-            "in TOML, with weight_bytes_per_value"
-        )
-    return _windowed(config)
-
-
-def _windowed(config: dict[str, Any]) -> str:
-    """Layers that keep less than the whole context need less cache, which a `ModelSpec` cannot say."""
-    kinds = config.get("layer_types") or []
-    others = sorted({str(kind) for kind in kinds} - {"full_attention"})
-    if others:
-        return f"layer_types: {', '.join(others)} is not modelled, full_attention in every layer only"
-    window, positions = config.get("sliding_window"), config["max_position_embeddings"]
-    # Qwen's configs name a window that is off unless it is switched on
-    in_use = config.get("use_sliding_window", not str(config.get("model_type", "")).startswith("qwen"))
-    if kinds or not in_use or not isinstance(window, int) or not isinstance(positions, int) or window >= positions:
-        return ""
-    return f"sliding_window = {window}: windowed attention is not modelled, a cache of the whole context only"
-
-
-def _hf_values(config: dict[str, Any], file: Path) -> dict[str, Any]:
-    values = {ours: config[theirs] for ours, theirs in _HF_FIELDS.items()}
-    heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
-    return values | {
-        "name": file.resolve().parent.name if file.name == "config.json" else file.stem,
-        "source": f"{file}; assumed: bf16 weights and KV, gated MLP",
-        "num_kv_heads": heads if kv_heads is None else kv_heads,
-        "head_dim": _head_dim(config, file),
-        "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
-    }
-
-
-def _head_dim(config: dict[str, Any], file: Path) -> Any:
-    given, width, heads = config.get("head_dim"), config["hidden_size"], config["num_attention_heads"]
-    if given is not None:
-        return given
-    if width % heads:
-        raise SpecError(
-            f"{file}: hidden_size = {width} is no multiple of num_attention_heads = {heads}: head_dim is needed"
-        )
-    return width // heads
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    data = read_json(file, SpecError)
-    if not isinstance(data, dict):
-        raise SpecError(f"{file}: a JSON object is expected, this is a {type(data).__name__}")
-    return data
+def _part(width: int, num_gpus: int) -> int:
+    return -(-width // num_gpus)

@@ -1,8 +1,8 @@
 """The least that must move in a step, and how long the links take for that. Knows nothing about order or caches' rules.
 
-Device memory: every weight a step uses once, and the attended keys and values once. Host link: what no cache of the
-plan's size can avoid fetching for the exact selection (Belady, with the measured steps known in advance). Compute:
-dense products and attention at the datasheet rate.
+Device memory: every weight a step uses once (as many experts as in the mean), and the attended keys and values once.
+Host link: what no cache of the plan's size can avoid fetching for the exact selection (Belady, with the measured steps
+known in advance). Compute: dense products and attention at the datasheet rate.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def roofline(plan: DecodePlan, source: TrafficSource, moved_bytes: float) -> Roo
 
     Where reused sets move less than any exact design could, what they move is the bound.
     """
-    hbm_bytes = plan.model.step_weight_bytes + attended_bytes(plan)
+    hbm_bytes = plan.model.step_weight_bytes(plan.workload.batch) + attended_bytes(plan)
     h2d_bytes = min(moved_bytes, fewest_link_bytes(plan, source))
     gpu = plan.machine.gpu
     hbm_s = hbm_bytes / gpu.hbm_bytes_per_s
@@ -58,6 +58,6 @@ def _attended_tokens(plan: DecodePlan) -> list[float]:
 
 
 def _flops(plan: DecodePlan) -> float:
-    weights = plan.model.step_weight_bytes / plan.model.weight_bytes_per_value
+    weights = plan.model.token_weight_values
     attention = 4 * sum(_attended_tokens(plan)) * plan.model.group_size * plan.model.head_dim
     return plan.workload.batch * (2 * weights + attention)

@@ -95,7 +95,18 @@ def summarise(scene: Scene, plan: DecodePlan, priced: PricedStep, times: StepTim
 
 def assumptions_of(scene: Scene, plan: DecodePlan, priced: PricedStep) -> tuple[str, ...]:
     """What traffic and kernel times take for granted, a line each."""
-    return (*priced.traffic.assumptions, *_table_notes(scene), *_sharing_notes(scene, plan))
+    return (*priced.traffic.assumptions, *_table_notes(scene), *_experts_notes(scene), *_sharing_notes(scene, plan))
+
+
+def _experts_notes(scene: Scene) -> tuple[str, ...]:
+    """Which experts the tokens of a real model pass is not known."""
+    if scene.model.experts is None:
+        return ()
+    notes = ["every token is sent to experts evenly and independently: real routing is skewed and reads fewer of them"]
+    table = None if isinstance(scene.profile, OperationProfile) else scene.profile.experts
+    if table is not None and not measured_on(table, scene.machine.gpu):
+        notes.append(f"times of experts, measured on {table.device}, grow or shrink as their roofline does")
+    return tuple(notes)
 
 
 def _sharing_notes(scene: Scene, plan: DecodePlan) -> tuple[str, ...]:

@@ -14,6 +14,21 @@ PAGE, SINKS, WINDOW = 4, 2, 10
 LAYERS, KV_HEADS, GROUP, DIM, VOCABULARY = 4, 2, 3, 16, 61
 
 
+EXPERTS: dict[str, dict[str, int]] = {
+    "Glm4Moe": {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1},
+    "MiniMaxM2": {"num_local_experts": 4},
+    "Mixtral": {"num_local_experts": 4},
+    "Olmoe": {"num_experts": 4},
+    "Qwen2Moe": {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 24},
+    "Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": 32},
+}
+"""Kinds of model with experts, two of which each token passes."""
+
+
+def _with_experts(kind: str) -> Any:
+    return getattr(transformers, f"{kind}Config"), getattr(transformers, f"{kind}ForCausalLM")
+
+
 def small_model(kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """Large weights make attention far from uniform, so that what is attended matters."""
     torch.manual_seed(seed)
@@ -36,8 +51,9 @@ def small_model(kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.f
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     }
-    config, model = kinds[kind]
-    if kind == "qwen2":
+    config, model = kinds[kind] if kind in kinds else _with_experts(kind)
+    shape |= EXPERTS[kind] | {"num_experts_per_tok": 2} if kind in EXPERTS else {}
+    if kind in ("qwen2", "Olmoe"):
         shape.pop("head_dim")
         shape |= {"hidden_size": KV_HEADS * GROUP * DIM}
     return model(config(**shape)).to(dtype).eval()

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from small import VOCABULARY, dense_logits, design, prompt, small_model
+from small import EXPERTS, VOCABULARY, dense_logits, design, prompt, small_model
 
 from clo import presets
 from clo.engine import offload
 from clo.engine.decoder import Decoder
 from clo.engine.heads import HeadProfile
+from clo.engine.models.network import Network
 from clo.errors import EngineError, NotFoundError, SpecError
 
 
@@ -34,6 +35,35 @@ def test_generate_gives_the_decoders_tokens(name: str, kind: str) -> None:
     assert found[0, 80:].tolist() == wanted
     assert cache.traffic.page_bytes > 0
     cache.close()
+
+
+@pytest.mark.parametrize("kind", list(EXPERTS))
+class TestExperts:
+    """Whatever follows attention is the model's own."""
+
+    # staged predicts a later layer's query, also where heads are normed together
+    @pytest.mark.parametrize("name", ["clo", "staged", "streamed"])
+    def test_with_everything_attended_a_model_generates_what_it_does_alone(self, kind: str, name: str) -> None:
+        model, text = small_model(kind), prompt(70)[None]
+        wanted = model.generate(text, max_new_tokens=20, do_sample=False)
+        whole = {"budget_fraction": 1.0, "slot_budgets": 1.0, "tau": 2.0}
+        chosen = design(name, **(whole if presets.load_design(name).selects else {}))
+        with offload(model, chosen, max_new_tokens=40) as cache:
+            found = model.generate(text, past_key_values=cache, max_new_tokens=20, do_sample=False)
+            assert cache.decodes
+        assert found.tolist() == wanted.tolist()
+
+    def test_its_experts_weigh_what_they_do(self, kind: str) -> None:
+        model = small_model(kind)
+        spec = Network(model, whole=True).spec
+        assert spec.experts is not None
+        matrices = ((name, weight) for name, weight in model.named_parameters() if weight.dim() > 1)
+        values = sum(weight.numel() for name, weight in matrices if "shared_expert_gate" not in name)
+        assert spec.weight_bytes / spec.weight_bytes_per_value == pytest.approx(values, rel=1e-3)
+
+    def test_taken_apart_it_is_refused(self, kind: str) -> None:
+        with pytest.raises(SpecError, match=r"layers lack mlp\.gate_proj: .* clo\.engine\.offload leaves it whole"):
+            Decoder(small_model(kind), design("clo", budget_pages=3))
 
 
 def test_without_the_cache_the_model_is_as_before() -> None:

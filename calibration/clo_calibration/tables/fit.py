@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from clo.kernel_tables import AllReduceTable, DecodeAttentionTable, Floats, GemmTable, KernelTable
+from clo.kernel_tables import AllReduceTable, DecodeAttentionTable, ExpertsTable, Floats, GemmTable, KernelTable
+from clo_calibration.tables import experts
 from clo_calibration.tables.grid import Grid, fill, interpolate, make_grid
 from clo_calibration.tables.measurements import (
     PACKAGE_VERSION,
@@ -20,6 +21,7 @@ from clo_calibration.tables.measurements import (
     Samples,
     read_all_reduce,
     read_decode_attention,
+    read_experts,
     read_gemm,
     read_hardware,
 )
@@ -31,6 +33,8 @@ SMALLEST_HEAD_DIM = 64
 MULTI_HEAD_SLOWDOWN = 1.25
 WITHOUT_NVLINK = ("l40s", "rtx-pro-6000")
 """GPUs that reach each other by PCIe only."""
+EXPERTS_OF = {"a100": "h100"}
+"""GPUs whose experts were never timed evenly used, by the one whose times they borrow."""
 
 Table = TypeVar("Table", bound=KernelTable)
 
@@ -44,8 +48,8 @@ class FitReport:
     num_held_out: int
     median: float
     p90: float
-    baseline_median: float
-    baseline_p90: float
+    baseline_median: float | None = None
+    baseline_p90: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,7 @@ class FittedTables:
     gemm: GemmTable
     decode_attention: DecodeAttentionTable
     all_reduce: AllReduceTable
+    experts: ExpertsTable
     report: tuple[FitReport, ...]
 
 
@@ -103,6 +108,33 @@ def fit_all_reduce(
     return _fit(AllReduceTable, samples, hardware, seed=seed, axes=axes, ship_all=True, over_host_link=over_host_link)
 
 
+def fit_experts(samples: Samples, hardware: dict[str, float]) -> tuple[ExpertsTable, FitReport]:
+    """Fit a table of mixtures of experts to all samples; its errors are on models that it was fitted without."""
+    groups = experts.models(samples.points)
+    predicted = np.empty(len(groups))
+    for group in np.unique(groups):
+        without = _experts_table(samples.take(groups != group), hardware)
+        predicted[groups == group] = without.seconds(*experts.sizes(samples.points[groups == group]).T)
+    median, p90 = abs_relative_errors(predicted, samples.seconds)
+    report = FitReport(
+        kernel=ExpertsTable.__name__,
+        num_samples=len(groups),
+        num_held_out=len(groups),
+        median=median,
+        p90=p90,
+    )
+    return _experts_table(samples, hardware).with_fields(**_quality(report)), report
+
+
+def _experts_table(samples: Samples, hardware: dict[str, float]) -> ExpertsTable:
+    empty = ExpertsTable.from_latencies([[1.0]], weight_values=(1.0,), rows=(1.0,), **hardware)
+    nodes = experts.on_nodes(samples, empty.roofline_seconds)
+    axes = _axes(nodes)
+    grid = make_grid(nodes.points, nodes.seconds, axes)
+    table, _ = _table(ExpertsTable, grid, _fields(ExpertsTable, axes, samples, hardware))
+    return table.with_fields(num_filled=_unmeasured(grid))
+
+
 def fitted_groups(samples: Samples, min_group: int) -> Samples:
     """Decode attention samples with at least `min_group` query heads per KV head."""
     heads, kv_heads = (
@@ -143,22 +175,35 @@ def _fit(
     """A table of four fifths of the samples and how far off it is on the rest; with `ship_all`, then one of all."""
     held_out = split(len(samples.seconds), seed)
     train, test = samples.take(~held_out), samples.take(held_out)
-    fields = dict(zip(kind.ARGUMENTS, (tuple(axis.tolist()) for axis in axes), strict=True))
-    fields |= hardware | samples.labels | extra | {"package_version": PACKAGE_VERSION}
+    fields = _fields(kind, axes, samples, hardware) | extra
     grid = make_grid(train.points, train.seconds, axes)
     table, plain = _table(kind, grid, fields)
     report = _report(kind, table, plain[grid.where(test.points)], train, test)
     if ship_all:
         grid = make_grid(samples.points, samples.seconds, axes)
         table, _ = _table(kind, grid, fields)
-    counts = {
-        "num_samples": len(samples.seconds if ship_all else train.seconds),
-        "num_filled": int((~np.isfinite(grid.logs)).sum()),
-        "num_held_out": len(test.seconds),
+    counts = {"num_samples": len(samples.seconds if ship_all else train.seconds), "num_filled": _unmeasured(grid)}
+    return table.with_fields(**(_quality(report) | counts)), report
+
+
+def _fields(
+    kind: type[KernelTable], axes: list[Floats], samples: Samples, hardware: dict[str, float]
+) -> dict[str, Any]:
+    named = dict(zip(kind.ARGUMENTS, (tuple(axis.tolist()) for axis in axes), strict=True))
+    return named | hardware | samples.labels | {"package_version": PACKAGE_VERSION}
+
+
+def _unmeasured(grid: Grid) -> int:
+    return int((~np.isfinite(grid.logs)).sum())
+
+
+def _quality(report: FitReport) -> dict[str, Any]:
+    return {
+        "num_samples": report.num_samples,
+        "num_held_out": report.num_held_out,
         "median_abs_relative_error": round(report.median, 5),
         "p90_abs_relative_error": round(report.p90, 5),
     }
-    return table.with_fields(**counts), report
 
 
 def _table(kind: type[Table], grid: Grid, fields: dict[str, Any]) -> tuple[Table, Floats]:
@@ -202,9 +247,12 @@ def fit_tables(gpu: str, data_root: Path | None = None, seed: int = 0) -> Fitted
     reduce, reduce_report = fit_all_reduce(
         read_all_reduce(gpu, data_root), hardware, over_host_link=gpu in WITHOUT_NVLINK, seed=seed
     )
+    timed = EXPERTS_OF.get(gpu, gpu)
+    mixture, mixture_report = fit_experts(read_experts(timed, data_root), read_hardware(timed, data_root))
     return FittedTables(
         gemm=gemm,
         decode_attention=decode,
         all_reduce=reduce,
-        report=(gemm_report, decode_report, reduce_report),
+        experts=mixture,
+        report=(gemm_report, decode_report, reduce_report, mixture_report),
     )

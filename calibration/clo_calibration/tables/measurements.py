@@ -82,6 +82,31 @@ def read_all_reduce(gpu: str, data_root: Path | None = None) -> Samples:
     return all_reduce_samples(columns)
 
 
+EVENLY = "balanced"
+"""How tokens were sent to experts, among others: to each as many."""
+
+
+def read_experts(gpu: str, data_root: Path | None = None, *, routing: str = EVENLY) -> Samples:
+    """Measured bfloat16 mixtures of experts of vLLM: points as `clo_calibration.tables.experts` has them."""
+    columns = _read(_newest(gpu, "moe", data_root) / "moe_perf.parquet")
+    return expert_samples(columns, routing)
+
+
+NOT_GATED = ((2688, 1856), (2048, 5120), (4096, 2688))
+"""Hidden size and width of Nemotron's experts, which are two matrices and not three."""
+MOST_GPUS = 8
+
+
+def expert_samples(columns: dict[str, NDArray[Any]], routing: str = EVENLY) -> Samples:
+    """Select bfloat16 rows of gated experts, split over up to 8 GPUs, that tokens were sent to by `routing`."""
+    chosen = (columns["moe_dtype"] == "bfloat16") & (columns["distribution"] == routing)
+    chosen &= (columns["moe_ep_size"] == 1) & (columns["moe_tp_size"] <= MOST_GPUS)
+    for hidden, width in NOT_GATED:
+        chosen &= ~((columns["hidden_size"] == hidden) & (columns["inter_size"] == width))
+    names = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size")
+    return _samples(columns, chosen, [columns[name] for name in names])
+
+
 def all_reduce_samples(columns: dict[str, NDArray[Any]]) -> Samples:
     """Select bfloat16 rows that were timed inside a CUDA graph; the size of a message counts values."""
     inside_graph = np.array([str(name).endswith("_graph") for name in columns["kernel_source"]])

@@ -33,13 +33,18 @@ def _has(module: Any, path: str) -> bool:
     return module is not None
 
 
+def in_heads(projected: Any, norm: Any, head_dim: int) -> Any:
+    """`[..., heads, head_dim]` of a projection, and of its norm, if there is one: of each head, or of all at once."""
+    at_once = norm is not None and norm.weight.shape[-1] != head_dim
+    heads = (norm(projected) if at_once else projected).unflatten(-1, (-1, head_dim))
+    return heads if norm is None or at_once else norm(heads)
+
+
 def project_query(layer: Any, hidden: Any, position_embeddings: tuple[Any, Any]) -> Any:
     """The rotated query [batch, num_query_heads, tokens, head_dim] that `layer` would form from `hidden`."""
     attention = layer.self_attn
-    query = attention.q_proj(layer.input_layernorm(hidden)).unflatten(-1, (-1, attention.head_dim))
-    if getattr(attention, "q_norm", None) is not None:
-        query = attention.q_norm(query)
-    query = query.transpose(1, 2)
+    projected = attention.q_proj(layer.input_layernorm(hidden))
+    query = in_heads(projected, getattr(attention, "q_norm", None), attention.head_dim).transpose(1, 2)
     # the model's own function, for models that rotate only a part or in another order
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     return rotate(query, query, *position_embeddings)[0]

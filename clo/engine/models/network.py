@@ -11,21 +11,27 @@ from typing import Any
 
 import torch
 
-from clo.engine.models.anatomy import decoder_layers, project_query
+from clo.engine.models.anatomy import decoder_layers, in_heads, project_query
 from clo.errors import SpecError
 from clo.specs import ModelSpec
+from clo.specs.hf_config import experts_of
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of the positions of a step, as the model's rotary embedding gives them."""
 
 
 class Network:
-    """The weights of a decoder, operation by operation. Hidden states are `[batch, 1, hidden_size]`."""
+    """The weights of a decoder, operation by operation. Hidden states are `[batch, 1, hidden_size]`.
 
-    def __init__(self, model: Any, name: str = "") -> None:
+    Of one that stays `whole`, as its library runs it, the queries only are of use, whatever follows attention.
+    """
+
+    def __init__(self, model: Any, name: str = "", *, whole: bool = False) -> None:
         self.model = model
         self.layers = decoder_layers(model)
-        _check_mlp(model, self.layers)
+        if not whole:
+            _check_mlp(model, self.layers)
+        _check_window(model)
         self.spec = spec_of(model, name)
         self.scale = float(self.layers[0].self_attn.scaling)
         self.dtype: torch.dtype = self.layers[0].self_attn.q_proj.weight.dtype
@@ -55,12 +61,11 @@ class Network:
     def qkv(self, layer: int, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value before rotation, `[batch, heads, 1, head_dim]`."""
         attention = self.layers[layer].self_attn
+        head_dim = attention.head_dim
         query, key, value = (
-            projection(normed).unflatten(-1, (-1, attention.head_dim))
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+            in_heads(getattr(attention, f"{name}_proj")(normed), getattr(attention, f"{name}_norm", None), head_dim)
+            for name in "qkv"
         )
-        if getattr(attention, "q_norm", None) is not None:
-            query, key = attention.q_norm(query), attention.k_norm(key)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def rotate(self, query: torch.Tensor, key: torch.Tensor, rotation: Rotation) -> Rotation:
@@ -125,6 +130,7 @@ def spec_of(model: Any, name: str = "") -> ModelSpec:
             "head_dim": head_dim,
             "vocab_size": config.vocab_size,
             "max_positions": config.max_position_embeddings,
+            "experts": experts_of(config.to_dict()),
             "tied_embeddings": bool(config.tie_word_embeddings),
             "weight_bytes_per_value": float(weight.element_size()),
             "kv_bytes_per_value": float(weight.element_size()),
@@ -139,7 +145,13 @@ def _check_mlp(model: Any, layers: list[Any]) -> None:
             for step in part.split("."):
                 module = getattr(module, step, None)
             if module is None:
-                raise SpecError(f"model {type(model).__name__}: layers lack {part}: not a Llama or Qwen-style model")
+                raise SpecError(
+                    f"model {type(model).__name__}: layers lack {part}: not a Llama or Qwen-style model: "
+                    "clo.engine.offload leaves it whole"
+                )
+
+
+def _check_window(model: Any) -> None:
     if getattr(model.config, "sliding_window", None) and getattr(model.config, "use_sliding_window", True):
         raise SpecError(
             f"model {type(model).__name__}: attention is limited to a sliding window of {model.config.sliding_window} "

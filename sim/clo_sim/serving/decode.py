@@ -107,9 +107,10 @@ class DecodePrices:
 
     @property
     def kernels_measured(self) -> bool:
-        """Whether times of GEMMs, and of all-reduces if there are any, were measured on this GPU and not on another."""
+        """Whether times of GEMMs, and of all-reduces and experts if there are any, were measured on this GPU."""
         profile, machine = gpu_tables(self.scene.profile, "serving"), self.scene.machine
-        tables = (profile.gemm, profile.all_reduce if machine.tensor_parallel > 1 else None)
+        experts = profile.experts if self.scene.model.experts else None
+        tables = (profile.gemm, experts, profile.all_reduce if machine.tensor_parallel > 1 else None)
         return all(measured_on(table, machine.gpu) for table in tables if table is not None)
 
     @property

@@ -2,8 +2,8 @@
 
 A simplification, with these parts:
 
-- dense layers: the profile's GEMM table at as many rows as the chunk has tokens (measured, or carried over to this
-  GPU), the bytes of norms and activations over device memory, and all-reduces where GPUs share the model;
+- dense layers: the profile's tables of GEMMs and experts at as many rows as the chunk has tokens (measured, or carried
+  over to this GPU), the bytes of norms and activations over device memory, and all-reduces where GPUs share the model;
 - attention: 4 x query heads x head_dim flops for each pair of a new token and one before it, at `ATTENTION_EFFICIENCY`
   of the datasheet rate (no table of measured prefill attention is used);
 - link: offloaded layers read the prompt's earlier KV back from the host, layer by layer, chunk after chunk; what the
@@ -13,6 +13,7 @@ A simplification, with these parts:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -23,8 +24,9 @@ from numpy.typing import NDArray
 from clo.plan import dense_layers, pinned_heads
 from clo.pricing import Pricer
 from clo.schedule.decode import BEST_TOKEN_VALUES
+from clo.schedule.ops import experts_work
 from clo.schedule.work import AllReduce, Gemm, Work
-from clo.specs import Design
+from clo.specs import Design, ExpertsSpec, ModelSpec
 from clo_sim.intervals import CostDraw
 from clo_sim.scene import Scene, gpu_tables
 from clo_sim.serving.requests import NS_PER_S
@@ -47,8 +49,8 @@ class PrefillPrices:
 
     `pair_ns` is for one new token attending to one other; `in_ns` for a token read back by the offloaded layers,
     `cached_in_ns` for a token of a prefix hit that the other layers load; `out_ns` for a new token that leaves.
-    `table_share` is that of GEMMs and all-reduces, which measured tables price, in the dense layers of a full chunk,
-    `known_share` that of costs with a known spread.
+    `table_share` is that of GEMMs, experts and all-reduces, which measured tables price, in the dense layers of a full
+    chunk, `known_share` that of costs with a known spread.
     """
 
     dense_ns: Sequence[int]
@@ -127,7 +129,7 @@ def prefill_prices(
 
 
 def _table_seconds(scene: Scene, pricer: Pricer, chunk_tokens: int) -> dict[Work, Floats]:
-    """What measured tables price of 1, 2, ... tokens, by the work of a full chunk: GEMMs first, then all-reduces."""
+    """What measured tables price of 1, 2, ... tokens, by the work of a full chunk: GEMMs first."""
     model, sharing = scene.part, scene.machine.tensor_parallel
     found: dict[Work, Floats] = {
         Gemm(chunk_tokens, model.qkv_width, model.hidden_size): _gemm_seconds(scene, pricer, chunk_tokens)
@@ -135,6 +137,9 @@ def _table_seconds(scene: Scene, pricer: Pricer, chunk_tokens: int) -> dict[Work
     if sharing > 1:
         sums = AllReduce(sharing, chunk_tokens * model.hidden_size)
         found[sums] = _all_reduce_seconds(scene, pricer, chunk_tokens)
+    if model.experts is not None:
+        passed = experts_work(model, model.experts, chunk_tokens)
+        found[passed] = _experts_seconds(model, model.experts, pricer, chunk_tokens)
     return found
 
 
@@ -142,15 +147,29 @@ def _gemm_seconds(scene: Scene, pricer: Pricer, chunk_tokens: int) -> Floats:
     """GEMMs of all layers for 1, 2, ... tokens."""
     model = scene.part
     hidden, attended = model.hidden_size, model.num_query_heads * model.head_dim
-    tokens = np.arange(1, chunk_tokens + 1, dtype=np.float64)
-    shapes = ((model.qkv_width, hidden), (hidden, attended), (2 * model.intermediate_size, hidden))
-    products = (*shapes, (hidden, model.intermediate_size))
-    return np.asarray(model.num_layers * sum(pricer.gemm_seconds(tokens, n, k) for n, k in products))
+    products: Counter[tuple[int, int]] = Counter()
+    for layer in range(model.num_layers):
+        width, experts = model.mlp_width(layer), model.experts_in(layer)
+        mlp = [(2 * width, hidden), (hidden, width)] if width else []
+        router = [(experts.num_experts, hidden)] if experts else []
+        products.update([(model.qkv_width, hidden), (hidden, attended), *mlp, *router])
+    tokens = _up_to(chunk_tokens)
+    return np.asarray(sum(count * pricer.gemm_seconds(tokens, n, k) for (n, k), count in products.items()))
+
+
+def _experts_seconds(model: ModelSpec, experts: ExpertsSpec, pricer: Pricer, chunk_tokens: int) -> Floats:
+    """Experts of all layers for 1, 2, ... tokens."""
+    work = experts_work(model, experts, _up_to(chunk_tokens))
+    return np.asarray(model.num_expert_layers * pricer.experts_seconds(work.weight_values, work.rows))
+
+
+def _up_to(chunk_tokens: int) -> Floats:
+    return np.arange(1, chunk_tokens + 1, dtype=np.float64)
 
 
 def _all_reduce_seconds(scene: Scene, pricer: Pricer, chunk_tokens: int) -> Floats:
     """GPUs that share the model add up hidden states of 1, 2, ... tokens: the embedding's, and two of every layer."""
-    values = scene.part.hidden_size * np.arange(1, chunk_tokens + 1, dtype=np.float64)
+    values = scene.part.hidden_size * _up_to(chunk_tokens)
     seconds = pricer.all_reduce_seconds(scene.machine.tensor_parallel, values)
     return np.asarray((2 * scene.part.num_layers + 1) * seconds)
 
@@ -159,12 +178,16 @@ def _elementwise_seconds(scene: Scene, pricer: Pricer, chunk_tokens: int) -> Flo
     """Element-wise kernels of all layers for 1, 2, ... tokens."""
     model = scene.part
     hidden, attended = model.hidden_size, model.num_query_heads * model.head_dim
-    tokens = np.arange(1, chunk_tokens + 1, dtype=np.float64)
     # two norms read and write the hidden state twice each, rotary embedding the queries, the activation three widths
-    values = 8 * hidden + 2 * attended + 2 * model.layer_token_bytes / 2 + 3 * model.intermediate_size
+    values = model.num_layers * (8 * hidden + 2 * attended + 2 * model.layer_token_bytes / 2)
+    kernels = 3 * model.num_layers
+    for layer in range(model.num_layers):
+        width, experts = model.mlp_width(layer), model.experts_in(layer)
+        values += 3 * width + (4 * experts.num_experts if experts else 0)
+        kernels += bool(width) + (experts is not None)
     small = pricer.profile.elementwise
     rate = small.efficiency * scene.machine.gpu.hbm_bytes_per_s
-    return np.asarray(model.num_layers * (4 * small.latency_s + tokens * values * 2.0 / rate))
+    return np.asarray(kernels * small.latency_s + _up_to(chunk_tokens) * values * 2.0 / rate)
 
 
 def _whole_ns(seconds: Floats) -> list[int]:

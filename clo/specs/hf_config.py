@@ -1,0 +1,141 @@
+"""Reads a Hugging Face `config.json` into a `ModelSpec`, or says what about the model is beyond one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from clo.errors import SpecError
+from clo.files import read_json
+from clo.specs.model import ModelSpec
+
+_HF_FIELDS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_query_heads": "num_attention_heads",
+    "vocab_size": "vocab_size",
+    "max_positions": "max_position_embeddings",
+}
+
+
+def model_from_hf_config(path: Path) -> ModelSpec:
+    """Read a Hugging Face `config.json` (or a folder that holds one).
+
+    Raises `SpecError` naming what is missing, or what this model has that no `ModelSpec` can say: read as a dense model
+    with a full cache it would get the wrong bytes.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    config = _read_json(file)
+    text_config = config.get("text_config") or config
+    missing = [theirs for theirs in _HF_FIELDS.values() if theirs not in text_config]
+    if missing:
+        raise SpecError(f"{file}: no field {missing[0]!r}: not the config of a decoder-only transformer")
+    if problem := _not_modelled(config | text_config):
+        raise SpecError(f"{file}: {problem}")
+    try:
+        values = _hf_values(text_config, file)
+    except (TypeError, ZeroDivisionError) as error:
+        raise SpecError(f"{file}: head counts and sizes must be positive whole numbers ({error})") from None
+    return ModelSpec.parse(values, where=str(file))
+
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_WITH_EXPERTS = ("glm4_moe", "minimax_m2", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe_text")
+"""Kinds of model whose fields about experts are known; others mean different things by the same names."""
+
+
+def _not_modelled(config: dict[str, Any]) -> str:
+    """What about this model is beyond a `ModelSpec`, as field, value and rule; empty if nothing is."""
+    if config.get("kv_lora_rank"):
+        return (
+            f"kv_lora_rank = {config['kv_lora_rank']!r}: latent attention (MLA) is not modelled, keys and values only"
+        )
+    if problem := _other_experts(config):
+        return problem
+    if config.get("quantization_config"):
+        return (
+            "quantization_config: quantised weights are not modelled, GEMM times are those of bf16: describe the model "
+            "in TOML, with weight_bytes_per_value"
+        )
+    return _windowed(config)
+
+
+def _other_experts(config: dict[str, Any]) -> str:
+    field, kind = _experts_field(config), config.get("model_type")
+    if field is None:
+        return ""
+    if kind not in _WITH_EXPERTS:
+        known = ", ".join(_WITH_EXPERTS)
+        return f"{field} = {config[field]!r}: experts of model_type = {kind!r} are not known (known: {known})"
+    if config.get("decoder_sparse_step") not in (None, 1):
+        return f"decoder_sparse_step = {config['decoder_sparse_step']!r}: every layer after the first must have experts"
+    dense = config.get("mlp_only_layers") or []
+    if dense != list(range(len(dense))):
+        return f"mlp_only_layers = {dense!r}: layers with a dense MLP must be the first ones"
+    return ""
+
+
+def _experts_field(config: dict[str, Any]) -> str | None:
+    return next((field for field in _EXPERTS if config.get(field) not in (None, 0, 1)), None)
+
+
+def _windowed(config: dict[str, Any]) -> str:
+    """Layers that keep less than the whole context need less cache, which a `ModelSpec` cannot say."""
+    kinds = config.get("layer_types") or []
+    others = sorted({str(kind) for kind in kinds} - {"full_attention"})
+    if others:
+        return f"layer_types: {', '.join(others)} is not modelled, full_attention in every layer only"
+    window, positions = config.get("sliding_window"), config["max_position_embeddings"]
+    # Qwen's configs name a window that is off unless it is switched on
+    in_use = config.get("use_sliding_window", not str(config.get("model_type", "")).startswith("qwen"))
+    if kinds or not in_use or not isinstance(window, int) or not isinstance(positions, int) or window >= positions:
+        return ""
+    return f"sliding_window = {window}: windowed attention is not modelled, a cache of the whole context only"
+
+
+def _hf_values(config: dict[str, Any], file: Path) -> dict[str, Any]:
+    values = {ours: config[theirs] for ours, theirs in _HF_FIELDS.items()}
+    heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
+    return values | {
+        "name": file.resolve().parent.name if file.name == "config.json" else file.stem,
+        "source": f"{file}; assumed: bf16 weights and KV, gated MLP",
+        "num_kv_heads": heads if kv_heads is None else kv_heads,
+        "head_dim": _head_dim(config, file),
+        "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "experts": experts_of(config),
+    }
+
+
+def experts_of(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The fields of an `ExpertsSpec`; `None` for a model without experts, or with experts of an unknown kind."""
+    field = _experts_field(config)
+    if field is None or _other_experts(config):
+        return None
+    width = config.get("moe_intermediate_size") or config["intermediate_size"]
+    shared = (config.get("n_shared_experts") or 0) * width
+    return {
+        "num_experts": config[field],
+        "experts_per_token": config.get("num_experts_per_tok"),
+        "intermediate_size": width,
+        "shared_intermediate_size": config.get("shared_expert_intermediate_size") or shared,
+        "dense_layers": config.get("first_k_dense_replace") or len(config.get("mlp_only_layers") or []),
+    }
+
+
+def _head_dim(config: dict[str, Any], file: Path) -> Any:
+    given, width, heads = config.get("head_dim"), config["hidden_size"], config["num_attention_heads"]
+    if given is not None:
+        return given
+    if width % heads:
+        raise SpecError(
+            f"{file}: hidden_size = {width} is no multiple of num_attention_heads = {heads}: head_dim is needed"
+        )
+    return width // heads
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    data = read_json(file, SpecError)
+    if not isinstance(data, dict):
+        raise SpecError(f"{file}: a JSON object is expected, this is a {type(data).__name__}")
+    return data

@@ -1,0 +1,396 @@
+"""Mixtures of experts: how many a batch reads, what they weigh, what they cost, what of their times was measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import clo_sim
+from clo import presets
+from clo.errors import SpecError
+from clo.kernel_tables import ExpertsTable
+from clo.pricing import Pricer, hbm_bytes
+from clo.schedule import Lane, record_step
+from clo.schedule.ops import experts_work
+from clo.schedule.work import Experts
+from clo.specs import ExpertsSpec, ModelSpec, model_from_hf_config
+from clo.traffic import Traffic
+from clo_calibration.tables import experts as points_of
+from clo_calibration.tables import fit, measurements
+from clo_sim.run import simulate
+from clo_sim.scene import Scene
+from clo_sim.serving.prefill import prefill_prices
+
+NO_TRAFFIC = Traffic(
+    **{name: np.zeros((1, 1)) for name in ("spec_heads", "spec_pages", "demand_heads", "demand_pages")},
+    **{name: np.zeros((1, 1)) for name in ("write_back_pages", "requested_pages", "reused_heads")},
+    heads=1.0,
+    overlap=1.0,
+)
+DENSE = presets.load_model("llama-3-8b")
+MIXTURE = {"num_experts": 16, "experts_per_token": 2, "intermediate_size": 1792}
+HARDWARE = {"hbm_bytes_per_s": 4e12, "flops_per_s": 8e14}
+
+needs_package = pytest.mark.skipif(
+    importlib.util.find_spec(measurements.PACKAGE) is None,
+    reason="aiconfigurator-core is not installed (extra `tables`)",
+)
+
+
+def mixture(**fields: Any) -> ModelSpec:
+    """Llama-3-8B with small experts in place of its MLPs."""
+    return DENSE.with_fields(experts=MIXTURE | fields)
+
+
+def scene_of(model: ModelSpec, batch: int = 4, machine: str = "h200") -> Scene:
+    return clo_sim.make_scene(model, machine, context_tokens=8192, batch=batch)
+
+
+def experts_like(**fields: int) -> ExpertsSpec:
+    return ExpertsSpec.parse(MIXTURE | fields)
+
+
+class TestHowMany:
+    @given(st.integers(1, 64), st.data(), st.integers(1, 300))
+    def test_between_what_one_token_passes_and_all(self, count: int, data: st.DataObject, tokens: int) -> None:
+        passed = data.draw(st.integers(1, count))
+        experts = experts_like(num_experts=count, experts_per_token=passed)
+        used = experts.used_by(tokens)
+        assert passed * (1 - 1e-12) <= used <= min(count, passed * tokens) * (1 + 1e-12)
+        assert used <= experts.used_by(tokens + 1)
+
+    def test_one_token_passes_its_experts(self) -> None:
+        assert experts_like().used_by(1) == pytest.approx(2)
+        assert experts_like(num_experts=8, experts_per_token=8).used_by(5) == 8
+
+    @pytest.mark.parametrize("tokens", [2, 7, 40])
+    def test_as_many_as_when_tokens_draw_their_experts(self, tokens: int) -> None:
+        experts, rng, runs = experts_like(num_experts=32, experts_per_token=4), np.random.default_rng(0), 4000
+        scores = rng.random((runs, tokens, 32))
+        chosen = scores.argpartition(4, axis=-1)[..., :4]
+        hit = np.zeros((runs, 32), dtype=bool)
+        np.put_along_axis(hit, chosen.reshape(runs, -1), True, axis=1)
+        drawn = hit.sum(axis=1)
+        assert abs(drawn.mean() - experts.used_by(tokens)) < 4 * drawn.std() / np.sqrt(runs)
+
+    def test_of_an_array_an_array(self) -> None:
+        experts = experts_like()
+        assert experts.used_by(np.arange(1.0, 9.0)) == pytest.approx([experts.used_by(n) for n in range(1, 9)])
+
+
+class TestWeights:
+    @pytest.mark.parametrize(
+        ("name", "all_weights", "used_weights"),
+        # from the model cards: 30.5 and 235 billion in all, 3.3 and 22 billion of them for a token
+        [("qwen3-30b-a3b", 30.5e9, 3.3e9), ("qwen3-235b-a22b", 235e9, 22e9)],
+    )
+    def test_models_weigh_what_their_makers_say(self, name: str, all_weights: float, used_weights: float) -> None:
+        model = presets.load_model(name)
+        embedding = model.vocab_size * model.hidden_size
+        assert model.weight_bytes / 2 == pytest.approx(all_weights, rel=2e-3)
+        assert model.token_weight_values + embedding == pytest.approx(used_weights, rel=0.02)
+
+    def test_experts_by_hand(self) -> None:
+        model = mixture(shared_intermediate_size=100, dense_layers=2)
+        attention = 4096 * (6144 + 4096)
+        dense = attention + 3 * 4096 * 14336
+        rest = attention + 3 * 4096 * 100 + 4096 * 16
+        assert model.layer_weight_values(1) == dense
+        assert model.layer_weight_values(2) == rest + 16 * 3 * 4096 * 1792
+        assert model.weight_bytes == 2 * (2 * dense + 30 * (rest + 16 * 3 * 4096 * 1792) + 2 * 128256 * 4096)
+        assert model.token_weight_values == 2 * dense + 30 * (rest + 2 * 3 * 4096 * 1792) + 128256 * 4096
+        used = 16 * (1 - (14 / 16) ** 3)
+        expected = 2 * dense + 30 * (rest + used * 3 * 4096 * 1792) + 128256 * 4096
+        assert model.step_weight_bytes(3) == pytest.approx(2 * expected)
+
+    @given(st.integers(1, 512))
+    def test_a_step_reads_no_less_than_a_token_uses_and_no_more_than_there_is(self, batch: int) -> None:
+        model = mixture()
+        assert 2 * model.token_weight_values * (1 - 1e-12) <= model.step_weight_bytes(batch) < model.weight_bytes
+
+    @pytest.mark.parametrize("gpus", [2, 4, 8])
+    def test_gpus_share_every_expert_and_each_has_the_router(self, gpus: int) -> None:
+        model = mixture(shared_intermediate_size=64)
+        router = 32 * 4096 * 16 * 2
+        together = gpus * model.shard(gpus).weight_bytes
+        assert together - model.weight_bytes == pytest.approx((gpus - 1) * router)
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"experts_per_token": 17}, r"model.experts: experts_per_token = 17 must be at most num_experts = 16"),
+            ({"dense_layers": 32}, r"experts.dense_layers = 32 must be less than num_layers = 32"),
+            ({"num_experts": 0}, r"model.experts.num_experts = 0"),
+            ({"colour": 1}, r"model.experts.colour: unknown field"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, fields: dict[str, int], message: str) -> None:
+        with pytest.raises(SpecError, match=message):
+            mixture(**fields)
+
+
+class TestConfigs:
+    QWEN: ClassVar[dict[str, Any]] = {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 48,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 262144,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+    @staticmethod
+    def read(folder: Path, config: dict[str, Any]) -> ModelSpec:
+        (folder / "config.json").write_text(json.dumps(config))
+        return model_from_hf_config(folder)
+
+    def test_qwen(self, tmp_path: Path) -> None:
+        preset = presets.load_model("qwen3-30b-a3b")
+        assert self.read(tmp_path, self.QWEN) == preset.with_fields(
+            name=tmp_path.name, source=f"{tmp_path / 'config.json'}; assumed: bf16 weights and KV, gated MLP"
+        )
+
+    @pytest.mark.parametrize(
+        ("changes", "expected"),
+        [
+            (
+                {"model_type": "mixtral", "num_local_experts": 8, "num_experts": None, "moe_intermediate_size": None},
+                {"num_experts": 8, "intermediate_size": 6144},
+            ),
+            ({"model_type": "qwen2_moe", "shared_expert_intermediate_size": 5632}, {"shared_intermediate_size": 5632}),
+            (
+                {
+                    "model_type": "glm4_moe",
+                    "n_routed_experts": 160,
+                    "num_experts": None,
+                    "n_shared_experts": 2,
+                    "first_k_dense_replace": 3,
+                },
+                {"num_experts": 160, "shared_intermediate_size": 1536, "dense_layers": 3},
+            ),
+            ({"mlp_only_layers": [0, 1]}, {"dense_layers": 2}),
+        ],
+        ids=["mixtral", "qwen2_moe", "glm4_moe", "dense first layers"],
+    )
+    def test_other_kinds(self, tmp_path: Path, changes: dict[str, Any], expected: dict[str, int]) -> None:
+        experts = self.read(tmp_path, self.QWEN | changes).experts
+        assert experts is not None
+        assert {name: getattr(experts, name) for name in expected} == expected
+        assert experts.experts_per_token == 8
+
+    @pytest.mark.parametrize(
+        ("changes", "problem"),
+        [
+            ({"model_type": "gpt_oss"}, "experts of model_type = 'gpt_oss' are not known"),
+            ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2: every layer after the first"),
+            ({"mlp_only_layers": [5]}, r"mlp_only_layers = \[5\]: layers with a dense MLP must be the first"),
+            ({"num_experts_per_tok": None}, "model.experts.experts_per_token"),
+            ({"num_experts_per_tok": 200}, "experts_per_token = 200 must be at most num_experts = 128"),
+        ],
+    )
+    def test_what_is_not_known_is_refused(self, tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
+        with pytest.raises(SpecError, match=problem):
+            self.read(tmp_path, self.QWEN | changes)
+
+
+class TestStep:
+    @staticmethod
+    def names(model: ModelSpec, layer: int) -> list[str]:
+        nodes = record_step(scene_of(model).plan(presets.load_design("resident"))).nodes
+        named = [node.op.name for node in nodes if node.lane is Lane.MAIN and node.op.layer == layer]
+        start = named.index("post_norm") + 1
+        return [name for name in named[start:] if name not in ("final_norm", "lm_head", "sample")]
+
+    def test_experts_take_the_place_of_the_mlp(self) -> None:
+        model = mixture(dense_layers=2)
+        assert self.names(model, 1) == ["gate_up_proj", "activation", "down_proj"]
+        assert self.names(model, 2) == ["router_proj", "route", "experts"]
+        shared = mixture(shared_intermediate_size=64)
+        assert self.names(shared, 5) == [*self.names(model, 1), *self.names(model, 2)]
+
+    @pytest.mark.parametrize("batch", [1, 8])
+    def test_a_step_differs_by_what_takes_the_place_of_the_mlp(self, batch: int) -> None:
+        scenes = [scene_of(model, batch) for model in (DENSE, mixture(dense_layers=2, shared_intermediate_size=256))]
+        dense, mixed = (simulate(scene, "resident", executor="clock") for scene in scenes)
+        ops = ("gate_up_proj", "activation", "down_proj", "router_proj", "route", "experts")
+        seconds = [sum(one.ops[name].seconds for name in ops if name in one.ops) for one in (dense, mixed)]
+        assert mixed.ops["experts"].calls == mixed.ops["route"].calls == 30
+        assert mixed.tpot_s - dense.tpot_s == pytest.approx(seconds[1] - seconds[0], rel=1e-9)
+        assert mixed.ops["experts"].source == "aiconfigurator"
+
+    def test_the_price_is_the_tables(self) -> None:
+        scene = scene_of(mixture(), batch=5)
+        experts, table = scene.model.experts, scene.profile.experts  # type: ignore[union-attr]
+        assert experts is not None
+        assert table is not None
+        used = 16 * (1 - (14 / 16) ** 5)
+        work = experts_work(scene.model, experts, 5)
+        assert (work.num_used, work.rows) == pytest.approx((used, 10 / used))
+        pricer = Pricer(scene.profile, scene.machine)  # type: ignore[arg-type]
+        seconds = table.seconds(3 * used * 4096 * 1792, 10 / used)
+        assert pricer.seconds(work, NO_TRAFFIC) == pytest.approx(seconds)
+        assert hbm_bytes(work, NO_TRAFFIC) == pytest.approx(2 * 3 * used * 4096 * 1792)
+
+    def test_on_gpus_that_share_the_model_each_reads_its_part(self) -> None:
+        model = mixture()
+        whole, part = (experts_work(one, one.experts, 4) for one in (model, model.shard(4)))  # type: ignore[arg-type]
+        assert part == replace(whole, intermediate_size=1792 // 4)
+
+    def test_the_roofline_reads_the_experts_in_use(self) -> None:
+        model = mixture()
+        roof = simulate(scene_of(model), "resident", executor="clock").roofline
+        attended = 4 * 8192 * model.kv_bytes_per_token
+        assert roof.hbm_bytes == pytest.approx(model.step_weight_bytes(4) + attended)
+        attention = 4 * 8192 * 4 * 32 * 128 * 32
+        assert roof.compute_s == pytest.approx((4 * 2 * model.token_weight_values + attention) / 989e12)
+
+    def test_every_design_runs_and_says_how_tokens_are_sent(self) -> None:
+        for name in presets.names("designs"):
+            result = simulate(scene_of(mixture()), name)
+            assert any("evenly and independently" in note for note in result.assumptions)
+
+    def test_times_from_another_gpu_are_not_measured_ones(self) -> None:
+        result = simulate(scene_of(mixture(), machine="a100"), "resident")
+        assert result.ops["experts"].source == "assumed"
+        assert any("times of experts, measured on NVIDIA H100" in note for note in result.assumptions)
+
+    def test_a_profile_without_experts_is_named(self) -> None:
+        scene = scene_of(mixture())
+        bare = scene.profile.model_copy(update={"experts": None})
+        with pytest.raises(SpecError, match=r"model\.experts: profile h200 has no times of experts"):
+            simulate(replace(scene, profile=bare), "clo")
+
+
+class TestPrefill:
+    @staticmethod
+    def prices(model: ModelSpec, chunk_tokens: int) -> Any:
+        return prefill_prices(
+            scene_of(model), presets.load_design("clo"), chunk_tokens=chunk_tokens, keeps_prefixes=False
+        )
+
+    @pytest.mark.parametrize("tokens", [1, 300])
+    def test_a_chunk_differs_by_what_takes_the_place_of_the_mlp(self, tokens: int) -> None:
+        model = mixture(shared_intermediate_size=256)
+        scene = scene_of(model)
+        pricer, profile = Pricer(scene.profile, scene.machine), scene.profile  # type: ignore[arg-type]
+        work = experts_work(model, model.experts, tokens)  # type: ignore[arg-type]
+        mlp = [pricer.gemm_seconds(tokens, n, k) for n, k in ((28672, 4096), (4096, 14336))]
+        mixed = [pricer.gemm_seconds(tokens, n, k) for n, k in ((512, 4096), (4096, 256), (16, 4096))]
+        mixed.append(pricer.experts_seconds(work.weight_values, work.rows))
+        small = profile.elementwise  # type: ignore[union-attr]
+        rate = small.efficiency * scene.machine.gpu.hbm_bytes_per_s
+        routed = small.latency_s + tokens * (3 * 256 - 3 * 14336 + 4 * 16) * 2 / rate
+        expected = 32 * (sum(mixed) - sum(mlp) + routed)
+        found = [self.prices(one, tokens).dense_ns[tokens] / 1e9 for one in (DENSE, model)]
+        assert found[1] - found[0] == pytest.approx(expected, rel=1e-6, abs=2e-9)
+
+    def test_experts_are_among_what_tables_price(self) -> None:
+        share = [self.prices(model, 2048).table_share for model in (DENSE, mixture())]
+        assert 0.5 < min(share) <= max(share) <= 1.0
+
+
+def timed_experts(law: Any, shapes: list[tuple[int, int, int, int]]) -> dict[str, np.ndarray[Any, Any]]:
+    """Columns as `aiconfigurator-core` has them."""
+    rows = [
+        (tokens, *shape, gpus)
+        for shape in shapes
+        for tokens in (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
+        for gpus in (1, 2, 4, 8, 16)
+    ]
+    names = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size")
+    columns: dict[str, Any] = dict(zip(names, np.array(rows, dtype=np.int64).T, strict=True))
+    sizes = points_of.sizes(np.array(rows, dtype=np.float64))
+    labels = {"moe_dtype": "bfloat16", "distribution": "balanced", "version": "1.0", "device": "Test GPU"}
+    columns |= {k: np.full(len(rows), v, dtype=object) for k, v in (labels | {"kernel_source": "fused"}).items()}
+    return columns | {"moe_ep_size": np.ones(len(rows), dtype=int), "latency": 1e3 * law(*sizes.T)}
+
+
+SHAPES = [(2048, 768, 8, 128), (4096, 1536, 8, 128), (4096, 14336, 2, 8), (6144, 2048, 4, 64)]
+
+
+def law(weights: Any, rows: Any) -> Any:
+    return 4e-6 + 1.2 * np.maximum(2 * weights / 4e12, 2 * weights * rows / 8e14)
+
+
+class TestFit:
+    def test_sizes_by_hand(self) -> None:
+        points = np.array([[1.0, 64, 32, 2, 8, 1], [3.0, 64, 32, 2, 8, 2], [100.0, 64, 32, 2, 8, 1]])
+        expected = [[3 * 2 * 64 * 32, 1.0], [3 * 6 * 64 * 16, 1.0], [3 * 8 * 64 * 32, 25.0]]
+        np.testing.assert_allclose(points_of.sizes(points), expected)
+        assert len(set(points_of.models(points).tolist())) == 1
+
+    def test_a_known_law_is_recovered_also_for_models_left_out(self) -> None:
+        samples = measurements.expert_samples(timed_experts(law, SHAPES))
+        table, report = fit.fit_experts(samples, HARDWARE)
+        assert report.median < 0.03
+        assert report.p90 < 0.1
+        for weights, rows in ((2e8, 1.0), (1.5e9, 3.0), (1e9, 900.0)):
+            assert table.seconds(weights, rows) == pytest.approx(law(weights, rows), rel=0.1)
+
+    def test_a_model_unlike_the_others_counts_in_the_errors(self) -> None:
+        odd = timed_experts(lambda weights, rows: 3 * law(weights, rows), SHAPES[:1])
+        usual = timed_experts(law, SHAPES[1:])
+        both = {name: np.concatenate([odd[name], usual[name]]) for name in odd}
+        _, report = fit.fit_experts(measurements.expert_samples(both), HARDWARE)
+        assert report.p90 > 0.5
+
+    def test_what_is_moved_to_a_node_stays_as_far_above_the_roofline(self) -> None:
+        samples = measurements.expert_samples(timed_experts(law, SHAPES))
+        empty = ExpertsTable.from_latencies([[1.0]], weight_values=(1.0,), rows=(1.0,), **HARDWARE)
+        nodes = points_of.on_nodes(samples, empty.roofline_seconds)
+        octaves = np.log2(nodes.points) * points_of.NODES_PER_OCTAVE
+        np.testing.assert_allclose(octaves, np.round(octaves))
+        np.testing.assert_allclose(nodes.seconds, law(*nodes.points.T), rtol=0.05)
+
+    @pytest.mark.parametrize(
+        ("column", "value"),
+        [("moe_dtype", "fp8"), ("distribution", "power_law_1.2"), ("moe_ep_size", 2), ("moe_tp_size", 16)],
+    )
+    def test_what_is_not_comparable_is_left_out(self, column: str, value: Any) -> None:
+        columns = timed_experts(law, SHAPES)
+        columns[column] = np.where(columns["num_tokens"] == 64, value, columns[column])
+        kept = measurements.expert_samples(columns)
+        assert 64 not in kept.points[:, points_of.TOKENS]
+        assert kept.points[:, points_of.GPUS].max() == 8
+
+    def test_experts_without_a_gate_are_left_out(self) -> None:
+        columns = timed_experts(law, [*SHAPES, (2688, 1856, 6, 128)])
+        assert 1856 not in measurements.expert_samples(columns).points[:, points_of.WIDTH]
+
+    @needs_package
+    @pytest.mark.parametrize("gpu", list(measurements.GPUS))
+    def test_shipped_tables_are_as_good_on_models_left_out_as_they_say(self, gpu: str) -> None:
+        timed = fit.EXPERTS_OF.get(gpu, gpu)
+        table, report = fit.fit_experts(measurements.read_experts(timed), measurements.read_hardware(timed))
+        assert presets.load_named_profile(gpu).experts == table
+        assert table.median_abs_relative_error == pytest.approx(report.median, abs=1e-4)
+        assert report.median < 0.15
+
+
+def test_the_real_decoder_says_that_it_takes_none() -> None:
+    from clo.engine.random_weights import checked
+
+    with pytest.raises(SpecError, match="mixtures of experts are simulated only"):
+        checked(mixture())
+
+
+def test_equal_work_is_priced_once() -> None:
+    work = experts_work(DENSE, experts_like(), 4)
+    assert isinstance(work, Experts)
+    assert hash(work) == hash(experts_work(DENSE, experts_like(), 4))
