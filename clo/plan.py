@@ -82,6 +82,15 @@ class DecodePlan:
         """First layers whose KV stays on the device and is attended in full."""
         return dense_layers(self.model, self.design)
 
+    def is_sparse(self, layer: int) -> bool:
+        """Whether pages of a layer are selected, or come from the host: not in dense or windowed layers."""
+        return self.dense_layers <= layer < self.model.num_layers and layer not in self.model.windowed_layers
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """All such layers, ascending."""
+        return sparse_layers(self.model, self.design)
+
     @property
     def index_bytes_per_head(self) -> float:
         """Bytes that scoring all pages of one KV head of one sequence reads."""
@@ -93,6 +102,12 @@ def dense_layers(model: ModelSpec, design: Design) -> int:
     if design.attend is Attend.FULL:
         return 0 if design.offloads else model.num_layers
     return min(design.dense_layers, model.num_layers)
+
+
+def sparse_layers(model: ModelSpec, design: Design) -> tuple[int, ...]:
+    """Layers whose pages are selected, or come from the host, ascending."""
+    first = dense_layers(model, design)
+    return tuple(layer for layer in range(first, model.num_layers) if layer not in model.windowed_layers)
 
 
 def pinned_heads(model: ModelSpec, design: Design) -> int:
@@ -206,8 +221,9 @@ def _room(model: ModelSpec, machine: MachineSpec, kv_memory_bytes: float | None)
 def _fixed_memory(
     model: ModelSpec, machine: MachineSpec, design: Design, workload: Workload, pinned: int
 ) -> DeviceMemory:
-    dense = dense_layers(model, design)
-    sparse = model.num_layers - dense
+    apart = set(sparse_layers(model, design))
+    sparse, whole = len(apart), [layer for layer in range(model.num_layers) if layer not in apart]
+    kept_tokens = sum(model.attended_at_most(layer, workload.context_tokens) for layer in whole)
     layer_bytes = workload.batch * workload.context_tokens * model.layer_token_bytes
     window = min(workload.context_tokens, design.num_sink_tokens + design.recent_window_tokens + design.page_size)
     offloaded_heads = sparse * (model.num_kv_heads - pinned) * workload.batch
@@ -215,7 +231,7 @@ def _fixed_memory(
         weights=model.weight_bytes,
         reserve=machine.reserve_bytes,
         window=offloaded_heads * window * model.head_token_bytes,
-        dense_layers=dense * layer_bytes,
+        dense_layers=workload.batch * kept_tokens * model.layer_token_bytes,
         pinned_heads=sparse * layer_bytes * pinned / model.num_kv_heads,
         index=offloaded_heads * index_bytes_per_head(model, design, workload),
         slots=0.0,
@@ -224,7 +240,7 @@ def _fixed_memory(
 
 def _slot_row_bytes(model: ModelSpec, design: Design, workload: Workload, pinned: int) -> float:
     """Device bytes of one slot in every KV head that has slots at the same time."""
-    sparse = model.num_layers - dense_layers(model, design)
+    sparse = len(sparse_layers(model, design))
     # without a cache the slots are a buffer that layers share in turn: one in use, the others being filled
     layers = min(sparse, design.prefetch_depth + 1) if design.cache is Cache.NONE else sparse
     return layers * (model.num_kv_heads - pinned) * workload.batch * design.page_size * model.head_token_bytes
@@ -279,7 +295,7 @@ def _remedy(design: Design) -> str:
 def _host_bytes(model: ModelSpec, machine: MachineSpec, design: Design, workload: Workload) -> float:
     if not design.offloads:
         return 0.0
-    sparse = model.num_layers - dense_layers(model, design)
+    sparse = len(sparse_layers(model, design))
     needed = sparse * workload.batch * workload.context_tokens * model.layer_token_bytes
     if needed > machine.host.memory_bytes:
         raise SpecError(

@@ -197,7 +197,7 @@ class TestConfigs:
     @pytest.mark.parametrize(
         ("changes", "problem"),
         [
-            ({"model_type": "gpt_oss"}, "experts of model_type = 'gpt_oss' are not known"),
+            ({"model_type": "llama4_text"}, "experts of model_type = 'llama4_text' are not known"),
             ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2: every layer after the first"),
             ({"mlp_only_layers": [5]}, r"mlp_only_layers = \[5\]: layers with a dense MLP must be the first"),
             ({"num_experts_per_tok": None}, "model.experts.experts_per_token"),

@@ -516,6 +516,17 @@ class TestCommand:
         assert found["num_candidates"] == 8
         assert found["front"][0]["metrics"]["tpot_s"] == found["best"]["tpot_s"]
 
+    def test_models_with_experts_and_windows_have_columns_beside_others(self, tmp_path: Path) -> None:
+        path = tmp_path / "models.parquet"
+        names = ("qwen3-30b-a3b", "gemma-3-27b", "smollm2-135m")
+        run_json(*EXPLORE, "--vary", f"model={','.join(names)}", "--parquet", str(path))
+        rows = {row["model.name"]: row for row in pq.read_table(path).to_pylist() if row["role"] == "candidate"}
+        for name in names:
+            model, row = presets.load_model(name), rows[name]
+            assert tuple(row["model.windowed_layers"]) == model.windowed_layers
+            assert row["model.window_tokens"] == model.window_tokens
+            assert row["model.experts.num_experts"] == (model.experts and model.experts.num_experts)
+
     def test_a_search_reports_its_front(self, tmp_path: Path) -> None:
         vary = ["--vary", "tau=0.4..0.9", "--vary", "workload.batch=1..8:log", "--evaluations", "20"]
         goals = ["--objective", "tokens_per_s", "--objective", "kv_device_bytes", "--require", "overlap>=0.6"]

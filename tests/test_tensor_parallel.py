@@ -196,7 +196,7 @@ class TestStep:
         scene = shared(whole_scene(), 8)
         found = worth_of_choices(scene, simulate(scene, "clo"), {"pinned_head_fraction": (0.125, 0.75)})
         assert [one.note for one in found.alternatives] == [
-            "pins as many heads on each GPU",
+            "pins as many heads, after rounding",
             "changes the answers: another share of the heads attends in full",
         ]
 

@@ -116,6 +116,7 @@ def explore(
 
     Ctrl-C ends a run early: what was evaluated is printed and written all the same.
     """
+    from clo.errors import SpecError
     from clo.files import check_target
     from clo_cli.bars import phases
     from clo_sim.explore import DEFAULT_GRID, with_intervals
@@ -123,6 +124,8 @@ def explore(
 
     overrides = overrides_from(settings)
     scene, named = scene_from(options, overrides), _named(designs, overrides)
+    if no_sweep and (vary or evaluations is not None):
+        raise SpecError("--no-sweep: compares the named designs only, without --vary and --evaluations")
     space = {} if no_sweep else space_from(vary, scene) or DEFAULT_GRID
     check_conflicts(space, overrides, options["profile"])
     goals = _goals(objectives, bounds)

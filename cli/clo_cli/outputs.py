@@ -94,6 +94,8 @@ def _type(values: Sequence[Any]) -> Any:
         return pa.bool_() if kinds else pa.null()
     if kinds <= {int}:
         return pa.int64()
+    if kinds == {list}:
+        return pa.list_(_type([item for value in values if value is not None for item in value]))
     return pa.float64() if kinds <= {int, float} else pa.string()
 
 

@@ -355,7 +355,10 @@ def _what(kind: str, record: Mapping[str, Any]) -> str:
         per_token = f"{format_bytes(ModelSpec.parse(dict(record)).kv_bytes_per_token)} of KV per token"
         experts = record["experts"]
         mixed = f"{experts['experts_per_token']} of {experts['num_experts']} experts, " if experts else ""
-        return f"{record['num_layers']} layers, {heads}, {mixed}{per_token}, up to {record['max_positions']} tokens"
+        limited = len(record["windowed_layers"])
+        windows = f" ({limited} with a window of {record['window_tokens']})" if limited else ""
+        most = record["max_positions"]
+        return f"{record['num_layers']} layers{windows}, {heads}, {mixed}{per_token}, up to {most} tokens"
     if kind == "machines":
         gpu, link = record["gpu"], record["link"]
         rates = f"HBM {format_bytes(gpu['hbm_bytes_per_s'])}/s, link {format_bytes(link['h2d_bytes_per_s'])}/s"

@@ -99,7 +99,7 @@ def _add_up(m: Machine, ops: StepOps, layer: int) -> None:
 
 
 def _write_back(m: Machine, ops: StepOps, flight: _Flight, layer: int, appended: Token) -> None:
-    if ops.plan.design.offloads and ops.copies_back and layer >= ops.plan.dense_layers:
+    if ops.plan.design.offloads and ops.copies_back and ops.plan.is_sparse(layer):
         m.wait(Lane.D2H, appended, Cause.ORDER)
         flight.written_back = m.launch(Lane.D2H, ops.write_back(layer))
 
@@ -108,11 +108,11 @@ def _prefetch_target(plan: DecodePlan, layer: int) -> int | None:
     """The layer whose pages start to move while `layer` computes."""
     target = layer + plan.design.prefetch_depth
     ahead = plan.design.prefetches and not plan.design.speculates_last_step
-    return target if ahead and plan.dense_layers <= target < plan.model.num_layers else None
+    return target if ahead and plan.is_sparse(target) else None
 
 
 def _attend(m: Machine, ops: StepOps, flight: _Flight, layer: int) -> Token:
-    if layer < ops.plan.dense_layers:
+    if not ops.plan.is_sparse(layer):
         return m.launch(Lane.MAIN, ops.dense_attention(layer))
     arrived = flight.arrived.pop(layer, None)
     if arrived is not None:
@@ -129,7 +129,7 @@ def _demand(m: Machine, ops: StepOps, flight: _Flight, layer: int) -> Step:
     plan = ops.plan
     predicted = flight.chosen.pop(layer, None)
     on_its_way = predicted is not None or layer in flight.arrived
-    if layer < plan.dense_layers or (plan.design.cache is Cache.NONE and on_its_way):
+    if not plan.is_sparse(layer) or (plan.design.cache is Cache.NONE and on_its_way):
         return
     if plan.design.attend is Attend.FULL:
         m.wait(Lane.MAIN, m.launch(Lane.H2D, ops.copy_pages(Stage.DEMAND, layer)), Cause.DEMAND)
@@ -178,7 +178,7 @@ def _fetch_ahead(m: Machine, ops: StepOps, flight: _Flight, target: int) -> Step
 
 def _speculate(m: Machine, ops: StepOps, flight: _Flight, layer: int, attended: Token) -> Step:
     """This step's query chooses what the next step attends to."""
-    if ops.plan.design.speculates_last_step and layer >= ops.plan.dense_layers:
+    if ops.plan.design.speculates_last_step and ops.plan.is_sparse(layer):
         m.wait(Lane.PREFETCH, attended, Cause.ORDER)
         chosen = _select(m, ops, Stage.PREFETCH, layer, Lane.PREFETCH)
         flight.speculated = yield from fetch(m, ops, Stage.PREFETCH, layer, chosen, Lane.PREFETCH)
@@ -188,5 +188,5 @@ def _first_streamed_layers(m: Machine, ops: StepOps, flight: _Flight) -> None:
     """Streamed layers need no query: the first ones are on their way before the step computes anything."""
     plan = ops.plan
     if plan.design.offloads and not plan.design.selects:
-        for layer in range(min(plan.design.prefetch_depth, plan.model.num_layers)):
+        for layer in filter(plan.is_sparse, range(plan.design.prefetch_depth)):
             flight.arrived[layer] = Arrival(m.launch(Lane.H2D, ops.copy_pages(Stage.PREFETCH, layer)))

@@ -95,7 +95,7 @@ class StepOps:
         """
         model, batch = self.plan.model, self.plan.workload.batch
         num_bytes = batch * (2 * model.num_query_heads * model.head_dim * 2.0 + 2 * model.layer_token_bytes)
-        stores = layer >= self.plan.dense_layers and self.plan.design.offloads and not self.copies_back
+        stores = self.plan.is_sparse(layer) and self.plan.design.offloads and not self.copies_back
         leaving = Amount("write_back_pages", self.plan.page_bytes) if stores else 0.0
         return Op("append_kv", layer, Part.MODEL, StreamKernel("elementwise", num_bytes, leaving))
 
@@ -181,8 +181,9 @@ class StepOps:
         return self._attention("pinned_attention", layer, self.plan.workload.context_tokens, heads)
 
     def dense_attention(self, layer: int) -> Op:
-        """Full attention of every head over KV that is wholly on the device."""
-        return self._attention("attention", layer, self.plan.workload.context_tokens, self.plan.model.num_kv_heads)
+        """Full attention of every head over KV that is wholly on the device, in a layer's window if it has one."""
+        tokens = self.plan.model.attended_at_most(layer, self.plan.workload.context_tokens)
+        return self._attention("attention", layer, tokens, self.plan.model.num_kv_heads)
 
     def out_proj(self, layer: int) -> Op:
         """Attention output projection."""

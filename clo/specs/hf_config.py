@@ -41,7 +41,7 @@ def model_from_hf_config(path: Path) -> ModelSpec:
 
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_WITH_EXPERTS = ("glm4_moe", "minimax_m2", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe_text")
+_WITH_EXPERTS = ("glm4_moe", "gpt_oss", "minimax_m2", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe_text")
 """Kinds of model whose fields about experts are known; others mean different things by the same names."""
 
 
@@ -58,7 +58,7 @@ def _not_modelled(config: dict[str, Any]) -> str:
             "quantization_config: quantised weights are not modelled, GEMM times are those of bf16: describe the model "
             "in TOML, with weight_bytes_per_value"
         )
-    return _windowed(config)
+    return _other_windows(config)
 
 
 def _other_experts(config: dict[str, Any]) -> str:
@@ -80,31 +80,62 @@ def _experts_field(config: dict[str, Any]) -> str | None:
     return next((field for field in _EXPERTS if config.get(field) not in (None, 0, 1)), None)
 
 
-def _windowed(config: dict[str, Any]) -> str:
-    """Layers that keep less than the whole context need less cache, which a `ModelSpec` cannot say."""
-    kinds = config.get("layer_types") or []
-    others = sorted({str(kind) for kind in kinds} - {"full_attention"})
+_WITH_WINDOWS = ("gemma2", "gemma3_text", "gpt_oss", "ministral", "olmo3", "qwen2", "qwen3")
+"""Kinds of model whose windowed layers differ from the others in nothing but the window."""
+
+
+def _other_windows(config: dict[str, Any]) -> str:
+    """What about layers that keep less than the whole context is beyond a `ModelSpec`."""
+    kinds, window = config.get("layer_types") or [], config.get("sliding_window")
+    others = sorted({str(kind) for kind in kinds} - {"full_attention", _WINDOWED})
     if others:
-        return f"layer_types: {', '.join(others)} is not modelled, full_attention in every layer only"
-    window, positions = config.get("sliding_window"), config["max_position_embeddings"]
-    # Qwen's configs name a window that is off unless it is switched on
-    in_use = config.get("use_sliding_window", not str(config.get("model_type", "")).startswith("qwen"))
-    if kinds or not in_use or not isinstance(window, int) or not isinstance(positions, int) or window >= positions:
+        return f"layer_types: {', '.join(others)} is not modelled, full_attention and {_WINDOWED} only"
+    if not kinds:
+        # Qwen's configs name a window that is off unless it is switched on
+        in_use = config.get("use_sliding_window", not str(config.get("model_type", "")).startswith("qwen"))
+        limits = in_use and _limits(window, config)
+        return f"sliding_window = {window}: which layers have it is not said (layer_types)" if limits else ""
+    if _WINDOWED not in kinds:
         return ""
-    return f"sliding_window = {window}: windowed attention is not modelled, a cache of the whole context only"
+    if config.get("model_type") not in _WITH_WINDOWS:
+        known = ", ".join(_WITH_WINDOWS)
+        return f"layer_types: windows of model_type = {config.get('model_type')!r} are not known (known: {known})"
+    if not isinstance(window, int):
+        return f"sliding_window = {window!r}: layer_types needs a number of tokens"
+    if len(kinds) != config["num_hidden_layers"] or "full_attention" not in kinds:
+        return "layer_types: one for each layer is expected, and one that attends to the whole context"
+    return ""
+
+
+_WINDOWED = "sliding_attention"
+
+
+def _limits(window: Any, config: dict[str, Any]) -> bool:
+    positions = config["max_position_embeddings"]
+    return isinstance(window, int) and isinstance(positions, int) and window < positions
+
+
+def _windows(config: dict[str, Any]) -> dict[str, Any]:
+    places = [layer for layer, kind in enumerate(config.get("layer_types") or []) if kind == _WINDOWED]
+    window = config.get("sliding_window")
+    return {"window_tokens": window, "windowed_layers": places} if places and _limits(window, config) else {}
 
 
 def _hf_values(config: dict[str, Any], file: Path) -> dict[str, Any]:
     values = {ours: config[theirs] for ours, theirs in _HF_FIELDS.items()}
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
-    return values | {
-        "name": file.resolve().parent.name if file.name == "config.json" else file.stem,
-        "source": f"{file}; assumed: bf16 weights and KV, gated MLP",
-        "num_kv_heads": heads if kv_heads is None else kv_heads,
-        "head_dim": _head_dim(config, file),
-        "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
-        "experts": experts_of(config),
-    }
+    return (
+        values
+        | {
+            "name": file.resolve().parent.name if file.name == "config.json" else file.stem,
+            "source": f"{file}; assumed: bf16 weights and KV, gated MLP",
+            "num_kv_heads": heads if kv_heads is None else kv_heads,
+            "head_dim": _head_dim(config, file),
+            "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
+            "experts": experts_of(config),
+        }
+        | _windows(config)
+    )
 
 
 def experts_of(config: dict[str, Any]) -> dict[str, Any] | None:

@@ -62,6 +62,12 @@ class ModelSpec(Spec):
     weight_bytes_per_value: float = Field(default=2.0, gt=0, description="bytes a weight takes (bf16: 2)")
     kv_bytes_per_value: float = Field(default=2.0, gt=0, description="bytes a key or value element takes (bf16: 2)")
     experts: ExpertsSpec | None = Field(default=None, description="a mixture of experts; none: an MLP in every layer")
+    window_tokens: PositiveInt | None = Field(
+        default=None, description="tokens that windowed layers attend to, and keep"
+    )
+    windowed_layers: tuple[NonNegativeInt, ...] = Field(
+        default=(), description="layers with a sliding window, counted from 0: nothing of theirs is ever offloaded"
+    )
 
     @model_validator(mode="after")
     def _grouped_evenly(self) -> ModelSpec:
@@ -73,6 +79,17 @@ class ModelSpec(Spec):
             raise ValueError(
                 f"experts.dense_layers = {self.experts.dense_layers} must be less than num_layers = {self.num_layers}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _windows(self) -> ModelSpec:
+        places = self.windowed_layers
+        if bool(places) != (self.window_tokens is not None):
+            raise ValueError("windowed_layers and window_tokens go together: give both or none")
+        if list(places) != sorted(set(places)) or (places and places[-1] >= self.num_layers):
+            raise ValueError(f"windowed_layers must ascend, each less than num_layers = {self.num_layers}")
+        if len(places) == self.num_layers:
+            raise ValueError("windowed_layers must leave a layer that attends to the whole context")
         return self
 
     @property
@@ -92,8 +109,14 @@ class ModelSpec(Spec):
 
     @property
     def kv_bytes_per_token(self) -> float:
-        """KV cache of one token in all layers, bytes (Llama-3-8B: 131,072)."""
-        return self.layer_token_bytes * self.num_layers
+        """KV cache of one more token in all layers that keep the whole context, bytes (Llama-3-8B: 131,072)."""
+        return self.layer_token_bytes * (self.num_layers - len(self.windowed_layers))
+
+    def attended_at_most(self, layer: int, context_tokens: int) -> int:
+        """Tokens that a layer keeps and attends to in full attention: all, or those in its window."""
+        if self.window_tokens is None or layer not in self.windowed_layers:
+            return context_tokens
+        return min(context_tokens, self.window_tokens)
 
     @property
     def qkv_width(self) -> int:

@@ -58,4 +58,5 @@ def _set(data: dict[str, Any], path: tuple[str, ...], value: Any, root: str) -> 
         elif isinstance(data[part], dict):
             data = data[part]
         else:
-            raise SpecError(f"{'.'.join((root, *path))}: {part} has no fields of its own")
+            why = "is none here: give it whole, in a file" if data[part] is None else "has no fields of its own"
+            raise SpecError(f"{'.'.join((root, *path))}: {part} {why}")

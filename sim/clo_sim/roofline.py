@@ -45,16 +45,18 @@ def fewest_link_bytes(plan: DecodePlan, source: TrafficSource) -> float:
         return 0.0
     if plan.design.attend is Attend.FULL:
         tokens, heads = plan.workload.context_tokens, plan.offloaded_heads
-        return plan.model.num_layers * heads * tokens * plan.model.head_token_bytes
+        return len(plan.sparse_layers) * heads * tokens * plan.model.head_token_bytes
     return source.fewest_fetched_pages(plan) * plan.page_bytes
 
 
 def _attended_tokens(plan: DecodePlan) -> list[float]:
     """Tokens attended in each layer, summed over its KV heads, one sequence."""
-    heads, pinned = plan.model.num_kv_heads, plan.pinned_heads_per_layer
-    dense = float(heads * plan.workload.context_tokens)
-    sparse = float((heads - pinned) * plan.attended_tokens + pinned * plan.workload.context_tokens)
-    return [dense if layer < plan.dense_layers else sparse for layer in range(plan.model.num_layers)]
+    heads, pinned, context = plan.model.num_kv_heads, plan.pinned_heads_per_layer, plan.workload.context_tokens
+    sparse = float((heads - pinned) * plan.attended_tokens + pinned * context)
+    return [
+        sparse if plan.is_sparse(layer) else float(heads * plan.model.attended_at_most(layer, context))
+        for layer in range(plan.model.num_layers)
+    ]
 
 
 def _flops(plan: DecodePlan) -> float:

@@ -148,7 +148,7 @@ def _draw_heads(plan: DecodePlan, header: TraceHeader) -> NDArray[np.intp]:
     Of a model's own trace a GPU that shares the model has the first heads, as many as its part has.
     """
     model, batch = plan.model, plan.workload.batch
-    layers = np.arange(plan.dense_layers, model.num_layers)
+    layers = np.array(plan.sparse_layers, dtype=np.intp)
     heads = np.arange(model.num_kv_heads)
     if _same_heads(plan, header):
         own = layers[:, None] * header.num_kv_heads + heads
@@ -193,12 +193,13 @@ class _Batch:
     offsets: tuple[int, ...]
 
     def total(self, values: NDArray[np.generic]) -> Counts:
-        """`[recorded_steps, recorded_heads]` -> `[steps, layers]`, zero in dense layers."""
+        """`[recorded_steps, recorded_heads]` -> `[steps, layers]`, zero where nothing is selected."""
         measured = np.asarray(values[self.measured], dtype=np.float64)
         steps = np.arange(len(measured))
         result = np.zeros((len(steps), self.plan.model.num_layers))
+        sparse = list(self.plan.sparse_layers)
         for draw, offset in zip(self.draws, self.offsets, strict=True):
-            result[:, self.plan.dense_layers :] += measured[(steps + offset) % len(steps)] @ draw
+            result[:, sparse] += measured[(steps + offset) % len(steps)] @ draw
         return result
 
 
@@ -221,7 +222,7 @@ def _batch(plan: DecodePlan, header: TraceHeader, history: HeadHistory) -> _Batc
 def _stand_in(plan: DecodePlan, trace: AttentionTrace, policy: Policy, history: HeadHistory) -> Traffic:
     batch = _batch(plan, trace.header, history)
     scale = plan.budget_pages / policy.budget_pages
-    heads = float(plan.offloaded_heads * (plan.model.num_layers - plan.dense_layers))
+    heads = float(plan.offloaded_heads * len(plan.sparse_layers))
     spec_heads = batch.total(history.spec_missed)
     steps = len(spec_heads)
     overlap = float(batch.total(history.overlap).sum()) / (heads * steps) if heads else 1.0
@@ -241,7 +242,7 @@ def _stand_in(plan: DecodePlan, trace: AttentionTrace, policy: Policy, history: 
 
 def _requested(plan: DecodePlan, pages: float, steps: int) -> Counts:
     requested = np.zeros((steps, plan.model.num_layers))
-    requested[:, plan.dense_layers :] = plan.offloaded_heads * pages
+    requested[:, list(plan.sparse_layers)] = plan.offloaded_heads * pages
     return requested
 
 
@@ -264,7 +265,7 @@ def _nothing_moves(plan: DecodePlan) -> Traffic:
         write_back_pages=none,
         requested_pages=_requested(plan, plan.budget_pages, steps),
         reused_heads=none,
-        heads=float(plan.offloaded_heads * (plan.model.num_layers - plan.dense_layers)),
+        heads=float(plan.offloaded_heads * len(plan.sparse_layers)),
         overlap=1.0,
     )
 
@@ -285,7 +286,7 @@ def _everything_moves(plan: DecodePlan) -> Traffic:
         write_back_pages=_write_back(plan, steps),
         requested_pages=all_pages,
         reused_heads=none,
-        heads=float(plan.offloaded_heads * plan.model.num_layers),
+        heads=float(plan.offloaded_heads * len(plan.sparse_layers)),
         overlap=1.0,
     )
 

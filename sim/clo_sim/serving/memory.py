@@ -50,7 +50,7 @@ def memory_room(scene: Scene) -> MemoryRoom:
 
 def memory_need(scene: Scene, design: Design) -> MemoryNeed:
     """The line through the needs of the longest context and of half of it, raised above those in between."""
-    lengths = _probes(scene.model.max_positions)
+    lengths = _probes(scene.model.max_positions, scene.model.window_tokens or 1)
     plans = {tokens: smallest_plan(scene, design, batch=1, context_tokens=tokens) for tokens in lengths}
     long, half = lengths[-1], lengths[-2]
     per_token = math.ceil(max(0.0, (plans[long].memory.kv - plans[half].memory.kv) / (long - half)))
@@ -64,8 +64,8 @@ def memory_need(scene: Scene, design: Design) -> MemoryNeed:
     )
 
 
-def _probes(longest: int) -> list[int]:
-    lengths = {longest, max(1, longest // 2)}
+def _probes(longest: int, window: int) -> list[int]:
+    lengths = {longest, max(1, longest // 2), min(window, longest)}
     length = 16
     while length < longest:
         lengths |= {length, length + 1}

@@ -5,7 +5,8 @@ A simplification, with these parts:
 - dense layers: the profile's tables of GEMMs and experts at as many rows as the chunk has tokens (measured, or carried
   over to this GPU), the bytes of norms and activations over device memory, and all-reduces where GPUs share the model;
 - attention: 4 x query heads x head_dim flops for each pair of a new token and one before it, at `ATTENTION_EFFICIENCY`
-  of the datasheet rate (no table of measured prefill attention is used);
+  of the datasheet rate (no table of measured prefill attention is used); in windowed layers every token attends to a
+  whole window;
 - link: offloaded layers read the prompt's earlier KV back from the host, layer by layer, chunk after chunk; what the
   prefix cache holds of the layers on the GPU comes once; new KV goes out. Both directions are taken to overlap with
   compute perfectly: a chunk takes the longest of compute, way in and way out.
@@ -21,7 +22,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from clo.plan import dense_layers, pinned_heads
+from clo.plan import pinned_heads, sparse_layers
 from clo.pricing import Pricer
 from clo.schedule.decode import BEST_TOKEN_VALUES
 from clo.schedule.ops import experts_work
@@ -103,13 +104,16 @@ def prefill_prices(
     """
     model, link = scene.part, scene.machine.link
     pricer = Pricer(gpu_tables(scene.profile, "serving"), scene.machine)
-    resident = dense_layers(model, design) if design.offloads else model.num_layers
+    sparse = len(sparse_layers(model, design)) if design.offloads else 0
     pinned = pinned_heads(model, design) / model.num_kv_heads
-    offloaded = (model.num_layers - resident) * model.layer_token_bytes * (1 - pinned)
-    leaving = model.kv_bytes_per_token if keeps_prefixes else (model.num_layers - resident) * model.layer_token_bytes
-    flops = 4.0 * model.num_query_heads * model.head_dim * model.num_layers
-    head, sharing = Gemm(m=1, n=model.vocab_size, k=model.hidden_size), scene.machine.tensor_parallel
+    offloaded = sparse * model.layer_token_bytes * (1 - pinned)
+    leaving = model.kv_bytes_per_token if keeps_prefixes else sparse * model.layer_token_bytes
     attention = 1.0 if draw is None else draw.factor("prefill_attention", ATTENTION_SPREAD)
+    layer_flops = 4.0 * model.num_query_heads * model.head_dim
+    pair_s = attention * layer_flops / (ATTENTION_EFFICIENCY * scene.machine.gpu.peak_flops_per_s)
+    windowed = len(model.windowed_layers)
+    in_windows = windowed * (model.window_tokens or 0) * pair_s * _up_to(chunk_tokens)
+    head, sharing = Gemm(m=1, n=model.vocab_size, k=model.hidden_size), scene.machine.tensor_parallel
     tables, small = _table_seconds(scene, pricer, chunk_tokens), _elementwise_seconds(scene, pricer, chunk_tokens)
     errors = [pricer.uncertainty(work) for work in tables] + [("elementwise", pricer.profile.elementwise.spread)]
     factors = [1.0 if draw is None else draw.factor(*error) for error in errors]
@@ -117,11 +121,11 @@ def prefill_prices(
     best = factors[1] * pricer.all_reduce_seconds(sharing, BEST_TOKEN_VALUES) if sharing > 1 else 0.0
     shares = parts[:, -1] / parts[:, -1].sum()
     return PrefillPrices(
-        dense_ns=_whole_ns(np.array(factors) @ parts),
+        dense_ns=_whole_ns(np.array(factors) @ parts + in_windows),
         table_share=float(shares[:-1].sum()),
         known_share=float(sum(share for share, (_, spread) in zip(shares, errors, strict=True) if spread)),
         head_ns=round((factors[0] * pricer.gemm_seconds(head.m, head.n, head.k) + best) * NS_PER_S),
-        pair_ns=attention * flops / (ATTENTION_EFFICIENCY * scene.machine.gpu.peak_flops_per_s) * NS_PER_S,
+        pair_ns=(model.num_layers - windowed) * pair_s * NS_PER_S,
         in_ns=offloaded / link.h2d_bytes_per_s * NS_PER_S,
         cached_in_ns=(model.kv_bytes_per_token - offloaded) / link.h2d_bytes_per_s * NS_PER_S,
         out_ns=leaving / link.d2h_bytes_per_s * NS_PER_S,
