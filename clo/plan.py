@@ -221,9 +221,9 @@ def _room(model: ModelSpec, machine: MachineSpec, kv_memory_bytes: float | None)
 def _fixed_memory(
     model: ModelSpec, machine: MachineSpec, design: Design, workload: Workload, pinned: int
 ) -> DeviceMemory:
-    apart = set(sparse_layers(model, design))
-    sparse, whole = len(apart), [layer for layer in range(model.num_layers) if layer not in apart]
-    kept_tokens = sum(model.attended_at_most(layer, workload.context_tokens) for layer in whole)
+    sparse, windowed = len(sparse_layers(model, design)), len(model.windowed_layers)
+    in_windows = windowed * min(workload.context_tokens, model.window_tokens or 0)
+    kept_tokens = (model.num_layers - sparse - windowed) * workload.context_tokens + in_windows
     layer_bytes = workload.batch * workload.context_tokens * model.layer_token_bytes
     window = min(workload.context_tokens, design.num_sink_tokens + design.recent_window_tokens + design.page_size)
     offloaded_heads = sparse * (model.num_kv_heads - pinned) * workload.batch

@@ -151,8 +151,7 @@ class ModelSpec(Spec):
     def weight_bytes(self) -> float:
         """All weights on the device, bytes."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        layers = sum(self.layer_weight_values(layer) for layer in range(self.num_layers))
-        return (layers + embeddings) * self.weight_bytes_per_value
+        return (self._layers_values(None) + embeddings) * self.weight_bytes_per_value
 
     def step_weight_bytes(self, batch: int) -> float:
         """Weights that a decode step of `batch` sequences reads, bytes.
@@ -167,8 +166,13 @@ class ModelSpec(Spec):
         return self._used_values(self.experts.experts_per_token if self.experts else None)
 
     def _used_values(self, num_experts: float | None) -> float:
-        layers = sum(self.layer_weight_values(layer, num_experts) for layer in range(self.num_layers))
-        return layers + self.vocab_size * self.hidden_size
+        return self._layers_values(num_experts) + self.vocab_size * self.hidden_size
+
+    def _layers_values(self, num_experts: float | None) -> float:
+        """Weights of all layers; those with experts are alike, and so are the others."""
+        mixed = self.num_expert_layers
+        first, last = (self.layer_weight_values(layer, num_experts) for layer in (0, self.num_layers - 1))
+        return (self.num_layers - mixed) * first + mixed * last
 
     def shard(self, num_gpus: int) -> ModelSpec:
         """What each of `num_gpus` GPUs holds and computes: its heads, its part of each MLP and of the vocabulary.
