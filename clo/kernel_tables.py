@@ -31,7 +31,7 @@ LOG_STEP = 5e-4
 """Resolution of a stored log-latency: rounding moves a time by at most 0.025%."""
 
 BYTES_PER_VALUE = 2
-"""All tables are for bfloat16."""
+"""All tables are for bfloat16, but for weights in fp8 where a table says so."""
 
 
 def _ascending(axis: tuple[float, ...]) -> tuple[float, ...]:
@@ -214,14 +214,23 @@ def _unpack(text: str, shape: tuple[int, ...]) -> NDArray[np.int64]:
     return np.cumsum((low + (high << 8)).reshape(shape), axis=-1)
 
 
+_WEIGHT_BYTES = "of a weight, 2 or 1: fp8 kernels do twice the arithmetic in the same time"
+
+
+def _rate(table: GemmTable | ExpertsTable) -> float:
+    """Datasheet flop/s of kernels with such weights."""
+    return table.flops_per_s * BYTES_PER_VALUE / table.weight_bytes
+
+
 class GemmTable(KernelTable):
-    """Time of `C[m, n] = A[m, k] @ B[k, n]` in bfloat16 (a linear layer: m rows, k inputs, n outputs)."""
+    """Time of `C[m, n] = A[m, k] @ B[k, n]` (a linear layer: m rows, k inputs, n outputs), in bfloat16 or fp8."""
 
     ARGUMENTS: ClassVar[tuple[str, ...]] = ("m", "n", "k")
 
     m: Axis
     n: Axis
     k: Axis
+    weight_bytes: PositiveFloat = Field(default=2.0, description=_WEIGHT_BYTES)
 
     @overload
     def seconds(self, m: float, n: float, k: float) -> float: ...
@@ -234,21 +243,23 @@ class GemmTable(KernelTable):
 
     def roofline_seconds(self, m: Any, n: Any, k: Any) -> Any:
         """`max(bytes / HBM bandwidth, flops / peak)` with every matrix moved once."""
-        num_bytes = BYTES_PER_VALUE * (m * k + k * n + m * n)
-        return np.maximum(num_bytes / self.hbm_bytes_per_s, 2.0 * m * n * k / self.flops_per_s)
+        num_bytes = BYTES_PER_VALUE * (m * k + m * n) + self.weight_bytes * k * n
+        return np.maximum(num_bytes / self.hbm_bytes_per_s, 2.0 * m * n * k / _rate(self))
 
 
 class ExpertsTable(KernelTable):
     """Time of a mixture of experts: those used read `weight_values` weights, and `rows` tokens pass each, in the mean.
 
-    Gate, up and down projection in bfloat16, without the router. What bounds such kernels, bytes and arithmetic, needs
-    no more than these two numbers; what experts of the same size differ by otherwise is in the table's errors.
+    Gate, up and down projection in bfloat16 or fp8, without the router. What bounds such kernels, bytes and
+    arithmetic, needs no more than these two numbers; what experts of the same size differ by otherwise is in the
+    table's errors.
     """
 
     ARGUMENTS: ClassVar[tuple[str, ...]] = ("weight_values", "rows")
 
     weight_values: Axis
     rows: Axis
+    weight_bytes: PositiveFloat = Field(default=2.0, description=_WEIGHT_BYTES)
 
     @overload
     def seconds(self, weight_values: float, rows: float) -> float: ...
@@ -261,8 +272,8 @@ class ExpertsTable(KernelTable):
 
     def roofline_seconds(self, weight_values: Any, rows: Any) -> Any:
         """`max(bytes / HBM bandwidth, flops / peak)` with every weight used read once."""
-        num_bytes = BYTES_PER_VALUE * weight_values
-        return np.maximum(num_bytes / self.hbm_bytes_per_s, 2.0 * weight_values * rows / self.flops_per_s)
+        num_bytes = self.weight_bytes * weight_values
+        return np.maximum(num_bytes / self.hbm_bytes_per_s, 2.0 * weight_values * rows / _rate(self))
 
 
 class AllReduceTable(KernelTable):

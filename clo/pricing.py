@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from clo.errors import SpecError
 from clo.kernel_scaling import measured_on, scaled_seconds
-from clo.kernel_tables import BYTES_PER_VALUE, AllReduceTable, ExpertsTable, KernelTable
+from clo.kernel_tables import BYTES_PER_VALUE, AllReduceTable, ExpertsTable, GemmTable, KernelTable
 from clo.profile import Cost, InterferenceCost, Profile, Source, StreamCost
 from clo.schedule.machine import Lane
 from clo.schedule.work import (
@@ -106,9 +106,9 @@ class Prices(Protocol):
 def hbm_bytes(work: Work, traffic: Traffic) -> Seconds:
     """Bytes `work` moves through device memory."""
     if isinstance(work, Gemm):
-        return 2.0 * (work.m * work.k + work.k * work.n + work.m * work.n)
+        return BYTES_PER_VALUE * (work.m * work.k + work.m * work.n) + _weight_bytes(work) * work.k * work.n
     if isinstance(work, Experts):
-        return BYTES_PER_VALUE * work.weight_values
+        return _weight_bytes(work) * work.weight_values
     if isinstance(work, DecodeAttention):
         heads = work.batch * work.num_kv_heads
         return 2.0 * heads * work.kv_tokens * work.head_dim * work.kv_bytes_per_value
@@ -119,6 +119,10 @@ def hbm_bytes(work: Work, traffic: Traffic) -> Seconds:
     if isinstance(work, ZeroCopy | Copy | BarWrite):
         return link_bytes(work, traffic)
     return 0.0
+
+
+def _weight_bytes(work: Gemm | Experts) -> float:
+    return 1.0 if work.fp8 else float(BYTES_PER_VALUE)
 
 
 def link_bytes(work: Work, traffic: Traffic) -> Seconds:
@@ -249,13 +253,13 @@ class Pricer:
         """What the link and the host memory behind it can deliver, bytes/s."""
         return min(self.machine.link.h2d_bytes_per_s, self.machine.host.memory_bytes_per_s)
 
-    def gemm_seconds(self, m: Any, n: Any, k: Any) -> Any:
+    def gemm_seconds(self, m: Any, n: Any, k: Any, *, fp8: bool = False) -> Any:
         """Time of `C[m, n] = A[m, k] @ B[k, n]` on this machine's GPU; sizes are numbers or arrays."""
-        return scaled_seconds(self.profile.gemm, self.machine.gpu, m, n, k)
+        return scaled_seconds(self.gemm_table(fp8), self.machine.gpu, m, n, k)
 
-    def experts_seconds(self, weight_values: Any, rows: Any) -> Any:
+    def experts_seconds(self, weight_values: Any, rows: Any, *, fp8: bool = False) -> Any:
         """Time of a layer's experts that read `weight_values` weights, each for `rows` tokens; numbers or arrays."""
-        return scaled_seconds(self._experts_table, self.machine.gpu, weight_values, rows)
+        return scaled_seconds(self.experts_table(fp8), self.machine.gpu, weight_values, rows)
 
     def all_reduce_seconds(self, num_gpus: Any, num_values: Any) -> Any:
         """Time until all of `num_gpus` GPUs have the sum of `num_values` of each, as where it was measured.
@@ -295,7 +299,7 @@ class Pricer:
 
     @_seconds.register
     def _(self, work: Gemm, traffic: Traffic) -> Seconds:
-        return float(self.gemm_seconds(work.m, work.n, work.k))
+        return float(self.gemm_seconds(work.m, work.n, work.k, fp8=work.fp8))
 
     @_seconds.register
     def _(self, work: DecodeAttention, traffic: Traffic) -> Seconds:
@@ -306,7 +310,7 @@ class Pricer:
 
     @_seconds.register
     def _(self, work: Experts, traffic: Traffic) -> Seconds:
-        return float(self.experts_seconds(work.weight_values, work.rows))
+        return float(self.experts_seconds(work.weight_values, work.rows, fp8=work.fp8))
 
     @_seconds.register
     def _(self, work: AllReduce, traffic: Traffic) -> Seconds:
@@ -364,8 +368,12 @@ class Pricer:
         if isinstance(work, AllReduce):
             return self._all_reduce_table
         if isinstance(work, Experts):
-            return self._experts_table
-        return self.profile.gemm if isinstance(work, Gemm) else self.profile.decode_attention
+            return self.experts_table(work.fp8)
+        return self.gemm_table(work.fp8) if isinstance(work, Gemm) else self.profile.decode_attention
+
+    def gemm_table(self, fp8: bool) -> GemmTable:
+        """The profile's times of GEMMs; those of bf16 weights where it has none of fp8."""
+        return self.profile.gemm_fp8 if fp8 and self.profile.gemm_fp8 is not None else self.profile.gemm
 
     @property
     def _all_reduce_table(self) -> AllReduceTable:
@@ -379,9 +387,9 @@ class Pricer:
             )
         return table
 
-    @property
-    def _experts_table(self) -> ExpertsTable:
-        table = self.profile.experts
+    def experts_table(self, fp8: bool) -> ExpertsTable:
+        """The profile's times of experts, likewise. Raises `SpecError` where it has none."""
+        table = self.profile.experts_fp8 if fp8 and self.profile.experts_fp8 is not None else self.profile.experts
         if table is None:
             raise SpecError(f"model.experts: profile {self.profile.name} has no times of experts")
         return table

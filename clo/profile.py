@@ -141,9 +141,11 @@ class Profile(Spec):
     note: str = ""
 
     gemm: GemmTable
+    gemm_fp8: GemmTable | None = None
     decode_attention: DecodeAttentionTable
     all_reduce: AllReduceTable | None = None
     experts: ExpertsTable | None = None
+    experts_fp8: ExpertsTable | None = None
 
     elementwise: StreamCost
     hit_test: StreamCost

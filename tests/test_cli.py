@@ -292,7 +292,7 @@ class TestShow:
         assert "log_latency" not in json.dumps(costs)  # packed tables say nothing to a reader
         assert costs["gemm"]["source"] == "aiconfigurator"
         assert costs["zero_copy"]["source"] == "assumed"
-        assert sum(costs["sources"].values()) == 24
+        assert sum(costs["sources"].values()) == 26
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mixtures import DENSE, HARDWARE, MIXTURE, SHAPES, law, mixture, timed_experts
 
 import clo_sim
 from clo import presets
@@ -35,19 +36,10 @@ NO_TRAFFIC = Traffic(
     heads=1.0,
     overlap=1.0,
 )
-DENSE = presets.load_model("llama-3-8b")
-MIXTURE = {"num_experts": 16, "experts_per_token": 2, "intermediate_size": 1792}
-HARDWARE = {"hbm_bytes_per_s": 4e12, "flops_per_s": 8e14}
-
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec(measurements.PACKAGE) is None,
     reason="aiconfigurator-core is not installed (extra `tables`)",
 )
-
-
-def mixture(**fields: Any) -> ModelSpec:
-    """Llama-3-8B with small experts in place of its MLPs."""
-    return DENSE.with_fields(experts=MIXTURE | fields)
 
 
 def scene_of(model: ModelSpec, batch: int = 4, machine: str = "h200") -> Scene:
@@ -163,7 +155,7 @@ class TestConfigs:
     def test_qwen(self, tmp_path: Path) -> None:
         preset = presets.load_model("qwen3-30b-a3b")
         assert self.read(tmp_path, self.QWEN) == preset.with_fields(
-            name=tmp_path.name, source=f"{tmp_path / 'config.json'}; assumed: bf16 weights and KV, gated MLP"
+            name=tmp_path.name, source=f"{tmp_path / 'config.json'}; assumed: bf16 weights, bf16 KV, gated MLP"
         )
 
     @pytest.mark.parametrize(
@@ -303,29 +295,6 @@ class TestPrefill:
     def test_experts_are_among_what_tables_price(self) -> None:
         share = [self.prices(model, 2048).table_share for model in (DENSE, mixture())]
         assert 0.5 < min(share) <= max(share) <= 1.0
-
-
-def timed_experts(law: Any, shapes: list[tuple[int, int, int, int]]) -> dict[str, np.ndarray[Any, Any]]:
-    """Columns as `aiconfigurator-core` has them."""
-    rows = [
-        (tokens, *shape, gpus)
-        for shape in shapes
-        for tokens in (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
-        for gpus in (1, 2, 4, 8, 16)
-    ]
-    names = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size")
-    columns: dict[str, Any] = dict(zip(names, np.array(rows, dtype=np.int64).T, strict=True))
-    sizes = points_of.sizes(np.array(rows, dtype=np.float64))
-    labels = {"moe_dtype": "bfloat16", "distribution": "balanced", "version": "1.0", "device": "Test GPU"}
-    columns |= {k: np.full(len(rows), v, dtype=object) for k, v in (labels | {"kernel_source": "fused"}).items()}
-    return columns | {"moe_ep_size": np.ones(len(rows), dtype=int), "latency": 1e3 * law(*sizes.T)}
-
-
-SHAPES = [(2048, 768, 8, 128), (4096, 1536, 8, 128), (4096, 14336, 2, 8), (6144, 2048, 4, 64)]
-
-
-def law(weights: Any, rows: Any) -> Any:
-    return 4e-6 + 1.2 * np.maximum(2 * weights / 4e12, 2 * weights * rows / 8e14)
 
 
 class TestFit:

@@ -42,6 +42,8 @@ def build_profile(gpu: str, data_root: Path | None = None) -> Profile:
         decode_attention=tables.decode_attention,
         all_reduce=tables.all_reduce,
         experts=tables.experts,
+        gemm_fp8=tables.gemm_fp8,
+        experts_fp8=tables.experts_fp8,
         **_costs(gpu),
     )
 

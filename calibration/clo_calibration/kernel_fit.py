@@ -14,8 +14,9 @@ from clo_calibration.tables.measurements import GPUS, systems_folder
 
 def to_json(tables: FittedTables) -> str:
     """The tables as one JSON object, by their names in a profile."""
-    names = ("gemm", "decode_attention", "all_reduce", "experts")
-    data = {name: getattr(tables, name).model_dump(mode="json") for name in names}
+    names = ("gemm", "gemm_fp8", "decode_attention", "all_reduce", "experts", "experts_fp8")
+    fitted = {name: getattr(tables, name) for name in names}
+    data = {name: table.model_dump(mode="json") for name, table in fitted.items() if table is not None}
     return json.dumps(data, separators=(",", ":")) + "\n"
 
 

@@ -68,7 +68,8 @@ def price_name(op: Op) -> str:
 def experts_work(model: ModelSpec, experts: ExpertsSpec, tokens: Any) -> Experts:
     """What the experts of a layer do for `tokens` tokens, routed evenly and independently."""
     used = experts.used_by(tokens)
-    return Experts(used, tokens * experts.experts_per_token / used, model.hidden_size, experts.intermediate_size)
+    rows = tokens * experts.experts_per_token / used
+    return Experts(used, rows, model.hidden_size, experts.intermediate_size, model.has_fp8_weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +206,7 @@ class StepOps:
 
     def router_proj(self, layer: int, experts: ExpertsSpec) -> Op:
         """How well every expert suits every token."""
-        return self._gemm("router_proj", layer, experts.num_experts, self.plan.model.hidden_size)
+        return self._gemm("router_proj", layer, experts.num_experts, self.plan.model.hidden_size, fp8=False)
 
     def route(self, layer: int, experts: ExpertsSpec) -> Op:
         """The best experts of every token and their weights (float32 scores read twice)."""
@@ -218,7 +219,8 @@ class StepOps:
 
     def lm_head(self) -> Op:
         """Vocabulary projection after the last layer."""
-        return self._gemm("lm_head", self.last_layer, self.plan.model.vocab_size, self.plan.model.hidden_size)
+        model = self.plan.model
+        return self._gemm("lm_head", self.last_layer, model.vocab_size, model.hidden_size, fp8=False)
 
     def sample(self) -> Op:
         """Sampling over the logits (float32 read twice)."""
@@ -244,8 +246,10 @@ class StepOps:
         """What follows the layers is counted with the last of them."""
         return self.plan.model.num_layers - 1
 
-    def _gemm(self, name: str, layer: int, n: int, k: int) -> Op:
-        return Op(name, layer, Part.MODEL, Gemm(self.plan.workload.batch, n, k))
+    def _gemm(self, name: str, layer: int, n: int, k: int, *, fp8: bool | None = None) -> Op:
+        """In the precision of the layers' weights unless `fp8` says otherwise."""
+        narrow = self.plan.model.has_fp8_weights if fp8 is None else fp8
+        return Op(name, layer, Part.MODEL, Gemm(self.plan.workload.batch, n, k, narrow))
 
     def _attention(self, name: str, layer: int, kv_tokens: int, kv_heads: int) -> Op:
         model = self.plan.model

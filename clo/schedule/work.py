@@ -25,11 +25,12 @@ Quantity = float | Amount
 
 @dataclass(frozen=True, slots=True)
 class Gemm:
-    """Dense product `[m, k] x [k, n]` with its weights read from device memory."""
+    """Dense product `[m, k] x [k, n]` with its weights, bf16 or fp8, read from device memory."""
 
     m: int
     n: int
     k: int
+    fp8: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class Experts:
     rows: float
     hidden_size: int
     intermediate_size: int
+    fp8: bool = False
 
     @property
     def weight_values(self) -> float:

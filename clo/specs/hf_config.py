@@ -31,10 +31,11 @@ def model_from_hf_config(path: Path) -> ModelSpec:
     missing = [theirs for theirs in _HF_FIELDS.values() if theirs not in text_config]
     if missing:
         raise SpecError(f"{file}: no field {missing[0]!r}: not the config of a decoder-only transformer")
-    if problem := _not_modelled(config | text_config):
+    merged = config | text_config
+    if problem := _not_modelled(merged):
         raise SpecError(f"{file}: {problem}")
     try:
-        values = _hf_values(text_config, file)
+        values = _hf_values(merged, file)
     except (TypeError, ZeroDivisionError) as error:
         raise SpecError(f"{file}: head counts and sizes must be positive whole numbers ({error})") from None
     return ModelSpec.parse(values, where=str(file))
@@ -53,12 +54,17 @@ def _not_modelled(config: dict[str, Any]) -> str:
         )
     if problem := _other_experts(config):
         return problem
-    if config.get("quantization_config"):
+    if config.get("quantization_config") and not _has_fp8_weights(config):
         return (
-            "quantization_config: quantised weights are not modelled, GEMM times are those of bf16: describe the model "
-            "in TOML, with weight_bytes_per_value"
+            "quantization_config: of quantised weights only fp8 ones are modelled: describe the model in TOML, with "
+            "weight_bytes_per_value (GEMM times are then those of bf16)"
         )
     return _other_windows(config)
+
+
+def _has_fp8_weights(config: dict[str, Any]) -> bool:
+    quantized = config.get("quantization_config")
+    return isinstance(quantized, dict) and quantized.get("quant_method") == "fp8"
 
 
 def _other_experts(config: dict[str, Any]) -> str:
@@ -124,11 +130,13 @@ def _windows(config: dict[str, Any]) -> dict[str, Any]:
 def _hf_values(config: dict[str, Any], file: Path) -> dict[str, Any]:
     values = {ours: config[theirs] for ours, theirs in _HF_FIELDS.items()}
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
+    fp8 = _has_fp8_weights(config)
     return (
         values
         | {
             "name": file.resolve().parent.name if file.name == "config.json" else file.stem,
-            "source": f"{file}; assumed: bf16 weights and KV, gated MLP",
+            "source": f"{file}; assumed: {'fp8' if fp8 else 'bf16'} weights, bf16 KV, gated MLP",
+            "weight_bytes_per_value": 1.0 if fp8 else 2.0,
             "num_kv_heads": heads if kv_heads is None else kv_heads,
             "head_dim": _head_dim(config, file),
             "tied_embeddings": bool(config.get("tie_word_embeddings", False)),

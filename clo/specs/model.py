@@ -59,7 +59,11 @@ class ModelSpec(Spec):
     vocab_size: PositiveInt
     max_positions: PositiveInt = Field(description="longest context the model accepts, tokens")
     tied_embeddings: bool = False
-    weight_bytes_per_value: float = Field(default=2.0, gt=0, description="bytes a weight takes (bf16: 2)")
+    weight_bytes_per_value: float = Field(
+        default=2.0,
+        gt=0,
+        description="bytes a weight of the layers takes (bf16: 2, fp8: 1); embeddings and head take 2 at least",
+    )
     kv_bytes_per_value: float = Field(default=2.0, gt=0, description="bytes a key or value element takes (bf16: 2)")
     experts: ExpertsSpec | None = Field(default=None, description="a mixture of experts; none: an MLP in every layer")
     window_tokens: PositiveInt | None = Field(
@@ -150,23 +154,31 @@ class ModelSpec(Spec):
     @property
     def weight_bytes(self) -> float:
         """All weights on the device, bytes."""
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        return (self._layers_values(None) + embeddings) * self.weight_bytes_per_value
+        embeddings = self._head_bytes * (1 if self.tied_embeddings else 2)
+        return self._layers_values(None) * self.weight_bytes_per_value + embeddings
 
     def step_weight_bytes(self, batch: int) -> float:
         """Weights that a decode step of `batch` sequences reads, bytes.
 
         All but the input embedding, of which it reads a row a sequence, and the experts that no sequence passes.
         """
-        return self._used_values(self.experts.used_by(batch) if self.experts else None) * self.weight_bytes_per_value
+        used = self._layers_values(self.experts.used_by(batch) if self.experts else None)
+        return used * self.weight_bytes_per_value + self._head_bytes
 
     @property
     def token_weight_values(self) -> float:
         """Weights that one token is multiplied with: two operations each."""
-        return self._used_values(self.experts.experts_per_token if self.experts else None)
+        used = self._layers_values(self.experts.experts_per_token if self.experts else None)
+        return used + self.vocab_size * self.hidden_size
 
-    def _used_values(self, num_experts: float | None) -> float:
-        return self._layers_values(num_experts) + self.vocab_size * self.hidden_size
+    @property
+    def has_fp8_weights(self) -> bool:
+        """Whether the projections of the layers run with fp8 weights."""
+        return self.weight_bytes_per_value == 1.0
+
+    @property
+    def _head_bytes(self) -> float:
+        return self.vocab_size * self.hidden_size * max(2.0, self.weight_bytes_per_value)
 
     def _layers_values(self, num_experts: float | None) -> float:
         """Weights of all layers; those with experts are alike, and so are the others."""

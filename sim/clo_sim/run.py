@@ -13,10 +13,11 @@ import numpy as np
 
 from clo.errors import SpecError
 from clo.kernel_scaling import measured_on
+from clo.kernel_tables import BYTES_PER_VALUE
 from clo.metrics import StepTimes
 from clo.operation_costs import OperationProfile
 from clo.plan import DecodePlan, pinned_heads
-from clo.pricing import Seconds, hbm_bytes, link_bytes
+from clo.pricing import Pricer, Seconds, hbm_bytes, link_bytes
 from clo.profile import Source
 from clo.results import OpTotal, Result
 from clo.schedule import Cause, Lane, Node, Part
@@ -95,7 +96,8 @@ def summarise(scene: Scene, plan: DecodePlan, priced: PricedStep, times: StepTim
 
 def assumptions_of(scene: Scene, plan: DecodePlan, priced: PricedStep) -> tuple[str, ...]:
     """What traffic and kernel times take for granted, a line each."""
-    return (*priced.traffic.assumptions, *_table_notes(scene), *_experts_notes(scene), *_sharing_notes(scene, plan))
+    tables = (*_table_notes(scene), *_weight_notes(scene), *_experts_notes(scene))
+    return (*priced.traffic.assumptions, *tables, *_sharing_notes(scene, plan))
 
 
 def _experts_notes(scene: Scene) -> tuple[str, ...]:
@@ -103,10 +105,23 @@ def _experts_notes(scene: Scene) -> tuple[str, ...]:
     if scene.model.experts is None:
         return ()
     notes = ["every token is sent to experts evenly and independently: real routing is skewed and reads fewer of them"]
-    table = None if isinstance(scene.profile, OperationProfile) else scene.profile.experts
-    if table is not None and not measured_on(table, scene.machine.gpu):
-        notes.append(f"times of experts, measured on {table.device}, grow or shrink as their roofline does")
+    if not isinstance(scene.profile, OperationProfile):
+        table = Pricer(scene.profile, scene.machine).experts_table(scene.model.has_fp8_weights)
+        if not measured_on(table, scene.machine.gpu):
+            notes.append(f"times of experts, measured on {table.device}, grow or shrink as their roofline does")
     return tuple(notes)
+
+
+def _weight_notes(scene: Scene) -> tuple[str, ...]:
+    """Weights that are not bf16 run other kernels, or should."""
+    width, profile = scene.model.weight_bytes_per_value, scene.profile
+    if width == BYTES_PER_VALUE or isinstance(profile, OperationProfile):
+        return ()
+    if not scene.model.has_fp8_weights or profile.gemm_fp8 is None:
+        return (f"weights of {width:g} bytes take as long as bf16 ones: {profile.name} has no times for them",)
+    if scene.model.experts is not None and profile.experts_fp8 is None:
+        return (f"experts with fp8 weights take as long as bf16 ones: {profile.name} has no times for them",)
+    return ("fp8 weights take the fastest fp8 kernels that were timed, and activations are brought to fp8 in no time",)
 
 
 def _sharing_notes(scene: Scene, plan: DecodePlan) -> tuple[str, ...]:

@@ -32,6 +32,13 @@ def models(points: Floats) -> Floats:
     return np.unique(columns, axis=0, return_inverse=True)[1].reshape(-1).astype(np.float64)
 
 
+def no_slower(samples: Samples, others: Samples) -> Samples:
+    """Those of `samples` that took no longer than the same point of `others`: slower kernels nobody would choose."""
+    limits = dict(zip(map(tuple, others.points.tolist()), others.seconds.tolist(), strict=True))
+    times = zip(map(tuple, samples.points.tolist()), samples.seconds.tolist(), strict=True)
+    return samples.take(np.array([seconds <= limits.get(point, 0.0) for point, seconds in times], dtype=bool))
+
+
 def on_nodes(samples: Samples, roofline: Callable[..., Floats]) -> Samples:
     """`samples` at the nearest nodes of a grid in their two sizes, carried there along the roofline above the floor.
 

@@ -6,7 +6,7 @@ the held-out points with the very table that ships. Knows nothing about profiles
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,9 +16,12 @@ from clo.kernel_tables import AllReduceTable, DecodeAttentionTable, ExpertsTable
 from clo_calibration.tables import experts
 from clo_calibration.tables.grid import Grid, fill, interpolate, make_grid
 from clo_calibration.tables.measurements import (
+    BF16,
+    FP8,
     PACKAGE_VERSION,
     Bools,
     Samples,
+    Weights,
     read_all_reduce,
     read_decode_attention,
     read_experts,
@@ -35,6 +38,10 @@ WITHOUT_NVLINK = ("l40s", "rtx-pro-6000")
 """GPUs that reach each other by PCIe only."""
 EXPERTS_OF = {"a100": "h100"}
 """GPUs whose experts were never timed evenly used, by the one whose times they borrow."""
+
+WITHOUT_FP8 = ("a100",)
+"""GPUs whose tensor cores know no fp8."""
+WEIGHT_BYTES = {BF16: 2.0, FP8: 1.0}
 
 Table = TypeVar("Table", bound=KernelTable)
 
@@ -60,6 +67,8 @@ class FittedTables:
     decode_attention: DecodeAttentionTable
     all_reduce: AllReduceTable
     experts: ExpertsTable
+    gemm_fp8: GemmTable | None
+    experts_fp8: ExpertsTable | None
     report: tuple[FitReport, ...]
 
 
@@ -71,9 +80,12 @@ def split(num_samples: int, seed: int) -> Bools:
     return held_out
 
 
-def fit_gemm(samples: Samples, hardware: dict[str, float], *, seed: int = 0) -> tuple[GemmTable, FitReport]:
+def fit_gemm(
+    samples: Samples, hardware: dict[str, float], *, weights: Weights = BF16, seed: int = 0
+) -> tuple[GemmTable, FitReport]:
     """Fit a GEMM table to four fifths of the samples and test it on the rest."""
-    return _fit(GemmTable, samples, hardware, seed=seed, axes=_axes(samples))
+    axes = _axes(samples)
+    return _fit(GemmTable, samples, hardware, seed=seed, axes=axes, weight_bytes=WEIGHT_BYTES[weights])
 
 
 def fit_decode_attention(
@@ -108,12 +120,15 @@ def fit_all_reduce(
     return _fit(AllReduceTable, samples, hardware, seed=seed, axes=axes, ship_all=True, over_host_link=over_host_link)
 
 
-def fit_experts(samples: Samples, hardware: dict[str, float]) -> tuple[ExpertsTable, FitReport]:
+def fit_experts(
+    samples: Samples, hardware: dict[str, float], *, weights: Weights = BF16
+) -> tuple[ExpertsTable, FitReport]:
     """Fit a table of mixtures of experts to all samples; its errors are on models that it was fitted without."""
+    width = WEIGHT_BYTES[weights]
     groups = experts.models(samples.points)
     predicted = np.empty(len(groups))
     for group in np.unique(groups):
-        without = _experts_table(samples.take(groups != group), hardware)
+        without = _experts_table(samples.take(groups != group), hardware, width)
         predicted[groups == group] = without.seconds(*experts.sizes(samples.points[groups == group]).T)
     median, p90 = abs_relative_errors(predicted, samples.seconds)
     report = FitReport(
@@ -123,15 +138,21 @@ def fit_experts(samples: Samples, hardware: dict[str, float]) -> tuple[ExpertsTa
         median=median,
         p90=p90,
     )
-    return _experts_table(samples, hardware).with_fields(**_quality(report)), report
+    return _experts_table(samples, hardware, width).with_fields(**_quality(report)), report
 
 
-def _experts_table(samples: Samples, hardware: dict[str, float]) -> ExpertsTable:
-    empty = ExpertsTable.from_latencies([[1.0]], weight_values=(1.0,), rows=(1.0,), **hardware)
+def fp8_experts(gpu: str, data_root: Path | None = None) -> Samples:
+    """Measured mixtures of experts with fp8 weights, without kernels that bf16 ones outrun."""
+    return experts.no_slower(read_experts(gpu, data_root, weights=FP8), read_experts(gpu, data_root))
+
+
+def _experts_table(samples: Samples, hardware: dict[str, float], weight_bytes: float) -> ExpertsTable:
+    wide = hardware | {"weight_bytes": weight_bytes}
+    empty = ExpertsTable.from_latencies([[1.0]], weight_values=(1.0,), rows=(1.0,), **wide)
     nodes = experts.on_nodes(samples, empty.roofline_seconds)
     axes = _axes(nodes)
     grid = make_grid(nodes.points, nodes.seconds, axes)
-    table, _ = _table(ExpertsTable, grid, _fields(ExpertsTable, axes, samples, hardware))
+    table, _ = _table(ExpertsTable, grid, _fields(ExpertsTable, axes, samples, wide))
     return table.with_fields(num_filled=_unmeasured(grid))
 
 
@@ -249,10 +270,18 @@ def fit_tables(gpu: str, data_root: Path | None = None, seed: int = 0) -> Fitted
     )
     timed = EXPERTS_OF.get(gpu, gpu)
     mixture, mixture_report = fit_experts(read_experts(timed, data_root), read_hardware(timed, data_root))
+    gemm_fp8, experts_fp8 = None, None
+    narrow_reports: list[FitReport] = []
+    if gpu not in WITHOUT_FP8:
+        gemm_fp8, *narrow_reports = fit_gemm(read_gemm(gpu, data_root, weights=FP8), hardware, weights=FP8, seed=seed)
+        experts_fp8, report = fit_experts(fp8_experts(gpu, data_root), hardware, weights=FP8)
+        narrow_reports = [replace(one, kernel=f"{one.kernel}, fp8") for one in (*narrow_reports, report)]
     return FittedTables(
         gemm=gemm,
         decode_attention=decode,
         all_reduce=reduce,
         experts=mixture,
-        report=(gemm_report, decode_report, reduce_report, mixture_report),
+        gemm_fp8=gemm_fp8,
+        experts_fp8=experts_fp8,
+        report=(gemm_report, decode_report, reduce_report, mixture_report, *narrow_reports),
     )

@@ -28,6 +28,11 @@ GPUS = {
 PACKAGE = "aiconfigurator_core"
 PACKAGE_VERSION = "0.12.0"
 
+Weights = tuple[str, ...]
+BF16: Weights = ("bfloat16",)
+FP8: Weights = ("fp8", "fp8_block")
+"""With one scale for each matrix, or for each block of it: whichever kernel was faster counts."""
+
 Bools = NDArray[np.bool_]
 
 
@@ -64,10 +69,10 @@ def read_hardware(gpu: str, data_root: Path | None = None) -> dict[str, float]:
     return {"hbm_bytes_per_s": _number(text, "mem_bw", path), "flops_per_s": _number(text, "bfloat16_tc_flops", path)}
 
 
-def read_gemm(gpu: str, data_root: Path | None = None) -> Samples:
-    """Measured bfloat16 GEMMs of vLLM: points are (m, n, k)."""
+def read_gemm(gpu: str, data_root: Path | None = None, *, weights: Weights = BF16) -> Samples:
+    """Measured GEMMs of vLLM with such `weights`: points are (m, n, k)."""
     columns = _read(_newest(gpu, "gemm", data_root) / "gemm_perf.parquet")
-    return gemm_samples(columns)
+    return gemm_samples(columns, weights)
 
 
 def read_decode_attention(gpu: str, data_root: Path | None = None) -> Samples:
@@ -86,10 +91,10 @@ EVENLY = "balanced"
 """How tokens were sent to experts, among others: to each as many."""
 
 
-def read_experts(gpu: str, data_root: Path | None = None, *, routing: str = EVENLY) -> Samples:
-    """Measured bfloat16 mixtures of experts of vLLM: points as `clo_calibration.tables.experts` has them."""
+def read_experts(gpu: str, data_root: Path | None = None, *, routing: str = EVENLY, weights: Weights = BF16) -> Samples:
+    """Measured mixtures of experts of vLLM with such `weights`: points as in `clo_calibration.tables.experts`."""
     columns = _read(_newest(gpu, "moe", data_root) / "moe_perf.parquet")
-    return expert_samples(columns, routing)
+    return expert_samples(columns, routing, weights)
 
 
 NOT_GATED = ((2688, 1856), (2048, 5120), (4096, 2688))
@@ -97,9 +102,9 @@ NOT_GATED = ((2688, 1856), (2048, 5120), (4096, 2688))
 MOST_GPUS = 8
 
 
-def expert_samples(columns: dict[str, NDArray[Any]], routing: str = EVENLY) -> Samples:
-    """Select bfloat16 rows of gated experts, split over up to 8 GPUs, that tokens were sent to by `routing`."""
-    chosen = (columns["moe_dtype"] == "bfloat16") & (columns["distribution"] == routing)
+def expert_samples(columns: dict[str, NDArray[Any]], routing: str = EVENLY, weights: Weights = BF16) -> Samples:
+    """Select rows of gated experts, split over up to 8 GPUs, that tokens were sent to by `routing`."""
+    chosen = np.isin(columns["moe_dtype"].astype(str), weights) & (columns["distribution"] == routing)
     chosen &= (columns["moe_ep_size"] == 1) & (columns["moe_tp_size"] <= MOST_GPUS)
     for hidden, width in NOT_GATED:
         chosen &= ~((columns["hidden_size"] == hidden) & (columns["inter_size"] == width))
@@ -114,9 +119,9 @@ def all_reduce_samples(columns: dict[str, NDArray[Any]]) -> Samples:
     return _samples(columns, chosen, [columns["num_gpus"], columns["message_size"]])
 
 
-def gemm_samples(columns: dict[str, NDArray[Any]]) -> Samples:
-    """Select bfloat16 rows of a GEMM file (latency in milliseconds)."""
-    return _samples(columns, columns["gemm_dtype"] == "bfloat16", [columns[name] for name in "mnk"])
+def gemm_samples(columns: dict[str, NDArray[Any]], weights: Weights = BF16) -> Samples:
+    """Select rows of a GEMM file with such `weights` (latency in milliseconds)."""
+    return _samples(columns, np.isin(columns["gemm_dtype"].astype(str), weights), [columns[name] for name in "mnk"])
 
 
 def decode_attention_samples(columns: dict[str, NDArray[Any]]) -> Samples:
@@ -132,7 +137,7 @@ def decode_attention_samples(columns: dict[str, NDArray[Any]]) -> Samples:
 def _samples(columns: dict[str, NDArray[Any]], chosen: Bools, arguments: list[NDArray[Any]]) -> Samples:
     points = np.stack([values[chosen].astype(np.float64) for values in arguments], axis=1)
     if not len(points):
-        raise ProfileError("no bfloat16 row in the measurements")
+        raise ProfileError("no such row in the measurements")
     kernels = sorted({str(name) for name in columns["kernel_source"][chosen]})
     labels = {
         "framework_version": f"vllm {columns['version'][chosen][0]}",

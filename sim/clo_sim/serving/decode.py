@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from clo.errors import SpecError
 from clo.kernel_scaling import measured_on
 from clo.plan import DecodePlan
+from clo.pricing import Pricer
 from clo.specs import Design
 from clo_sim.clock import step_seconds
 from clo_sim.intervals import CostDraw, known_share
@@ -109,8 +110,9 @@ class DecodePrices:
     def kernels_measured(self) -> bool:
         """Whether times of GEMMs, and of all-reduces and experts if there are any, were measured on this GPU."""
         profile, machine = gpu_tables(self.scene.profile, "serving"), self.scene.machine
-        experts = profile.experts if self.scene.model.experts else None
-        tables = (profile.gemm, experts, profile.all_reduce if machine.tensor_parallel > 1 else None)
+        pricer, fp8 = Pricer(profile, machine), self.scene.model.has_fp8_weights
+        experts = pricer.experts_table(fp8) if self.scene.model.experts else None
+        tables = (pricer.gemm_table(fp8), experts, profile.all_reduce if machine.tensor_parallel > 1 else None)
         return all(measured_on(table, machine.gpu) for table in tables if table is not None)
 
     @property

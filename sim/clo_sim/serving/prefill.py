@@ -136,7 +136,9 @@ def _table_seconds(scene: Scene, pricer: Pricer, chunk_tokens: int) -> dict[Work
     """What measured tables price of 1, 2, ... tokens, by the work of a full chunk: GEMMs first."""
     model, sharing = scene.part, scene.machine.tensor_parallel
     found: dict[Work, Floats] = {
-        Gemm(chunk_tokens, model.qkv_width, model.hidden_size): _gemm_seconds(scene, pricer, chunk_tokens)
+        Gemm(chunk_tokens, model.qkv_width, model.hidden_size, model.has_fp8_weights): _gemm_seconds(
+            scene, pricer, chunk_tokens
+        )
     }
     if sharing > 1:
         sums = AllReduce(sharing, chunk_tokens * model.hidden_size)
@@ -151,20 +153,24 @@ def _gemm_seconds(scene: Scene, pricer: Pricer, chunk_tokens: int) -> Floats:
     """GEMMs of all layers for 1, 2, ... tokens."""
     model = scene.part
     hidden, attended = model.hidden_size, model.num_query_heads * model.head_dim
-    products: Counter[tuple[int, int]] = Counter()
+    fp8 = model.has_fp8_weights
+    products: Counter[tuple[int, int, bool]] = Counter()
     for layer in range(model.num_layers):
         width, experts = model.mlp_width(layer), model.experts_in(layer)
-        mlp = [(2 * width, hidden), (hidden, width)] if width else []
-        router = [(experts.num_experts, hidden)] if experts else []
-        products.update([(model.qkv_width, hidden), (hidden, attended), *mlp, *router])
+        mlp = [(2 * width, hidden, fp8), (hidden, width, fp8)] if width else []
+        router = [(experts.num_experts, hidden, False)] if experts else []
+        products.update([(model.qkv_width, hidden, fp8), (hidden, attended, fp8), *mlp, *router])
     tokens = _up_to(chunk_tokens)
-    return np.asarray(sum(count * pricer.gemm_seconds(tokens, n, k) for (n, k), count in products.items()))
+    return np.asarray(
+        sum(count * pricer.gemm_seconds(tokens, n, k, fp8=narrow) for (n, k, narrow), count in products.items())
+    )
 
 
 def _experts_seconds(model: ModelSpec, experts: ExpertsSpec, pricer: Pricer, chunk_tokens: int) -> Floats:
     """Experts of all layers for 1, 2, ... tokens."""
     work = experts_work(model, experts, _up_to(chunk_tokens))
-    return np.asarray(model.num_expert_layers * pricer.experts_seconds(work.weight_values, work.rows))
+    seconds = pricer.experts_seconds(work.weight_values, work.rows, fp8=work.fp8)
+    return np.asarray(model.num_expert_layers * seconds)
 
 
 def _up_to(chunk_tokens: int) -> Floats:
