@@ -27,6 +27,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -171,6 +172,19 @@ def builders() -> dict[str, object]:
     }
 
 
+def kernel_cache(out: Path) -> dict[str, str]:
+    """Where Triton may not keep what it compiles where it usually does: a folder that all steps share."""
+    if "TRITON_CACHE_DIR" in os.environ:
+        return {}
+    usual = Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~")) / ".triton" / "cache"
+    try:
+        usual.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=usual).close()
+    except OSError:
+        return {"TRITON_CACHE_DIR": str(out / "triton-cache")}
+    return {}
+
+
 def installed(package: str) -> bool:
     """Whether this Python can import it."""
     return importlib.util.find_spec(package) is not None
@@ -206,7 +220,13 @@ def run_step(step: Step, out: Path, limit_s: float) -> Outcome:
         # tests that share something costly are a group; the others go to whoever is free
         command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "loadgroup"]
     paths = [str(ROOT / folder) for folder in SOURCES] + list(filter(None, [os.environ.get("PYTHONPATH")]))
-    variables = {**QUEUES, **os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    variables = {
+        **QUEUES,
+        **kernel_cache(out),
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONUNBUFFERED": "1",
+    }
     begun, log = time.monotonic(), out / "log.txt"
     with log.open("ab") as stream:
         stream.write(f"\n== {step.name}: {' '.join(command)}\n".encode())

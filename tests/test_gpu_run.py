@@ -114,6 +114,20 @@ def test_children_see_the_callers_path_after_the_sources(
     assert (Path(first).resolve(), last) == (SCRIPT.parent.parent.resolve(), "/the/callers")
 
 
+def test_where_home_takes_no_files_kernels_are_kept_beside_the_results(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert gpu.kernel_cache(tmp_path / "out") == {}
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    assert gpu.kernel_cache(tmp_path / "out") == {"TRITON_CACHE_DIR": str(tmp_path / "out" / "triton-cache")}
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/chosen")
+    assert gpu.kernel_cache(tmp_path / "out") == {}
+
+
 def test_no_step_begins_when_time_is_over(gpu: ModuleType, tmp_path: Path) -> None:
     steps = (gpu.Step("late", ("-c", "raise SystemExit(1)"), 20),)
     assert gpu.run_steps(steps, tmp_path, {}, seconds=0)[0].result == "skipped: no time left"

@@ -29,6 +29,7 @@ from clo.engine.layers import Layer, OffloadedLayer, StreamedLayer
 from clo.engine.make_layers import make_layers
 from clo.engine.models.anatomy import project_query
 from clo.engine.models.network import Network
+from clo.engine.prefill import query_length
 from clo.engine.step_traffic import StepTraffic
 from clo.errors import EngineError, SpecError
 from clo.plan import DecodePlan
@@ -357,10 +358,11 @@ class _CacheLayer(DynamicLayer):  # type: ignore[misc]
         """Tokens seen so far."""
         return self._cache.decoded_length() if self._cache.decodes else int(super().get_seq_length())
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query: int | torch.Tensor) -> tuple[int, int]:
         """Every cached token and the new ones; of one token that is decoded no mask is made."""
-        alone = self._cache.decodes and query_length == 1
-        return self.get_seq_length() + (0 if alone else query_length), 0
+        count = query_length(query)
+        alone = self._cache.decodes and count == 1
+        return self.get_seq_length() + (0 if alone else count), 0
 
     def reset(self) -> None:
         """Not possible once decoding has begun."""

@@ -69,6 +69,11 @@ def _nothing() -> None:
     pass
 
 
+def query_length(query: int | torch.Tensor) -> int:
+    """How many new tokens the library asks a mask for: some of its versions say their number, some their positions."""
+    return query if isinstance(query, int) else len(query)
+
+
 class _PrefillCache(Cache):  # type: ignore[misc]
     """What the model takes for its KV cache: layers that pass on what they are given. One sequence."""
 
@@ -93,19 +98,23 @@ class _PassingLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.seen = 0
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def lazy_initialization(self, *_: torch.Tensor) -> None:
         """The decoder's layers have their room already."""
 
     def get_seq_length(self) -> int:
         """Tokens seen so far."""
         return self.seen
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query: int | torch.Tensor) -> tuple[int, int]:
         """Tokens to attend, and the first of them."""
-        return self.seen + query_length, 0
+        return self.seen + query_length(query), 0
 
     def get_max_length(self) -> int:
         """No limit of its own."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """As versions of the library before `get_max_length` call it."""
         return -1
 
 

@@ -26,10 +26,16 @@ class Staging:
         if not two_memories(layer.shape.device):
             self._taken[user] = torch.empty((count, rows.shape[1]), dtype=rows.dtype)
             return self._taken[user]
+        most = layer.selection.pages.numel()
         if user not in self._pinned:
-            most = layer.selection.pages.numel()
             pages = torch.empty((most, rows.shape[1]), dtype=rows.dtype, pin_memory=True)
             self._pinned[user] = pages, torch.empty(most, dtype=torch.int64, pin_memory=True)
+        if self._device is None:
+            # now, though nothing may have to be sent: what is sent later may be what a kernel polls for
+            self._device = (
+                torch.empty((most, rows.shape[1]), dtype=rows.dtype, device=layer.shape.device),
+                torch.empty(most, dtype=torch.int64, device=layer.shape.device),
+            )
         self._taken[user] = self._pinned[user][0][:count]
         return self._taken[user]
 
@@ -39,18 +45,11 @@ class Staging:
         if not len(target):
             return
         if user in self._pinned:
-            pages, target = self._sent(user, layer, pages, target)
+            pages, target = self._sent(user, pages, target)
         layer.slot_rows.index_copy_(0, target, pages)
 
-    def _sent(
-        self, user: object, layer: OffloadedLayer, pages: torch.Tensor, target: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._device is None:
-            whole = self._pinned[user]
-            self._device = (
-                torch.empty(whole[0].shape, dtype=whole[0].dtype, device=layer.shape.device),
-                torch.empty(whole[1].shape, dtype=whole[1].dtype, device=layer.shape.device),
-            )
+    def _sent(self, user: object, pages: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._device is not None
         pinned_target = self._pinned[user][1][: len(target)]
         pinned_target.copy_(target)
         arrived, where = self._device[0][: len(pages)], self._device[1][: len(target)]

@@ -16,10 +16,10 @@ from small import DIM, KV_HEADS, LAYERS, PAGE, WINDOW, design, prompt, small_mod
 from clo import presets
 from clo.engine.decoder import Decoder
 from clo.engine.heads import HeadProfile
-from clo.engine.layers import DenseLayer, Layer, OffloadedLayer
+from clo.engine.layers import DenseLayer, Layer, LayerShape, OffloadedLayer
 from clo.engine.make_layers import make_layers
 from clo.engine.models.network import Network
-from clo.engine.prefill import PREFILL_CHUNK_TOKENS, prefill_bytes, read_into
+from clo.engine.prefill import PREFILL_CHUNK_TOKENS, _DensePrompt, prefill_bytes, read_into
 from clo.engine.prompts import Prompt, read_prompt
 from clo.errors import EngineError
 from clo.specs import Design, Selector
@@ -363,3 +363,16 @@ class TestFaults:
             pytest.raises(OSError, match="no space"),
         ):
             decoder.prefill([prompt(LONG)])
+
+
+def test_a_layer_answers_what_any_version_of_the_library_asks() -> None:
+    """New tokens by their number or by their positions; the longest cache under either name."""
+    shape = LayerShape(
+        batch=1, num_query_heads=6, num_kv_heads=2, head_dim=16, max_tokens=8, scale=1.0,
+        dtype=torch.float32, device=torch.device("cpu"),
+    )  # fmt: skip
+    layer = _DensePrompt(DenseLayer(shape), 0)
+    layer.lazy_initialization(torch.zeros(1))
+    layer.seen = 4
+    assert layer.get_mask_sizes(3) == layer.get_mask_sizes(torch.arange(4, 7)) == (7, 0)
+    assert layer.get_max_length() == layer.get_max_cache_shape() == -1
