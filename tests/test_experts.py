@@ -111,6 +111,11 @@ class TestWeights:
         expected = 2 * dense + 30 * (rest + used * 3 * 4096 * 1792) + 128256 * 4096
         assert model.step_weight_bytes(3) == pytest.approx(2 * expected)
 
+    def test_a_number_of_layers_in_error_costs_no_time(self) -> None:
+        one, many = (mixture(dense_layers=2).with_fields(num_layers=layers) for layers in (3, 10**9 + 3))
+        assert many.weight_bytes - one.weight_bytes == pytest.approx(2e9 * one.layer_weight_values(2))
+        assert many.token_weight_values > 1e9 * one.layer_weight_values(2, 2)
+
     @given(st.integers(1, 512))
     def test_a_step_reads_no_less_than_a_token_uses_and_no_more_than_there_is(self, batch: int) -> None:
         model = mixture()
@@ -200,6 +205,10 @@ class TestConfigs:
             ({"model_type": "llama4_text"}, "experts of model_type = 'llama4_text' are not known"),
             ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2: every layer after the first"),
             ({"mlp_only_layers": [5]}, r"mlp_only_layers = \[5\]: layers with a dense MLP must be the first"),
+            ({"mlp_only_layers": 5}, "mlp_only_layers = 5: must be a list"),
+            ({"model_type": "glm4_moe", "n_shared_experts": "2"}, "n_shared_experts = '2': must be a whole number"),
+            ({"moe_intermediate_size": [768]}, r"moe_intermediate_size = \[768\]: must be a whole number"),
+            ({"text_config": 5}, "text_config = 5: a JSON object"),
             ({"num_experts_per_tok": None}, "model.experts.experts_per_token"),
             ({"num_experts_per_tok": 200}, "experts_per_token = 200 must be at most num_experts = 128"),
         ],

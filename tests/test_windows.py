@@ -198,9 +198,9 @@ class TestSpecs:
         [
             ({"window_tokens": 512}, "windowed_layers and window_tokens go together"),
             ({"windowed_layers": (1,)}, "windowed_layers and window_tokens go together"),
-            ({"window_tokens": 512, "windowed_layers": (3, 2)}, "windowed_layers must ascend"),
-            ({"window_tokens": 512, "windowed_layers": (1, 1)}, "windowed_layers must ascend"),
-            ({"window_tokens": 512, "windowed_layers": (32,)}, "each less than num_layers = 32"),
+            ({"window_tokens": 512, "windowed_layers": (3, 2)}, r"windowed_layers = \[3, 2\] must ascend"),
+            ({"window_tokens": 512, "windowed_layers": (1, 1)}, r"windowed_layers = \[1, 1\] must ascend"),
+            ({"window_tokens": 512, "windowed_layers": (32,)}, "32 must be less than num_layers = 32"),
             ({"window_tokens": 512, "windowed_layers": (-1,)}, "windowed_layers"),
             ({"window_tokens": 512, "windowed_layers": tuple(range(32))}, "must leave a layer that attends to"),
             ({"window_tokens": 0, "windowed_layers": (1,)}, "window_tokens = 0"),
@@ -245,6 +245,11 @@ class TestConfigs:
         model = self.read(tmp_path, {"model_type": "gemma3", "text_config": self.GEMMA})
         assert (model.window_tokens, model.windowed_layers) == (1024, (0, 1, 2, 3, 4))
 
+    def test_embeddings_of_gemma_are_tied_unless_it_says_otherwise(self, tmp_path: Path) -> None:
+        assert self.read(tmp_path, self.GEMMA).tied_embeddings
+        assert not self.read(tmp_path, self.GEMMA | {"tie_word_embeddings": False}).tied_embeddings
+        assert not self.read(tmp_path, self.GEMMA | {"model_type": "olmo3"}).tied_embeddings
+
     def test_a_window_that_limits_nothing_is_none(self, tmp_path: Path) -> None:
         model = self.read(tmp_path, self.GEMMA | {"sliding_window": 131072})
         assert (model.window_tokens, model.windowed_layers) == (None, ())
@@ -257,6 +262,7 @@ class TestConfigs:
             ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types: one for each layer"),
             ({"sliding_window": None}, "sliding_window = None: layer_types needs a number"),
             ({"model_type": "gemma4_text"}, "windows of model_type = 'gemma4_text' are not known"),
+            ({"layer_types": 3}, "layer_types = 3: must be a list"),
             ({"layer_types": None}, "sliding_window = 1024: which layers have it is not said"),
         ],
     )

@@ -86,8 +86,10 @@ class ModelSpec(Spec):
         places = self.windowed_layers
         if bool(places) != (self.window_tokens is not None):
             raise ValueError("windowed_layers and window_tokens go together: give both or none")
-        if list(places) != sorted(set(places)) or (places and places[-1] >= self.num_layers):
-            raise ValueError(f"windowed_layers must ascend, each less than num_layers = {self.num_layers}")
+        if list(places) != sorted(set(places)):
+            raise ValueError(f"windowed_layers = {list(places)} must ascend")
+        if places and places[-1] >= self.num_layers:
+            raise ValueError(f"windowed_layers: {places[-1]} must be less than num_layers = {self.num_layers}")
         if len(places) == self.num_layers:
             raise ValueError("windowed_layers must leave a layer that attends to the whole context")
         return self
@@ -151,8 +153,7 @@ class ModelSpec(Spec):
     def weight_bytes(self) -> float:
         """All weights on the device, bytes."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        layers = sum(self.layer_weight_values(layer) for layer in range(self.num_layers))
-        return (layers + embeddings) * self.weight_bytes_per_value
+        return (self._layers_values() + embeddings) * self.weight_bytes_per_value
 
     def step_weight_bytes(self, batch: int) -> float:
         """Weights that a decode step of `batch` sequences reads, bytes.
@@ -167,8 +168,14 @@ class ModelSpec(Spec):
         return self._used_values(self.experts.experts_per_token if self.experts else None)
 
     def _used_values(self, num_experts: float | None) -> float:
-        layers = sum(self.layer_weight_values(layer, num_experts) for layer in range(self.num_layers))
-        return layers + self.vocab_size * self.hidden_size
+        return self._layers_values(num_experts) + self.vocab_size * self.hidden_size
+
+    def _layers_values(self, num_experts: float | None = None) -> float:
+        # layers with and without experts each weigh alike: a number of layers in error costs no time
+        mixed = self.num_expert_layers
+        dense = self.num_layers - mixed
+        first = dense * self.layer_weight_values(0) if dense else 0.0
+        return first + (mixed * self.layer_weight_values(self.num_layers - 1, num_experts) if mixed else 0.0)
 
     def shard(self, num_gpus: int) -> ModelSpec:
         """What each of `num_gpus` GPUs holds and computes: its heads, its part of each MLP and of the vocabulary.
