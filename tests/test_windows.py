@@ -26,8 +26,9 @@ from clo_sim.contention import Contention
 from clo_sim.run import simulate
 from clo_sim.scene import Scene
 from clo_sim.serving.memory import memory_need, smallest_plan
-from clo_sim.serving.prefill import pairs_of, prefill_prices
+from clo_sim.serving.prefill import pairs_in_window, pairs_of, prefill_prices
 from clo_sim.simulator import run_simpy
+from clo_sim.worth import worth_of_choices
 
 DESIGNS = sorted(presets.names("designs"))
 LLAMA = presets.load_model("llama-3-8b")
@@ -163,6 +164,15 @@ class TestMemory:
             assert need.device(tokens) >= plan.memory.kv
             assert need.host(tokens) >= plan.host_bytes
 
+    @pytest.mark.parametrize("window", [65_537, 100_000, 131_071])
+    def test_a_window_close_to_the_longest_context_costs_a_short_sequence_little(self, window: int) -> None:
+        scene = scene_of(LLAMA.with_fields(**EVERY_OTHER | {"window_tokens": window, "max_positions": 131_072}))
+        design = presets.load_design("resident")
+        need = memory_need(scene, design)
+        for tokens in (1000, 50_000, 131_072):
+            needed = smallest_plan(scene, design, batch=1, context_tokens=tokens).memory.kv
+            assert needed <= need.device(tokens) <= needed + 16 * 65_536 * LLAMA.layer_token_bytes
+
     def test_gpus_share_the_heads_of_windowed_layers_too(self) -> None:
         model = presets.load_model("gemma-3-27b")
         resident, load = presets.load_design("resident"), Workload(context_tokens=8192, batch=1)
@@ -180,8 +190,28 @@ class TestPrefill:
         )
         prompt = 65_536
         pair_ns = whole.pair_ns / 32
-        saved = 16 * pair_ns * (pairs_of(0, prompt) - prompt * 512)
-        assert whole.alone_ns(prompt) - windowed.alone_ns(prompt) == pytest.approx(saved, rel=1e-3)
+        saved = 16 * pair_ns * (pairs_of(0, prompt) - (pairs_of(0, 512) + (prompt - 512) * 512))
+        assert whole.alone_ns(prompt) - windowed.alone_ns(prompt) == pytest.approx(saved, rel=1e-6)
+
+    @pytest.mark.parametrize("tokens", [1, 100, 511, 512])
+    def test_a_prompt_within_the_window_takes_as_long_as_without(self, tokens: int) -> None:
+        whole, windowed = (
+            prefill_prices(scene_of(one), presets.load_design("resident"), chunk_tokens=200, keeps_prefixes=False)
+            for one in (LLAMA, LLAMA.with_fields(**EVERY_OTHER))
+        )
+        assert windowed.alone_ns(tokens) == pytest.approx(whole.alone_ns(tokens), abs=3)
+
+    @given(st.integers(0, 60), st.integers(1, 60), st.integers(1, 60))
+    def test_pairs_in_a_window_are_counted_token_by_token(self, start: int, tokens: int, window: int) -> None:
+        each = [min(place + 0.5, window) for place in range(start, start + tokens)]
+        assert pairs_in_window(start, tokens, window) == pytest.approx(sum(each))
+
+    def test_attention_in_windows_is_not_among_what_tables_price(self) -> None:
+        plain, windowed = (
+            prefill_prices(scene_of(one), presets.load_design("resident"), chunk_tokens=2048, keeps_prefixes=False)
+            for one in (LLAMA, LLAMA.with_fields(**EVERY_OTHER))
+        )
+        assert list(windowed.dense_ns) == list(plain.dense_ns)
 
     def test_only_layers_that_are_offloaded_come_back(self) -> None:
         model = LLAMA.with_fields(**EVERY_OTHER)
@@ -190,6 +220,15 @@ class TestPrefill:
         rate = scene.machine.link.h2d_bytes_per_s
         assert prices.in_ns == pytest.approx(15 * 4096 / rate * 1e9)
         assert prices.cached_in_ns == pytest.approx(1 * 4096 / rate * 1e9)
+
+
+def test_dense_layers_that_have_a_window_anyway_change_nothing() -> None:
+    scene = scene_of(presets.load_model("gemma-3-27b"))
+    choices = worth_of_choices(scene, simulate(scene, "clo"), {"dense_layers": (0, 4, 6)})
+    none, same, more = choices.alternatives
+    assert none.note == same.note == "offloads the same layers: the others have a window"
+    assert none.tpot_s == pytest.approx(choices.best_tpot_s, rel=1e-3)  # other recorded heads stand in
+    assert more.note.startswith("changes the answers")
 
 
 class TestSpecs:
@@ -219,6 +258,14 @@ class TestSpecs:
 
         with pytest.raises(SpecError, match="layers with a window are simulated only"):
             checked(LLAMA.with_fields(**EVERY_OTHER))
+
+    @pytest.mark.parametrize("name", ["gemma-3-27b", "qwen3-30b-a3b"])
+    def test_the_real_decoder_says_so_whatever_the_layers(self, name: str) -> None:
+        from clo.engine.random_weights import checked
+        from clo_cli.models import first_layers
+
+        with pytest.raises(SpecError, match="simulated only"):
+            checked(first_layers(presets.load_model(name), 2))
 
 
 class TestConfigs:
