@@ -254,6 +254,7 @@ class TestStep:
         pricer = Pricer(scene.profile, scene.machine)  # type: ignore[arg-type]
         seconds = table.seconds(3 * used * 4096 * 1792, 10 / used)
         assert pricer.seconds(work, NO_TRAFFIC) == pytest.approx(seconds)
+        assert simulate(scene, "resident").ops["experts"].seconds == pytest.approx(32 * seconds)
         assert hbm_bytes(work, NO_TRAFFIC) == pytest.approx(2 * 3 * used * 4096 * 1792)
 
     def test_on_gpus_that_share_the_model_each_reads_its_part(self) -> None:
@@ -308,6 +309,11 @@ class TestPrefill:
         expected = 32 * (sum(mixed) - sum(mlp) + routed)
         found = [self.prices(one, tokens).dense_ns[tokens] / 1e9 for one in (DENSE, model)]
         assert found[1] - found[0] == pytest.approx(expected, rel=1e-6, abs=2e-9)
+
+    def test_first_layers_without_experts_take_an_mlp_each(self) -> None:
+        none, some = (self.prices(mixture(dense_layers=dense), 300).dense_ns[300] for dense in (0, 10))
+        dense = self.prices(DENSE, 300).dense_ns[300]
+        assert some - none == pytest.approx((dense - none) * 10 / 32, abs=2)
 
     def test_experts_are_among_what_tables_price(self) -> None:
         share = [self.prices(model, 2048).table_share for model in (DENSE, mixture())]

@@ -13,6 +13,7 @@ from executor_oracles import costly_profile, designs, longest_path, slow_fluid_e
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import random_trace, tiny_scene
+from toy_service import trace_of
 
 import clo_sim
 from clo import presets
@@ -25,6 +26,7 @@ from clo_sim.clock import run_clock
 from clo_sim.contention import Contention
 from clo_sim.run import simulate
 from clo_sim.scene import Scene
+from clo_sim.serving import ServiceSettings, serve, worker_costs
 from clo_sim.serving.memory import memory_need, smallest_plan
 from clo_sim.serving.prefill import pairs_in_window, pairs_of, prefill_prices
 from clo_sim.simulator import run_simpy
@@ -220,6 +222,20 @@ class TestPrefill:
         rate = scene.machine.link.h2d_bytes_per_s
         assert prices.in_ns == pytest.approx(15 * 4096 / rate * 1e9)
         assert prices.cached_in_ns == pytest.approx(1 * 4096 / rate * 1e9)
+
+    @pytest.mark.parametrize("keeps_prefixes", [False, True])
+    def test_what_windows_hold_does_not_leave(self, keeps_prefixes: bool) -> None:
+        scene = scene_of(LLAMA.with_fields(**EVERY_OTHER))
+        design = presets.load_design("clo")
+        prices = prefill_prices(scene, design, chunk_tokens=64, keeps_prefixes=keeps_prefixes)
+        layers = 16 if keeps_prefixes else 15
+        assert prices.out_ns == pytest.approx(layers * 4096 / scene.machine.link.d2h_bytes_per_s * 1e9)
+
+    def test_a_request_alone_waits_as_long_as_its_prompt_takes(self) -> None:
+        trace = trace_of([(0, 20_000, 2)])
+        costs = worker_costs(scene_of(LLAMA.with_fields(**EVERY_OTHER)), presets.load_design("resident"), trace)
+        tally = serve(trace, costs, ServiceSettings()).replicas[0].tally
+        assert tally.prefill_ns == pytest.approx(costs.prefill.alone_ns(20_000), abs=20)
 
 
 def test_dense_layers_that_have_a_window_anyway_change_nothing() -> None:
