@@ -153,8 +153,9 @@ def make_plan(
     model = model.shard(machine.tensor_parallel)
     budget = _budget_pages(design, workload)
     pinned = pinned_heads(model, design)
+    room = _room(model, machine, kv_memory_bytes)
     fixed = _fixed_memory(model, machine, design, workload, pinned)
-    room = _room(model, machine, kv_memory_bytes) - fixed.kv
+    room -= fixed.kv
     page_row_bytes = _slot_row_bytes(model, design, workload, pinned)
     slots = _slot_pages(design, workload, budget, room, page_row_bytes)
     memory = replace(fixed, slots=slots * page_row_bytes)

@@ -103,6 +103,11 @@ class TestWeights:
         expected = 2 * dense + 30 * (rest + used * 3 * 4096 * 1792) + 128256 * 4096
         assert model.step_weight_bytes(3) == pytest.approx(2 * expected)
 
+    def test_a_number_of_layers_in_error_costs_no_time(self) -> None:
+        one, many = (mixture(dense_layers=2).with_fields(num_layers=layers) for layers in (3, 10**9 + 3))
+        assert many.weight_bytes - one.weight_bytes == pytest.approx(2e9 * one.layer_weight_values(2))
+        assert many.token_weight_values > 1e9 * one.layer_weight_values(2, 2)
+
     @given(st.integers(1, 512))
     def test_a_step_reads_no_less_than_a_token_uses_and_no_more_than_there_is(self, batch: int) -> None:
         model = mixture()
@@ -192,6 +197,10 @@ class TestConfigs:
             ({"model_type": "llama4_text"}, "experts of model_type = 'llama4_text' are not known"),
             ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2: every layer after the first"),
             ({"mlp_only_layers": [5]}, r"mlp_only_layers = \[5\]: layers with a dense MLP must be the first"),
+            ({"mlp_only_layers": 5}, "mlp_only_layers = 5: must be a list"),
+            ({"model_type": "glm4_moe", "n_shared_experts": "2"}, "n_shared_experts = '2': must be a whole number"),
+            ({"moe_intermediate_size": [768]}, r"moe_intermediate_size = \[768\]: must be a whole number"),
+            ({"text_config": 5}, "text_config = 5: a JSON object"),
             ({"num_experts_per_tok": None}, "model.experts.experts_per_token"),
             ({"num_experts_per_tok": 200}, "experts_per_token = 200 must be at most num_experts = 128"),
         ],
@@ -237,6 +246,7 @@ class TestStep:
         pricer = Pricer(scene.profile, scene.machine)  # type: ignore[arg-type]
         seconds = table.seconds(3 * used * 4096 * 1792, 10 / used)
         assert pricer.seconds(work, NO_TRAFFIC) == pytest.approx(seconds)
+        assert simulate(scene, "resident").ops["experts"].seconds == pytest.approx(32 * seconds)
         assert hbm_bytes(work, NO_TRAFFIC) == pytest.approx(2 * 3 * used * 4096 * 1792)
 
     def test_on_gpus_that_share_the_model_each_reads_its_part(self) -> None:
@@ -291,6 +301,11 @@ class TestPrefill:
         expected = 32 * (sum(mixed) - sum(mlp) + routed)
         found = [self.prices(one, tokens).dense_ns[tokens] / 1e9 for one in (DENSE, model)]
         assert found[1] - found[0] == pytest.approx(expected, rel=1e-6, abs=2e-9)
+
+    def test_first_layers_without_experts_take_an_mlp_each(self) -> None:
+        none, some = (self.prices(mixture(dense_layers=dense), 300).dense_ns[300] for dense in (0, 10))
+        dense = self.prices(DENSE, 300).dense_ns[300]
+        assert some - none == pytest.approx((dense - none) * 10 / 32, abs=2)
 
     def test_experts_are_among_what_tables_price(self) -> None:
         share = [self.prices(model, 2048).table_share for model in (DENSE, mixture())]

@@ -13,6 +13,7 @@ from executor_oracles import costly_profile, designs, longest_path, slow_fluid_e
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import random_trace, tiny_scene
+from toy_service import trace_of
 
 import clo_sim
 from clo import presets
@@ -25,9 +26,11 @@ from clo_sim.clock import run_clock
 from clo_sim.contention import Contention
 from clo_sim.run import simulate
 from clo_sim.scene import Scene
+from clo_sim.serving import ServiceSettings, serve, worker_costs
 from clo_sim.serving.memory import memory_need, smallest_plan
-from clo_sim.serving.prefill import pairs_of, prefill_prices
+from clo_sim.serving.prefill import pairs_in_window, pairs_of, prefill_prices
 from clo_sim.simulator import run_simpy
+from clo_sim.worth import worth_of_choices
 
 DESIGNS = sorted(presets.names("designs"))
 LLAMA = presets.load_model("llama-3-8b")
@@ -163,6 +166,15 @@ class TestMemory:
             assert need.device(tokens) >= plan.memory.kv
             assert need.host(tokens) >= plan.host_bytes
 
+    @pytest.mark.parametrize("window", [65_537, 100_000, 131_071])
+    def test_a_window_close_to_the_longest_context_costs_a_short_sequence_little(self, window: int) -> None:
+        scene = scene_of(LLAMA.with_fields(**EVERY_OTHER | {"window_tokens": window, "max_positions": 131_072}))
+        design = presets.load_design("resident")
+        need = memory_need(scene, design)
+        for tokens in (1000, 50_000, 131_072):
+            needed = smallest_plan(scene, design, batch=1, context_tokens=tokens).memory.kv
+            assert needed <= need.device(tokens) <= needed + 16 * 65_536 * LLAMA.layer_token_bytes
+
     def test_gpus_share_the_heads_of_windowed_layers_too(self) -> None:
         model = presets.load_model("gemma-3-27b")
         resident, load = presets.load_design("resident"), Workload(context_tokens=8192, batch=1)
@@ -180,8 +192,28 @@ class TestPrefill:
         )
         prompt = 65_536
         pair_ns = whole.pair_ns / 32
-        saved = 16 * pair_ns * (pairs_of(0, prompt) - prompt * 512)
-        assert whole.alone_ns(prompt) - windowed.alone_ns(prompt) == pytest.approx(saved, rel=1e-3)
+        saved = 16 * pair_ns * (pairs_of(0, prompt) - (pairs_of(0, 512) + (prompt - 512) * 512))
+        assert whole.alone_ns(prompt) - windowed.alone_ns(prompt) == pytest.approx(saved, rel=1e-6)
+
+    @pytest.mark.parametrize("tokens", [1, 100, 511, 512])
+    def test_a_prompt_within_the_window_takes_as_long_as_without(self, tokens: int) -> None:
+        whole, windowed = (
+            prefill_prices(scene_of(one), presets.load_design("resident"), chunk_tokens=200, keeps_prefixes=False)
+            for one in (LLAMA, LLAMA.with_fields(**EVERY_OTHER))
+        )
+        assert windowed.alone_ns(tokens) == pytest.approx(whole.alone_ns(tokens), abs=3)
+
+    @given(st.integers(0, 60), st.integers(1, 60), st.integers(1, 60))
+    def test_pairs_in_a_window_are_counted_token_by_token(self, start: int, tokens: int, window: int) -> None:
+        each = [min(place + 0.5, window) for place in range(start, start + tokens)]
+        assert pairs_in_window(start, tokens, window) == pytest.approx(sum(each))
+
+    def test_attention_in_windows_is_not_among_what_tables_price(self) -> None:
+        plain, windowed = (
+            prefill_prices(scene_of(one), presets.load_design("resident"), chunk_tokens=2048, keeps_prefixes=False)
+            for one in (LLAMA, LLAMA.with_fields(**EVERY_OTHER))
+        )
+        assert list(windowed.dense_ns) == list(plain.dense_ns)
 
     def test_only_layers_that_are_offloaded_come_back(self) -> None:
         model = LLAMA.with_fields(**EVERY_OTHER)
@@ -191,6 +223,29 @@ class TestPrefill:
         assert prices.in_ns == pytest.approx(15 * 4096 / rate * 1e9)
         assert prices.cached_in_ns == pytest.approx(1 * 4096 / rate * 1e9)
 
+    @pytest.mark.parametrize("keeps_prefixes", [False, True])
+    def test_what_windows_hold_does_not_leave(self, keeps_prefixes: bool) -> None:
+        scene = scene_of(LLAMA.with_fields(**EVERY_OTHER))
+        design = presets.load_design("clo")
+        prices = prefill_prices(scene, design, chunk_tokens=64, keeps_prefixes=keeps_prefixes)
+        layers = 16 if keeps_prefixes else 15
+        assert prices.out_ns == pytest.approx(layers * 4096 / scene.machine.link.d2h_bytes_per_s * 1e9)
+
+    def test_a_request_alone_waits_as_long_as_its_prompt_takes(self) -> None:
+        trace = trace_of([(0, 20_000, 2)])
+        costs = worker_costs(scene_of(LLAMA.with_fields(**EVERY_OTHER)), presets.load_design("resident"), trace)
+        tally = serve(trace, costs, ServiceSettings()).replicas[0].tally
+        assert tally.prefill_ns == pytest.approx(costs.prefill.alone_ns(20_000), abs=20)
+
+
+def test_dense_layers_that_have_a_window_anyway_change_nothing() -> None:
+    scene = scene_of(presets.load_model("gemma-3-27b"))
+    choices = worth_of_choices(scene, simulate(scene, "clo"), {"dense_layers": (0, 4, 6)})
+    none, same, more = choices.alternatives
+    assert none.note == same.note == "offloads the same layers: the others have a window"
+    assert none.tpot_s == pytest.approx(choices.best_tpot_s, rel=1e-3)  # other recorded heads stand in
+    assert more.note.startswith("changes the answers")
+
 
 class TestSpecs:
     @pytest.mark.parametrize(
@@ -198,9 +253,9 @@ class TestSpecs:
         [
             ({"window_tokens": 512}, "windowed_layers and window_tokens go together"),
             ({"windowed_layers": (1,)}, "windowed_layers and window_tokens go together"),
-            ({"window_tokens": 512, "windowed_layers": (3, 2)}, "windowed_layers must ascend"),
-            ({"window_tokens": 512, "windowed_layers": (1, 1)}, "windowed_layers must ascend"),
-            ({"window_tokens": 512, "windowed_layers": (32,)}, "each less than num_layers = 32"),
+            ({"window_tokens": 512, "windowed_layers": (3, 2)}, r"windowed_layers = \[3, 2\] must ascend"),
+            ({"window_tokens": 512, "windowed_layers": (1, 1)}, r"windowed_layers = \[1, 1\] must ascend"),
+            ({"window_tokens": 512, "windowed_layers": (32,)}, "32 must be less than num_layers = 32"),
             ({"window_tokens": 512, "windowed_layers": (-1,)}, "windowed_layers"),
             ({"window_tokens": 512, "windowed_layers": tuple(range(32))}, "must leave a layer that attends to"),
             ({"window_tokens": 0, "windowed_layers": (1,)}, "window_tokens = 0"),
@@ -219,6 +274,14 @@ class TestSpecs:
 
         with pytest.raises(SpecError, match="layers with a window are simulated only"):
             checked(LLAMA.with_fields(**EVERY_OTHER))
+
+    @pytest.mark.parametrize("name", ["gemma-3-27b", "qwen3-30b-a3b"])
+    def test_the_real_decoder_says_so_whatever_the_layers(self, name: str) -> None:
+        from clo.engine.random_weights import checked
+        from clo_cli.models import first_layers
+
+        with pytest.raises(SpecError, match="simulated only"):
+            checked(first_layers(presets.load_model(name), 2))
 
 
 class TestConfigs:
@@ -245,6 +308,11 @@ class TestConfigs:
         model = self.read(tmp_path, {"model_type": "gemma3", "text_config": self.GEMMA})
         assert (model.window_tokens, model.windowed_layers) == (1024, (0, 1, 2, 3, 4))
 
+    def test_embeddings_of_gemma_are_tied_unless_it_says_otherwise(self, tmp_path: Path) -> None:
+        assert self.read(tmp_path, self.GEMMA).tied_embeddings
+        assert not self.read(tmp_path, self.GEMMA | {"tie_word_embeddings": False}).tied_embeddings
+        assert not self.read(tmp_path, self.GEMMA | {"model_type": "olmo3"}).tied_embeddings
+
     def test_a_window_that_limits_nothing_is_none(self, tmp_path: Path) -> None:
         model = self.read(tmp_path, self.GEMMA | {"sliding_window": 131072})
         assert (model.window_tokens, model.windowed_layers) == (None, ())
@@ -257,6 +325,7 @@ class TestConfigs:
             ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types: one for each layer"),
             ({"sliding_window": None}, "sliding_window = None: layer_types needs a number"),
             ({"model_type": "gemma4_text"}, "windows of model_type = 'gemma4_text' are not known"),
+            ({"layer_types": 3}, "layer_types = 3: must be a list"),
             ({"layer_types": None}, "sliding_window = 1024: which layers have it is not said"),
         ],
     )

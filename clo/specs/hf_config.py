@@ -28,11 +28,13 @@ def model_from_hf_config(path: Path) -> ModelSpec:
     file = path / "config.json" if path.is_dir() else path
     config = _read_json(file)
     text_config = config.get("text_config") or config
+    if not isinstance(text_config, dict):
+        raise SpecError(f"{file}: text_config = {text_config!r}: a JSON object is expected")
     missing = [theirs for theirs in _HF_FIELDS.values() if theirs not in text_config]
     if missing:
         raise SpecError(f"{file}: no field {missing[0]!r}: not the config of a decoder-only transformer")
     merged = config | text_config
-    if problem := _not_modelled(merged):
+    if problem := _ill_typed(merged) or _not_modelled(merged):
         raise SpecError(f"{file}: {problem}")
     try:
         values = _hf_values(merged, file)
@@ -44,6 +46,19 @@ def model_from_hf_config(path: Path) -> ModelSpec:
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _WITH_EXPERTS = ("glm4_moe", "gpt_oss", "minimax_m2", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe_text")
 """Kinds of model whose fields about experts are known; others mean different things by the same names."""
+
+
+_LISTS = ("layer_types", "mlp_only_layers")
+_COUNTS = ("n_shared_experts", "moe_intermediate_size", "shared_expert_intermediate_size", "first_k_dense_replace")
+
+
+def _ill_typed(config: dict[str, Any]) -> str:
+    """What about optional fields is of the wrong type, as field, value and rule; empty if nothing is."""
+    for field in (*_LISTS, *_COUNTS):
+        kind, rule = (list, "a list") if field in _LISTS else (int, "a whole number")
+        if config.get(field) is not None and not isinstance(config[field], kind):
+            return f"{field} = {config[field]!r}: must be {rule}"
+    return ""
 
 
 def _not_modelled(config: dict[str, Any]) -> str:
@@ -139,11 +154,16 @@ def _hf_values(config: dict[str, Any], file: Path) -> dict[str, Any]:
             "weight_bytes_per_value": 1.0 if fp8 else 2.0,
             "num_kv_heads": heads if kv_heads is None else kv_heads,
             "head_dim": _head_dim(config, file),
-            "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
+            "tied_embeddings": bool(config.get("tie_word_embeddings", _tied_unless_said(config))),
             "experts": experts_of(config),
         }
         | _windows(config)
     )
+
+
+def _tied_unless_said(config: dict[str, Any]) -> bool:
+    """Configs leave out what is a kind's default: Gemma's embeddings are tied, those of the others are not."""
+    return str(config.get("model_type", "")).startswith("gemma")
 
 
 def experts_of(config: dict[str, Any]) -> dict[str, Any] | None:

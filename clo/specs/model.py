@@ -90,8 +90,10 @@ class ModelSpec(Spec):
         places = self.windowed_layers
         if bool(places) != (self.window_tokens is not None):
             raise ValueError("windowed_layers and window_tokens go together: give both or none")
-        if list(places) != sorted(set(places)) or (places and places[-1] >= self.num_layers):
-            raise ValueError(f"windowed_layers must ascend, each less than num_layers = {self.num_layers}")
+        if list(places) != sorted(set(places)):
+            raise ValueError(f"windowed_layers = {list(places)} must ascend")
+        if places and places[-1] >= self.num_layers:
+            raise ValueError(f"windowed_layers: {places[-1]} must be less than num_layers = {self.num_layers}")
         if len(places) == self.num_layers:
             raise ValueError("windowed_layers must leave a layer that attends to the whole context")
         return self

@@ -77,8 +77,11 @@ def _priced(row: Mapping[str, str], best: Result, other: Evaluation) -> Alternat
 
 def _quality_note(field: str, best: Result, other: Evaluation) -> str:
     """Whether the alternative also changes what is attended, so that time alone does not decide."""
-    if field == "pinned_head_fraction" and other.result and other.result.memory == best.memory:
-        return "pins as many heads, after rounding"
+    if other.result and other.result.memory == best.memory:
+        if field == "pinned_head_fraction":
+            return "pins as many heads, after rounding"
+        if field == "dense_layers":
+            return "offloads the same layers: the others have a window"
     if field in ("dense_layers", "pinned_head_fraction"):
         return "changes the answers: another share of the heads attends in full"
     if field == "selector":

@@ -52,8 +52,8 @@ def memory_need(scene: Scene, design: Design) -> MemoryNeed:
     """The line through the needs of the longest context and of half of it, raised above those in between."""
     lengths = _probes(scene.model.max_positions, scene.model.window_tokens or 1)
     plans = {tokens: smallest_plan(scene, design, batch=1, context_tokens=tokens) for tokens in lengths}
-    long, half = lengths[-1], lengths[-2]
-    per_token = math.ceil(max(0.0, (plans[long].memory.kv - plans[half].memory.kv) / (long - half)))
+    long, half = lengths[-1], max(1, lengths[-1] // 2)
+    per_token = math.ceil(max(0.0, (plans[long].memory.kv - plans[half].memory.kv) / max(1, long - half)))
     # budgets and pages are rounded: between two probes a need may be up to a page of slots above the line
     rounding = plans[long].memory.slots / plans[long].slot_pages * (design.slot_budgets or 1.0)
     over = max(plan.memory.kv - per_token * tokens for tokens, plan in plans.items())

@@ -19,7 +19,6 @@ from clo.specs import Design
 from clo_sim.run import Executor
 from clo_sim.scene import Scene
 from clo_sim.serving.metrics import ServiceResult, latency_values, reasons_of, summarise_service, term_value
-from clo_sim.serving.prefill import pairs_of
 from clo_sim.serving.prefix import PrefixCache
 from clo_sim.serving.records import Limits
 from clo_sim.serving.requests import NS_PER_S, RequestTrace
@@ -314,5 +313,5 @@ def _least_load(trace: RequestTrace, costs: WorkerCosts) -> float:
     busy = 0.0
     for request, cached in zip(trace.requests, prefixes, strict=True):
         new = request.input_tokens - cached
-        busy += token_ns * new + prefill.pair_ns * pairs_of(cached, new)
+        busy += token_ns * new + prefill.pair_ns * prefill.pairs(cached, new)
     return busy / NS_PER_S / trace.duration_s

@@ -5,8 +5,7 @@ A simplification, with these parts:
 - dense layers: the profile's tables of GEMMs and experts at as many rows as the chunk has tokens (measured, or carried
   over to this GPU), the bytes of norms and activations over device memory, and all-reduces where GPUs share the model;
 - attention: 4 x query heads x head_dim flops for each pair of a new token and one before it, at `ATTENTION_EFFICIENCY`
-  of the datasheet rate (no table of measured prefill attention is used); in windowed layers every token attends to a
-  whole window;
+  of the datasheet rate (no table of measured prefill attention is used); in windowed layers, for each pair in a window;
 - link: offloaded layers read the prompt's earlier KV back from the host, layer by layer, chunk after chunk; what the
   prefix cache holds of the layers on the GPU comes once; new KV goes out. Both directions are taken to overlap with
   compute perfectly: a chunk takes the longest of compute, way in and way out.
@@ -48,8 +47,9 @@ Floats = NDArray[np.float64]
 class PrefillPrices:
     """Prices of a worker's chunks. `dense_ns[n]` is the time of the dense layers for n tokens; others are per token.
 
-    `pair_ns` is for one new token attending to one other; `in_ns` for a token read back by the offloaded layers,
-    `cached_in_ns` for a token of a prefix hit that the other layers load; `out_ns` for a new token that leaves.
+    `pair_ns` is for one new token attending to one other in all layers without a window, and a pair within
+    `window_tokens` costs `window_share` of that again, in the others; `in_ns` is for a token read back by the offloaded
+    layers, `cached_in_ns` for a token of a prefix hit that the other layers load; `out_ns` for a new token that leaves.
     `table_share` is that of GEMMs, experts and all-reduces, which measured tables price, in the dense layers of a full
     chunk, `known_share` that of costs with a known spread.
     """
@@ -59,6 +59,8 @@ class PrefillPrices:
     known_share: float = 1.0
     head_ns: int = 0
     pair_ns: float = 0.0
+    window_tokens: int = 0
+    window_share: float = 0.0
     in_ns: float = 0.0
     cached_in_ns: float = 0.0
     out_ns: float = 0.0
@@ -67,6 +69,10 @@ class PrefillPrices:
     def chunk_tokens(self) -> int:
         """Tokens a chunk holds at most."""
         return len(self.dense_ns) - 1
+
+    def pairs(self, start: int, tokens: int) -> float:
+        """What tokens from `start` on attend to, in pairs of a layer without a window (see `pair_ns`)."""
+        return pairs_of(start, tokens) + self.window_share * pairs_in_window(start, tokens, self.window_tokens)
 
     def compute_ns(self, tokens: int, pairs: float, finished: int) -> float:
         """Computing a chunk of `tokens` that makes `pairs` and ends `finished` prompts."""
@@ -82,7 +88,7 @@ class PrefillPrices:
         total, start = 0, cached
         while start < input_tokens:
             tokens = min(self.chunk_tokens, input_tokens - start)
-            pairs = pairs_of(start, tokens)
+            pairs = self.pairs(start, tokens)
             first = cached if start == cached else 0
             compute_ns = self.compute_ns(tokens, pairs, int(start + tokens == input_tokens))
             total += self.chunk_ns(compute_ns, tokens, start, first)
@@ -93,6 +99,12 @@ class PrefillPrices:
 def pairs_of(start: int, tokens: int) -> float:
     """Pairs of a token in `[start, start + tokens)` and one not after it, half a pair for itself."""
     return tokens * (start + 0.5 * tokens)
+
+
+def pairs_in_window(start: int, tokens: int, window_tokens: int) -> float:
+    """Those of them that are within `window_tokens` of each other."""
+    whole = min(tokens, max(0, window_tokens - start))
+    return pairs_of(start, whole) + window_tokens * (tokens - whole)
 
 
 def prefill_prices(
@@ -112,7 +124,6 @@ def prefill_prices(
     layer_flops = 4.0 * model.num_query_heads * model.head_dim
     pair_s = attention * layer_flops / (ATTENTION_EFFICIENCY * scene.machine.gpu.peak_flops_per_s)
     windowed = len(model.windowed_layers)
-    in_windows = windowed * (model.window_tokens or 0) * pair_s * _up_to(chunk_tokens)
     head, sharing = Gemm(m=1, n=model.vocab_size, k=model.hidden_size), scene.machine.tensor_parallel
     tables, small = _table_seconds(scene, pricer, chunk_tokens), _elementwise_seconds(scene, pricer, chunk_tokens)
     errors = [pricer.uncertainty(work) for work in tables] + [("elementwise", pricer.profile.elementwise.spread)]
@@ -121,11 +132,13 @@ def prefill_prices(
     best = factors[1] * pricer.all_reduce_seconds(sharing, BEST_TOKEN_VALUES) if sharing > 1 else 0.0
     shares = parts[:, -1] / parts[:, -1].sum()
     return PrefillPrices(
-        dense_ns=_whole_ns(np.array(factors) @ parts + in_windows),
+        dense_ns=_whole_ns(np.array(factors) @ parts),
         table_share=float(shares[:-1].sum()),
         known_share=float(sum(share for share, (_, spread) in zip(shares, errors, strict=True) if spread)),
         head_ns=round((factors[0] * pricer.gemm_seconds(head.m, head.n, head.k) + best) * NS_PER_S),
         pair_ns=(model.num_layers - windowed) * pair_s * NS_PER_S,
+        window_tokens=model.window_tokens or 0,
+        window_share=windowed / (model.num_layers - windowed),
         in_ns=offloaded / link.h2d_bytes_per_s * NS_PER_S,
         cached_in_ns=(model.kv_bytes_per_token - offloaded) / link.h2d_bytes_per_s * NS_PER_S,
         out_ns=leaving / link.d2h_bytes_per_s * NS_PER_S,

@@ -12,7 +12,6 @@ from heapq import heapify, heappop, heappush
 from typing import Literal
 
 from clo_sim.serving.clocks import StepClock
-from clo_sim.serving.prefill import pairs_of
 from clo_sim.serving.prefix import PrefixCache
 from clo_sim.serving.records import NOT_YET, Limits, Sample, Stamps, Tally
 from clo_sim.serving.requests import Request
@@ -196,7 +195,7 @@ class Replica:
         prefill, tokens, pairs, read_back, cached, finished = self.costs.prefill, 0, 0.0, 0, 0, 0
         for sequence, start, count in chunk:
             tokens += count
-            pairs += pairs_of(start, count)
+            pairs += prefill.pairs(start, count)
             read_back += start
             if start == sequence.cached:
                 cached += start
