@@ -83,8 +83,9 @@ class CopyCost(Cost):
         return value
 
     def rate(self, piece_bytes: float) -> float:
-        """Bytes/s when every descriptor moves `piece_bytes`."""
-        return float(np.interp(np.log(piece_bytes), np.log(self.piece_bytes), self.bytes_per_s))
+        """Bytes/s when every descriptor moves `piece_bytes`: of the nearest size that is known, beyond them."""
+        size = max(piece_bytes, self.piece_bytes[0])
+        return float(np.interp(np.log(size), np.log(self.piece_bytes), self.bytes_per_s))
 
 
 class ZeroCopyCost(Cost):

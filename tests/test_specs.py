@@ -348,9 +348,11 @@ class TestPlan:
         assert 0 < result.tpot_s < 1
         assert 1 <= result.budget_pages <= result.num_pages == -(-context // 16)
 
-    def test_all_heads_pinned(self) -> None:
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize("name", ["clo", "streamed", "recall"])
+    def test_all_heads_pinned(self, name: str) -> None:
         scene = scene_of("smollm2-135m", workload=Workload(context_tokens=4096, batch=1, steps=1))
-        design = presets.load_design("clo").with_fields(pinned_head_fraction=1.0)
+        design = presets.load_design(name).with_fields(pinned_head_fraction=1.0)
         assert clo_sim.simulate(scene, design).h2d_bytes_per_step == 0
 
     def test_pinned_heads_are_not_streamed(self) -> None:
