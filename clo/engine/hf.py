@@ -221,8 +221,9 @@ class OffloadedCache(Cache):  # type: ignore[misc]
             raise EngineError("cache: tokens were broken off half-way: offload() the model anew")
         batch, count = hidden.shape[:2]
         self._check_batch(batch)
-        _refuse_padding(mask, count)
+        # of a prompt that does not go on where the cache ends, some versions of the library make a mask with gaps
         self._check_turn(count, positions)
+        _refuse_padding(mask, count)
         self._make_room(count)
         self._under_way = True
 
