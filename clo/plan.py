@@ -84,7 +84,7 @@ class DecodePlan:
 
     def is_sparse(self, layer: int) -> bool:
         """Whether pages of a layer are selected, or come from the host: not in dense or windowed layers."""
-        return self.dense_layers <= layer < self.model.num_layers and layer not in self.model.windowed_layers
+        return is_sparse(self.model, self.design, layer)
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
@@ -104,10 +104,14 @@ def dense_layers(model: ModelSpec, design: Design) -> int:
     return min(design.dense_layers, model.num_layers)
 
 
+def is_sparse(model: ModelSpec, design: Design, layer: int) -> bool:
+    """Whether pages of a layer are selected, or come from the host; there is no such layer past the last."""
+    return dense_layers(model, design) <= layer < model.num_layers and layer not in model.windowed_layers
+
+
 def sparse_layers(model: ModelSpec, design: Design) -> tuple[int, ...]:
-    """Layers whose pages are selected, or come from the host, ascending."""
-    first = dense_layers(model, design)
-    return tuple(layer for layer in range(first, model.num_layers) if layer not in model.windowed_layers)
+    """All such layers, ascending."""
+    return tuple(layer for layer in range(model.num_layers) if is_sparse(model, design, layer))
 
 
 def pinned_heads(model: ModelSpec, design: Design) -> int:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mixtures import DENSE, HARDWARE, MIXTURE, SHAPES, law, mixture, timed_experts
+from tiny import NO_TRAFFIC
 
 import clo_sim
 from clo import presets
@@ -23,19 +24,12 @@ from clo.schedule import Lane, record_step
 from clo.schedule.ops import experts_work
 from clo.schedule.work import Experts
 from clo.specs import ExpertsSpec, ModelSpec, model_from_hf_config
-from clo.traffic import Traffic
 from clo_calibration.tables import experts as points_of
 from clo_calibration.tables import fit, measurements
 from clo_sim.run import simulate
 from clo_sim.scene import Scene
 from clo_sim.serving.prefill import prefill_prices
 
-NO_TRAFFIC = Traffic(
-    **{name: np.zeros((1, 1)) for name in ("spec_heads", "spec_pages", "demand_heads", "demand_pages")},
-    **{name: np.zeros((1, 1)) for name in ("write_back_pages", "requested_pages", "reused_heads")},
-    heads=1.0,
-    overlap=1.0,
-)
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec(measurements.PACKAGE) is None,
     reason="aiconfigurator-core is not installed (extra `tables`)",

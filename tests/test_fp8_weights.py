@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from mixtures import HARDWARE, SHAPES, law, mixture, timed_experts
+from tiny import NO_TRAFFIC
 
 import clo_sim
 from clo import presets
@@ -18,19 +19,12 @@ from clo.schedule import record_step
 from clo.schedule.ops import experts_work
 from clo.schedule.work import Experts, Gemm
 from clo.specs import ModelSpec, model_from_hf_config
-from clo.traffic import Traffic
 from clo_calibration.tables import experts as points_of
 from clo_calibration.tables import fit, measurements
 from clo_sim.run import simulate
 from clo_sim.scene import Scene
 from clo_sim.serving.prefill import prefill_prices
 
-NO_TRAFFIC = Traffic(
-    **{name: np.zeros((1, 1)) for name in ("spec_heads", "spec_pages", "demand_heads", "demand_pages")},
-    **{name: np.zeros((1, 1)) for name in ("write_back_pages", "requested_pages", "reused_heads")},
-    heads=1.0,
-    overlap=1.0,
-)
 BF16 = presets.load_model("llama-3-8b")
 FP8 = BF16.with_fields(weight_bytes_per_value=1.0)
 OF_LAYERS = {"qkv_proj", "out_proj", "gate_up_proj", "down_proj"}
@@ -57,6 +51,10 @@ class TestBytes:
     def test_the_roofline_reads_them(self) -> None:
         roof = simulate(scene_of(FP8), "resident", executor="clock").roofline
         assert roof.hbm_bytes == pytest.approx(FP8.step_weight_bytes(4) + 4 * 8192 * FP8.kv_bytes_per_token)
+        # two operations a weight and token, at half the time but in the head; four an element attended
+        head, attention = 128256 * 4096, 8192 * 4 * 32 * 128 * 32
+        values = (FP8.token_weight_values - head) / 2 + head
+        assert roof.compute_s == pytest.approx(4 * (2 * values + attention) / 989e12)
 
     def test_kernels_move_weights_of_a_byte(self) -> None:
         assert hbm_bytes(Gemm(3, 5, 7, fp8=True), NO_TRAFFIC) == 2 * (3 * 7 + 3 * 5) + 5 * 7

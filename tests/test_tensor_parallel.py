@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import random_trace, tiny_design, tiny_model, tiny_scene
+from tiny import NO_TRAFFIC, random_trace, tiny_design, tiny_model, tiny_scene
 
 import clo_sim
 from clo import presets
@@ -24,7 +24,6 @@ from clo.schedule import Lane, record_step
 from clo.schedule.work import AllReduce
 from clo.specs import Design, Sync, Workload
 from clo.trace import AttentionTrace
-from clo.traffic import Traffic
 from clo_sim.evaluation import evaluate
 from clo_sim.run import simulate
 from clo_sim.scene import Scene
@@ -42,12 +41,6 @@ from clo_sim.stand_in import TrafficSource
 from clo_sim.variation import Task
 from clo_sim.worth import worth_of_choices
 
-NO_TRAFFIC = Traffic(
-    **{name: np.zeros((1, 1)) for name in ("spec_heads", "spec_pages", "demand_heads", "demand_pages")},
-    **{name: np.zeros((1, 1)) for name in ("write_back_pages", "requested_pages", "reused_heads")},
-    heads=1.0,
-    overlap=1.0,
-)
 DESIGNS = sorted(presets.names("designs"))
 MODEL = presets.load_model("llama-3-8b")
 LAUNCH_S = presets.load_named_profile("h200").kernel_launch.seconds

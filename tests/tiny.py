@@ -21,12 +21,19 @@ from clo.profile import (
 from clo.specs import Design, GpuSpec, HostSpec, LinkSpec, MachineSpec, ModelSpec, Workload
 from clo.trace import AttentionTrace
 from clo.trace_header import TraceHeader
+from clo.traffic import Traffic
 from clo_sim.scene import Scene
 from clo_sim.stand_in import TrafficSource
 
 PAGE_SIZE = 4
 WINDOW = 4
 NO_PAGE = 0xFFFF
+NO_TRAFFIC = Traffic(
+    **{name: np.zeros((1, 1)) for name in ("spec_heads", "spec_pages", "demand_heads", "demand_pages")},
+    **{name: np.zeros((1, 1)) for name in ("write_back_pages", "requested_pages", "reused_heads")},
+    heads=1.0,
+    overlap=1.0,
+)
 
 
 def tiny_model(**changes: Any) -> ModelSpec:

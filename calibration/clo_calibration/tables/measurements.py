@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from clo.errors import ProfileError
 from clo.kernel_tables import Floats
+from clo.specs.machine import MOST_GPUS
 
 GPUS = {
     "gb200": "gb200",
@@ -99,7 +100,6 @@ def read_experts(gpu: str, data_root: Path | None = None, *, routing: str = EVEN
 
 NOT_GATED = ((2688, 1856), (2048, 5120), (4096, 2688))
 """Hidden size and width of Nemotron's experts, which are two matrices and not three."""
-MOST_GPUS = 8
 
 
 def expert_samples(columns: dict[str, NDArray[Any]], routing: str = EVENLY, weights: Weights = BF16) -> Samples:
