@@ -61,9 +61,25 @@ class DecodePlan:
         return self.design.page_size * self.model.head_token_bytes
 
     @property
+    def sequences(self) -> int:
+        """Sequences that this GPU attends for, and whose KV it keeps."""
+        return sequences_of(self.machine, self.workload)
+
+    @property
+    def kv_heads_of_all(self) -> int:
+        """KV heads of a layer of the whole model."""
+        dealt = not self.machine.deals_sequences and self.model.latent is None
+        return self.model.num_kv_heads * (self.machine.tensor_parallel if dealt else 1)
+
+    @property
+    def query_heads_of_all(self) -> int:
+        """Query heads of a layer of the whole model."""
+        return self.model.num_query_heads * (1 if self.machine.deals_sequences else self.machine.tensor_parallel)
+
+    @property
     def offloaded_heads(self) -> int:
-        """KV heads of one layer, summed over the batch, whose pages come from the host."""
-        return (self.model.num_kv_heads - self.pinned_heads_per_layer) * self.workload.batch
+        """KV heads of one layer, summed over this GPU's sequences, whose pages come from the host."""
+        return (self.model.num_kv_heads - self.pinned_heads_per_layer) * self.sequences
 
     @property
     def window_tokens(self) -> int:
@@ -154,17 +170,17 @@ def make_plan(
     `SpecError` that says what is needed, what there is, and which field to change.
     """
     _check_context(model, workload)
-    model = model.shard(machine.tensor_parallel)
+    model, sequences = part_of(model, machine), sequences_of(machine, workload)
     budget = _budget_pages(design, workload)
     pinned = pinned_heads(model, design)
     room = _room(model, machine, kv_memory_bytes)
-    fixed = _fixed_memory(model, machine, design, workload, pinned)
+    fixed = _fixed_memory(model, machine, design, workload, sequences, pinned)
     room -= fixed.kv
-    page_row_bytes = _slot_row_bytes(model, design, workload, pinned)
+    page_row_bytes = _slot_row_bytes(model, design, sequences, pinned)
     slots = _slot_pages(design, workload, budget, room, page_row_bytes)
     memory = replace(fixed, slots=slots * page_row_bytes)
     _check_device(machine, design, memory, room, slots * page_row_bytes)
-    host_bytes = _host_bytes(model, machine, design, workload)
+    host_bytes = _host_bytes(model, machine, design, workload.context_tokens * sequences)
     return DecodePlan(
         model=model,
         machine=machine,
@@ -204,9 +220,19 @@ def _budget_pages(design: Design, workload: Workload) -> int:
     return design.budget_pages or min(pages, share)
 
 
+def part_of(model: ModelSpec, machine: MachineSpec) -> ModelSpec:
+    """What one GPU of `machine` holds of `model`. Raises `SpecError` where it cannot be dealt out evenly."""
+    return model.shard(machine.tensor_parallel, whole_attention=machine.deals_sequences)
+
+
+def sequences_of(machine: MachineSpec, workload: Workload) -> int:
+    """Sequences that a GPU attends for, and whose KV it keeps; of GPUs with sequences of their own, the fullest."""
+    return math.ceil(workload.batch / machine.tensor_parallel) if machine.deals_sequences else workload.batch
+
+
 def kv_room(model: ModelSpec, machine: MachineSpec, kv_memory_bytes: float | None = None) -> float:
     """Device bytes that weights and reserve leave for KV on a GPU, at most `kv_memory_bytes`. `SpecError` if none."""
-    return _room(model.shard(machine.tensor_parallel), machine, kv_memory_bytes)
+    return _room(part_of(model, machine), machine, kv_memory_bytes)
 
 
 def _room(model: ModelSpec, machine: MachineSpec, kv_memory_bytes: float | None) -> float:
@@ -224,31 +250,31 @@ def _room(model: ModelSpec, machine: MachineSpec, kv_memory_bytes: float | None)
 
 
 def _fixed_memory(
-    model: ModelSpec, machine: MachineSpec, design: Design, workload: Workload, pinned: int
+    model: ModelSpec, machine: MachineSpec, design: Design, workload: Workload, sequences: int, pinned: int
 ) -> DeviceMemory:
     sparse, windowed = len(sparse_layers(model, design)), len(model.windowed_layers)
     in_windows = windowed * min(workload.context_tokens, model.window_tokens or 0)
     kept_tokens = (model.num_layers - sparse - windowed) * workload.context_tokens + in_windows
-    layer_bytes = workload.batch * workload.context_tokens * model.layer_token_bytes
+    layer_bytes = sequences * workload.context_tokens * model.layer_token_bytes
     window = min(workload.context_tokens, design.num_sink_tokens + design.recent_window_tokens + design.page_size)
-    offloaded_heads = sparse * (model.num_kv_heads - pinned) * workload.batch
+    offloaded_heads = sparse * (model.num_kv_heads - pinned) * sequences
     return DeviceMemory(
         weights=model.weight_bytes,
         reserve=machine.reserve_bytes,
         window=offloaded_heads * window * model.head_token_bytes,
-        dense_layers=workload.batch * kept_tokens * model.layer_token_bytes,
+        dense_layers=sequences * kept_tokens * model.layer_token_bytes,
         pinned_heads=sparse * layer_bytes * pinned / model.num_kv_heads,
         index=offloaded_heads * index_bytes_per_head(model, design, workload),
         slots=0.0,
     )
 
 
-def _slot_row_bytes(model: ModelSpec, design: Design, workload: Workload, pinned: int) -> float:
+def _slot_row_bytes(model: ModelSpec, design: Design, sequences: int, pinned: int) -> float:
     """Device bytes of one slot in every KV head that has slots at the same time."""
     sparse = len(sparse_layers(model, design))
     # without a cache the slots are a buffer that layers share in turn: one in use, the others being filled
     layers = min(sparse, design.prefetch_depth + 1) if design.cache is Cache.NONE else sparse
-    return layers * (model.num_kv_heads - pinned) * workload.batch * design.page_size * model.head_token_bytes
+    return layers * (model.num_kv_heads - pinned) * sequences * design.page_size * model.head_token_bytes
 
 
 def _slot_pages(design: Design, workload: Workload, budget: int, room: float, row_bytes: float) -> int:
@@ -297,11 +323,11 @@ def _remedy(design: Design) -> str:
     )
 
 
-def _host_bytes(model: ModelSpec, machine: MachineSpec, design: Design, workload: Workload) -> float:
+def _host_bytes(model: ModelSpec, machine: MachineSpec, design: Design, tokens: int) -> float:
     if not design.offloads:
         return 0.0
     sparse = len(sparse_layers(model, design))
-    needed = sparse * workload.batch * workload.context_tokens * model.layer_token_bytes
+    needed = sparse * tokens * model.layer_token_bytes
     if needed > machine.host.memory_bytes:
         raise SpecError(
             f"design {design.name}: KV on the host needs {format_bytes(needed)} of pinned memory, "

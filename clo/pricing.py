@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatchmethod
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clo.errors import SpecError
-from clo.kernel_scaling import measured_on, scaled_seconds
-from clo.kernel_tables import BYTES_PER_VALUE, AllReduceTable, ExpertsTable, GemmTable, KernelTable
+from clo.kernel_tables import BYTES_PER_VALUE
 from clo.profile import Cost, InterferenceCost, Profile, Source, StreamCost
 from clo.schedule.machine import Lane
 from clo.schedule.work import (
@@ -30,6 +28,8 @@ from clo.schedule.work import (
     HostAction,
     HostGather,
     KernelWork,
+    LatentAttention,
+    LatentMap,
     Quantity,
     StreamKernel,
     Submit,
@@ -37,6 +37,7 @@ from clo.schedule.work import (
     ZeroCopy,
 )
 from clo.specs import MachineSpec
+from clo.table_prices import TablePrices, Timed
 from clo.traffic import Traffic
 
 NORMAL_P95 = 1.645
@@ -112,6 +113,11 @@ def hbm_bytes(work: Work, traffic: Traffic) -> Seconds:
     if isinstance(work, DecodeAttention):
         heads = work.batch * work.num_kv_heads
         return 2.0 * heads * work.kv_tokens * work.head_dim * work.kv_bytes_per_value
+    if isinstance(work, LatentAttention):
+        return work.batch * work.kv_tokens * work.vector_dim * work.kv_bytes_per_value
+    if isinstance(work, LatentMap):
+        weights = work.head_dim * work.kv_rank
+        return float(BYTES_PER_VALUE * work.num_heads * (weights + work.rows * (work.head_dim + work.kv_rank)))
     if isinstance(work, StreamKernel):
         return value_of(work.num_bytes, traffic)
     if isinstance(work, AllReduce):
@@ -149,6 +155,11 @@ class Pricer:
     machine: MachineSpec
 
     @property
+    def tables(self) -> TablePrices:
+        """Prices by measured kernel times."""
+        return TablePrices(self.profile, self.machine)
+
+    @property
     def interference(self) -> InterferenceCost:
         """As the profile has it."""
         return self.profile.interference
@@ -168,31 +179,27 @@ class Pricer:
 
         The same for every operation that does this work, whatever its `name`.
         """
-        return self._seconds(work, traffic)
+        return float(self.tables.seconds(work)) if isinstance(work, Timed) else self._seconds(work, traffic)
 
     def cost(self, work: Work) -> Cost | None:
         """The profile entry behind a price; `None` for the fitted kernel tables."""
-        return self._cost(work)
+        return None if isinstance(work, Timed) else self._entry_cost(work)
 
     def source(self, work: Work, name: str = "") -> Source:
         """How the price of `work` is known."""
-        cost = self._cost(work)
-        if cost is not None:
-            return Source(cost.source)
-        table = self._table(work)
-        return Source(table.source) if measured_on(table, self.machine.gpu) else Source.ASSUMED
+        if isinstance(work, Timed):
+            return Source(self.tables.table(work).source) if self.tables.measured_here(work) else Source.ASSUMED
+        return Source(self._entry_cost(work).source)
 
     def uncertainty(self, work: Work, name: str = "") -> tuple[str, float]:
         """The profile's entry and its spread; fitted tables know theirs from points held out of the fit.
 
         Times carried over to another GPU have none that is known.
         """
-        cost = self._cost(work)
-        if cost is not None:
-            return self._entry(work), cost.spread
-        table = self._table(work)
-        known = measured_on(table, self.machine.gpu)
-        return type(work).__name__, table.p90_abs_relative_error / NORMAL_P95 if known else 0.0
+        if isinstance(work, Timed):
+            error = self.tables.table(work).p90_abs_relative_error
+            return type(work).__name__, error / NORMAL_P95 if self.tables.measured_here(work) else 0.0
+        return self._entry(work), self._entry_cost(work).spread
 
     @property
     def common_spread(self) -> float:
@@ -244,7 +251,7 @@ class Pricer:
 
         An all-reduce moves at least `2 (n - 1) / n` of the values each way (Patarasuk and Yuan 2009).
         """
-        if not isinstance(work, AllReduce) or not self._all_reduce_table.over_host_link:
+        if not isinstance(work, AllReduce) or not self.tables.all_reduce.over_host_link:
             return 0.0
         return 2.0 * (work.num_gpus - 1) / work.num_gpus * BYTES_PER_VALUE * work.num_values
 
@@ -252,21 +259,6 @@ class Pricer:
     def _into_device(self) -> float:
         """What the link and the host memory behind it can deliver, bytes/s."""
         return min(self.machine.link.h2d_bytes_per_s, self.machine.host.memory_bytes_per_s)
-
-    def gemm_seconds(self, m: Any, n: Any, k: Any, *, fp8: bool = False) -> Any:
-        """Time of `C[m, n] = A[m, k] @ B[k, n]` on this machine's GPU; sizes are numbers or arrays."""
-        return scaled_seconds(self.gemm_table(fp8), self.machine.gpu, m, n, k)
-
-    def experts_seconds(self, weight_values: Any, rows: Any, *, fp8: bool = False) -> Any:
-        """Time of a layer's experts that read `weight_values` weights, each for `rows` tokens; numbers or arrays."""
-        return scaled_seconds(self.experts_table(fp8), self.machine.gpu, weight_values, rows)
-
-    def all_reduce_seconds(self, num_gpus: Any, num_values: Any) -> Any:
-        """Time until all of `num_gpus` GPUs have the sum of `num_values` of each, as where it was measured.
-
-        Numbers or arrays.
-        """
-        return self._all_reduce_table.seconds(num_gpus, num_values)
 
     def zero_copy_rate(self, num_ctas: int) -> float:
         """Bytes/s of a zero-copy kernel: the link, or what its thread blocks keep in flight."""
@@ -296,25 +288,6 @@ class Pricer:
     @singledispatchmethod
     def _seconds(self, work: Work, traffic: Traffic) -> Seconds:
         raise TypeError(f"no price for {type(work).__name__}")
-
-    @_seconds.register
-    def _(self, work: Gemm, traffic: Traffic) -> Seconds:
-        return float(self.gemm_seconds(work.m, work.n, work.k, fp8=work.fp8))
-
-    @_seconds.register
-    def _(self, work: DecodeAttention, traffic: Traffic) -> Seconds:
-        # the tables hold bf16 caches; a narrower cache is priced as fewer tokens of the same bytes
-        tokens = max(1.0, work.kv_tokens * work.kv_bytes_per_value / 2.0)
-        sizes = (work.batch, work.num_query_heads, work.num_kv_heads, work.head_dim, tokens)
-        return float(scaled_seconds(self.profile.decode_attention, self.machine.gpu, *sizes))
-
-    @_seconds.register
-    def _(self, work: Experts, traffic: Traffic) -> Seconds:
-        return float(self.experts_seconds(work.weight_values, work.rows, fp8=work.fp8))
-
-    @_seconds.register
-    def _(self, work: AllReduce, traffic: Traffic) -> Seconds:
-        return float(self.all_reduce_seconds(work.num_gpus, work.num_values))
 
     @_seconds.register
     def _(self, work: StreamKernel, traffic: Traffic) -> Seconds:
@@ -363,40 +336,7 @@ class Pricer:
     def _(self, work: HostAction, traffic: Traffic) -> Seconds:
         return float(work.count * getattr(self.profile, work.action).seconds)
 
-    def _table(self, work: Work) -> KernelTable:
-        """The measured kernel times behind a price that has no cost entry."""
-        if isinstance(work, AllReduce):
-            return self._all_reduce_table
-        if isinstance(work, Experts):
-            return self.experts_table(work.fp8)
-        return self.gemm_table(work.fp8) if isinstance(work, Gemm) else self.profile.decode_attention
-
-    def gemm_table(self, fp8: bool) -> GemmTable:
-        """The profile's times of GEMMs; those of bf16 weights where it has none of fp8."""
-        return self.profile.gemm_fp8 if fp8 and self.profile.gemm_fp8 is not None else self.profile.gemm
-
-    @property
-    def _all_reduce_table(self) -> AllReduceTable:
-        table = self.profile.all_reduce
-        if table is None:
-            raise SpecError(f"machine.tensor_parallel: profile {self.profile.name} has no times of an all-reduce")
-        if self.machine.tensor_parallel > table.num_gpus[-1]:
-            raise SpecError(
-                f"machine.tensor_parallel = {self.machine.tensor_parallel}: all-reduces of profile {self.profile.name} "
-                f"were timed on up to {table.num_gpus[-1]:.0f} GPUs"
-            )
-        return table
-
-    def experts_table(self, fp8: bool) -> ExpertsTable:
-        """The profile's times of experts, likewise. Raises `SpecError` where it has none."""
-        table = self.profile.experts_fp8 if fp8 and self.profile.experts_fp8 is not None else self.profile.experts
-        if table is None:
-            raise SpecError(f"model.experts: profile {self.profile.name} has no times of experts")
-        return table
-
-    def _cost(self, work: Work) -> Cost | None:
-        if isinstance(work, Gemm | Experts | DecodeAttention | AllReduce):
-            return None
+    def _entry_cost(self, work: Work) -> Cost:
         cost: Cost = getattr(self.profile, self._entry(work))
         return cost
 

@@ -17,7 +17,14 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Val
 
 from clo.errors import ProfileError
 from clo.files import read_json
-from clo.kernel_tables import AllReduceTable, DecodeAttentionTable, ExpertsTable, GemmTable
+from clo.kernel_tables import (
+    AllReduceTable,
+    DecodeAttentionTable,
+    ExpertsTable,
+    GemmTable,
+    LatentAttentionTable,
+    LatentMapTable,
+)
 from clo.specs.base import Spec, check_version, explain
 from clo.specs.overrides import apply
 
@@ -147,6 +154,8 @@ class Profile(Spec):
     all_reduce: AllReduceTable | None = None
     experts: ExpertsTable | None = None
     experts_fp8: ExpertsTable | None = None
+    latent_attention: LatentAttentionTable | None = None
+    latent_map: LatentMapTable | None = None
 
     elementwise: StreamCost
     hit_test: StreamCost

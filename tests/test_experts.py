@@ -22,8 +22,9 @@ from clo.kernel_tables import ExpertsTable
 from clo.pricing import Pricer, hbm_bytes
 from clo.schedule import Lane, record_step
 from clo.schedule.ops import experts_work
-from clo.schedule.work import Experts
+from clo.schedule.work import Experts, Gemm
 from clo.specs import ExpertsSpec, ModelSpec, model_from_hf_config
+from clo.table_prices import TablePrices
 from clo_calibration.tables import experts as points_of
 from clo_calibration.tables import fit, measurements
 from clo_sim.run import simulate
@@ -284,11 +285,11 @@ class TestPrefill:
     def test_a_chunk_differs_by_what_takes_the_place_of_the_mlp(self, tokens: int) -> None:
         model = mixture(shared_intermediate_size=256)
         scene = scene_of(model)
-        pricer, profile = Pricer(scene.profile, scene.machine), scene.profile  # type: ignore[arg-type]
+        prices, profile = TablePrices(scene.profile, scene.machine), scene.profile  # type: ignore[arg-type]
         work = experts_work(model, model.experts, tokens)  # type: ignore[arg-type]
-        mlp = [pricer.gemm_seconds(tokens, n, k) for n, k in ((28672, 4096), (4096, 14336))]
-        mixed = [pricer.gemm_seconds(tokens, n, k) for n, k in ((512, 4096), (4096, 256), (16, 4096))]
-        mixed.append(pricer.experts_seconds(work.weight_values, work.rows))
+        mlp = [prices.seconds(Gemm(tokens, n, k)) for n, k in ((28672, 4096), (4096, 14336))]
+        mixed = [prices.seconds(Gemm(tokens, n, k)) for n, k in ((512, 4096), (4096, 256), (16, 4096))]
+        mixed.append(prices.seconds(work))
         small = profile.elementwise  # type: ignore[union-attr]
         rate = small.efficiency * scene.machine.gpu.hbm_bytes_per_s
         routed = small.latency_s + tokens * (3 * 256 - 3 * 14336 + 4 * 16) * 2 / rate

@@ -117,8 +117,8 @@ def test_a_chunk_of_prefill_differs_by_its_projections() -> None:
         prefill_prices(scene, presets.load_design("clo"), chunk_tokens=256, keeps_prefixes=False).dense_ns[256]
         for scene in scenes
     ]
-    pricer, shapes = pricer_of(scenes[0]), ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
-    saved = sum(pricer.gemm_seconds(256, n, k) - pricer.gemm_seconds(256, n, k, fp8=True) for n, k in shapes)
+    prices, shapes = pricer_of(scenes[0]).tables, ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+    saved = sum(prices.seconds(Gemm(256, n, k)) - prices.seconds(Gemm(256, n, k, True)) for n, k in shapes)
     assert (found[0] - found[1]) / 1e9 == pytest.approx(32 * saved, rel=1e-5)
 
 

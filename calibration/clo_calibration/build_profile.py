@@ -24,8 +24,8 @@ CARRIED_OVER = {"gh200": "h200"}
 """GPUs that nobody measured, with costs of their own, by the one whose kernel times they borrow."""
 
 NOTE = (
-    "GEMM, experts, decode attention and all-reduce: fitted from measurements of vLLM kernels published in "
-    "aiconfigurator-core. "
+    "GEMM, experts, decode attention and all-reduce: fitted from measurements of vLLM kernels, latent attention of "
+    "SGLang's (A100: TensorRT-LLM's), published in aiconfigurator-core. "
     "Transfers, launches, synchronisation and selection kernels: literature or assumed, never measured by this project."
 )
 
@@ -44,6 +44,8 @@ def build_profile(gpu: str, data_root: Path | None = None) -> Profile:
         experts=tables.experts,
         gemm_fp8=tables.gemm_fp8,
         experts_fp8=tables.experts_fp8,
+        latent_attention=tables.latent_attention,
+        latent_map=tables.latent_map,
         **_costs(gpu),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from clo.errors import ProfileError
@@ -14,8 +15,7 @@ from clo_calibration.tables.measurements import GPUS, systems_folder
 
 def to_json(tables: FittedTables) -> str:
     """The tables as one JSON object, by their names in a profile."""
-    names = ("gemm", "gemm_fp8", "decode_attention", "all_reduce", "experts", "experts_fp8")
-    fitted = {name: getattr(tables, name) for name in names}
+    fitted = {field.name: getattr(tables, field.name) for field in fields(tables) if field.name != "report"}
     data = {name: table.model_dump(mode="json") for name, table in fitted.items() if table is not None}
     return json.dumps(data, separators=(",", ":")) + "\n"
 

@@ -34,7 +34,7 @@ def first_layers(shape: Any, layers: int | None) -> Any:
 
     if layers is not None and layers > shape.num_layers:
         raise SpecError(f"--layers {layers}: {shape.name} has {shape.num_layers}")
-    if layers is None or shape.experts is not None or shape.windowed_layers:
+    if layers is None or shape.beyond_llama:
         return shape  # what the real decoder does not take, it refuses by that name, whatever its layers
     return shape.with_fields(num_layers=layers)
 

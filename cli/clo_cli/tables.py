@@ -351,7 +351,10 @@ def print_listing(kind: str, records: Mapping[str, Mapping[str, Any]]) -> None:
 
 def _what(kind: str, record: Mapping[str, Any]) -> str:
     if kind == "models":
-        heads = f"{record['num_query_heads']} query and {record['num_kv_heads']} KV heads of {record['head_dim']}"
+        queries, width = f"{record['num_query_heads']} query", record["head_dim"]
+        heads = f"{queries} and {record['num_kv_heads']} KV heads of {width}"
+        if record["latent"]:
+            heads = f"{queries} heads that share a vector of {width} values (MLA)"
         per_token = f"{format_bytes(ModelSpec.parse(dict(record)).kv_bytes_per_token)} of KV per token"
         experts = record["experts"]
         mixed = f"{experts['experts_per_token']} of {experts['num_experts']} experts, " if experts else ""

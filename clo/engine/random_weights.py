@@ -37,9 +37,8 @@ def need_device(name: str) -> None:
 
 def checked(spec: ModelSpec, device: torch.device | str = "cpu") -> ModelSpec:
     """`spec`, if this machine can hold its weights in `dtype_on` it. Raises `SpecError` that says what is needed."""
-    if spec.experts is not None or spec.windowed_layers:
-        what = "mixtures of experts" if spec.experts is not None else "layers with a window"
-        raise SpecError(f"model {spec.name}: {what} are simulated only, the real decoder has none")
+    if beyond := spec.beyond_llama:
+        raise SpecError(f"model {spec.name}: {beyond} simulated only, the real decoder has none")
     dtype = dtype_on(device)
     needed = spec.weight_bytes / spec.weight_bytes_per_value * dtype.itemsize
     memory = local_machine(torch.device(device)).gpu.memory_bytes

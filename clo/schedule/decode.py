@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from clo.plan import DecodePlan
-from clo.schedule.machine import Cause, HostWait, Lane, Machine, Step, Token
+from clo.schedule.machine import Cause, HostWait, Lane, Machine, Op, Step, Token
 from clo.schedule.ops import Stage, StepOps
 from clo.schedule.transfer import Arrival, fetch, needs_host, wait_for
 from clo.specs import Attend, Cache, ResolveOn, Sync
@@ -41,6 +41,7 @@ def decode_step(plan: DecodePlan, m: Machine) -> Step:
     for layer in range(plan.model.num_layers):
         yield from _layer(m, ops, flight, layer)
     m.launch(Lane.MAIN, ops.hidden_norm("final_norm", ops.last_layer))
+    _collect(m, ops, ops.last_layer)
     m.launch(Lane.MAIN, ops.lm_head())
     yield from _join(m, ops, flight)
 
@@ -60,7 +61,7 @@ def _layer(m: Machine, ops: StepOps, flight: _Flight, layer: int) -> Step:
     target = _prefetch_target(ops.plan, layer)
     m.launch(Lane.MAIN, ops.hidden_norm("input_norm", layer))
     predicts = target is not None and ops.plan.design.selects
-    projected = m.launch(Lane.MAIN, ops.qkv_proj(layer, predicted_layers=int(predicts)))
+    projected = _launch(m, ops.to_queries(layer, predicted_layers=int(predicts)))
     appended = m.launch(Lane.MAIN, ops.append_kv(layer))
     _write_back(m, ops, flight, layer, appended)
     if target is not None:
@@ -77,10 +78,20 @@ def _layer(m: Machine, ops: StepOps, flight: _Flight, layer: int) -> Step:
     yield from _speculate(m, ops, flight, layer, attended)
 
 
+def _launch(m: Machine, operations: tuple[Op, ...]) -> Token:
+    """One after the other on the main stream; the last one's token."""
+    *before, last = operations
+    for operation in before:
+        m.launch(Lane.MAIN, operation)
+    return m.launch(Lane.MAIN, last)
+
+
 def _mlp(m: Machine, ops: StepOps, layer: int) -> None:
-    m.launch(Lane.MAIN, ops.out_proj(layer))
-    _add_up(m, ops, layer)
+    _launch(m, ops.to_hidden(layer))
+    if not ops.deals_sequences:
+        _add_up(m, ops, layer)
     m.launch(Lane.MAIN, ops.hidden_norm("post_norm", layer))
+    _collect(m, ops, layer)
     if ops.plan.model.mlp_width(layer):
         m.launch(Lane.MAIN, ops.gate_up_proj(layer))
         m.launch(Lane.MAIN, ops.activation(layer))
@@ -96,6 +107,12 @@ def _add_up(m: Machine, ops: StepOps, layer: int) -> None:
     """What GPUs that share the model have each computed of the hidden state becomes one."""
     if ops.shares_model:
         m.launch(Lane.MAIN, ops.all_reduce(layer, ops.plan.model.hidden_size))
+
+
+def _collect(m: Machine, ops: StepOps, layer: int) -> None:
+    """What follows needs every sequence's hidden state on all GPUs, where each has attended for its own."""
+    if ops.deals_sequences:
+        _add_up(m, ops, layer)
 
 
 def _write_back(m: Machine, ops: StepOps, flight: _Flight, layer: int, appended: Token) -> None:

@@ -21,12 +21,14 @@ from clo.schedule.work import (
     HostAction,
     HostActionName,
     HostGather,
+    LatentAttention,
+    LatentMap,
     StreamKernel,
     Submit,
     Work,
     ZeroCopy,
 )
-from clo.specs import Attend, ExpertsSpec, ModelSpec, Sync
+from clo.specs import Attend, ExpertsSpec, ModelSpec, Projection, Sync
 
 PREFETCH_MARK = "prefetch."
 """Begins the names of operations that serve a prediction."""
@@ -74,28 +76,44 @@ def experts_work(model: ModelSpec, experts: ExpertsSpec, tokens: Any) -> Experts
 
 @dataclass(frozen=True, slots=True)
 class StepOps:
-    """Builds the operations of one plan. All byte counts are for the whole batch."""
+    """Builds the operations of one plan. Of attention they are for this GPU's sequences, of the rest for the batch."""
 
     plan: DecodePlan
 
     def hidden_norm(self, name: str, layer: int) -> Op:
         """Fused residual add and RMSNorm: reads the hidden state and the residual, writes both."""
-        hidden_bytes = self.plan.workload.batch * self.plan.model.hidden_size * 2.0
+        hidden_bytes = self.plan.sequences * self.plan.model.hidden_size * 2.0
         return Op(name, layer, Part.MODEL, StreamKernel("elementwise", 4 * hidden_bytes))
 
-    def qkv_proj(self, layer: int, predicted_layers: int) -> Op:
-        """Fused projection of this layer, and of the queries of the layers it predicts (norm weights folded in)."""
+    def to_queries(self, layer: int, predicted_layers: int) -> tuple[Op, ...]:
+        """Projections of this layer, and of the queries of the layers it predicts (norm weights folded in).
+
+        With latent attention also the norms of the low ranks, and the map of the queries into the vectors' space.
+        """
+        model, sequences = self.plan.model, self.plan.sequences
+        first, *others = (self._projection(each, layer) for each in model.projections(predicted_layers))
+        if (latent := model.latent) is None:
+            return (first, *others)
+        rows = sequences * (1 + predicted_layers)
+        norms = StreamKernel("elementwise", 2 * 2.0 * (rows * latent.query_rank + sequences * latent.kv_rank))
+        norm = Op("latent_norm", layer, Part.MODEL, norms)
+        return (first, norm, *others, self._map("map_queries", layer, rows, latent.nope_dim))
+
+    def to_hidden(self, layer: int) -> tuple[Op, ...]:
+        """Attention output projection; with latent attention after the map from the vectors' space to the values'."""
         model = self.plan.model
-        width = model.qkv_width + predicted_layers * model.num_query_heads * model.head_dim
-        return self._gemm("qkv_proj", layer, width, model.hidden_size)
+        out = self._projection(model.out_projection, layer)
+        if model.latent is None:
+            return (out,)
+        return (self._map("map_outputs", layer, self.plan.sequences, model.latent.value_dim), out)
 
     def append_kv(self, layer: int) -> Op:
         """Rotary embedding, the new token into the window, the index entry of a page that fills up.
 
         Where the GPU moves pages by itself, the kernel also stores the page that leaves the window to the host.
         """
-        model, batch = self.plan.model, self.plan.workload.batch
-        num_bytes = batch * (2 * model.num_query_heads * model.head_dim * 2.0 + 2 * model.layer_token_bytes)
+        model, sequences = self.plan.model, self.plan.sequences
+        num_bytes = sequences * (2 * model.query_width * 2.0 + 2 * model.layer_token_bytes)
         stores = self.plan.is_sparse(layer) and self.plan.design.offloads and not self.copies_back
         leaving = Amount("write_back_pages", self.plan.page_bytes) if stores else 0.0
         return Op("append_kv", layer, Part.MODEL, StreamKernel("elementwise", num_bytes, leaving))
@@ -111,8 +129,8 @@ class StepOps:
 
     def hit_test(self, stage: Stage, layer: int) -> Op:
         """Cosine of every query with its head's anchor, folded per KV head."""
-        model, batch = self.plan.model, self.plan.workload.batch
-        num_bytes = 2 * batch * model.num_query_heads * model.head_dim * 2.0
+        model, sequences = self.plan.model, self.plan.sequences
+        num_bytes = 2 * sequences * model.num_query_heads * model.head_dim * 2.0
         return Op(stage.op_name("hit_test"), layer, Part.SELECTION, StreamKernel("hit_test", num_bytes))
 
     def score_pages(self, stage: Stage, layer: int) -> Op:
@@ -150,7 +168,7 @@ class StepOps:
         if self.plan.design.attend is Attend.FULL:
             heads = self.plan.model.num_kv_heads - self.plan.pinned_heads_per_layer
             run = self.plan.workload.context_tokens * heads * self.plan.model.head_token_bytes
-            work = Copy("h2d", float(self.plan.workload.batch), run)
+            work = Copy("h2d", float(self.plan.sequences), run)
         else:
             work = Copy("h2d", Amount(stage.pages), self.plan.page_bytes)
         return Op(stage.op_name("copy_pages"), layer, Part.TRANSFER, work)
@@ -185,11 +203,6 @@ class StepOps:
         """Full attention of every head over KV that is wholly on the device, in a layer's window if it has one."""
         tokens = self.plan.model.attended_at_most(layer, self.plan.workload.context_tokens)
         return self._attention("attention", layer, tokens, self.plan.model.num_kv_heads)
-
-    def out_proj(self, layer: int) -> Op:
-        """Attention output projection."""
-        model = self.plan.model
-        return self._gemm("out_proj", layer, model.hidden_size, model.num_query_heads * model.head_dim)
 
     def gate_up_proj(self, layer: int) -> Op:
         """Fused gate and up projection of the MLP, or of the shared expert."""
@@ -228,7 +241,10 @@ class StepOps:
         return Op("sample", self.last_layer, Part.MODEL, StreamKernel("elementwise", num_bytes))
 
     def all_reduce(self, layer: int, num_values: int) -> Op:
-        """GPUs that share the model add up their parts, `num_values` for each sequence."""
+        """GPUs that share the model add up their parts, `num_values` for each sequence of the batch.
+
+        Where each attends for sequences of its own, it also stands for handing out and collecting those.
+        """
         work = AllReduce(self.plan.machine.tensor_parallel, self.plan.workload.batch * num_values)
         return Op("all_reduce", layer, Part.EXCHANGE, work)
 
@@ -242,6 +258,11 @@ class StepOps:
         return self.plan.machine.tensor_parallel > 1
 
     @property
+    def deals_sequences(self) -> bool:
+        """Whether they deal out attention by sequences, not by heads."""
+        return self.plan.machine.deals_sequences
+
+    @property
     def last_layer(self) -> int:
         """What follows the layers is counted with the last of them."""
         return self.plan.model.num_layers - 1
@@ -251,14 +272,21 @@ class StepOps:
         narrow = self.plan.model.has_fp8_weights if fp8 is None else fp8
         return Op(name, layer, Part.MODEL, Gemm(self.plan.workload.batch, n, k, narrow))
 
-    def _attention(self, name: str, layer: int, kv_tokens: int, kv_heads: int) -> Op:
+    def _projection(self, product: Projection, layer: int) -> Op:
+        narrow = self.plan.model.has_fp8_weights
+        return Op(product.name, layer, Part.MODEL, Gemm(self.plan.sequences, product.n, product.k, narrow))
+
+    def _map(self, name: str, layer: int, rows: int, head_dim: int) -> Op:
         model = self.plan.model
-        work: Work = DecodeAttention(
-            self.plan.workload.batch,
-            kv_tokens,
-            kv_heads * model.group_size,
-            kv_heads,
-            model.head_dim,
-            model.kv_bytes_per_value,
-        )
+        assert model.latent is not None
+        return Op(name, layer, Part.MODEL, LatentMap(rows, model.num_query_heads, head_dim, model.latent.kv_rank))
+
+    def _attention(self, name: str, layer: int, kv_tokens: int, kv_heads: int) -> Op:
+        model, sequences = self.plan.model, self.plan.sequences
+        heads, latent, width = kv_heads * model.group_size, model.latent, model.kv_bytes_per_value
+        work: Work
+        if latent is None:
+            work = DecodeAttention(sequences, kv_tokens, heads, kv_heads, model.head_dim, width)
+        else:
+            work = LatentAttention(sequences, kv_tokens, heads, latent.kv_rank, latent.rope_dim, width)
         return Op(name, layer, Part.ATTENTION, work)

@@ -46,6 +46,33 @@ class DecodeAttention:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """One query token per sequence over `kv_tokens` vectors of latent attention, which all query heads share."""
+
+    batch: int
+    kv_tokens: int
+    num_query_heads: int
+    kv_rank: int
+    rope_dim: int
+    kv_bytes_per_value: float = 2.0
+
+    @property
+    def vector_dim(self) -> int:
+        """Width of a cached vector, and of a query."""
+        return self.kv_rank + self.rope_dim
+
+
+@dataclass(frozen=True, slots=True)
+class LatentMap:
+    """A product of each head's own: `rows` tokens, `[num_heads, rows, head_dim]` to or from `kv_rank`, in bf16."""
+
+    rows: int
+    num_heads: int
+    head_dim: int
+    kv_rank: int
+
+
+@dataclass(frozen=True, slots=True)
 class Experts:
     """Gated MLPs of which each token passes a few: `num_used` of them are read, for `rows` tokens each, in the mean."""
 
@@ -145,6 +172,6 @@ class HostAction:
     count: int = 1
 
 
-KernelWork = Gemm | Experts | DecodeAttention | StreamKernel
+KernelWork = Gemm | Experts | DecodeAttention | LatentAttention | LatentMap | StreamKernel
 
 Work = KernelWork | AllReduce | ZeroCopy | Copy | Submit | HostGather | BarWrite | Bookkeeping | HostAction

@@ -13,9 +13,11 @@ from clo.specs.design import (
     Sync,
     Transfer,
 )
+from clo.specs.experts import ExpertsSpec
 from clo.specs.hf_config import model_from_hf_config
+from clo.specs.latent import LatentSpec
 from clo.specs.machine import GpuSpec, HostSpec, LinkSpec, MachineSpec
-from clo.specs.model import ExpertsSpec, ModelSpec
+from clo.specs.model import ModelSpec, Projection
 from clo.specs.workload import Workload
 
 __all__ = [
@@ -26,11 +28,13 @@ __all__ = [
     "GpuSpec",
     "GqaFold",
     "HostSpec",
+    "LatentSpec",
     "LinkSpec",
     "MachineSpec",
     "ModelSpec",
     "OnMiss",
     "PrefetchQuery",
+    "Projection",
     "ResolveOn",
     "Selector",
     "Spec",

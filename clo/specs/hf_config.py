@@ -44,12 +44,34 @@ def model_from_hf_config(path: Path) -> ModelSpec:
 
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_WITH_EXPERTS = ("glm4_moe", "gpt_oss", "minimax_m2", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe_text")
+_WITH_EXPERTS = (
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "gpt_oss",
+    "kimi_k2",
+    "minimax_m2",
+    "mixtral",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_vl_moe_text",
+)
 """Kinds of model whose fields about experts are known; others mean different things by the same names."""
 
 
 _LISTS = ("layer_types", "mlp_only_layers")
-_COUNTS = ("n_shared_experts", "moe_intermediate_size", "shared_expert_intermediate_size", "first_k_dense_replace")
+_COUNTS = (
+    "n_shared_experts",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "first_k_dense_replace",
+    "kv_lora_rank",
+    "q_lora_rank",
+    "qk_rope_head_dim",
+    "qk_nope_head_dim",
+    "v_head_dim",
+)
 
 
 def _ill_typed(config: dict[str, Any]) -> str:
@@ -63,11 +85,7 @@ def _ill_typed(config: dict[str, Any]) -> str:
 
 def _not_modelled(config: dict[str, Any]) -> str:
     """What about this model is beyond a `ModelSpec`, as field, value and rule; empty if nothing is."""
-    if config.get("kv_lora_rank"):
-        return (
-            f"kv_lora_rank = {config['kv_lora_rank']!r}: latent attention (MLA) is not modelled, keys and values only"
-        )
-    if problem := _other_experts(config):
+    if problem := _other_latent(config) or _other_experts(config):
         return problem
     if config.get("quantization_config") and not _has_fp8_weights(config):
         return (
@@ -75,6 +93,42 @@ def _not_modelled(config: dict[str, Any]) -> str:
             "weight_bytes_per_value (GEMM times are then those of bf16)"
         )
     return _other_windows(config)
+
+
+_WITH_LATENT = ("deepseek_v2", "deepseek_v3", "kimi_k2")
+"""Kinds of model whose latent attention attends to all vectors alike."""
+_LATENT_FIELDS = {
+    "kv_rank": "kv_lora_rank",
+    "rope_dim": "qk_rope_head_dim",
+    "nope_dim": "qk_nope_head_dim",
+    "value_dim": "v_head_dim",
+}
+
+
+def _other_latent(config: dict[str, Any]) -> str:
+    """What about latent attention is beyond a `ModelSpec`."""
+    if not config.get("kv_lora_rank"):
+        return ""
+    if config.get("model_type") not in _WITH_LATENT:
+        known = ", ".join(_WITH_LATENT)
+        return (
+            f"kv_lora_rank = {config['kv_lora_rank']!r}: latent attention of model_type = "
+            f"{config.get('model_type')!r} is not known (known: {known})"
+        )
+    missing = [theirs for theirs in _LATENT_FIELDS.values() if config.get(theirs) is None]
+    return f"no field {missing[0]!r}: latent attention needs it" if missing else ""
+
+
+def _latent(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of latent attention, over those of keys and values in every head."""
+    if not config.get("kv_lora_rank"):
+        return {}
+    latent = {ours: config[theirs] for ours, theirs in _LATENT_FIELDS.items()}
+    return {
+        "num_kv_heads": 1,
+        "head_dim": latent["kv_rank"] + latent["rope_dim"],
+        "latent": latent | {"query_rank": config.get("q_lora_rank") or 0},
+    }
 
 
 def _has_fp8_weights(config: dict[str, Any]) -> bool:
@@ -91,6 +145,8 @@ def _other_experts(config: dict[str, Any]) -> str:
         return f"{field} = {config[field]!r}: experts of model_type = {kind!r} are not known (known: {known})"
     if config.get("decoder_sparse_step") not in (None, 1):
         return f"decoder_sparse_step = {config['decoder_sparse_step']!r}: every layer after the first must have experts"
+    if config.get("moe_layer_freq") not in (None, 1):
+        return f"moe_layer_freq = {config['moe_layer_freq']!r}: every layer after the first must have experts"
     dense = config.get("mlp_only_layers") or []
     if dense != list(range(len(dense))):
         return f"mlp_only_layers = {dense!r}: layers with a dense MLP must be the first ones"
@@ -153,11 +209,12 @@ def _hf_values(config: dict[str, Any], file: Path) -> dict[str, Any]:
             "source": f"{file}; assumed: {'fp8' if fp8 else 'bf16'} weights, bf16 KV, gated MLP",
             "weight_bytes_per_value": 1.0 if fp8 else 2.0,
             "num_kv_heads": heads if kv_heads is None else kv_heads,
-            "head_dim": _head_dim(config, file),
+            "head_dim": None if config.get("kv_lora_rank") else _head_dim(config, file),
             "tied_embeddings": bool(config.get("tie_word_embeddings", _tied_unless_said(config))),
             "experts": experts_of(config),
         }
         | _windows(config)
+        | _latent(config)
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from clo.specs.base import Spec
@@ -51,7 +53,17 @@ class MachineSpec(Spec):
         le=MOST_GPUS,
         description="GPUs that hold one copy of the model together, a part of every layer each (tensor parallelism)",
     )
+    attention_by: Literal["heads", "sequences"] = Field(
+        default="heads",
+        description="what such GPUs deal out attention and KV by: each has a part of the heads of every sequence, or "
+        "some sequences whole (data-parallel attention)",
+    )
     reserve_bytes: float = Field(default=4e9, ge=0, description="device memory for context, activations, workspace")
+
+    @property
+    def deals_sequences(self) -> bool:
+        """Whether GPUs share the model, and each attends for sequences of its own."""
+        return self.tensor_parallel > 1 and self.attention_by == "sequences"
 
     @property
     def label(self) -> str:

@@ -2,51 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import NamedTuple
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from clo.errors import SpecError
 from clo.specs.base import Spec
+from clo.specs.experts import ExpertsSpec
+from clo.specs.latent import LatentSpec
 
 
-class ExpertsSpec(Spec):
-    """A mixture of experts where other models have an MLP: a router sends every token through a few gated MLPs."""
+class Projection(NamedTuple):
+    """A linear layer: its name, its outputs and its inputs."""
 
-    num_experts: PositiveInt = Field(description="experts of a layer")
-    experts_per_token: PositiveInt = Field(description="experts that a token passes")
-    intermediate_size: PositiveInt = Field(description="width of one expert")
-    shared_intermediate_size: NonNegativeInt = Field(
-        default=0, description="width of the shared expert, which every token passes"
-    )
-    dense_layers: NonNegativeInt = Field(default=0, description="first layers, which have an MLP instead of experts")
-
-    @model_validator(mode="after")
-    def _enough(self) -> ExpertsSpec:
-        if self.experts_per_token > self.num_experts:
-            raise ValueError(
-                f"experts_per_token = {self.experts_per_token} must be at most num_experts = {self.num_experts}"
-            )
-        return self
-
-    def used_by(self, tokens: Any) -> Any:
-        """How many experts of a layer `tokens` tokens pass, in the mean, if routing is even and independent.
-
-        Of a number a number, of an array an array.
-        """
-        missed = (1.0 - self.experts_per_token / self.num_experts) ** tokens
-        return self.num_experts * (1.0 - missed)
-
-    def shard(self, num_gpus: int) -> ExpertsSpec:
-        """What each of `num_gpus` GPUs holds: a part of every expert, and the router."""
-        return self.with_fields(
-            intermediate_size=_part(self.intermediate_size, num_gpus),
-            shared_intermediate_size=_part(self.shared_intermediate_size, num_gpus),
-        )
+    name: str
+    n: int
+    k: int
 
 
 class ModelSpec(Spec):
-    """A Llama/Qwen-style decoder: grouped-query attention, gated MLP or experts, one KV cache per layer."""
+    """A Llama/Qwen/DeepSeek-style decoder: attention, gated MLP or experts, one KV cache per layer.
+
+    With latent attention the vector that all query heads share is the one KV head, and `head_dim` its width.
+    """
 
     name: str = Field(description="how reports call it")
     source: str = Field(default="", description="where the shape was read")
@@ -62,10 +41,12 @@ class ModelSpec(Spec):
     weight_bytes_per_value: float = Field(
         default=2.0,
         gt=0,
-        description="bytes a weight of the layers takes (bf16: 2, fp8: 1); embeddings and head take 2 at least",
+        description="bytes a weight of the layers takes (bf16: 2, fp8: 1); embeddings, head and the maps of latent "
+        "attention take 2 at least",
     )
     kv_bytes_per_value: float = Field(default=2.0, gt=0, description="bytes a key or value element takes (bf16: 2)")
     experts: ExpertsSpec | None = Field(default=None, description="a mixture of experts; none: an MLP in every layer")
+    latent: LatentSpec | None = Field(default=None, description="latent attention; none: keys and values in every head")
     window_tokens: PositiveInt | None = Field(
         default=None, description="tokens that windowed layers attend to, and keep"
     )
@@ -86,6 +67,20 @@ class ModelSpec(Spec):
         return self
 
     @model_validator(mode="after")
+    def _one_vector(self) -> ModelSpec:
+        if self.latent is None:
+            return self
+        if self.num_kv_heads != 1:
+            raise ValueError(f"num_kv_heads = {self.num_kv_heads} must be 1: latent attention keeps one vector a token")
+        if self.head_dim != self.latent.vector_dim:
+            raise ValueError(
+                f"head_dim = {self.head_dim} must be latent.kv_rank + latent.rope_dim = {self.latent.vector_dim}"
+            )
+        if self.windowed_layers:
+            raise ValueError("windowed_layers and latent exclude each other: no such model is known")
+        return self
+
+    @model_validator(mode="after")
     def _windows(self) -> ModelSpec:
         places = self.windowed_layers
         if bool(places) != (self.window_tokens is not None):
@@ -99,14 +94,24 @@ class ModelSpec(Spec):
         return self
 
     @property
+    def beyond_llama(self) -> str:
+        """What sets the model apart from Llama and Qwen, as the start of a sentence; empty if nothing does."""
+        found = {
+            "mixtures of experts are": self.experts is not None,
+            "layers with a window are": bool(self.windowed_layers),
+            "latent attention is": self.latent is not None,
+        }
+        return next((what for what, is_so in found.items() if is_so), "")
+
+    @property
     def group_size(self) -> int:
         """Query heads that share one KV head."""
         return self.num_query_heads // self.num_kv_heads
 
     @property
     def head_token_bytes(self) -> float:
-        """Key and value of one token in one KV head of one layer, bytes."""
-        return 2 * self.head_dim * self.kv_bytes_per_value
+        """Key and value of one token in one KV head of one layer, or the vector that serves as both, bytes."""
+        return (2 if self.latent is None else 1) * self.head_dim * self.kv_bytes_per_value
 
     @property
     def layer_token_bytes(self) -> float:
@@ -130,6 +135,38 @@ class ModelSpec(Spec):
         return (self.num_query_heads + 2 * self.num_kv_heads) * self.head_dim
 
     @property
+    def query_width(self) -> int:
+        """All heads' queries as they are projected."""
+        return self.num_query_heads * (self.head_dim if self.latent is None else self.latent.query_dim)
+
+    def projections(self, predicted_layers: int = 0) -> tuple[Projection, ...]:
+        """Linear layers from the hidden state to queries, keys and values.
+
+        With those that give the queries of `predicted_layers` later layers, too.
+        """
+        hidden, latent, queries = self.hidden_size, self.latent, (1 + predicted_layers) * self.query_width
+        if latent is None:
+            return (Projection("qkv_proj", queries + self.qkv_width - self.query_width, hidden),)
+        if not latent.query_rank:
+            return (Projection("latent_proj", queries + latent.vector_dim, hidden),)
+        ranks = (1 + predicted_layers) * latent.query_rank
+        return (
+            Projection("latent_proj", ranks + latent.vector_dim, hidden),
+            Projection("query_proj", queries, latent.query_rank),
+        )
+
+    @property
+    def out_projection(self) -> Projection:
+        """Linear layer from what attention gives back to the hidden state."""
+        width = self.head_dim if self.latent is None else self.latent.value_dim
+        return Projection("out_proj", self.hidden_size, self.num_query_heads * width)
+
+    @property
+    def attention_flops(self) -> int:
+        """Arithmetic of one query head for one cached token in a decode step: its score, its part of the sum."""
+        return 4 * self.head_dim if self.latent is None else 2 * (self.head_dim + self.latent.kv_rank)
+
+    @property
     def num_expert_layers(self) -> int:
         """Layers with experts."""
         return 0 if self.experts is None else self.num_layers - self.experts.dense_layers
@@ -143,9 +180,14 @@ class ModelSpec(Spec):
         experts = self.experts_in(layer)
         return self.intermediate_size if experts is None else experts.shared_intermediate_size
 
+    @property
+    def attention_weight_values(self) -> int:
+        """Weights of a layer before and after its attention."""
+        return sum(each.n * each.k for each in (*self.projections(), self.out_projection)) + self._map_values
+
     def layer_weight_values(self, layer: int, num_experts: float | None = None) -> float:
         """Weights of a layer, or of it with `num_experts` of its experts only (norms are negligible), values."""
-        attention = self.hidden_size * (self.qkv_width + self.num_query_heads * self.head_dim)
+        attention = self.attention_weight_values
         mlp = 3 * self.hidden_size * self.mlp_width(layer)
         experts = self.experts_in(layer)
         if experts is None:
@@ -157,15 +199,14 @@ class ModelSpec(Spec):
     def weight_bytes(self) -> float:
         """All weights on the device, bytes."""
         embeddings = self._head_bytes * (1 if self.tied_embeddings else 2)
-        return self._layers_values(None) * self.weight_bytes_per_value + embeddings
+        return self._layers_bytes(None) + embeddings
 
     def step_weight_bytes(self, batch: int) -> float:
         """Weights that a decode step of `batch` sequences reads, bytes.
 
         All but the input embedding, of which it reads a row a sequence, and the experts that no sequence passes.
         """
-        used = self._layers_values(self.experts.used_by(batch) if self.experts else None)
-        return used * self.weight_bytes_per_value + self._head_bytes
+        return self._layers_bytes(self.experts.used_by(batch) if self.experts else None) + self._head_bytes
 
     @property
     def token_weight_values(self) -> float:
@@ -180,7 +221,20 @@ class ModelSpec(Spec):
 
     @property
     def _head_bytes(self) -> float:
-        return self.vocab_size * self.hidden_size * max(2.0, self.weight_bytes_per_value)
+        return self.vocab_size * self.hidden_size * self._wide_bytes
+
+    @property
+    def _wide_bytes(self) -> float:
+        """Of a weight that stays bf16 where others are narrower: embeddings, head, the maps of latent attention."""
+        return max(2.0, self.weight_bytes_per_value)
+
+    @property
+    def _map_values(self) -> int:
+        return 0 if self.latent is None else self.latent.map_values(self.num_query_heads)
+
+    def _layers_bytes(self, num_experts: float | None) -> float:
+        wider = self.num_layers * self._map_values * (self._wide_bytes - self.weight_bytes_per_value)
+        return self._layers_values(num_experts) * self.weight_bytes_per_value + wider
 
     def _layers_values(self, num_experts: float | None) -> float:
         """Weights of all layers; those with experts are alike, and so are the others."""
@@ -188,27 +242,26 @@ class ModelSpec(Spec):
         first, last = (self.layer_weight_values(layer, num_experts) for layer in (0, self.num_layers - 1))
         return (self.num_layers - mixed) * first + mixed * last
 
-    def shard(self, num_gpus: int) -> ModelSpec:
+    def shard(self, num_gpus: int, *, whole_attention: bool = False) -> ModelSpec:
         """What each of `num_gpus` GPUs holds and computes: its heads, its part of each MLP and of the vocabulary.
 
-        As in Megatron-LM (arXiv 1909.08053). What does not divide evenly is rounded up. Raises `SpecError` where the KV
-        heads cannot be dealt out evenly.
+        With `whole_attention` all heads, of the sequences that are its own.
+        As in Megatron-LM (arXiv 1909.08053). What does not divide evenly is rounded up. The vectors of latent
+        attention, and what makes them, each GPU has whole. Raises `SpecError` where heads cannot be dealt out evenly.
         """
         if num_gpus == 1:
             return self
-        if self.num_kv_heads % num_gpus:
+        parts = 1 if whole_attention else num_gpus
+        kind, dealt = ("KV", self.num_kv_heads) if self.latent is None else ("query", self.num_query_heads)
+        if dealt % parts:
             raise SpecError(
-                f"machine.tensor_parallel = {num_gpus}: the {self.num_kv_heads} KV heads of {self.name} cannot be "
+                f"machine.tensor_parallel = {num_gpus}: the {dealt} {kind} heads of {self.name} cannot be "
                 "dealt out evenly to so many GPUs"
             )
         return self.with_fields(
-            num_query_heads=self.num_query_heads // num_gpus,
-            num_kv_heads=self.num_kv_heads // num_gpus,
-            intermediate_size=_part(self.intermediate_size, num_gpus),
-            vocab_size=_part(self.vocab_size, num_gpus),
+            num_query_heads=self.num_query_heads // parts,
+            num_kv_heads=self.num_kv_heads // parts if self.latent is None else 1,
+            intermediate_size=math.ceil(self.intermediate_size / num_gpus),
+            vocab_size=math.ceil(self.vocab_size / num_gpus),
             experts=None if self.experts is None else self.experts.shard(num_gpus).model_dump(),
         )
-
-
-def _part(width: int, num_gpus: int) -> int:
-    return -(-width // num_gpus)

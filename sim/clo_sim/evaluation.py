@@ -16,8 +16,9 @@ import numpy as np
 from clo.errors import CloError, SpecError
 from clo.results import Result
 from clo.specs import Design
+from clo_sim.assumptions import assumptions_of
 from clo_sim.clock import step_seconds
-from clo_sim.run import assumptions_of, measured_share, simulate, source_shares
+from clo_sim.run import measured_share, simulate, source_shares
 from clo_sim.scene import Scene
 from clo_sim.variation import Changes, Level, Task, scene_with
 

@@ -19,7 +19,7 @@ from clo.plan import DecodePlan
 from clo.pricing import Demand, PricedPart, Prices, Seconds, hbm_bytes
 from clo.schedule import Cause, Lane, Op, StepGraph, record_step
 from clo.schedule.ops import price_name
-from clo.schedule.work import DecodeAttention, Experts, Gemm, StreamKernel, Work
+from clo.schedule.work import KernelWork, StreamKernel, Work
 from clo.traffic import Traffic
 
 
@@ -61,7 +61,7 @@ def segments_of(graph: StepGraph) -> tuple[Segment, ...]:
 def _contends_as(work: Work) -> type:
     """Kernels contend alike; every other kind of work in its own way."""
     kind = type(work)
-    return StreamKernel if kind in (Gemm, Experts, DecodeAttention) else kind
+    return StreamKernel if issubclass(kind, KernelWork) else kind
 
 
 def _linked(graph: StepGraph, runs: list[list[int]]) -> tuple[Segment, ...]:

@@ -36,7 +36,7 @@ def roofline(plan: DecodePlan, source: TrafficSource, moved_bytes: float) -> Roo
 
 def attended_bytes(plan: DecodePlan) -> float:
     """Keys and values that attention reads in a step, bytes."""
-    return sum(_attended_tokens(plan)) * plan.model.head_token_bytes * plan.workload.batch
+    return sum(_attended_tokens(plan)) * plan.model.head_token_bytes * plan.sequences
 
 
 def fewest_link_bytes(plan: DecodePlan, source: TrafficSource) -> float:
@@ -61,8 +61,8 @@ def _attended_tokens(plan: DecodePlan) -> list[float]:
 
 def _bf16_flops(plan: DecodePlan) -> float:
     """Arithmetic of a step; what runs with fp8 weights takes half the time and counts half."""
-    head = plan.model.vocab_size * plan.model.hidden_size
-    layers = plan.model.token_weight_values - head
-    weights = head + (layers / 2 if plan.model.has_fp8_weights else layers)
-    attention = 4 * sum(_attended_tokens(plan)) * plan.model.group_size * plan.model.head_dim
-    return plan.workload.batch * (2 * weights + attention)
+    model, narrow = plan.model, 0.5 if plan.model.has_fp8_weights else 1.0
+    head, before = model.vocab_size * model.hidden_size, model.num_layers * model.attention_weight_values
+    others = head + narrow * (model.token_weight_values - head - before)
+    attention = sum(_attended_tokens(plan)) * plan.model.group_size * plan.model.attention_flops
+    return 2 * plan.workload.batch * others + plan.sequences * (2 * narrow * before + attention)

@@ -11,7 +11,7 @@ from pathlib import Path
 from clo import presets
 from clo.errors import SpecError
 from clo.operation_costs import OperationPricer, OperationProfile, load_operation_profile
-from clo.plan import DecodePlan, make_plan
+from clo.plan import DecodePlan, make_plan, part_of
 from clo.pricing import Pricer, Prices
 from clo.profile import Profile
 from clo.specs import Design, MachineSpec, ModelSpec, Workload
@@ -56,7 +56,7 @@ class Scene:
     @property
     def part(self) -> ModelSpec:
         """What one GPU holds of the model: all of it, unless GPUs share it. `SpecError` where they cannot."""
-        return self.model.shard(self.machine.tensor_parallel)
+        return part_of(self.model, self.machine)
 
     def plan(self, design: Design) -> DecodePlan:
         """The design's numbers here. Raises `SpecError` where it does not fit."""

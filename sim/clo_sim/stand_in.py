@@ -70,6 +70,7 @@ class TrafficSource:
             policy,
             plan.model,
             plan.machine.tensor_parallel,
+            plan.sequences,
             plan.workload,
             plan.budget_pages,
             plan.num_pages,
@@ -103,7 +104,7 @@ class TrafficSource:
         if not self.resample_heads and not _same_heads(plan, header):
             raise TraceError(
                 f"trace of {header.model}: {header.num_layers} layers x {header.num_kv_heads} KV heads, but "
-                f"{plan.model.name} has {plan.model.num_layers} x {_kv_heads(plan)}: record a trace of this "
+                f"{plan.model.name} has {plan.model.num_layers} x {plan.kv_heads_of_all}: record a trace of this "
                 "model, or let recorded heads stand for others with --resample-heads"
             )
 
@@ -133,13 +134,8 @@ def _measured(plan: DecodePlan, header: TraceHeader) -> slice:
 
 def _same_heads(plan: DecodePlan, header: TraceHeader) -> bool:
     """Whether the trace is of as many heads as the model has, all GPUs that share it together."""
-    ours = (plan.model.num_layers, _kv_heads(plan), plan.model.group_size)
+    ours = (plan.model.num_layers, plan.kv_heads_of_all, plan.query_heads_of_all // plan.kv_heads_of_all)
     return ours == (header.num_layers, header.num_kv_heads, header.group_size)
-
-
-def _kv_heads(plan: DecodePlan) -> int:
-    """Of the whole model: a plan's is one GPU's part of it."""
-    return plan.machine.tensor_parallel * plan.model.num_kv_heads
 
 
 def _draw_heads(plan: DecodePlan, header: TraceHeader) -> NDArray[np.intp]:
@@ -147,7 +143,7 @@ def _draw_heads(plan: DecodePlan, header: TraceHeader) -> NDArray[np.intp]:
 
     Of a model's own trace a GPU that shares the model has the first heads, as many as its part has.
     """
-    model, batch = plan.model, plan.workload.batch
+    model, batch = plan.model, plan.sequences
     layers = np.array(plan.sparse_layers, dtype=np.intp)
     heads = np.arange(model.num_kv_heads)
     if _same_heads(plan, header):
@@ -209,13 +205,13 @@ def _batch(plan: DecodePlan, header: TraceHeader, history: HeadHistory) -> _Batc
     measured = _measured(plan, header)
     recorded = header.num_layers * header.num_kv_heads
     draws = []
-    for sequence in range(plan.workload.batch):
+    for sequence in range(plan.sequences):
         draw = np.zeros((recorded, drawn.shape[0]))
         np.add.at(draw, (drawn[:, :, sequence], np.arange(drawn.shape[0])[:, None]), kept.astype(np.float64))
         draws.append(draw)
     rng = np.random.default_rng([plan.workload.seed, 1])
     span = measured.stop - measured.start
-    offsets = (0, *(int(offset) for offset in rng.integers(0, span, size=plan.workload.batch - 1)))
+    offsets = (0, *(int(offset) for offset in rng.integers(0, span, size=plan.sequences - 1)))
     return _Batch(plan, measured, tuple(draws), offsets)
 
 
@@ -248,7 +244,7 @@ def _requested(plan: DecodePlan, pages: float, steps: int) -> Counts:
 
 def _write_back(plan: DecodePlan, steps: int) -> Counts:
     """A page per offloaded head leaves a sequence's window every `page_size` steps; sequences take turns."""
-    page_size, batch = plan.design.page_size, plan.workload.batch
+    page_size, batch = plan.design.page_size, plan.sequences
     turn = (np.arange(steps)[:, None] + np.arange(batch)[None, :]) % page_size == 0
     return np.asarray(_requested(plan, 1.0, steps) / batch * turn.sum(axis=1)[:, None])
 
@@ -297,8 +293,15 @@ def assumptions(plan: DecodePlan, header: TraceHeader) -> tuple[str, ...]:
     if not _same_heads(plan, header):
         stand_in = f"recorded KV heads of {header.model} stand for those of {plan.model.name}"
         notes.append(f"{stand_in}, at equal relative depth")
-    elif plan.machine.tensor_parallel > 1:
-        notes.append(f"the first {plan.model.num_kv_heads} of {_kv_heads(plan)} recorded KV heads stand for all GPUs")
+        if plan.model.latent is not None:
+            notes.append(
+                f"choices of {header.group_size} query heads stand for those that all heads make together: how often "
+                "latent attention can use such a choice again is not known"
+            )
+    elif plan.kv_heads_of_all > plan.model.num_kv_heads:
+        notes.append(
+            f"the first {plan.model.num_kv_heads} of {plan.kv_heads_of_all} recorded KV heads stand for all GPUs"
+        )
     if plan.workload.context_tokens != header.context_tokens:
         notes.append(
             f"page choices recorded at {header.context_tokens} tokens are scaled to {plan.workload.context_tokens}: "
@@ -307,7 +310,7 @@ def assumptions(plan: DecodePlan, header: TraceHeader) -> tuple[str, ...]:
     distinct = _measured(plan, header)
     if distinct.stop - distinct.start < plan.workload.steps:
         notes.append(f"{distinct.stop - distinct.start} steps are told apart, the others repeat them")
-    if plan.workload.batch > 1:
+    if plan.sequences > 1:
         notes.append("sequences of the batch are draws from one recorded text, at different steps")
     if plan.design.selector.value not in header.selectors:
         notes.append(f"page choices of the selector {header.selectors[0]} stand for those of {plan.design.selector}")

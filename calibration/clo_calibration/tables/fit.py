@@ -12,7 +12,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from clo.kernel_tables import AllReduceTable, DecodeAttentionTable, ExpertsTable, Floats, GemmTable, KernelTable
+from clo.kernel_tables import (
+    AllReduceTable,
+    DecodeAttentionTable,
+    ExpertsTable,
+    Floats,
+    GemmTable,
+    KernelTable,
+    LatentAttentionTable,
+    LatentMapTable,
+)
 from clo_calibration.tables import experts
 from clo_calibration.tables.grid import Grid, fill, interpolate, make_grid
 from clo_calibration.tables.measurements import (
@@ -27,6 +36,8 @@ from clo_calibration.tables.measurements import (
     read_experts,
     read_gemm,
     read_hardware,
+    read_latent_attention,
+    read_latent_maps,
 )
 from clo_calibration.tables.monotone import monotone
 
@@ -69,6 +80,8 @@ class FittedTables:
     experts: ExpertsTable
     gemm_fp8: GemmTable | None
     experts_fp8: ExpertsTable | None
+    latent_attention: LatentAttentionTable
+    latent_map: LatentMapTable
     report: tuple[FitReport, ...]
 
 
@@ -118,6 +131,18 @@ def fit_all_reduce(
     """
     axes = _axes(samples)
     return _fit(AllReduceTable, samples, hardware, seed=seed, axes=axes, ship_all=True, over_host_link=over_host_link)
+
+
+def fit_latent_attention(
+    samples: Samples, hardware: dict[str, float], *, seed: int = 0
+) -> tuple[LatentAttentionTable, FitReport]:
+    """Fit a table of latent attention to four fifths of the samples and test it on the rest."""
+    return _fit(LatentAttentionTable, samples, hardware, seed=seed, axes=_axes(samples))
+
+
+def fit_latent_map(samples: Samples, hardware: dict[str, float], *, seed: int = 0) -> tuple[LatentMapTable, FitReport]:
+    """Fit a table of its maps likewise."""
+    return _fit(LatentMapTable, samples, hardware, seed=seed, axes=_axes(samples))
 
 
 def fit_experts(
@@ -270,6 +295,8 @@ def fit_tables(gpu: str, data_root: Path | None = None, seed: int = 0) -> Fitted
     )
     timed = EXPERTS_OF.get(gpu, gpu)
     mixture, mixture_report = fit_experts(read_experts(timed, data_root), read_hardware(timed, data_root))
+    latent, latent_report = fit_latent_attention(read_latent_attention(gpu, data_root), hardware, seed=seed)
+    maps, maps_report = fit_latent_map(read_latent_maps(gpu, data_root), hardware, seed=seed)
     gemm_fp8, experts_fp8 = None, None
     narrow_reports: list[FitReport] = []
     if gpu not in WITHOUT_FP8:
@@ -283,5 +310,15 @@ def fit_tables(gpu: str, data_root: Path | None = None, seed: int = 0) -> Fitted
         experts=mixture,
         gemm_fp8=gemm_fp8,
         experts_fp8=experts_fp8,
-        report=(gemm_report, decode_report, reduce_report, mixture_report, *narrow_reports),
+        latent_attention=latent,
+        latent_map=maps,
+        report=(
+            gemm_report,
+            decode_report,
+            reduce_report,
+            mixture_report,
+            latent_report,
+            maps_report,
+            *narrow_reports,
+        ),
     )

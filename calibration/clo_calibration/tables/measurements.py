@@ -98,6 +98,48 @@ def read_experts(gpu: str, data_root: Path | None = None, *, routing: str = EVEN
     return expert_samples(columns, routing, weights)
 
 
+LATENT_FRAMEWORK = {"a100": "trtllm"}
+"""Whose kernels of latent attention were timed alone: SGLang's, but for these GPUs. vLLM's were timed with others."""
+
+
+def read_latent_attention(gpu: str, data_root: Path | None = None) -> Samples:
+    """Measured bfloat16 latent attention of decode steps: points are (batch, query heads, tokens)."""
+    framework = LATENT_FRAMEWORK.get(gpu, "sglang")
+    columns = _read(_newest(gpu, "mla", data_root, framework) / "generation_mla_perf.parquet")
+    return latent_attention_samples(columns, framework)
+
+
+def read_latent_maps(gpu: str, data_root: Path | None = None) -> Samples:
+    """Measured bfloat16 maps of latent attention, the mean of both ways: points are (rows, heads)."""
+    framework = LATENT_FRAMEWORK.get(gpu, "sglang")
+    columns = _read(_newest(gpu, "mla_bmm", data_root, framework) / "mla_bmm_perf.parquet")
+    return latent_map_samples(columns, framework)
+
+
+def latent_attention_samples(columns: dict[str, NDArray[Any]], framework: str) -> Samples:
+    """Select rows of bfloat16 vectors; the cache holds `step` tokens and the `isl` new ones."""
+    chosen = (columns["mla_dtype"] == "bfloat16") & (columns["kv_cache_dtype"] == "bfloat16")
+    tokens = columns["step"] + columns["isl"]
+    return _samples(columns, chosen, [columns["batch_size"], columns["num_heads"], tokens], framework)
+
+
+def latent_map_samples(columns: dict[str, NDArray[Any]], framework: str) -> Samples:
+    """Select bfloat16 rows that were timed both ways, and take the mean of the two times."""
+    both = [
+        _samples(
+            columns,
+            (columns["bmm_dtype"] == "bfloat16") & (columns["op_name"] == way),
+            [columns["num_tokens"], columns["num_heads"]],
+            framework,
+        )
+        for way in ("mla_gen_pre", "mla_gen_post")
+    ]
+    first, second = (dict(zip(map(tuple, one.points.tolist()), one.seconds.tolist(), strict=True)) for one in both)
+    points = sorted(first.keys() & second.keys())
+    seconds = [(first[point] + second[point]) / 2.0 for point in points]
+    return Samples(points=np.array(points), seconds=np.array(seconds), labels=both[0].labels)
+
+
 NOT_GATED = ((2688, 1856), (2048, 5120), (4096, 2688))
 """Hidden size and width of Nemotron's experts, which are two matrices and not three."""
 
@@ -134,13 +176,15 @@ def decode_attention_samples(columns: dict[str, NDArray[Any]]) -> Samples:
     return _samples(columns, chosen, [*(columns[name] for name in names), tokens])
 
 
-def _samples(columns: dict[str, NDArray[Any]], chosen: Bools, arguments: list[NDArray[Any]]) -> Samples:
+def _samples(
+    columns: dict[str, NDArray[Any]], chosen: Bools, arguments: list[NDArray[Any]], framework: str = "vllm"
+) -> Samples:
     points = np.stack([values[chosen].astype(np.float64) for values in arguments], axis=1)
     if not len(points):
         raise ProfileError("no such row in the measurements")
     kernels = sorted({str(name) for name in columns["kernel_source"][chosen]})
     labels = {
-        "framework_version": f"vllm {columns['version'][chosen][0]}",
+        "framework_version": f"{framework} {columns['version'][chosen][0]}",
         "device": str(columns["device"][chosen][0]),
         "kernels": tuple(kernels),
     }
@@ -160,8 +204,8 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
     return {name: table.column(name).to_numpy() for name in table.column_names}
 
 
-def _newest(gpu: str, kernel: str, data_root: Path | None) -> Path:
-    folder = systems_folder(data_root) / "data" / _folder_name(gpu) / kernel / "vllm"
+def _newest(gpu: str, kernel: str, data_root: Path | None, framework: str = "vllm") -> Path:
+    folder = systems_folder(data_root) / "data" / _folder_name(gpu) / kernel / framework
     versions = [path for path in _existing(folder).iterdir() if path.is_dir()]
     return max(versions, key=lambda path: [int(part) for part in re.findall(r"\d+", path.name)])
 

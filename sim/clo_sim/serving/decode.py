@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from clo.errors import SpecError
 from clo.kernel_scaling import measured_on
 from clo.plan import DecodePlan
-from clo.pricing import Pricer
 from clo.specs import Design
+from clo.table_prices import TablePrices
 from clo_sim.clock import step_seconds
 from clo_sim.intervals import CostDraw, known_share
 from clo_sim.priced import PricedStep
@@ -108,11 +108,13 @@ class DecodePrices:
 
     @property
     def kernels_measured(self) -> bool:
-        """Whether times of GEMMs, and of all-reduces and experts if there are any, were measured on this GPU."""
+        """Whether times of GEMMs, and of what else the model needs a table for, were measured on this GPU."""
         profile, machine = gpu_tables(self.scene.profile, "serving"), self.scene.machine
-        pricer, fp8 = Pricer(profile, machine), self.scene.model.has_fp8_weights
-        experts = pricer.experts_table(fp8) if self.scene.model.experts else None
-        tables = (pricer.gemm_table(fp8), experts, profile.all_reduce if machine.tensor_parallel > 1 else None)
+        prices, fp8 = TablePrices(profile, machine), self.scene.model.has_fp8_weights
+        experts = prices.experts(fp8) if self.scene.model.experts else None
+        sums = profile.all_reduce if machine.tensor_parallel > 1 else None
+        latent = prices.latent_attention if self.scene.model.latent else None
+        tables = (prices.gemm(fp8), experts, sums, latent)
         return all(measured_on(table, machine.gpu) for table in tables if table is not None)
 
     @property

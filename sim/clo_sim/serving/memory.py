@@ -43,9 +43,13 @@ class MemoryRoom:
 
 
 def memory_room(scene: Scene) -> MemoryRoom:
-    """What weights and reserve leave on the GPU, and the host's pinned memory. Raises `SpecError` if none is left."""
+    """What weights and reserve leave on the GPU, and the host's pinned memory. Raises `SpecError` if none is left.
+
+    Of GPUs with sequences of their own the sum: those are taken to fill them evenly.
+    """
     device = kv_room(scene.model, scene.machine, scene.kv_memory_bytes)
-    return MemoryRoom(device=int(device), host=int(scene.machine.host.memory_bytes))
+    gpus = scene.machine.tensor_parallel if scene.machine.deals_sequences else 1
+    return MemoryRoom(device=int(gpus * device), host=int(gpus * scene.machine.host.memory_bytes))
 
 
 def memory_need(scene: Scene, design: Design) -> MemoryNeed:

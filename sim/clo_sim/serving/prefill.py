@@ -6,6 +6,8 @@ A simplification, with these parts:
   over to this GPU), the bytes of norms and activations over device memory, and all-reduces where GPUs share the model;
 - attention: 4 x query heads x head_dim flops for each pair of a new token and one before it, at `ATTENTION_EFFICIENCY`
   of the datasheet rate (no table of measured prefill attention is used); in windowed layers, for each pair in a window;
+  with latent attention every chunk makes the keys and values of all tokens before it anew, at that efficiency;
+  where GPUs attend for sequences of their own, a chunk's tokens are taken to be dealt out to them evenly;
 - link: offloaded layers read the prompt's earlier KV back from the host, layer by layer, chunk after chunk; what the
   prefix cache holds of the layers on the GPU comes once; new KV goes out. Both directions are taken to overlap with
   compute perfectly: a chunk takes the longest of compute, way in and way out.
@@ -17,6 +19,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +29,8 @@ from clo.pricing import Pricer
 from clo.schedule.decode import BEST_TOKEN_VALUES
 from clo.schedule.ops import experts_work
 from clo.schedule.work import AllReduce, Gemm, Work
-from clo.specs import Design, ExpertsSpec, ModelSpec
+from clo.specs import Design, ModelSpec, Projection
+from clo.table_prices import TablePrices
 from clo_sim.intervals import CostDraw
 from clo_sim.scene import Scene, gpu_tables
 from clo_sim.serving.requests import NS_PER_S
@@ -118,91 +122,114 @@ def prefill_prices(
     pricer = Pricer(gpu_tables(scene.profile, "serving"), scene.machine)
     sparse = len(sparse_layers(model, design)) if design.offloads else 0
     pinned = pinned_heads(model, design) / model.num_kv_heads
+    share = _attention_share(scene)
     offloaded = sparse * model.layer_token_bytes * (1 - pinned)
     leaving = model.kv_bytes_per_token if keeps_prefixes else sparse * model.layer_token_bytes
     attention = 1.0 if draw is None else draw.factor("prefill_attention", ATTENTION_SPREAD)
-    layer_flops = 4.0 * model.num_query_heads * model.head_dim
-    pair_s = attention * layer_flops / (ATTENTION_EFFICIENCY * scene.machine.gpu.peak_flops_per_s)
+    pair_s = (
+        share
+        * attention
+        * _pair_flops(model, chunk_tokens)
+        / (ATTENTION_EFFICIENCY * scene.machine.gpu.peak_flops_per_s)
+    )
     windowed = len(model.windowed_layers)
     head, sharing = Gemm(m=1, n=model.vocab_size, k=model.hidden_size), scene.machine.tensor_parallel
-    tables, small = _table_seconds(scene, pricer, chunk_tokens), _elementwise_seconds(scene, pricer, chunk_tokens)
+    tables, small = (
+        _table_seconds(scene, pricer.tables, chunk_tokens),
+        _elementwise_seconds(scene, pricer, chunk_tokens),
+    )
     errors = [pricer.uncertainty(work) for work in tables] + [("elementwise", pricer.profile.elementwise.spread)]
     factors = [1.0 if draw is None else draw.factor(*error) for error in errors]
     parts = np.array([*tables.values(), small])
-    best = factors[1] * pricer.all_reduce_seconds(sharing, BEST_TOKEN_VALUES) if sharing > 1 else 0.0
+    best = factors[1] * pricer.tables.seconds(AllReduce(sharing, BEST_TOKEN_VALUES)) if sharing > 1 else 0.0
     shares = parts[:, -1] / parts[:, -1].sum()
     return PrefillPrices(
         dense_ns=_whole_ns(np.array(factors) @ parts),
         table_share=float(shares[:-1].sum()),
         known_share=float(sum(share for share, (_, spread) in zip(shares, errors, strict=True) if spread)),
-        head_ns=round((factors[0] * pricer.gemm_seconds(head.m, head.n, head.k) + best) * NS_PER_S),
+        head_ns=round((factors[0] * pricer.tables.seconds(head) + best) * NS_PER_S),
         pair_ns=(model.num_layers - windowed) * pair_s * NS_PER_S,
         window_tokens=model.window_tokens or 0,
         window_share=windowed / (model.num_layers - windowed),
-        in_ns=offloaded / link.h2d_bytes_per_s * NS_PER_S,
-        cached_in_ns=(model.kv_bytes_per_token - offloaded) / link.h2d_bytes_per_s * NS_PER_S,
-        out_ns=leaving / link.d2h_bytes_per_s * NS_PER_S,
+        in_ns=share * offloaded / link.h2d_bytes_per_s * NS_PER_S,
+        cached_in_ns=share * (model.kv_bytes_per_token - offloaded) / link.h2d_bytes_per_s * NS_PER_S,
+        out_ns=share * leaving / link.d2h_bytes_per_s * NS_PER_S,
     )
 
 
-def _table_seconds(scene: Scene, pricer: Pricer, chunk_tokens: int) -> dict[Work, Floats]:
+def _attention_share(scene: Scene) -> float:
+    """Of a chunk's tokens, those whose queries, keys and values one GPU makes, and that it attends for."""
+    return 1.0 / scene.machine.tensor_parallel if scene.machine.deals_sequences else 1.0
+
+
+def _pair_flops(model: ModelSpec, chunk_tokens: int) -> float:
+    """Attention of one layer, for a new token and one not after it, in chunks that are full.
+
+    Latent attention makes the keys and values of every earlier token anew in each chunk: a pair's share of that.
+    """
+    if (latent := model.latent) is None:
+        return 4.0 * model.num_query_heads * model.head_dim
+    again = 2.0 * latent.map_values(model.num_query_heads) / chunk_tokens
+    return 2.0 * model.num_query_heads * (latent.query_dim + latent.value_dim) + again
+
+
+def _table_seconds(scene: Scene, tables: TablePrices, chunk_tokens: int) -> dict[Work, Floats]:
     """What measured tables price of 1, 2, ... tokens, by the work of a full chunk: GEMMs first."""
-    model, sharing = scene.part, scene.machine.tensor_parallel
+    model, sharing, fp8 = scene.part, scene.machine.tensor_parallel, scene.part.has_fp8_weights
+    first = model.projections()[0]
     found: dict[Work, Floats] = {
-        Gemm(chunk_tokens, model.qkv_width, model.hidden_size, model.has_fp8_weights): _gemm_seconds(
-            scene, pricer, chunk_tokens
-        )
+        Gemm(chunk_tokens, first.n, first.k, fp8): _gemm_seconds(scene, tables, _up_to(chunk_tokens))
     }
     if sharing > 1:
         sums = AllReduce(sharing, chunk_tokens * model.hidden_size)
-        found[sums] = _all_reduce_seconds(scene, pricer, chunk_tokens)
+        found[sums] = _all_reduce_seconds(scene, tables, _up_to(chunk_tokens))
     if model.experts is not None:
-        passed = experts_work(model, model.experts, chunk_tokens)
-        found[passed] = _experts_seconds(model, model.experts, pricer, chunk_tokens)
+        passed = experts_work(model, model.experts, _up_to(chunk_tokens))
+        seconds = np.asarray(model.num_expert_layers * tables.seconds(passed))
+        found[experts_work(model, model.experts, chunk_tokens)] = seconds
     return found
 
 
-def _gemm_seconds(scene: Scene, pricer: Pricer, chunk_tokens: int) -> Floats:
-    """GEMMs of all layers for 1, 2, ... tokens."""
-    model = scene.part
-    hidden, attended = model.hidden_size, model.num_query_heads * model.head_dim
-    fp8 = model.has_fp8_weights
-    products: Counter[tuple[int, int, bool]] = Counter()
+def _gemm_seconds(scene: Scene, tables: TablePrices, tokens: Any) -> Floats:
+    """GEMMs of all layers, for each number of `tokens`."""
+    model, fp8 = scene.part, scene.part.has_fp8_weights
+    own = tokens * _attention_share(scene)
+    attention = sum(tables.seconds(Gemm(own, each.n, each.k, fp8)) for each in _around_attention(model))
+    others: Counter[tuple[int, int, bool]] = Counter()
     for layer in range(model.num_layers):
         width, experts = model.mlp_width(layer), model.experts_in(layer)
-        mlp = [(2 * width, hidden, fp8), (hidden, width, fp8)] if width else []
-        router = [(experts.num_experts, hidden, False)] if experts else []
-        products.update([(model.qkv_width, hidden, fp8), (hidden, attended, fp8), *mlp, *router])
-    tokens = _up_to(chunk_tokens)
-    return np.asarray(
-        sum(count * pricer.gemm_seconds(tokens, n, k, fp8=narrow) for (n, k, narrow), count in products.items())
-    )
+        mlp = [(2 * width, model.hidden_size, fp8), (model.hidden_size, width, fp8)] if width else []
+        others.update([*mlp, *([(experts.num_experts, model.hidden_size, False)] if experts else [])])
+    behind = sum(count * tables.seconds(Gemm(tokens, n, k, narrow)) for (n, k, narrow), count in others.items())
+    return np.asarray(model.num_layers * attention + behind)
 
 
-def _experts_seconds(model: ModelSpec, experts: ExpertsSpec, pricer: Pricer, chunk_tokens: int) -> Floats:
-    """Experts of all layers for 1, 2, ... tokens."""
-    work = experts_work(model, experts, _up_to(chunk_tokens))
-    seconds = pricer.experts_seconds(work.weight_values, work.rows, fp8=work.fp8)
-    return np.asarray(model.num_expert_layers * seconds)
+def _around_attention(model: ModelSpec) -> list[Projection]:
+    """Products of a layer before and after attention; in latent attention, keys and values are made of the vectors."""
+    products = [*model.projections(), model.out_projection]
+    if (latent := model.latent) is not None:
+        width = model.num_query_heads * (latent.nope_dim + latent.value_dim)
+        products.append(Projection("key_value_proj", width, latent.kv_rank))
+    return products
 
 
 def _up_to(chunk_tokens: int) -> Floats:
     return np.arange(1, chunk_tokens + 1, dtype=np.float64)
 
 
-def _all_reduce_seconds(scene: Scene, pricer: Pricer, chunk_tokens: int) -> Floats:
-    """GPUs that share the model add up hidden states of 1, 2, ... tokens: the embedding's, and two of every layer."""
-    values = scene.part.hidden_size * _up_to(chunk_tokens)
-    seconds = pricer.all_reduce_seconds(scene.machine.tensor_parallel, values)
-    return np.asarray((2 * scene.part.num_layers + 1) * seconds)
+def _all_reduce_seconds(scene: Scene, tables: TablePrices, tokens: Any) -> Floats:
+    """GPUs that share the model add up hidden states of `tokens`: the embedding's, and two of every layer."""
+    sums = AllReduce(scene.machine.tensor_parallel, scene.part.hidden_size * tokens)
+    return np.asarray((2 * scene.part.num_layers + 1) * tables.seconds(sums))
 
 
 def _elementwise_seconds(scene: Scene, pricer: Pricer, chunk_tokens: int) -> Floats:
     """Element-wise kernels of all layers for 1, 2, ... tokens."""
     model = scene.part
-    hidden, attended = model.hidden_size, model.num_query_heads * model.head_dim
+    hidden, attended = model.hidden_size, model.query_width
     # two norms read and write the hidden state twice each, rotary embedding the queries, the activation three widths
-    values = model.num_layers * (8 * hidden + 2 * attended + 2 * model.layer_token_bytes / 2)
+    around = 8 * hidden + 2 * attended + 2 * model.layer_token_bytes / 2
+    values = model.num_layers * around * _attention_share(scene)
     kernels = 3 * model.num_layers
     for layer in range(model.num_layers):
         width, experts = model.mlp_width(layer), model.experts_in(layer)

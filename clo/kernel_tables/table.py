@@ -1,4 +1,4 @@
-"""Measured GPU kernel times as small monotone tables: GEMM, experts, decode attention, all-reduce.
+"""A small monotone table of measured GPU kernel times.
 
 A table is a grid of latencies, read by multilinear interpolation in log space, so that it never decreases with an
 argument that means more work. Outside the grid it follows the roofline. It knows nothing about where its numbers come
@@ -17,7 +17,7 @@ from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Self, overload
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -212,145 +212,3 @@ def _unpack(text: str, shape: tuple[int, ...]) -> NDArray[np.int64]:
         raise ValueError(f"log_latency: holds {planes.size} bytes, the axes need {2 * math.prod(shape)}")
     low, high = planes.reshape(2, -1).astype(np.int64)
     return np.cumsum((low + (high << 8)).reshape(shape), axis=-1)
-
-
-_WEIGHT_BYTES = "of a weight, 2 or 1: fp8 kernels do twice the arithmetic in the same time"
-
-
-def _rate(table: GemmTable | ExpertsTable) -> float:
-    """Datasheet flop/s of kernels with such weights."""
-    return table.flops_per_s * BYTES_PER_VALUE / table.weight_bytes
-
-
-class GemmTable(KernelTable):
-    """Time of `C[m, n] = A[m, k] @ B[k, n]` (a linear layer: m rows, k inputs, n outputs), in bfloat16 or fp8."""
-
-    ARGUMENTS: ClassVar[tuple[str, ...]] = ("m", "n", "k")
-
-    m: Axis
-    n: Axis
-    k: Axis
-    weight_bytes: PositiveFloat = Field(default=2.0, description=_WEIGHT_BYTES)
-
-    @overload
-    def seconds(self, m: float, n: float, k: float) -> float: ...
-    @overload
-    def seconds(self, m: ArrayLike, n: ArrayLike, k: ArrayLike) -> Floats: ...
-    def seconds(self, m: ArrayLike, n: ArrayLike, k: ArrayLike) -> float | Floats:
-        """Seconds; arguments broadcast, scalars give a float. Raises `ValueError` for sizes that are not positive."""
-        result: float | Floats = self.seconds_at(m, n, k)
-        return result
-
-    def roofline_seconds(self, m: Any, n: Any, k: Any) -> Any:
-        """`max(bytes / HBM bandwidth, flops / peak)` with every matrix moved once."""
-        num_bytes = BYTES_PER_VALUE * (m * k + m * n) + self.weight_bytes * k * n
-        return np.maximum(num_bytes / self.hbm_bytes_per_s, 2.0 * m * n * k / _rate(self))
-
-
-class ExpertsTable(KernelTable):
-    """Time of a mixture of experts: those used read `weight_values` weights, and `rows` tokens pass each, in the mean.
-
-    Gate, up and down projection in bfloat16 or fp8, without the router. What bounds such kernels, bytes and
-    arithmetic, needs no more than these two numbers; what experts of the same size differ by otherwise is in the
-    table's errors.
-    """
-
-    ARGUMENTS: ClassVar[tuple[str, ...]] = ("weight_values", "rows")
-
-    weight_values: Axis
-    rows: Axis
-    weight_bytes: PositiveFloat = Field(default=2.0, description=_WEIGHT_BYTES)
-
-    @overload
-    def seconds(self, weight_values: float, rows: float) -> float: ...
-    @overload
-    def seconds(self, weight_values: ArrayLike, rows: ArrayLike) -> Floats: ...
-    def seconds(self, weight_values: ArrayLike, rows: ArrayLike) -> float | Floats:
-        """Seconds; arguments broadcast, scalars give a float. Raises `ValueError` for sizes that are not positive."""
-        result: float | Floats = self.seconds_at(weight_values, rows)
-        return result
-
-    def roofline_seconds(self, weight_values: Any, rows: Any) -> Any:
-        """`max(bytes / HBM bandwidth, flops / peak)` with every weight used read once."""
-        num_bytes = self.weight_bytes * weight_values
-        return np.maximum(num_bytes / self.hbm_bytes_per_s, 2.0 * weight_values * rows / _rate(self))
-
-
-class AllReduceTable(KernelTable):
-    """Time until each of `num_gpus` GPUs holds the sum of what all of them have, `num_values` bfloat16 values.
-
-    Timed inside a CUDA graph. Where the GPUs have no link of their own, what they send takes from the host link. More
-    GPUs bring more links: large sums can take them less time.
-    """
-
-    ARGUMENTS: ClassVar[tuple[str, ...]] = ("num_gpus", "num_values")
-    MAY_FALL: ClassVar[tuple[str, ...]] = ("num_gpus",)
-
-    num_gpus: Axis
-    num_values: Axis
-    over_host_link: bool = Field(default=False, description="whether the GPUs reach each other by the host link only")
-
-    @overload
-    def seconds(self, num_gpus: float, num_values: float) -> float: ...
-    @overload
-    def seconds(self, num_gpus: ArrayLike, num_values: ArrayLike) -> Floats: ...
-    def seconds(self, num_gpus: ArrayLike, num_values: ArrayLike) -> float | Floats:
-        """Seconds; arguments broadcast, scalars give a float. Raises `ValueError` for sizes that are not positive."""
-        result: float | Floats = self.seconds_at(num_gpus, num_values)
-        return result
-
-    def roofline_seconds(self, num_gpus: Any, num_values: Any) -> Any:
-        """What was there is read once, the sum is written once; links between GPUs are not in the datasheet's rates."""
-        return 2.0 * BYTES_PER_VALUE * num_values / self.hbm_bytes_per_s
-
-
-class DecodeAttentionTable(KernelTable):
-    """Time of attention of one new token per sequence over a bfloat16 KV cache of `kv_tokens` tokens.
-
-    `num_query_heads` and `num_kv_heads` are those of one GPU. Where `min_query_heads_per_kv_head` is 2, multi-head
-    attention (one query head per KV head) runs a slower kernel of its own that the table leaves out: it is priced as
-    grouped-query attention, which is too low for small batches of long sequences.
-    """
-
-    ARGUMENTS: ClassVar[tuple[str, ...]] = ("batch", "num_query_heads", "num_kv_heads", "head_dim", "kv_tokens")
-
-    batch: Axis
-    num_query_heads: Axis
-    num_kv_heads: Axis
-    head_dim: Axis
-    kv_tokens: Axis
-    measured_head_dim: tuple[int, ...] = Field(default=(), description="the others were scaled along the roofline")
-    min_query_heads_per_kv_head: NonNegativeInt = Field(default=1, description="of the fitted points")
-
-    @overload
-    def seconds(
-        self, batch: float, kv_tokens: float, num_query_heads: float, num_kv_heads: float, head_dim: float
-    ) -> float: ...
-    @overload
-    def seconds(
-        self,
-        batch: ArrayLike,
-        kv_tokens: ArrayLike,
-        num_query_heads: ArrayLike,
-        num_kv_heads: ArrayLike,
-        head_dim: ArrayLike,
-    ) -> Floats: ...
-    def seconds(
-        self,
-        batch: ArrayLike,
-        kv_tokens: ArrayLike,
-        num_query_heads: ArrayLike,
-        num_kv_heads: ArrayLike,
-        head_dim: ArrayLike,
-    ) -> float | Floats:
-        """Seconds; arguments broadcast, scalars give a float. Raises `ValueError` for sizes that are not positive."""
-        result: float | Floats = self.seconds_at(batch, num_query_heads, num_kv_heads, head_dim, kv_tokens)
-        return result
-
-    def roofline_seconds(
-        self, batch: Any, num_query_heads: Any, num_kv_heads: Any, head_dim: Any, kv_tokens: Any
-    ) -> Any:
-        """`max(bytes / HBM bandwidth, flops / peak)`: keys and values read once, queries read, outputs written."""
-        values = 2.0 * batch * head_dim * (num_kv_heads * kv_tokens + num_query_heads)
-        flops = 4.0 * batch * num_query_heads * kv_tokens * head_dim
-        return np.maximum(BYTES_PER_VALUE * values / self.hbm_bytes_per_s, flops / self.flops_per_s)

@@ -1,0 +1,94 @@
+"""Tables of attention of one new token: over keys and values, and over the vectors of latent attention."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, overload
+
+import numpy as np
+from numpy.typing import ArrayLike
+from pydantic import Field, NonNegativeInt
+
+from clo.kernel_tables.table import BYTES_PER_VALUE, Axis, Floats, KernelTable
+
+
+class DecodeAttentionTable(KernelTable):
+    """Time of attention of one new token per sequence over a bfloat16 KV cache of `kv_tokens` tokens.
+
+    `num_query_heads` and `num_kv_heads` are those of one GPU. Where `min_query_heads_per_kv_head` is 2, multi-head
+    attention (one query head per KV head) runs a slower kernel of its own that the table leaves out: it is priced as
+    grouped-query attention, which is too low for small batches of long sequences.
+    """
+
+    ARGUMENTS: ClassVar[tuple[str, ...]] = ("batch", "num_query_heads", "num_kv_heads", "head_dim", "kv_tokens")
+
+    batch: Axis
+    num_query_heads: Axis
+    num_kv_heads: Axis
+    head_dim: Axis
+    kv_tokens: Axis
+    measured_head_dim: tuple[int, ...] = Field(default=(), description="the others were scaled along the roofline")
+    min_query_heads_per_kv_head: NonNegativeInt = Field(default=1, description="of the fitted points")
+
+    @overload
+    def seconds(
+        self, batch: float, kv_tokens: float, num_query_heads: float, num_kv_heads: float, head_dim: float
+    ) -> float: ...
+    @overload
+    def seconds(
+        self,
+        batch: ArrayLike,
+        kv_tokens: ArrayLike,
+        num_query_heads: ArrayLike,
+        num_kv_heads: ArrayLike,
+        head_dim: ArrayLike,
+    ) -> Floats: ...
+    def seconds(
+        self,
+        batch: ArrayLike,
+        kv_tokens: ArrayLike,
+        num_query_heads: ArrayLike,
+        num_kv_heads: ArrayLike,
+        head_dim: ArrayLike,
+    ) -> float | Floats:
+        """Seconds; arguments broadcast, scalars give a float. Raises `ValueError` for sizes that are not positive."""
+        result: float | Floats = self.seconds_at(batch, num_query_heads, num_kv_heads, head_dim, kv_tokens)
+        return result
+
+    def roofline_seconds(
+        self, batch: Any, num_query_heads: Any, num_kv_heads: Any, head_dim: Any, kv_tokens: Any
+    ) -> Any:
+        """`max(bytes / HBM bandwidth, flops / peak)`: keys and values read once, queries read, outputs written."""
+        values = 2.0 * batch * head_dim * (num_kv_heads * kv_tokens + num_query_heads)
+        flops = 4.0 * batch * num_query_heads * kv_tokens * head_dim
+        return np.maximum(BYTES_PER_VALUE * values / self.hbm_bytes_per_s, flops / self.flops_per_s)
+
+
+class LatentAttentionTable(KernelTable):
+    """Time of latent attention of one new token per sequence over `kv_tokens` bfloat16 vectors of `VECTOR_DIM` values.
+
+    `num_query_heads` are those of one GPU: they share the vectors.
+    """
+
+    ARGUMENTS: ClassVar[tuple[str, ...]] = ("batch", "num_query_heads", "kv_tokens")
+    KV_RANK: ClassVar[int] = 512
+    VECTOR_DIM: ClassVar[int] = 576
+
+    batch: Axis
+    num_query_heads: Axis
+    kv_tokens: Axis
+
+    @overload
+    def seconds(self, batch: float, num_query_heads: float, kv_tokens: float) -> float: ...
+    @overload
+    def seconds(self, batch: ArrayLike, num_query_heads: ArrayLike, kv_tokens: ArrayLike) -> Floats: ...
+    def seconds(self, batch: ArrayLike, num_query_heads: ArrayLike, kv_tokens: ArrayLike) -> float | Floats:
+        """Seconds; arguments broadcast, scalars give a float. Raises `ValueError` for sizes that are not positive."""
+        result: float | Floats = self.seconds_at(batch, num_query_heads, kv_tokens)
+        return result
+
+    def roofline_seconds(self, batch: Any, num_query_heads: Any, kv_tokens: Any) -> Any:
+        """`max(bytes / HBM bandwidth, flops / peak)`: vectors read once, queries read, outputs written."""
+        wide = self.VECTOR_DIM + self.KV_RANK
+        values = batch * (self.VECTOR_DIM * kv_tokens + wide * num_query_heads)
+        flops = 2.0 * batch * num_query_heads * kv_tokens * wide
+        return np.maximum(BYTES_PER_VALUE * values / self.hbm_bytes_per_s, flops / self.flops_per_s)

@@ -1,0 +1,101 @@
+"""Tables of products with weights: GEMMs, mixtures of experts, the maps of latent attention."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, overload
+
+import numpy as np
+from numpy.typing import ArrayLike
+from pydantic import Field, PositiveFloat
+
+from clo.kernel_tables.table import BYTES_PER_VALUE, Axis, Floats, KernelTable
+
+_WEIGHT_BYTES = "of a weight, 2 or 1: fp8 kernels do twice the arithmetic in the same time"
+
+
+def _rate(table: GemmTable | ExpertsTable) -> float:
+    """Datasheet flop/s of kernels with such weights."""
+    return table.flops_per_s * BYTES_PER_VALUE / table.weight_bytes
+
+
+class GemmTable(KernelTable):
+    """Time of `C[m, n] = A[m, k] @ B[k, n]` (a linear layer: m rows, k inputs, n outputs), in bfloat16 or fp8."""
+
+    ARGUMENTS: ClassVar[tuple[str, ...]] = ("m", "n", "k")
+
+    m: Axis
+    n: Axis
+    k: Axis
+    weight_bytes: PositiveFloat = Field(default=2.0, description=_WEIGHT_BYTES)
+
+    @overload
+    def seconds(self, m: float, n: float, k: float) -> float: ...
+    @overload
+    def seconds(self, m: ArrayLike, n: ArrayLike, k: ArrayLike) -> Floats: ...
+    def seconds(self, m: ArrayLike, n: ArrayLike, k: ArrayLike) -> float | Floats:
+        """Seconds; arguments broadcast, scalars give a float. Raises `ValueError` for sizes that are not positive."""
+        result: float | Floats = self.seconds_at(m, n, k)
+        return result
+
+    def roofline_seconds(self, m: Any, n: Any, k: Any) -> Any:
+        """`max(bytes / HBM bandwidth, flops / peak)` with every matrix moved once."""
+        num_bytes = BYTES_PER_VALUE * (m * k + m * n) + self.weight_bytes * k * n
+        return np.maximum(num_bytes / self.hbm_bytes_per_s, 2.0 * m * n * k / _rate(self))
+
+
+class ExpertsTable(KernelTable):
+    """Time of a mixture of experts: those used read `weight_values` weights, and `rows` tokens pass each, in the mean.
+
+    Gate, up and down projection in bfloat16 or fp8, without the router. What bounds such kernels, bytes and
+    arithmetic, needs no more than these two numbers; what experts of the same size differ by otherwise is in the
+    table's errors.
+    """
+
+    ARGUMENTS: ClassVar[tuple[str, ...]] = ("weight_values", "rows")
+
+    weight_values: Axis
+    rows: Axis
+    weight_bytes: PositiveFloat = Field(default=2.0, description=_WEIGHT_BYTES)
+
+    @overload
+    def seconds(self, weight_values: float, rows: float) -> float: ...
+    @overload
+    def seconds(self, weight_values: ArrayLike, rows: ArrayLike) -> Floats: ...
+    def seconds(self, weight_values: ArrayLike, rows: ArrayLike) -> float | Floats:
+        """Seconds; arguments broadcast, scalars give a float. Raises `ValueError` for sizes that are not positive."""
+        result: float | Floats = self.seconds_at(weight_values, rows)
+        return result
+
+    def roofline_seconds(self, weight_values: Any, rows: Any) -> Any:
+        """`max(bytes / HBM bandwidth, flops / peak)` with every weight used read once."""
+        num_bytes = self.weight_bytes * weight_values
+        return np.maximum(num_bytes / self.hbm_bytes_per_s, 2.0 * weight_values * rows / _rate(self))
+
+
+class LatentMapTable(KernelTable):
+    """Time of a product of each of `num_heads` heads' own, `rows` tokens: between `HEAD_DIM` and `KV_RANK` values.
+
+    The mean of both ways: queries before latent attention, outputs after it.
+    """
+
+    ARGUMENTS: ClassVar[tuple[str, ...]] = ("rows", "num_heads")
+    KV_RANK: ClassVar[int] = 512
+    HEAD_DIM: ClassVar[int] = 128
+
+    rows: Axis
+    num_heads: Axis
+
+    @overload
+    def seconds(self, rows: float, num_heads: float) -> float: ...
+    @overload
+    def seconds(self, rows: ArrayLike, num_heads: ArrayLike) -> Floats: ...
+    def seconds(self, rows: ArrayLike, num_heads: ArrayLike) -> float | Floats:
+        """Seconds; arguments broadcast, scalars give a float. Raises `ValueError` for sizes that are not positive."""
+        result: float | Floats = self.seconds_at(rows, num_heads)
+        return result
+
+    def roofline_seconds(self, rows: Any, num_heads: Any) -> Any:
+        """`max(bytes / HBM bandwidth, flops / peak)` with every matrix moved once."""
+        weights = num_heads * self.HEAD_DIM * self.KV_RANK
+        num_bytes = BYTES_PER_VALUE * (weights + rows * num_heads * (self.HEAD_DIM + self.KV_RANK))
+        return np.maximum(num_bytes / self.hbm_bytes_per_s, 2.0 * rows * weights / self.flops_per_s)

@@ -1,0 +1,136 @@
+"""What kernels cost that a profile has tables of measured times for. Knows no other cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Any, TypeVar
+
+from clo.errors import SpecError
+from clo.kernel_scaling import measured_on, scaled_seconds
+from clo.kernel_tables import (
+    BYTES_PER_VALUE,
+    AllReduceTable,
+    ExpertsTable,
+    GemmTable,
+    KernelTable,
+    LatentAttentionTable,
+    LatentMapTable,
+)
+from clo.profile import Profile
+from clo.schedule.work import AllReduce, DecodeAttention, Experts, Gemm, LatentAttention, LatentMap
+from clo.specs import MachineSpec
+
+Timed = Gemm | Experts | DecodeAttention | LatentAttention | LatentMap | AllReduce
+"""Work that tables price."""
+
+Table = TypeVar("Table", bound=KernelTable)
+
+
+@dataclass(frozen=True)
+class TablePrices:
+    """Prices such work on one machine: as measured, or carried over to its GPU along the roofline."""
+
+    profile: Profile
+    machine: MachineSpec
+
+    def seconds(self, work: Timed) -> Any:
+        """Time of `work` when nothing else runs; where its sizes are arrays an array."""
+        table, sizes = self.table(work), _sizes(work)
+        if isinstance(work, AllReduce):
+            # what bounds it are the links between GPUs, not the rates that times are carried over by
+            return table.seconds_at(*sizes)
+        return scaled_seconds(table, self.machine.gpu, *sizes)
+
+    def table(self, work: Timed) -> KernelTable:
+        """The measured times behind a price. Raises `SpecError` where the profile has none."""
+        if isinstance(work, Gemm):
+            return self.gemm(work.fp8)
+        if isinstance(work, Experts):
+            return self.experts(work.fp8)
+        if isinstance(work, AllReduce):
+            return self.all_reduce
+        if isinstance(work, LatentAttention):
+            return self.latent_attention
+        return self.latent_map if isinstance(work, LatentMap) else self.profile.decode_attention
+
+    def measured_here(self, work: Timed) -> bool:
+        """Whether the table of `work` was measured on this machine's GPU."""
+        return measured_on(self.table(work), self.machine.gpu)
+
+    def gemm(self, fp8: bool) -> GemmTable:
+        """Times of GEMMs; those of bf16 weights where there are none of fp8."""
+        return self.profile.gemm_fp8 if fp8 and self.profile.gemm_fp8 is not None else self.profile.gemm
+
+    def experts(self, fp8: bool) -> ExpertsTable:
+        """Times of experts, likewise. Raises `SpecError` where there are none."""
+        narrow = self.profile.experts_fp8 if fp8 else None
+        return self._there(narrow or self.profile.experts, "model.experts", "experts")
+
+    @property
+    def latent_attention(self) -> LatentAttentionTable:
+        """Times of latent attention. Raises `SpecError` where there are none."""
+        return self._there(self.profile.latent_attention, "model.latent", "latent attention")
+
+    @property
+    def latent_map(self) -> LatentMapTable:
+        """Times of its maps. Raises `SpecError` where there are none."""
+        return self._there(self.profile.latent_map, "model.latent", "the maps of latent attention")
+
+    @property
+    def all_reduce(self) -> AllReduceTable:
+        """Times of all-reduces. Raises `SpecError` where there are none, or none of so many GPUs."""
+        table = self._there(self.profile.all_reduce, "machine.tensor_parallel", "an all-reduce")
+        if self.machine.tensor_parallel > table.num_gpus[-1]:
+            raise SpecError(
+                f"machine.tensor_parallel = {self.machine.tensor_parallel}: all-reduces of profile {self.profile.name} "
+                f"were timed on up to {table.num_gpus[-1]:.0f} GPUs"
+            )
+        return table
+
+    def _there(self, table: Table | None, field: str, what: str) -> Table:
+        if table is None:
+            raise SpecError(f"{field}: profile {self.profile.name} has no times of {what}")
+        return table
+
+
+@singledispatch
+def _sizes(work: Timed) -> tuple[Any, ...]:
+    """In the order of the arguments of the work's table."""
+    raise TypeError(f"no table for {type(work).__name__}")
+
+
+@_sizes.register
+def _(work: Gemm) -> tuple[Any, ...]:
+    return work.m, work.n, work.k
+
+
+@_sizes.register
+def _(work: Experts) -> tuple[Any, ...]:
+    return work.weight_values, work.rows
+
+
+@_sizes.register
+def _(work: DecodeAttention) -> tuple[Any, ...]:
+    # the tables hold bf16 caches; a narrower cache is priced as fewer tokens of the same bytes
+    tokens = max(1.0, work.kv_tokens * work.kv_bytes_per_value / BYTES_PER_VALUE)
+    return work.batch, work.num_query_heads, work.num_kv_heads, work.head_dim, tokens
+
+
+@_sizes.register
+def _(work: LatentAttention) -> tuple[Any, ...]:
+    # vectors of another width, too
+    width = work.kv_bytes_per_value / BYTES_PER_VALUE * work.vector_dim / LatentAttentionTable.VECTOR_DIM
+    return work.batch, work.num_query_heads, max(1.0, work.kv_tokens * width)
+
+
+@_sizes.register
+def _(work: LatentMap) -> tuple[Any, ...]:
+    # of another width: as more or fewer heads of the same bytes
+    width = work.head_dim * work.kv_rank / (LatentMapTable.HEAD_DIM * LatentMapTable.KV_RANK)
+    return work.rows, work.num_heads * width
+
+
+@_sizes.register
+def _(work: AllReduce) -> tuple[Any, ...]:
+    return work.num_gpus, work.num_values

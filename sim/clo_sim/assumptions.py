@@ -1,0 +1,94 @@
+"""What a simulated step takes for granted, in words. Knows nothing about how it was simulated."""
+
+from __future__ import annotations
+
+from clo.kernel_scaling import measured_on
+from clo.kernel_tables import BYTES_PER_VALUE, LatentAttentionTable, LatentMapTable
+from clo.operation_costs import OperationProfile
+from clo.plan import DecodePlan, pinned_heads
+from clo.table_prices import TablePrices
+from clo_sim.priced import PricedStep
+from clo_sim.scene import Scene
+
+TIMED_WIDTHS = (
+    LatentAttentionTable.KV_RANK,
+    LatentAttentionTable.VECTOR_DIM,
+    LatentMapTable.HEAD_DIM,
+    LatentMapTable.HEAD_DIM,
+)
+
+
+def assumptions_of(scene: Scene, plan: DecodePlan, priced: PricedStep) -> tuple[str, ...]:
+    """What traffic and kernel times take for granted, a line each."""
+    tables = (*_table_notes(scene), *_weight_notes(scene), *_experts_notes(scene), *_latent_notes(scene))
+    return (*priced.traffic.assumptions, *tables, *_sharing_notes(scene, plan))
+
+
+def _experts_notes(scene: Scene) -> tuple[str, ...]:
+    """Which experts the tokens of a real model pass is not known."""
+    if scene.model.experts is None:
+        return ()
+    notes = ["every token is sent to experts evenly and independently: real routing is skewed and reads fewer of them"]
+    if not isinstance(scene.profile, OperationProfile):
+        table = TablePrices(scene.profile, scene.machine).experts(scene.model.has_fp8_weights)
+        if not measured_on(table, scene.machine.gpu):
+            notes.append(f"times of experts, measured on {table.device}, grow or shrink as their roofline does")
+    return tuple(notes)
+
+
+def _weight_notes(scene: Scene) -> tuple[str, ...]:
+    """Weights that are not bf16 run other kernels, or should."""
+    width, profile = scene.model.weight_bytes_per_value, scene.profile
+    if width == BYTES_PER_VALUE or isinstance(profile, OperationProfile):
+        return ()
+    if not scene.model.has_fp8_weights or profile.gemm_fp8 is None:
+        return (f"weights of {width:g} bytes take as long as bf16 ones: {profile.name} has no times for them",)
+    if scene.model.experts is not None and profile.experts_fp8 is None:
+        return (f"experts with fp8 weights take as long as bf16 ones: {profile.name} has no times for them",)
+    return ("fp8 weights take the fastest fp8 kernels that were timed, and activations are brought to fp8 in no time",)
+
+
+def _sharing_notes(scene: Scene, plan: DecodePlan) -> tuple[str, ...]:
+    """Of GPUs that share the model one is simulated."""
+    count = scene.machine.tensor_parallel
+    if count == 1:
+        return ()
+    notes = [
+        f"the {count} GPUs do alike: bytes, memory and link are of one of them, tokens/s of all, and none waits for "
+        "another's transfers"
+    ]
+    if plan.machine.deals_sequences:
+        notes.append(
+            f"each GPU attends for {plan.sequences} sequences; handing out and collecting hidden states take as long "
+            "as all-reduces of them"
+        )
+    parts = plan.kv_heads_of_all // plan.model.num_kv_heads
+    if parts * plan.pinned_heads_per_layer != pinned_heads(scene.model, plan.design):
+        pinned = f"{plan.pinned_heads_per_layer} of {plan.model.num_kv_heads} KV heads"
+        notes.append(f"pinned_head_fraction = {plan.design.pinned_head_fraction:g}: {pinned} on each GPU")
+    table = None if isinstance(scene.profile, OperationProfile) else scene.profile.all_reduce
+    if table is not None and not measured_on(table, scene.machine.gpu):
+        notes.append(f"an all-reduce takes as long as between {table.device} GPUs")
+    return tuple(notes)
+
+
+def _table_notes(scene: Scene) -> tuple[str, ...]:
+    """Fitted kernel times belong to the GPU they were measured on; on another one they are carried over."""
+    if isinstance(scene.profile, OperationProfile) or measured_on(scene.profile.gemm, scene.machine.gpu):
+        return ()
+    measured = scene.profile.gemm.device
+    return (f"GEMM and attention times, measured on {measured}, grow or shrink as their roofline does to machine.gpu",)
+
+
+def _latent_notes(scene: Scene) -> tuple[str, ...]:
+    """No model with latent attention was recorded, and not every width of it was timed."""
+    latent = scene.model.latent
+    if latent is None:
+        return ()
+    notes = []
+    if scene.machine.tensor_parallel > 1 and not scene.machine.deals_sequences:
+        notes.append("every GPU keeps, and fetches, the vectors of latent attention whole: all heads need them")
+    widths = (latent.kv_rank, latent.vector_dim, latent.nope_dim, latent.value_dim)
+    if widths != TIMED_WIDTHS:
+        notes.append(f"latent attention was timed with widths {TIMED_WIDTHS}: others are priced by their bytes")
+    return tuple(notes)
