@@ -18,7 +18,16 @@ from hypothesis import strategies as st
 from clo import presets
 from clo.errors import ProfileError
 from clo.kernel_scaling import scaled_seconds
-from clo.kernel_tables import LOG_STEP, AllReduceTable, DecodeAttentionTable, ExpertsTable, GemmTable, KernelTable
+from clo.kernel_tables import (
+    LOG_STEP,
+    AllReduceTable,
+    DecodeAttentionTable,
+    ExpertsTable,
+    GemmTable,
+    KernelTable,
+    LatentAttentionTable,
+    LatentMapTable,
+)
 from clo.specs import GpuSpec
 from clo_calibration.tables import fit, measurements, monotone
 
@@ -32,9 +41,11 @@ KINDS: dict[str, type[KernelTable]] = {
     "experts": ExpertsTable,
     "gemm_fp8": GemmTable,
     "experts_fp8": ExpertsTable,
+    "latent_attention": LatentAttentionTable,
+    "latent_map": LatentMapTable,
 }
-FEWEST_HELD_OUT = {"gemm": 500, "decode_attention": 500, "all_reduce": 8} | dict.fromkeys(
-    ("experts", "gemm_fp8", "experts_fp8"), 500
+FEWEST_HELD_OUT = {"all_reduce": 8, "latent_map": 30, "latent_attention": 200} | dict.fromkeys(
+    ("gemm", "decode_attention", "experts", "gemm_fp8", "experts_fp8"), 500
 )
 
 needs_package = pytest.mark.skipif(
@@ -407,6 +418,8 @@ def test_shipped_tables_are_as_good_on_held_out_points_as_they_say(gpu: str) -> 
         "gemm": measurements.read_gemm,
         "gemm_fp8": partial(measurements.read_gemm, weights=measurements.FP8),
         "decode_attention": measurements.read_decode_attention,
+        "latent_attention": measurements.read_latent_attention,
+        "latent_map": measurements.read_latent_maps,
     }
     for kind in readers.keys() & set(kinds_of(gpu)):
         table, samples = shipped(gpu, kind), readers[kind](gpu)

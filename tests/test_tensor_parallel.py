@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shared_models import shared, with_all_reduce
 from tiny import NO_TRAFFIC, random_trace, tiny_design, tiny_model, tiny_scene
 
 import clo_sim
 from clo import presets
 from clo.errors import SpecError, TraceError
-from clo.kernel_tables import AllReduceTable
 from clo.plan import kv_room, make_plan
 from clo.pricing import Pricer, hbm_bytes, link_bytes
-from clo.profile import Profile
 from clo.schedule import Lane, record_step
 from clo.schedule.work import AllReduce
 from clo.specs import Design, Sync, Workload
@@ -49,20 +48,6 @@ LAUNCH_S = presets.load_named_profile("h200").kernel_launch.seconds
 @cache
 def whole_scene(context_tokens: int = 16384, batch: int = 4) -> Scene:
     return clo_sim.make_scene(model="llama-3-8b", machine="h200", context_tokens=context_tokens, batch=batch)
-
-
-def shared(scene: Scene, gpus: int, profile: Profile | None = None) -> Scene:
-    machine = scene.machine.with_fields(tensor_parallel=gpus)
-    return replace(scene, machine=machine, profile=profile or scene.profile)
-
-
-def with_all_reduce(profile: Any, seconds: float, **fields: Any) -> Profile:
-    """Every all-reduce takes `seconds`."""
-    axes = {"num_gpus": (2.0, 8.0), "num_values": (1.0, 1e9)}
-    rates = {"hbm_bytes_per_s": profile.gemm.hbm_bytes_per_s, "flops_per_s": profile.gemm.flops_per_s}
-    table = AllReduceTable.from_latencies(np.full((2, 2), seconds), **axes, **rates, **fields)
-    changed: Profile = profile.model_copy(update={"all_reduce": table})
-    return changed
 
 
 class TestParts:

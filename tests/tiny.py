@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from clo.kernel_tables import DecodeAttentionTable, GemmTable
+from clo.kernel_tables import DecodeAttentionTable, GemmTable, LatentAttentionTable, LatentMapTable
 from clo.profile import (
     BookkeepingCost,
     CopyCost,
@@ -83,6 +83,8 @@ _AXES: dict[Any, dict[str, list[int]]] = {
         "head_dim": [1, 1024],
         "kv_tokens": [1, 2**24],
     },
+    LatentAttentionTable: {"batch": [1, 2**20], "num_query_heads": [1, 1024], "kv_tokens": [1, 2**24]},
+    LatentMapTable: {"rows": [1, 2**20], "num_heads": [1, 1024]},
 }
 
 

@@ -116,6 +116,18 @@ def read_latent_maps(gpu: str, data_root: Path | None = None) -> Samples:
     return latent_map_samples(columns, framework)
 
 
+def read_latent_modules(gpu: str, data_root: Path | None = None, *, weights: Weights = BF16) -> Samples:
+    """Measured latent attention of vLLM with all around it, projections included: points are (batch, heads, tokens).
+
+    No table is fitted to these: they tell how far off the sum of its parts is. Raises `ProfileError` where there are
+    none.
+    """
+    columns = _read(_newest(gpu, "mla", data_root) / "mla_generation_module_perf.parquet")
+    chosen = np.isin(columns["gemm_type"].astype(str), weights) & (columns["kv_cache_dtype"] == "bfloat16")
+    tokens = columns["step"] + columns["isl"]
+    return _samples(columns, chosen, [columns["batch_size"], columns["num_heads"], tokens])
+
+
 def latent_attention_samples(columns: dict[str, NDArray[Any]], framework: str) -> Samples:
     """Select rows of bfloat16 vectors; the cache holds `step` tokens and the `isl` new ones."""
     chosen = (columns["mla_dtype"] == "bfloat16") & (columns["kv_cache_dtype"] == "bfloat16")
