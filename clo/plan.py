@@ -179,7 +179,7 @@ def make_plan(
     page_row_bytes = _slot_row_bytes(model, design, sequences, pinned)
     slots = _slot_pages(design, workload, budget, room, page_row_bytes)
     memory = replace(fixed, slots=slots * page_row_bytes)
-    _check_device(machine, design, memory, room, slots * page_row_bytes)
+    _check_device(model, machine, design, memory, room, slots * page_row_bytes)
     host_bytes = _host_bytes(model, machine, design, workload.context_tokens * sequences)
     return DecodePlan(
         model=model,
@@ -295,7 +295,12 @@ def _slot_pages(design: Design, workload: Workload, budget: int, room: float, ro
 
 
 def _check_device(
-    machine: MachineSpec, design: Design, memory: DeviceMemory, room_for_slots: float, slot_bytes: float
+    model: ModelSpec,
+    machine: MachineSpec,
+    design: Design,
+    memory: DeviceMemory,
+    room_for_slots: float,
+    slot_bytes: float,
 ) -> None:
     missing = slot_bytes - room_for_slots
     if missing <= 0:
@@ -303,8 +308,14 @@ def _check_device(
     available = memory.kv - missing
     raise SpecError(
         f"design {design.name}: its KV needs {format_bytes(memory.kv)} of device memory, {_one_of(machine)} has "
-        f"{format_bytes(max(0.0, available))} left for KV: {_remedy(design)}"
+        f"{format_bytes(max(0.0, available))} left for KV: {_remedy(design)}{_deal_out(model, machine)}"
     )
+
+
+def _deal_out(model: ModelSpec, machine: MachineSpec) -> str:
+    """What helps where every GPU keeps the vectors of latent attention whole."""
+    alike = machine.tensor_parallel > 1 and not machine.deals_sequences and model.latent is not None
+    return ", or deal out sequences instead of heads (machine.attention_by = sequences)" if alike else ""
 
 
 def _one_of(machine: MachineSpec) -> str:

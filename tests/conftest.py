@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from clo_sim.scene import Scene
+
+# how long an example takes says how busy the machine is
+settings.register_profile("clo", deadline=None)
+settings.load_profile("clo")
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "engine")]
