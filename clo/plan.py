@@ -227,7 +227,7 @@ def part_of(model: ModelSpec, machine: MachineSpec) -> ModelSpec:
 
 def sequences_of(machine: MachineSpec, workload: Workload) -> int:
     """Sequences that a GPU attends for, and whose KV it keeps; of GPUs with sequences of their own, the fullest."""
-    return math.ceil(workload.batch / machine.tensor_parallel) if machine.deals_sequences else workload.batch
+    return math.ceil(workload.batch / machine.num_owners)
 
 
 def kv_room(model: ModelSpec, machine: MachineSpec, kv_memory_bytes: float | None = None) -> float:

@@ -116,6 +116,15 @@ class TestOwn:
         for name, record in (("model", ModelSpec), ("machine", MachineSpec), ("design", Design)):
             record.parse(tomllib.loads((here / f"{name}.toml").read_text(encoding="utf-8")))
 
+    def test_further_tables_belong_to_a_model(self, here: Path) -> None:
+        model = tomllib.loads((here / "model.toml").read_text(encoding="utf-8"))
+        further = re.findall(r"```toml\n(?!# \S+\n)(.*?)```", self.TEXT, re.DOTALL)
+        assert len(further) == 3
+        for block in further:
+            fields = tomllib.loads(block)
+            spec = ModelSpec.parse(model | fields)
+            assert all(getattr(spec, field) for field in fields)
+
     def test_commands_run(self, here: Path) -> None:
         for line in re.findall(r"^    clo (.*)$", self.TEXT, re.MULTILINE):
             quick = ["--no-sweep", "--no-figures", "--steps", "4"] if line.startswith("explore") else []

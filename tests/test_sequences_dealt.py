@@ -23,7 +23,7 @@ from clo.specs import Workload
 from clo_sim.run import simulate
 from clo_sim.scene import Scene
 from clo_sim.serving import ServiceSettings, generate, serve, summarise_service, worker_costs
-from clo_sim.serving.memory import memory_room
+from clo_sim.serving.memory import MemoryRoom, memory_need, memory_room
 from clo_sim.serving.prefill import prefill_prices
 
 DESIGNS = sorted(presets.names("designs"))
@@ -145,11 +145,18 @@ class TestStep:
 class TestServices:
     LOAD = generate("poisson", rate_per_s=2, num_requests=40, lengths=[(2000, 20)])
 
-    def test_room_is_of_all_gpus(self) -> None:
-        scene = dealt(whole_scene(), 4)
+    @pytest.mark.parametrize("name", ["resident", "clo"])
+    def test_a_gpu_needs_a_share_of_every_sequence_but_must_hold_one_whole(self, name: str) -> None:
+        design, scene = presets.load_design(name), dealt(whole_scene(), 4)
         one = replace(scene, model=MODEL.shard(4, whole_attention=True), machine=whole_scene().machine)
-        assert memory_room(scene).device == pytest.approx(4 * memory_room(one).device, abs=4)
-        assert memory_room(scene).host == 4 * memory_room(whole_scene()).host
+        assert memory_room(scene) == memory_room(one)
+        need, alone = (memory_need(each, design) for each in (scene, one))
+        for tokens in (1, 2000, 131072):
+            assert 4 * need.device(tokens) == pytest.approx(alone.device(tokens), rel=1e-3, abs=4 * tokens + 4)
+            assert 4 * need.host(tokens) == pytest.approx(alone.host(tokens), rel=1e-3, abs=4 * tokens)
+        whole = 4 * need.device(2000)
+        assert need.fits(2000, MemoryRoom(device=whole, host=10**12)) == (True, True)
+        assert need.fits(2000, MemoryRoom(device=whole - 1, host=10**12)) == (False, True)
 
     def test_a_chunk_is_dealt_out(self) -> None:
         design = presets.load_design("clo")
@@ -168,5 +175,3 @@ class TestServices:
         result = summarise_service(serve(self.LOAD, costs, ServiceSettings(gpus=4)))
         assert result.replica_gpus == 4
         assert np.isfinite(result.completed_per_s)
-        heads = worker_costs(shared(whole_scene(), 4), presets.load_design("clo"), self.LOAD)
-        assert costs.need.device(2000) == pytest.approx(4 * heads.need.device(2000), rel=0.01)

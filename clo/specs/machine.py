@@ -66,6 +66,11 @@ class MachineSpec(Spec):
         return self.tensor_parallel > 1 and self.attention_by == "sequences"
 
     @property
+    def num_owners(self) -> int:
+        """GPUs that have sequences of their own: one, unless they deal them out."""
+        return self.tensor_parallel if self.deals_sequences else 1
+
+    @property
     def label(self) -> str:
         """How reports call what holds one copy of the model."""
         return self.name if self.tensor_parallel == 1 else f"{self.tensor_parallel} x {self.name}"

@@ -19,11 +19,16 @@ ROOMY_BYTES = 1e18
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryNeed:
-    """Bytes of a sequence of T tokens: `device_base + device_per_token * T` and `host_per_token * T`."""
+    """Bytes of a sequence of T tokens: `device_base + device_per_token * T` and `host_per_token * T`.
+
+    Where `owners` GPUs have sequences of their own, which are taken to fill them evenly, what each has of it in the
+    mean.
+    """
 
     device_base: int
     device_per_token: int
     host_per_token: int
+    owners: int = 1
 
     def device(self, tokens: int) -> int:
         """GPU bytes."""
@@ -32,6 +37,10 @@ class MemoryNeed:
     def host(self, tokens: int) -> int:
         """Host bytes."""
         return self.host_per_token * tokens
+
+    def fits(self, tokens: int, room: MemoryRoom) -> tuple[bool, bool]:
+        """Whether a GPU, and its host, have room for one sequence, which is whole on one of them."""
+        return self.owners * self.device(tokens) <= room.device, self.owners * self.host(tokens) <= room.host
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,13 +52,9 @@ class MemoryRoom:
 
 
 def memory_room(scene: Scene) -> MemoryRoom:
-    """What weights and reserve leave on the GPU, and the host's pinned memory. Raises `SpecError` if none is left.
-
-    Of GPUs with sequences of their own the sum: those are taken to fill them evenly.
-    """
+    """What weights and reserve leave on the GPU, and the host's pinned memory. Raises `SpecError` if none is left."""
     device = kv_room(scene.model, scene.machine, scene.kv_memory_bytes)
-    gpus = scene.machine.tensor_parallel if scene.machine.deals_sequences else 1
-    return MemoryRoom(device=int(gpus * device), host=int(gpus * scene.machine.host.memory_bytes))
+    return MemoryRoom(device=int(device), host=int(scene.machine.host.memory_bytes))
 
 
 def memory_need(scene: Scene, design: Design) -> MemoryNeed:
@@ -61,10 +66,13 @@ def memory_need(scene: Scene, design: Design) -> MemoryNeed:
     # budgets and pages are rounded: between two probes a need may be up to a page of slots above the line
     rounding = plans[long].memory.slots / plans[long].slot_pages * (design.slot_budgets or 1.0)
     over = max(plan.memory.kv - per_token * tokens for tokens, plan in plans.items())
+    owners = scene.machine.num_owners
+    host_per_token = max(plan.host_bytes / tokens for tokens, plan in plans.items())
     return MemoryNeed(
-        device_base=math.ceil(max(0.0, over) + rounding),
-        device_per_token=per_token,
-        host_per_token=math.ceil(max(plan.host_bytes / tokens for tokens, plan in plans.items())),
+        device_base=math.ceil((max(0.0, over) + rounding) / owners),
+        device_per_token=math.ceil(per_token / owners),
+        host_per_token=math.ceil(host_per_token / owners),
+        owners=owners,
     )
 
 

@@ -122,7 +122,7 @@ def prefill_prices(
     pricer = Pricer(gpu_tables(scene.profile, "serving"), scene.machine)
     sparse = len(sparse_layers(model, design)) if design.offloads else 0
     pinned = pinned_heads(model, design) / model.num_kv_heads
-    share = _attention_share(scene)
+    share = 1.0 / scene.machine.num_owners
     offloaded = sparse * model.layer_token_bytes * (1 - pinned)
     leaving = model.kv_bytes_per_token if keeps_prefixes else sparse * model.layer_token_bytes
     attention = 1.0 if draw is None else draw.factor("prefill_attention", ATTENTION_SPREAD)
@@ -157,11 +157,6 @@ def prefill_prices(
     )
 
 
-def _attention_share(scene: Scene) -> float:
-    """Of a chunk's tokens, those whose queries, keys and values one GPU makes, and that it attends for."""
-    return 1.0 / scene.machine.tensor_parallel if scene.machine.deals_sequences else 1.0
-
-
 def _pair_flops(model: ModelSpec, chunk_tokens: int) -> float:
     """Attention of one layer, for a new token and one not after it, in chunks that are full.
 
@@ -193,7 +188,7 @@ def _table_seconds(scene: Scene, tables: TablePrices, chunk_tokens: int) -> dict
 def _gemm_seconds(scene: Scene, tables: TablePrices, tokens: Any) -> Floats:
     """GEMMs of all layers, for each number of `tokens`."""
     model, fp8 = scene.part, scene.part.has_fp8_weights
-    own = tokens * _attention_share(scene)
+    own = tokens / scene.machine.num_owners
     attention = sum(tables.seconds(Gemm(own, each.n, each.k, fp8)) for each in _around_attention(model))
     others: Counter[tuple[int, int, bool]] = Counter()
     for layer in range(model.num_layers):
@@ -229,7 +224,7 @@ def _elementwise_seconds(scene: Scene, pricer: Pricer, chunk_tokens: int) -> Flo
     hidden, attended = model.hidden_size, model.query_width
     # two norms read and write the hidden state twice each, rotary embedding the queries, the activation three widths
     around = 8 * hidden + 2 * attended + 2 * model.layer_token_bytes / 2
-    values = model.num_layers * around * _attention_share(scene)
+    values = model.num_layers * around / scene.machine.num_owners
     kernels = 3 * model.num_layers
     for layer in range(model.num_layers):
         width, experts = model.mlp_width(layer), model.experts_in(layer)

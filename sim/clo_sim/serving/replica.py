@@ -132,10 +132,10 @@ class Replica:
 
     def fits_alone(self, request: Request) -> str:
         """Empty where an idle worker can serve the request to its end, else which memory is too small."""
-        need, room = self.costs.need, self.costs.room
-        if need.device(request.total_tokens) > room.device:
+        device_fits, host_fits = self.costs.need.fits(request.total_tokens, self.costs.room)
+        if not device_fits:
             return "gpu_memory"
-        return "host_memory" if need.host(request.total_tokens) > room.host else ""
+        return "" if host_fits else "host_memory"
 
     def _next_chunk(self) -> list[Piece]:
         """Fill a chunk from the prompt under way and the waiting ones, in order of arrival."""

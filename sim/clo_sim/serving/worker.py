@@ -59,7 +59,7 @@ def worker_costs(
         need=memory_need(scene, design),
         room=memory_room(scene),
         max_tokens=scene.model.max_positions,
-        block_bytes=int(trace.block_tokens * scene.part.kv_bytes_per_token) if keeps else 0,
+        block_bytes=int(trace.block_tokens * scene.part.kv_bytes_per_token / scene.machine.num_owners) if keeps else 0,
         replica_gpus=scene.machine.tensor_parallel,
         decode_prices=prices,
     )
