@@ -151,10 +151,12 @@ class Profile(Spec):
     gemm: GemmTable
     gemm_fp8: GemmTable | None = None
     decode_attention: DecodeAttentionTable
+    decode_attention_fp8: DecodeAttentionTable | None = None
     all_reduce: AllReduceTable | None = None
     experts: ExpertsTable | None = None
     experts_fp8: ExpertsTable | None = None
     latent_attention: LatentAttentionTable | None = None
+    latent_attention_fp8: LatentAttentionTable | None = None
     latent_map: LatentMapTable | None = None
 
     elementwise: StreamCost

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from clo.errors import SpecError
 from clo.kernel_scaling import measured_on, scaled_seconds
 from clo.kernel_tables import (
-    BYTES_PER_VALUE,
     AllReduceTable,
+    DecodeAttentionTable,
     ExpertsTable,
     GemmTable,
     KernelTable,
@@ -24,6 +24,8 @@ from clo.specs import MachineSpec
 Timed = Gemm | Experts | DecodeAttention | LatentAttention | LatentMap | AllReduce
 """Work that tables price."""
 
+FP8_BYTES = 1.0
+
 Table = TypeVar("Table", bound=KernelTable)
 
 
@@ -36,7 +38,8 @@ class TablePrices:
 
     def seconds(self, work: Timed) -> Any:
         """Time of `work` when nothing else runs; where its sizes are arrays an array."""
-        table, sizes = self.table(work), _sizes(work)
+        table = self.table(work)
+        sizes = _sizes(work, table)
         if isinstance(work, AllReduce):
             # what bounds it are the links between GPUs, not the rates that times are carried over by
             return table.seconds_at(*sizes)
@@ -51,8 +54,8 @@ class TablePrices:
         if isinstance(work, AllReduce):
             return self.all_reduce
         if isinstance(work, LatentAttention):
-            return self.latent_attention
-        return self.latent_map if isinstance(work, LatentMap) else self.profile.decode_attention
+            return self.latent_attention(work.kv_bytes_per_value)
+        return self.latent_map if isinstance(work, LatentMap) else self.decode_attention(work.kv_bytes_per_value)
 
     def measured_here(self, work: Timed) -> bool:
         """Whether the table of `work` was measured on this machine's GPU."""
@@ -67,10 +70,15 @@ class TablePrices:
         narrow = self.profile.experts_fp8 if fp8 else None
         return self._there(narrow or self.profile.experts, "model.experts", "experts")
 
-    @property
-    def latent_attention(self) -> LatentAttentionTable:
-        """Times of latent attention. Raises `SpecError` where there are none."""
-        return self._there(self.profile.latent_attention, "model.latent", "latent attention")
+    def decode_attention(self, kv_bytes_per_value: float) -> DecodeAttentionTable:
+        """Times of decode attention; those of a bf16 cache where there are none of such a one."""
+        narrow = self.profile.decode_attention_fp8 if kv_bytes_per_value == FP8_BYTES else None
+        return narrow or self.profile.decode_attention
+
+    def latent_attention(self, kv_bytes_per_value: float) -> LatentAttentionTable:
+        """Times of latent attention, likewise. Raises `SpecError` where there are none."""
+        narrow = self.profile.latent_attention_fp8 if kv_bytes_per_value == FP8_BYTES else None
+        return self._there(narrow or self.profile.latent_attention, "model.latent", "latent attention")
 
     @property
     def latent_map(self) -> LatentMapTable:
@@ -95,42 +103,42 @@ class TablePrices:
 
 
 @singledispatch
-def _sizes(work: Timed) -> tuple[Any, ...]:
+def _sizes(work: Timed, table: Any) -> tuple[Any, ...]:
     """In the order of the arguments of the work's table."""
     raise TypeError(f"no table for {type(work).__name__}")
 
 
 @_sizes.register
-def _(work: Gemm) -> tuple[Any, ...]:
+def _(work: Gemm, _table: GemmTable) -> tuple[Any, ...]:
     return work.m, work.n, work.k
 
 
 @_sizes.register
-def _(work: Experts) -> tuple[Any, ...]:
+def _(work: Experts, _table: ExpertsTable) -> tuple[Any, ...]:
     return work.weight_values, work.rows
 
 
 @_sizes.register
-def _(work: DecodeAttention) -> tuple[Any, ...]:
-    # the tables hold bf16 caches; a narrower cache is priced as fewer tokens of the same bytes
-    tokens = max(1.0, work.kv_tokens * work.kv_bytes_per_value / BYTES_PER_VALUE)
+def _(work: DecodeAttention, table: DecodeAttentionTable) -> tuple[Any, ...]:
+    # a cache of another width than was timed is priced as more or fewer tokens of the same bytes
+    tokens = max(1.0, work.kv_tokens * work.kv_bytes_per_value / table.kv_bytes)
     return work.batch, work.num_query_heads, work.num_kv_heads, work.head_dim, tokens
 
 
 @_sizes.register
-def _(work: LatentAttention) -> tuple[Any, ...]:
+def _(work: LatentAttention, table: LatentAttentionTable) -> tuple[Any, ...]:
     # vectors of another width, too
-    width = work.kv_bytes_per_value / BYTES_PER_VALUE * work.vector_dim / LatentAttentionTable.VECTOR_DIM
+    width = work.kv_bytes_per_value / table.kv_bytes * work.vector_dim / table.VECTOR_DIM
     return work.batch, work.num_query_heads, max(1.0, work.kv_tokens * width)
 
 
 @_sizes.register
-def _(work: LatentMap) -> tuple[Any, ...]:
+def _(work: LatentMap, _table: LatentMapTable) -> tuple[Any, ...]:
     # of another width: as more or fewer heads of the same bytes
     width = work.head_dim * work.kv_rank / (LatentMapTable.HEAD_DIM * LatentMapTable.KV_RANK)
     return work.rows, work.num_heads * width
 
 
 @_sizes.register
-def _(work: AllReduce) -> tuple[Any, ...]:
+def _(work: AllReduce, _table: AllReduceTable) -> tuple[Any, ...]:
     return work.num_gpus, work.num_values

@@ -230,7 +230,7 @@ class TestPrices:
     def test_other_widths_are_priced_by_their_bytes(self) -> None:
         prices = TablePrices(presets.load_named_profile("h200"), presets.load_machine("h200"))
         timed = LatentAttention(16, 8192, 128, 512, 64)
-        assert prices.seconds(replace(timed, kv_bytes_per_value=1.0)) == prices.seconds(replace(timed, kv_tokens=4096))
+        assert prices.seconds(replace(timed, kv_bytes_per_value=4.0)) == prices.seconds(replace(timed, kv_tokens=16384))
         narrow = replace(timed, kv_rank=256, rope_dim=32)
         assert prices.seconds(narrow) == prices.seconds(replace(timed, kv_tokens=4096))
         assert prices.seconds(LatentMap(16, 64, 256, 512)) == prices.seconds(LatentMap(16, 128, 128, 512))

@@ -25,27 +25,20 @@ CARRIED_OVER = {"gh200": "h200"}
 
 NOTE = (
     "GEMM, experts, decode attention and all-reduce: fitted from measurements of vLLM kernels, latent attention of "
-    "SGLang's (A100: TensorRT-LLM's), published in aiconfigurator-core. "
+    "SGLang's (A100 and fp8 vectors: TensorRT-LLM's), published in aiconfigurator-core. "
     "Transfers, launches, synchronisation and selection kernels: literature or assumed, never measured by this project."
 )
 
 
 def build_profile(gpu: str, data_root: Path | None = None) -> Profile:
     """A profile of `gpu` from fitted tables and the cost files."""
-    tables = fit_tables(CARRIED_OVER.get(gpu, gpu), data_root)
+    fitted = fit_tables(CARRIED_OVER.get(gpu, gpu), data_root)
     return Profile(
         name=gpu,
         machine=gpu,
         date=date.today().isoformat(),
         note=NOTE,
-        gemm=tables.gemm,
-        decode_attention=tables.decode_attention,
-        all_reduce=tables.all_reduce,
-        experts=tables.experts,
-        gemm_fp8=tables.gemm_fp8,
-        experts_fp8=tables.experts_fp8,
-        latent_attention=tables.latent_attention,
-        latent_map=tables.latent_map,
+        **fitted.tables,
         **_costs(gpu),
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from clo.errors import ProfileError
@@ -13,10 +12,9 @@ from clo_calibration.tables.fit import FitReport, FittedTables, fit_tables
 from clo_calibration.tables.measurements import GPUS, systems_folder
 
 
-def to_json(tables: FittedTables) -> str:
+def to_json(fitted: FittedTables) -> str:
     """The tables as one JSON object, by their names in a profile."""
-    fitted = {field.name: getattr(tables, field.name) for field in fields(tables) if field.name != "report"}
-    data = {name: table.model_dump(mode="json") for name, table in fitted.items() if table is not None}
+    data = {name: table.model_dump(mode="json") for name, table in fitted.tables.items()}
     return json.dumps(data, separators=(",", ":")) + "\n"
 
 
@@ -46,10 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("| GPU | Table | Fitted points | Held-out points | Error, median / p90 | Unsmoothed, median / p90 | File |")
     print("|---|---|---|---|---|---|---|")
     for gpu in options.gpu or GPUS:
-        tables = fit_tables(gpu, options.data, options.seed)
-        text = to_json(tables)
+        fitted = fit_tables(gpu, options.data, options.seed)
+        text = to_json(fitted)
         (options.out / f"{gpu}.json").write_text(text, encoding="utf-8")
-        for report in tables.report:
+        for report in fitted.report:
             print(f"{markdown_row(gpu, report)} {len(text) / 1e3:.0f} kB |")
 
 

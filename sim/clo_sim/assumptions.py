@@ -20,7 +20,8 @@ TIMED_WIDTHS = (
 
 def assumptions_of(scene: Scene, plan: DecodePlan, priced: PricedStep) -> tuple[str, ...]:
     """What traffic and kernel times take for granted, a line each."""
-    tables = (*_table_notes(scene), *_weight_notes(scene), *_experts_notes(scene), *_latent_notes(scene))
+    about = (_table_notes, _weight_notes, _cache_notes, _experts_notes, _latent_notes)
+    tables = [note for notes in about for note in notes(scene)]
     return (*priced.traffic.assumptions, *tables, *_sharing_notes(scene, plan))
 
 
@@ -78,6 +79,18 @@ def _table_notes(scene: Scene) -> tuple[str, ...]:
         return ()
     measured = scene.profile.gemm.device
     return (f"GEMM and attention times, measured on {measured}, grow or shrink as their roofline does to machine.gpu",)
+
+
+def _cache_notes(scene: Scene) -> tuple[str, ...]:
+    """Attention over a cache that is not bf16 runs other kernels."""
+    width, profile = scene.model.kv_bytes_per_value, scene.profile
+    if width == BYTES_PER_VALUE or isinstance(profile, OperationProfile):
+        return ()
+    prices = TablePrices(profile, scene.machine)
+    table = prices.decode_attention(width) if scene.model.latent is None else prices.latent_attention(width)
+    if table.kv_bytes == width:
+        return ()
+    return (f"attention over a cache of {width:g} bytes a value takes as long as over as many bytes of bf16",)
 
 
 def _latent_notes(scene: Scene) -> tuple[str, ...]:

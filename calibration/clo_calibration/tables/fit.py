@@ -6,6 +6,7 @@ the held-out points with the very table that ships. Knows nothing about profiles
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,9 +27,12 @@ from clo_calibration.tables import experts
 from clo_calibration.tables.grid import Grid, fill, interpolate, make_grid
 from clo_calibration.tables.measurements import (
     BF16,
+    BF16_CACHE,
     FP8,
+    FP8_CACHE,
     PACKAGE_VERSION,
     Bools,
+    Cache,
     Samples,
     Weights,
     read_all_reduce,
@@ -50,9 +54,15 @@ WITHOUT_NVLINK = ("l40s", "rtx-pro-6000")
 EXPERTS_OF = {"a100": "h100"}
 """GPUs whose experts were never timed evenly used, by the one whose times they borrow."""
 
-WITHOUT_FP8 = ("a100",)
-"""GPUs whose tensor cores know no fp8."""
+WITHOUT_FP8 = {
+    "gemm_fp8": ("a100",),
+    "experts_fp8": ("a100",),
+    "decode_attention_fp8": ("a100",),
+    "latent_attention_fp8": ("rtx-pro-6000", "l40s"),
+}
+"""GPUs without a table of that name: their tensor cores know no fp8, or no good kernel of such caches was timed."""
 WEIGHT_BYTES = {BF16: 2.0, FP8: 1.0}
+CACHE_BYTES = {BF16_CACHE: 2.0, FP8_CACHE: 1.0}
 
 Table = TypeVar("Table", bound=KernelTable)
 
@@ -72,16 +82,9 @@ class FitReport:
 
 @dataclass(frozen=True, kw_only=True)
 class FittedTables:
-    """The tables of one GPU and how good they are."""
+    """The tables of one GPU, by their names in a profile, and how good they are."""
 
-    gemm: GemmTable
-    decode_attention: DecodeAttentionTable
-    all_reduce: AllReduceTable
-    experts: ExpertsTable
-    gemm_fp8: GemmTable | None
-    experts_fp8: ExpertsTable | None
-    latent_attention: LatentAttentionTable
-    latent_map: LatentMapTable
+    tables: Mapping[str, KernelTable]
     report: tuple[FitReport, ...]
 
 
@@ -102,7 +105,7 @@ def fit_gemm(
 
 
 def fit_decode_attention(
-    samples: Samples, hardware: dict[str, float], *, seed: int = 0
+    samples: Samples, hardware: dict[str, float], *, cache: Cache = BF16_CACHE, seed: int = 0
 ) -> tuple[DecodeAttentionTable, FitReport]:
     """Fit a decode-attention table. The smallest usual head size is added if unmeasured, scaled along the roofline."""
     min_group = 2 if has_own_multi_head_kernel(samples) else 1
@@ -119,6 +122,7 @@ def fit_decode_attention(
         axes=axes,
         measured_head_dim=tuple(map(int, measured)),
         min_query_heads_per_kv_head=min_group,
+        kv_bytes=CACHE_BYTES[cache],
     )
 
 
@@ -134,10 +138,11 @@ def fit_all_reduce(
 
 
 def fit_latent_attention(
-    samples: Samples, hardware: dict[str, float], *, seed: int = 0
+    samples: Samples, hardware: dict[str, float], *, cache: Cache = BF16_CACHE, seed: int = 0
 ) -> tuple[LatentAttentionTable, FitReport]:
     """Fit a table of latent attention to four fifths of the samples and test it on the rest."""
-    return _fit(LatentAttentionTable, samples, hardware, seed=seed, axes=_axes(samples))
+    width = CACHE_BYTES[cache]
+    return _fit(LatentAttentionTable, samples, hardware, seed=seed, axes=_axes(samples), kv_bytes=width)
 
 
 def fit_latent_map(samples: Samples, hardware: dict[str, float], *, seed: int = 0) -> tuple[LatentMapTable, FitReport]:
@@ -287,38 +292,57 @@ def fit_tables(gpu: str, data_root: Path | None = None, seed: int = 0) -> Fitted
     `data_root` is the package's folder if it is not installed. Raises `ProfileError` if the measurements are missing,
     `ValueError` for an unknown GPU.
     """
-    hardware = read_hardware(gpu, data_root)
-    gemm, gemm_report = fit_gemm(read_gemm(gpu, data_root), hardware, seed=seed)
-    decode, decode_report = fit_decode_attention(read_decode_attention(gpu, data_root), hardware, seed=seed)
-    reduce, reduce_report = fit_all_reduce(
-        read_all_reduce(gpu, data_root), hardware, over_host_link=gpu in WITHOUT_NVLINK, seed=seed
-    )
-    timed = EXPERTS_OF.get(gpu, gpu)
-    mixture, mixture_report = fit_experts(read_experts(timed, data_root), read_hardware(timed, data_root))
-    latent, latent_report = fit_latent_attention(read_latent_attention(gpu, data_root), hardware, seed=seed)
-    maps, maps_report = fit_latent_map(read_latent_maps(gpu, data_root), hardware, seed=seed)
-    gemm_fp8, experts_fp8 = None, None
-    narrow_reports: list[FitReport] = []
-    if gpu not in WITHOUT_FP8:
-        gemm_fp8, *narrow_reports = fit_gemm(read_gemm(gpu, data_root, weights=FP8), hardware, weights=FP8, seed=seed)
-        experts_fp8, report = fit_experts(fp8_experts(gpu, data_root), hardware, weights=FP8)
-        narrow_reports = [replace(one, kernel=f"{one.kernel}, fp8") for one in (*narrow_reports, report)]
-    return FittedTables(
-        gemm=gemm,
-        decode_attention=decode,
-        all_reduce=reduce,
-        experts=mixture,
-        gemm_fp8=gemm_fp8,
-        experts_fp8=experts_fp8,
-        latent_attention=latent,
-        latent_map=maps,
-        report=(
-            gemm_report,
-            decode_report,
-            reduce_report,
-            mixture_report,
-            latent_report,
-            maps_report,
-            *narrow_reports,
+    hardware, timed = read_hardware(gpu, data_root), EXPERTS_OF.get(gpu, gpu)
+    beside = read_hardware(timed, data_root)
+    fits: dict[str, tuple[KernelTable, FitReport]] = {
+        "gemm": fit_gemm(read_gemm(gpu, data_root), hardware, seed=seed),
+        "decode_attention": fit_decode_attention(read_decode_attention(gpu, data_root), hardware, seed=seed),
+        "all_reduce": fit_all_reduce(
+            read_all_reduce(gpu, data_root), hardware, over_host_link=gpu in WITHOUT_NVLINK, seed=seed
         ),
+        "experts": fit_experts(read_experts(timed, data_root), beside),
+        "latent_attention": fit_latent_attention(read_latent_attention(gpu, data_root), hardware, seed=seed),
+        "latent_map": fit_latent_map(read_latent_maps(gpu, data_root), hardware, seed=seed),
+    }
+    for name in fp8_tables(gpu):
+        table, report = _FP8_FITS[name](gpu, hardware, data_root, seed)
+        fits[name] = table, replace(report, kernel=f"{report.kernel}, fp8")
+    return FittedTables(
+        tables={name: table for name, (table, _) in fits.items()},
+        report=tuple(report for _, report in fits.values()),
     )
+
+
+def fp8_tables(gpu: str) -> list[str]:
+    """Tables of fp8 weights and caches that a GPU has, by their names in a profile."""
+    return [name for name in _FP8_FITS if gpu not in WITHOUT_FP8[name]]
+
+
+def _fp8_gemm(gpu: str, hardware: dict[str, float], root: Path | None, seed: int) -> tuple[GemmTable, FitReport]:
+    return fit_gemm(read_gemm(gpu, root, weights=FP8), hardware, weights=FP8, seed=seed)
+
+
+def _fp8_experts(gpu: str, hardware: dict[str, float], root: Path | None, _: int) -> tuple[ExpertsTable, FitReport]:
+    return fit_experts(fp8_experts(gpu, root), hardware, weights=FP8)
+
+
+def _fp8_decode_attention(
+    gpu: str, hardware: dict[str, float], root: Path | None, seed: int
+) -> tuple[DecodeAttentionTable, FitReport]:
+    samples = read_decode_attention(gpu, root, cache=FP8_CACHE)
+    return fit_decode_attention(samples, hardware, cache=FP8_CACHE, seed=seed)
+
+
+def _fp8_latent_attention(
+    gpu: str, hardware: dict[str, float], root: Path | None, seed: int
+) -> tuple[LatentAttentionTable, FitReport]:
+    samples = read_latent_attention(gpu, root, cache=FP8_CACHE)
+    return fit_latent_attention(samples, hardware, cache=FP8_CACHE, seed=seed)
+
+
+_FP8_FITS: dict[str, Callable[..., tuple[KernelTable, FitReport]]] = {
+    "gemm_fp8": _fp8_gemm,
+    "experts_fp8": _fp8_experts,
+    "decode_attention_fp8": _fp8_decode_attention,
+    "latent_attention_fp8": _fp8_latent_attention,
+}

@@ -34,6 +34,11 @@ BF16: Weights = ("bfloat16",)
 FP8: Weights = ("fp8", "fp8_block")
 """With one scale for each matrix, or for each block of it: whichever kernel was faster counts."""
 
+Cache = str
+BF16_CACHE: Cache = "bfloat16"
+FP8_CACHE: Cache = "fp8"
+"""Of keys and values, or of latent attention's vectors; what attention reads beside them is bfloat16."""
+
 Bools = NDArray[np.bool_]
 
 
@@ -76,10 +81,10 @@ def read_gemm(gpu: str, data_root: Path | None = None, *, weights: Weights = BF1
     return gemm_samples(columns, weights)
 
 
-def read_decode_attention(gpu: str, data_root: Path | None = None) -> Samples:
-    """Measured bfloat16 decode attention of vLLM without a sliding window, in the order of the table's arguments."""
+def read_decode_attention(gpu: str, data_root: Path | None = None, *, cache: Cache = BF16_CACHE) -> Samples:
+    """Measured decode attention of vLLM without a sliding window, in the order of the table's arguments."""
     columns = _read(_newest(gpu, "attention", data_root) / "generation_attention_perf.parquet")
-    return decode_attention_samples(columns)
+    return decode_attention_samples(columns, cache)
 
 
 def read_all_reduce(gpu: str, data_root: Path | None = None) -> Samples:
@@ -100,13 +105,15 @@ def read_experts(gpu: str, data_root: Path | None = None, *, routing: str = EVEN
 
 LATENT_FRAMEWORK = {"a100": "trtllm"}
 """Whose kernels of latent attention were timed alone: SGLang's, but for these GPUs. vLLM's were timed with others."""
+FP8_LATENT_FRAMEWORK = "trtllm"
+"""Whose kernels read fp8 vectors as they are: on H100 and H200 SGLang's take ten times as long."""
 
 
-def read_latent_attention(gpu: str, data_root: Path | None = None) -> Samples:
-    """Measured bfloat16 latent attention of decode steps: points are (batch, query heads, tokens)."""
-    framework = LATENT_FRAMEWORK.get(gpu, "sglang")
+def read_latent_attention(gpu: str, data_root: Path | None = None, *, cache: Cache = BF16_CACHE) -> Samples:
+    """Measured latent attention of decode steps: points are (batch, query heads, tokens)."""
+    framework = FP8_LATENT_FRAMEWORK if cache == FP8_CACHE else LATENT_FRAMEWORK.get(gpu, "sglang")
     columns = _read(_newest(gpu, "mla", data_root, framework) / "generation_mla_perf.parquet")
-    return latent_attention_samples(columns, framework)
+    return latent_attention_samples(columns, framework, cache)
 
 
 def read_latent_maps(gpu: str, data_root: Path | None = None) -> Samples:
@@ -128,9 +135,9 @@ def read_latent_modules(gpu: str, data_root: Path | None = None, *, weights: Wei
     return _samples(columns, chosen, [columns["batch_size"], columns["num_heads"], tokens])
 
 
-def latent_attention_samples(columns: dict[str, NDArray[Any]], framework: str) -> Samples:
-    """Select rows of bfloat16 vectors; the cache holds `step` tokens and the `isl` new ones."""
-    chosen = (columns["mla_dtype"] == "bfloat16") & (columns["kv_cache_dtype"] == "bfloat16")
+def latent_attention_samples(columns: dict[str, NDArray[Any]], framework: str, cache: Cache = BF16_CACHE) -> Samples:
+    """Select rows of such vectors; the cache holds `step` tokens and the `isl` new ones."""
+    chosen = (columns["mla_dtype"] == "bfloat16") & (columns["kv_cache_dtype"] == cache)
     tokens = columns["step"] + columns["isl"]
     return _samples(columns, chosen, [columns["batch_size"], columns["num_heads"], tokens], framework)
 
@@ -178,9 +185,9 @@ def gemm_samples(columns: dict[str, NDArray[Any]], weights: Weights = BF16) -> S
     return _samples(columns, np.isin(columns["gemm_dtype"].astype(str), weights), [columns[name] for name in "mnk"])
 
 
-def decode_attention_samples(columns: dict[str, NDArray[Any]]) -> Samples:
-    """Select bfloat16 rows without a window; the cache holds `step` tokens and the `isl` new ones."""
-    chosen = (columns["attn_dtype"] == "bfloat16") & (columns["kv_cache_dtype"] == "bfloat16")
+def decode_attention_samples(columns: dict[str, NDArray[Any]], cache: Cache = BF16_CACHE) -> Samples:
+    """Select rows of such a `cache` without a window; it holds `step` tokens and the `isl` new ones."""
+    chosen = (columns["attn_dtype"] == "bfloat16") & (columns["kv_cache_dtype"] == cache)
     if "window_size" in columns:
         chosen &= columns["window_size"] == 0
     names = ("batch_size", "num_heads", "num_key_value_heads", "head_dim")

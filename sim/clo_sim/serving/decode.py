@@ -113,7 +113,7 @@ class DecodePrices:
         prices, fp8 = TablePrices(profile, machine), self.scene.model.has_fp8_weights
         experts = prices.experts(fp8) if self.scene.model.experts else None
         sums = profile.all_reduce if machine.tensor_parallel > 1 else None
-        latent = prices.latent_attention if self.scene.model.latent else None
+        latent = prices.latent_attention(self.scene.model.kv_bytes_per_value) if self.scene.model.latent else None
         tables = (prices.gemm(fp8), experts, sums, latent)
         return all(measured_on(table, machine.gpu) for table in tables if table is not None)
 
