@@ -84,16 +84,16 @@ class _Mount:
     """What a model is given as long as any cache uses it: hooks and an attention. It does not know the caches."""
 
     def __init__(self, network: Network) -> None:
-        self._model, self._layers = network.model, network.layers
-        self._attention_before = network.model.config._attn_implementation
+        self._network = network
+        self._attention_before = network.decoder.config._attn_implementation
         self._users: set[int] = set()
         self._hooks = [
             layer.register_forward_pre_hook(_before(index), with_kwargs=True)
             for index, layer in enumerate(network.layers)
         ]
         # windowed layers, the first of which may be one, are given no mask that shows all of a prompt
-        self._hooks.append(network.model.model.register_forward_pre_hook(_before_all, with_kwargs=True))
-        network.model.set_attn_implementation(ATTENTION_WITH_SINKS_NAME if network.has_sinks else ATTENTION_NAME)
+        self._hooks.append(network.decoder.register_forward_pre_hook(_before_all, with_kwargs=True))
+        network.decoder.set_attn_implementation(ATTENTION_WITH_SINKS_NAME if network.has_sinks else ATTENTION_NAME)
         network.model.clo_mount = self
 
     @staticmethod
@@ -112,10 +112,10 @@ class _Mount:
             return
         for hook in self._hooks:
             hook.remove()
-        for layer in self._layers:
+        for layer in self._network.layers:
             vars(layer.self_attn).pop("clo_layer", None)
-        vars(self._model).pop("clo_mount", None)
-        self._model.set_attn_implementation(self._attention_before)
+        vars(self._network.model).pop("clo_mount", None)
+        self._network.decoder.set_attn_implementation(self._attention_before)
 
 
 def _refuse_padding(mask: Any, count: int) -> None:

@@ -14,7 +14,7 @@ import transformers
 from small import DIM, GROUP, KV_HEADS, PAGE, design, prompt, small_model
 from small import WINDOW as RECENT
 from test_memory import held
-from windowed import FULL, KINDS, LAYERS, SLIDES, WINDOW, windowed_config, windowed_model
+from windowed import FULL, IMAGE, KINDS, LAYERS, SLIDES, WINDOW, seeing_model, windowed_config, windowed_model
 
 import clo_sim
 from clo import presets
@@ -120,6 +120,33 @@ class TestEverythingAttended:
         with offload(model, everything("clo"), max_new_tokens=20) as cache:
             assert_same(generate(model, ids, cache), wanted)
             assert cache.plan.sparse_layers == tuple(range(1, len(LAYERS)))
+
+
+class TestGemmaThatSees:
+    @pytest.mark.parametrize("name", ["clo", "staged", "streamed", "resident"])
+    def test_it_generates_what_it_does_alone(self, name: str) -> None:
+        model, ids = seeing_model(), batch(70).clamp(max=IMAGE - 3)
+        wanted = generate(model, ids, None)
+        with offload(model, everything(name), max_new_tokens=20) as cache:
+            assert_same(generate(model, ids, cache), wanted)
+            assert set(cache.plan.sparse_layers) <= set(OTHERS)
+
+    def test_of_a_picture_too(self) -> None:
+        model, ids = seeing_model(), batch(70).clamp(max=IMAGE - 3)
+        ids[:, 20] = IMAGE
+        picture = {"pixel_values": torch.rand(2, 3, 8, 8), "token_type_ids": (ids == IMAGE).long()}
+        wanted = generate(model, ids, None, **picture)
+        with offload(model, everything("clo"), max_new_tokens=20) as cache:
+            assert_same(generate(model, ids, cache, **picture), wanted)
+
+    def test_padding_is_refused_and_the_model_given_back(self) -> None:
+        model, ids = seeing_model(), batch(70).clamp(max=IMAGE - 3)
+        mask = torch.ones_like(ids)
+        mask[0, :3] = 0
+        with offload(model, everything("clo")) as cache, pytest.raises(SpecError, match="padded prompts"):
+            generate(model, ids, cache, attention_mask=mask)
+        configs = model.config, model.config.text_config, model.config.vision_config
+        assert {config._attn_implementation for config in configs} == {"sdpa"}
 
 
 class Attention:
@@ -312,6 +339,7 @@ class TestRefused:
         [
             (lambda: small_model("Mixtral", sliding_window=9), "every layer has a sliding window, of 9 tokens: such"),
             (lambda: windowed_model("Qwen3", layers=(SLIDES, SLIDES)), "every layer has a sliding window, of 12"),
+            (lambda: windowed_model("Qwen3", layers=("chunked_attention", FULL)), "chunked_attention of layers is not"),
             (lambda: windowed_model("Gemma2", attn_logit_softcapping=50.0), r"caps its logits.*softcapping = 50\.0"),
             (
                 lambda: small_model(
@@ -320,7 +348,7 @@ class TestRefused:
                 "a sliding window of 9 tokens in layers 0, ...: windows of this kind of model are not known",
             ),
         ],
-        ids=["all-of-mixtral", "all-of-qwen", "softcap", "another-kind"],
+        ids=["all-of-mixtral", "all-of-qwen", "chunks", "softcap", "another-kind"],
     )
     def test_models(self, model: Any, message: str) -> None:
         with pytest.raises(SpecError, match=message):

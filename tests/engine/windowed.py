@@ -11,6 +11,7 @@ from small import DIM, GROUP, KV_HEADS, VOCABULARY
 SLIDES, FULL = "sliding_attention", "full_attention"
 LAYERS = (SLIDES, FULL, SLIDES, SLIDES, FULL, FULL)
 WINDOW = 12
+IMAGE = VOCABULARY - 1
 OF_SINKS = -1.0, 5.0
 TURNS: dict[str, Any] = {"rope_type": "default"}
 
@@ -51,6 +52,23 @@ def windowed_config(kind: str, *, layers: tuple[str, ...] = LAYERS, window: int 
         "layer_types": list(layers),
     } | dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"))
     return config(**shape | KINDS[kind] | changes)
+
+
+def seeing_model() -> Any:
+    """A Gemma 3 that reads images, too."""
+    torch.manual_seed(0)
+    eyes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=windowed_config("Gemma3"),
+        vision_config=eyes | {"image_size": 8, "patch_size": 4},
+        mm_tokens_per_image=1,
+        image_token_index=IMAGE,
+        boi_token_index=IMAGE - 1,
+        eoi_token_index=IMAGE - 2,
+        initializer_range=0.15,
+        tie_word_embeddings=False,
+    )
+    return transformers.Gemma3ForConditionalGeneration(config).eval()
 
 
 def windowed_model(kind: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:

@@ -93,12 +93,12 @@ def _attend_beside(
     scale: float,
 ) -> torch.Tensor:
     """Attention of which the sinks take their share, which torch's own has no word for."""
-    grouped = query.unflatten(1, (keys.shape[1], -1))
-    logits = (grouped @ keys.transpose(2, 3)).float() * scale
+    grouped = query.float().unflatten(1, (keys.shape[1], -1))
+    logits = grouped @ keys.float().transpose(2, 3) * scale
     logits = logits.masked_fill(~mask[:, None, None], float("-inf"))
     sinks = sink_logits.float().view(1, *grouped.shape[1:3], 1).expand(len(query), -1, -1, -1)
     weights = torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
-    return (weights.to(values.dtype) @ values).flatten(1, 2)
+    return (weights @ values.float()).flatten(1, 2).to(query.dtype)
 
 
 def _as_pinned(kv: torch.Tensor) -> DeviceKV:

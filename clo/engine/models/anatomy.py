@@ -11,12 +11,23 @@ SINKS = "sinks"
 """A weight of attention: a logit of each query head that takes its share of the softmax, and has no value (gpt-oss)."""
 
 
+IN_ANOTHER = ("gemma3",)
+"""Kinds of model that read images too: their text decoder, and its config, lie one level deeper."""
+
+
+def text_decoder(network: Any) -> Any:
+    """What has embeddings, layers and final norm; `None` where there is no such thing."""
+    decoder: Any = getattr(network, "model", None)
+    return decoder.language_model if network.config.model_type in IN_ANOTHER else decoder
+
+
 def decoder_layers(network: Any, *, whole: bool = False) -> list[Any]:
     """The decoder layers, checked to be built as the recorder needs. Raises `SpecError` naming the missing part.
 
     Layers that stay `whole`, as their library runs them, may norm behind attention only, and attention may have sinks.
     """
-    layers = list(getattr(getattr(network, "model", None), "layers", []))
+    decoder = text_decoder(network) if whole else getattr(network, "model", None)
+    layers = list(getattr(decoder, "layers", []))
     if not layers:
         raise SpecError(f"model {type(network).__name__}: no decoder layers at model.layers")
     for part in ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj"):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from clo.engine.models.anatomy import SINKS, decoder_layers, in_heads, project_query
+from clo.engine.models.anatomy import SINKS, decoder_layers, in_heads, project_query, text_decoder
 from clo.engine.models.windows import windows_of
 from clo.errors import SpecError
 from clo.specs import ModelSpec
@@ -32,6 +32,7 @@ class Network:
     def __init__(self, model: Any, name: str = "", *, whole: bool = False) -> None:
         self.model = model
         self.layers = decoder_layers(model, whole=whole)
+        self.decoder = text_decoder(model)
         if not whole:
             _check_mlp(model, self.layers)
         _check_attention(model, self.layers)
@@ -42,7 +43,7 @@ class Network:
         self.dtype: torch.dtype = self.layers[0].self_attn.q_proj.weight.dtype
         self.device: torch.device = self.layers[0].self_attn.q_proj.weight.device
         self._rotate = sys.modules[type(self.layers[0].self_attn).__module__].apply_rotary_pos_emb
-        rotary = getattr(model.model, "rotary_emb", None)
+        rotary = getattr(self.decoder, "rotary_emb", None)
         self._rotates_by_kind = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
 
     @property
@@ -52,12 +53,12 @@ class Network:
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden states of one token a sequence, `[batch]` -> `[batch, 1, hidden_size]`."""
-        hidden: torch.Tensor = self.model.model.embed_tokens(tokens[:, None])
+        hidden: torch.Tensor = self.decoder.embed_tokens(tokens[:, None])
         return hidden
 
     def rotation(self, hidden: torch.Tensor, positions: torch.Tensor) -> Rotation:
         """For the new token's position in each sequence, `[batch]`."""
-        rotation: Rotation = self.model.model.rotary_emb(hidden, positions[:, None])
+        rotation: Rotation = self.decoder.rotary_emb(hidden, positions[:, None])
         return rotation
 
     @property
@@ -72,10 +73,10 @@ class Network:
         """
         if not self._rotates_by_kind:
             return given
-        kinds = self.model.config.layer_types
+        kinds = self.decoder.config.layer_types
         if kinds[target] == kinds[layer]:
             return given
-        rotation: Rotation = self.model.model.rotary_emb(hidden, positions, kinds[target])
+        rotation: Rotation = self.decoder.rotary_emb(hidden, positions, kinds[target])
         return rotation
 
     def input_norm(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -130,7 +131,7 @@ class Network:
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """After the last layer."""
-        normed: torch.Tensor = self.model.model.norm(hidden)
+        normed: torch.Tensor = self.decoder.norm(hidden)
         return normed
 
     def lm_head(self, normed: torch.Tensor) -> torch.Tensor:
@@ -141,13 +142,14 @@ class Network:
 
 def spec_of(model: Any, name: str = "") -> ModelSpec:
     """The `ModelSpec` of a loaded model. Raises `SpecError` for a model that is built differently."""
-    config, attention = model.config, decoder_layers(model, whole=True)[0].self_attn
+    layers, config = decoder_layers(model, whole=True), text_decoder(model).config
+    attention = layers[0].self_attn
     head_dim, weight = int(attention.head_dim), attention.q_proj.weight
     return ModelSpec.parse(
         {
-            "name": name or config.name_or_path.rstrip("/").rsplit("/", 1)[-1] or type(model).__name__,
+            "name": name or model.config.name_or_path.rstrip("/").rsplit("/", 1)[-1] or type(model).__name__,
             "source": f"loaded {type(model).__name__}",
-            "num_layers": len(model.model.layers),
+            "num_layers": len(layers),
             "hidden_size": config.hidden_size,
             "intermediate_size": config.intermediate_size,
             "num_query_heads": weight.shape[0] // head_dim,
