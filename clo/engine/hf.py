@@ -306,8 +306,8 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         attended = [self._attend_one(arrived, query, predicted, sink_logits, at) for at in range(query.shape[2])]
         return torch.stack(attended, dim=1)
 
-    def selects(self, layer: int) -> bool:
-        """Whether a layer's KV cache is the design's, and not a window."""
+    def holds(self, layer: int) -> bool:
+        """Whether a layer decodes under the design, and not in a window."""
         return layer in self._kv
 
     def attended(self, arrived: _Arrived, query: torch.Tensor, output: torch.Tensor) -> None:
@@ -390,7 +390,7 @@ def _attend_by(
     if arrived is None:
         return own(module, query, key, value, mask, **options)
     cache = arrived.cache
-    if cache.selects(arrived.layer):
+    if cache.holds(arrived.layer):
         found = cache.attend(arrived, query, options.get("s_aux")), None
     else:
         found = own(module, query, key, value, mask, **options)

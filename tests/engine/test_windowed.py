@@ -117,6 +117,9 @@ class TestEverythingAttended:
         model, ids = windowed_model("Qwen3", window=256), batch(70)
         assert Network(model).spec.windowed_layers == ()
         wanted = generate(model, ids, None)
+        with Decoder(model, everything("clo"), max_new_tokens=20) as decoder:
+            decoded = torch.stack(list(decoder.generate(list(ids))), dim=1)
+            assert decoded.tolist() == wanted.sequences[:, 70:].tolist()
         with offload(model, everything("clo"), max_new_tokens=20) as cache:
             assert_same(generate(model, ids, cache), wanted)
             assert cache.plan.sparse_layers == tuple(range(1, len(LAYERS)))
@@ -358,6 +361,8 @@ class TestRefused:
     def test_by_the_decoder(self, kind: str) -> None:
         with pytest.raises(SpecError, match=r"3 layers is limited to .* 12 tokens: only clo\.engine\.offload takes"):
             Decoder(windowed_model(kind), design("clo"))
+        with pytest.raises(SpecError, match=r"kinds of layers rotate differently: only clo\.engine\.offload takes"):
+            Decoder(windowed_model("Gemma3", window=256), design("clo"))
         with pytest.raises(SpecError, match=r"weights of its own \(sinks\)"):
             Network(windowed_model("GptOss"))
 

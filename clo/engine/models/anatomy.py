@@ -9,8 +9,6 @@ from clo.errors import SpecError
 
 SINKS = "sinks"
 """A weight of attention: a logit of each query head that takes its share of the softmax, and has no value (gpt-oss)."""
-
-
 IN_ANOTHER = ("gemma3",)
 """Kinds of model that read images too: their text decoder, and its config, lie one level deeper."""
 
@@ -18,7 +16,7 @@ IN_ANOTHER = ("gemma3",)
 def text_decoder(network: Any) -> Any:
     """What has embeddings, layers and final norm; `None` where there is no such thing."""
     decoder: Any = getattr(network, "model", None)
-    return decoder.language_model if network.config.model_type in IN_ANOTHER else decoder
+    return getattr(decoder, "language_model", None) if network.config.model_type in IN_ANOTHER else decoder
 
 
 def decoder_layers(network: Any, *, whole: bool = False) -> list[Any]:

@@ -37,14 +37,14 @@ class Network:
             _check_mlp(model, self.layers)
         _check_attention(model, self.layers)
         self.spec = spec_of(model, name)
-        if not whole:
-            _check_windows(model, self.spec)
         self.scale = float(self.layers[0].self_attn.scaling)
         self.dtype: torch.dtype = self.layers[0].self_attn.q_proj.weight.dtype
         self.device: torch.device = self.layers[0].self_attn.q_proj.weight.device
         self._rotate = sys.modules[type(self.layers[0].self_attn).__module__].apply_rotary_pos_emb
         rotary = getattr(self.decoder, "rotary_emb", None)
         self._rotates_by_kind = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
+        if not whole:
+            _check_alike(model, self.spec, self._rotates_by_kind)
 
     @property
     def addresses(self) -> tuple[int, ...]:
@@ -195,7 +195,13 @@ def _check_attention(model: Any, layers: list[Any]) -> None:
         )
 
 
-def _check_windows(model: Any, spec: ModelSpec) -> None:
+def _check_alike(model: Any, spec: ModelSpec, rotates_by_kind: bool) -> None:
+    """Layers that are taken apart must all do the same."""
+    if rotates_by_kind and not spec.windowed_layers:
+        raise SpecError(
+            f"model {type(model).__name__}: kinds of layers rotate differently: only clo.engine.offload takes such a "
+            "model"
+        )
     if spec.windowed_layers:
         raise SpecError(
             f"model {type(model).__name__}: attention of {len(spec.windowed_layers)} layers is limited to a sliding "

@@ -16,7 +16,7 @@ def windows_of(config: Any) -> dict[str, Any]:
 
     Raises `SpecError` for layers that attend to a part of the context in another way, and where every layer does.
     """
-    places, window = _places(config), config.sliding_window if _places(config) else None
+    places, window = _places(config), getattr(config, "sliding_window", None)
     if not places or window >= config.max_position_embeddings:
         return {}
     if len(places) == config.num_hidden_layers:
