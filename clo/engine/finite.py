@@ -21,17 +21,22 @@ class Projected(NamedTuple):
     value: torch.Tensor
 
 
-def explain_step(layers: Sequence[Layer], projected: Mapping[int, Projected], lengths: Sequence[int]) -> str:
-    """The first layer of a step whose query, key or value was not finite. `lengths`: tokens of each sequence."""
-    for layer in range(len(layers)):
+def explain_step(layers: Mapping[int, Layer], projected: Mapping[int, Projected], lengths: Sequence[int]) -> str:
+    """The first layer of a step whose query, key or value was not finite. `lengths`: tokens of each sequence.
+
+    What layers that are not in `layers` keep is not looked at: those with a sliding window.
+    """
+    for layer in range(len(projected)):
         bad = [name for name, part in projected[layer]._asdict().items() if not bool(torch.isfinite(part).all())]
         if bad and len(bad) < len(Projected._fields):
             return f"first in layer {layer}: its {' and '.join(bad)} of the newest token"
         if bad:
             # with all three its input was: the layer before has attended such numbers, or made them afterwards
-            return (_first(layers[layer - 1], layer - 1, lengths) if layer else "") or _entered(layer, "")
-    last = len(layers) - 1
-    return _first(layers[last], last, lengths) or _left(last, "")
+            before = layers.get(layer - 1)
+            unseen = "window, or its " if layer and before is None else ""
+            return (_first(before, layer - 1, lengths) if before else "") or _entered(layer, unseen)
+    last = len(projected) - 1
+    return (_first(layers[last], last, lengths) if last in layers else "") or _left(last, "")
 
 
 def explain_prompt(layers: Sequence[Layer], lengths: Sequence[int]) -> str:

@@ -3,33 +3,35 @@
     cache = offload(model, "clo")
     model.generate(**inputs, past_key_values=cache)
 
-The model's own forward pass drives; what the design fetches, it fetches on the same thread.
+The model's own forward pass drives; what the design fetches, it fetches on the same thread. Layers with a sliding
+window keep what is in it, in the library's own cache, and attend with the model's own attention and mask.
 """
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from clo import presets
 from clo.engine import inline
+from clo.engine.cache_layers import FullLayer, WindowedLayer
 from clo.engine.decoder import Decoder
 from clo.engine.finite import Projected, explain_step
 from clo.engine.heads import HeadProfile, heads_for
 from clo.engine.layers import Layer, OffloadedLayer, StreamedLayer
-from clo.engine.make_layers import make_layers
+from clo.engine.make_layers import make_unwindowed_layers
 from clo.engine.models.anatomy import project_query
-from clo.engine.models.network import Network
-from clo.engine.prefill import query_length
+from clo.engine.models.network import Network, Rotation
 from clo.engine.step_traffic import StepTraffic
 from clo.errors import EngineError, SpecError
 from clo.plan import DecodePlan
@@ -37,6 +39,7 @@ from clo.schedule.ops import Stage
 from clo.specs import Design
 
 ATTENTION_NAME = "clo"
+ATTENTION_WITH_SINKS_NAME = "clo_with_sinks"
 
 
 def offload(
@@ -53,9 +56,10 @@ def offload(
     length. Prefill is the model's own, exact. Whatever comes after the first generated token, a chat's next turn too,
     is decoded token by token under the design; `max_new_tokens` is the room for all of it, as far as the model's
     positions go. With any other cache the model works as before, with SDPA as its attention: it returns no attention
-    weights. `close`, the end of a `with` block, or dropping the last of a model's caches gives the model back as it
-    was. A design whose thresholds, weights or pinned heads come from a head profile takes `heads`, or the shipped one
-    if that is of such a model. Raises `SpecError` for a model or a design that does not fit.
+    weights. (One with attention sinks, which SDPA does not know, keeps its "eager" attention for that, for prompts and
+    for layers with a window.) `close`, the end of a `with` block, or dropping the last of a model's caches gives the
+    model back as it was. A design whose thresholds, weights or pinned heads come from a head profile takes `heads`, or
+    the shipped one if that is of such a model. Raises `SpecError` for a model or a design that does not fit.
     """
     chosen = design if isinstance(design, Design) else presets.load_design(str(design))
     network = Network(model, whole=True)
@@ -64,6 +68,8 @@ def offload(
     decoder.close()  # only its sizes and checks are needed: the model drives
     AttentionInterface.register(ATTENTION_NAME, _attend)
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    AttentionInterface.register(ATTENTION_WITH_SINKS_NAME, _attend_with_sinks)
+    AttentionMaskInterface.register(ATTENTION_WITH_SINKS_NAME, eager_mask)
     return OffloadedCache(decoder)
 
 
@@ -78,14 +84,16 @@ class _Mount:
     """What a model is given as long as any cache uses it: hooks and an attention. It does not know the caches."""
 
     def __init__(self, network: Network) -> None:
-        self._model, self._layers = network.model, network.layers
-        self._attention_before = network.model.config._attn_implementation
+        self._network = network
+        self._attention_before = network.decoder.config._attn_implementation
         self._users: set[int] = set()
         self._hooks = [
             layer.register_forward_pre_hook(_before(index), with_kwargs=True)
             for index, layer in enumerate(network.layers)
         ]
-        network.model.set_attn_implementation(ATTENTION_NAME)
+        # windowed layers, the first of which may be one, are given no mask that shows all of a prompt
+        self._hooks.append(network.decoder.register_forward_pre_hook(_before_all, with_kwargs=True))
+        network.decoder.set_attn_implementation(ATTENTION_WITH_SINKS_NAME if network.has_sinks else ATTENTION_NAME)
         network.model.clo_mount = self
 
     @staticmethod
@@ -104,19 +112,31 @@ class _Mount:
             return
         for hook in self._hooks:
             hook.remove()
-        for layer in self._layers:
+        for layer in self._network.layers:
             vars(layer.self_attn).pop("clo_layer", None)
-        vars(self._model).pop("clo_mount", None)
-        self._model.set_attn_implementation(self._attention_before)
+        vars(self._network.model).pop("clo_mount", None)
+        self._network.decoder.set_attn_implementation(self._attention_before)
 
 
-def _refuse_padding(mask: torch.Tensor | None, count: int) -> None:
-    """Of one token that is decoded the mask says nothing. Raises `SpecError` where the last does not see all others."""
+def _refuse_padding(mask: Any, count: int) -> None:
+    """Of one token that is decoded the mask says nothing. Raises `SpecError` where the last does not see all others.
+
+    `mask`: as the model was given it, one of tokens `[batch, tokens]`, of pairs, or such of each kind of layers.
+    """
+    mask = mask.get("full_attention") if isinstance(mask, Mapping) else mask
     if mask is None or count < 2:
         return
-    seen = mask if mask.dtype == torch.bool else mask == 0
-    if not bool(seen[..., -1, :].all()):
+    of_pairs = mask.dim() == 4
+    seen = mask if mask.dtype == torch.bool else mask == 0 if of_pairs else mask != 0
+    if not bool((seen[..., -1, :] if of_pairs else seen).all()):
         raise SpecError("attention_mask: padded prompts are not supported here: use clo.engine.decoder.Decoder")
+
+
+def _before_all(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Runs before the model's layers and what is in front of them, whatever cache the model was given."""
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, OffloadedCache):
+        cache.given_mask = kwargs["attention_mask"] if "attention_mask" in kwargs else (*args, None, None)[1]
 
 
 def _before(layer: int) -> Callable[..., None]:
@@ -126,9 +146,10 @@ def _before(layer: int) -> Callable[..., None]:
         cache = kwargs.get("past_key_values")
         if isinstance(cache, OffloadedCache):
             hidden = args[0] if args else kwargs["hidden_states"]
+            positions = kwargs.get("position_ids")
             if layer == 0:
-                cache.arrive(hidden, kwargs.get("attention_mask"), kwargs.get("position_ids"))
-            cache.before_layer(layer, hidden, kwargs["position_embeddings"])
+                cache.arrive(hidden, cache.given_mask, positions)
+            cache.before_layer(layer, hidden, kwargs["position_embeddings"], positions)
 
     return hook
 
@@ -140,14 +161,17 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         network = decoder.network
         self._decoder, self._network = decoder, network
         self.plan: DecodePlan | None = None
-        self._kv: list[Layer] = []
+        self.given_mask: Any = None
+        self._kv: dict[int, Layer] = {}
         self._lengths = torch.zeros(0, dtype=torch.int32)
         self._tokens: list[int] = []
         self._predicted: dict[int, torch.Tensor] = {}
         self._projected: dict[int, Projected] = {}
         self._under_way = False
-        count = len(network.layers)
-        super().__init__(layers=[_CacheLayer(self, layer) for layer in range(count)])
+        super().__init__(layers=[_empty_layer(network, layer) for layer in range(len(network.layers))])
+        for index, layer in enumerate(self.layers):
+            layer.belong(self, index)
+        self._first_full = next(index for index, layer in enumerate(self.layers) if not layer.is_sliding)
         mount = _Mount.on(network)
         mount.join(id(self))
         # also when nobody has the cache any more
@@ -162,10 +186,10 @@ class OffloadedCache(Cache):  # type: ignore[misc]
     def close(self) -> None:
         """Free the KV cache. The model is as it was once all its caches are closed. A second call does nothing."""
         self._leave()
-        self._kv = []
+        self._kv = {}
         self._projected.clear()
         for layer in self.layers:
-            layer.hand_over()
+            layer.release()
 
     def check_open(self) -> None:
         """Raises `EngineError` after `close`."""
@@ -177,7 +201,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         """What the last decoded token moved. Raises `EngineError` before there is one."""
         if self.plan is None:
             raise EngineError("cache: nothing has been decoded yet")
-        return StepTraffic.of(self.plan, self._kv)
+        return StepTraffic.of(self.plan, list(self._kv.values()))
 
     @property
     def decodes(self) -> bool:
@@ -185,36 +209,41 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         return self.plan is not None
 
     def layer(self, index: int) -> Layer:
-        """The KV cache of one layer, once decoding has begun."""
+        """The KV cache of one layer, once decoding has begun. Raises `EngineError` for one with a sliding window."""
+        if index in self._network.spec.windowed_layers:
+            raise EngineError(f"cache: layer {index} has a sliding window: what it keeps is in layers[{index}]")
         return self._kv[index]
 
     def begin_decoding(self) -> None:
         """The prompt is complete: make the caches, and let each layer hand over what prefill left."""
-        first = self.layers[0]
+        first = self.layers[self._first_full]
         batch, tokens = first.keys.shape[0], first.keys.shape[2]
         self._decoder.max_new_tokens = self._most_new_tokens(tokens)
         self.plan = self._decoder.make_plan([tokens] * batch)
-        self._kv = make_layers(self._network, self.plan, self._decoder.heads, tokens + self._decoder.max_new_tokens)
+        room = tokens + self._decoder.max_new_tokens
+        self._kv = make_unwindowed_layers(self._network, self.plan, self._decoder.heads, room)
         self._tokens = [tokens] * batch
         self._lengths = torch.full((batch,), tokens, dtype=torch.int32, device=first.keys.device)
-        for layer, kv in zip(self.layers, self._kv, strict=True):
+        for index, kv in self._kv.items():
+            layer = self.layers[index]
             for sequence in range(batch):
                 kv.load(sequence, layer.keys[sequence], layer.values[sequence])
-            layer.hand_over()
+            layer.release()
 
     def _most_new_tokens(self, tokens: int) -> int:
         """Those that were asked for, as far as the model's positions go; at least one, which is refused after them."""
         return max(1, min(self._decoder.max_new_tokens, self._network.spec.max_positions - tokens))
 
-    def before_layer(self, layer: int, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def before_layer(
+        self, layer: int, hidden: torch.Tensor, rotation: Rotation, positions: torch.Tensor | None
+    ) -> None:
         """Decoder layer `layer` is about to run: it predicts what a later one asks."""
-        if self.plan is None:
-            return
-        target = inline.predicts(self.plan, layer)
+        target = None if self.plan is None else inline.predicts(self.plan, layer)
         if target is not None:
+            rotation = self._network.rotation_for(target, layer, rotation, hidden, positions)
             self._predicted[target] = project_query(self._network.layers[target], hidden, rotation)
 
-    def arrive(self, hidden: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None) -> None:
+    def arrive(self, hidden: torch.Tensor, mask: Any, positions: torch.Tensor | None) -> None:
         """New tokens `[batch, tokens, hidden_size]` are about to run. Raises `CloError` for what cannot be done."""
         self.check_open()
         if self._under_way:
@@ -224,6 +253,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         # of a prompt that does not go on where the cache ends, some versions of the library make a mask with gaps
         self._check_turn(count, positions)
         _refuse_padding(mask, count)
+        self.given_mask = None
         self._make_room(count)
         self._under_way = True
 
@@ -232,7 +262,9 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         self._under_way = self._under_way and layer < len(self.layers) - 1
 
     def _check_batch(self, batch: int) -> None:
-        held = len(self._tokens) if self.decodes else self.layers[0].keys.shape[0] if self.get_seq_length() else batch
+        held = batch
+        if self.decodes or self.get_seq_length():
+            held = len(self._tokens) if self.decodes else self.layers[self._first_full].keys.shape[0]
         if batch != held:
             raise SpecError(f"input_ids: a batch of {batch}, the cache holds one of {held}: offload() anew for another")
 
@@ -252,7 +284,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
             if self.get_seq_length() == 0 or count > 1:
                 return
             self.begin_decoding()
-        room = self._kv[0].shape.max_tokens
+        room = self._kv[self._first_full].shape.max_tokens
         if max(self._tokens) + count > room:
             model = self._network.spec
             at_the_end = room == model.max_positions
@@ -265,44 +297,56 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         """New tokens of each sequence, `[batch, kv_heads, tokens, head_dim]`: what is attended next is their query."""
         self._network.layers[layer].self_attn.clo_layer = _Arrived(self, layer, key, value)
 
-    def attend(self, arrived: _Arrived, query: torch.Tensor) -> torch.Tensor:
+    def attend(self, arrived: _Arrived, query: torch.Tensor, sink_logits: torch.Tensor | None) -> torch.Tensor:
         """Attention output `[batch, tokens, query_heads, head_dim]` under the design, as if they came one by one.
 
         Nothing overlaps here, so that a prefetch may as well be done when its layer runs.
         """
         predicted = self._predicted.pop(arrived.layer, None)
-        attended = [self._attend_one(arrived, query, predicted, at) for at in range(query.shape[2])]
-        output = torch.stack(attended, dim=1)
+        attended = [self._attend_one(arrived, query, predicted, sink_logits, at) for at in range(query.shape[2])]
+        return torch.stack(attended, dim=1)
+
+    def holds(self, layer: int) -> bool:
+        """Whether a layer decodes under the design, and not in a window."""
+        return layer in self._kv
+
+    def attended(self, arrived: _Arrived, query: torch.Tensor, output: torch.Tensor) -> None:
+        """A layer's attention has run, under the design or in a window. Raises `EngineError` if its output is none."""
+        newest = (tensor[:, :, -1].contiguous() for tensor in (query, arrived.key, arrived.value))
+        self._projected[arrived.layer] = Projected(*newest)
         if arrived.layer == len(self.layers) - 1:
             self._check_finite(output)
         self.arrived(arrived.layer)
-        return output
 
     def _check_finite(self, output: torch.Tensor) -> None:
         """What is not finite in any layer spoils the last one's attention, too: one look a token is enough."""
         if not bool(torch.isfinite(output).all()):
             why = explain_step(self._kv, self._projected, self._tokens)
-            raise EngineError(f"attention of layer {len(self._kv) - 1}: its output is not finite, {why}")
+            raise EngineError(f"attention of layer {len(self.layers) - 1}: its output is not finite, {why}")
 
     def _attend_one(
-        self, arrived: _Arrived, query: torch.Tensor, predicted: torch.Tensor | None, at: int
+        self,
+        arrived: _Arrived,
+        query: torch.Tensor,
+        predicted: torch.Tensor | None,
+        sink_logits: torch.Tensor | None,
+        at: int,
     ) -> torch.Tensor:
         assert self.plan is not None
         kv, before = self._kv[arrived.layer], query.shape[2] - 1 - at
         lengths = self._lengths - before
         key, value = (tensor[:, :, at].contiguous() for tensor in (arrived.key, arrived.value))
         now = query[:, :, at].contiguous()
-        self._projected[arrived.layer] = Projected(now, key, value)
         kv.begin([tokens - before for tokens in self._tokens])
         if isinstance(kv, OffloadedLayer):
             if predicted is not None:
                 inline.prefetch(kv, predicted[:, :, at].contiguous(), lengths)
             kv.append(key, value, lengths, store=True)
-            return inline.attend(kv, now, lengths, was_predicted=predicted is not None)
+            return inline.attend(kv, now, lengths, was_predicted=predicted is not None, sink_logits=sink_logits)
         kv.append(key, value, lengths)
         if isinstance(kv, StreamedLayer):
             kv.copy(Stage.DEMAND, self.plan.design.page_size)
-        return kv.attend(now, lengths)
+        return kv.attend(now, lengths, sink_logits)
 
     def decoded_length(self) -> int:
         """Tokens in the cache while decoding."""
@@ -323,68 +367,32 @@ class _Arrived:
     value: torch.Tensor
 
 
-class _CacheLayer(DynamicLayer):  # type: ignore[misc]
-    """Grows with the prompt as the library's own; from the first decoded token on the design's cache takes over."""
-
-    is_croppable = False
-
-    def __init__(self, cache: OffloadedCache, index: int) -> None:
-        super().__init__()
-        # the cache owns its layers: the other way round it would live until a garbage collection
-        self._owner, self._index = weakref.ref(cache), index
-
-    @property
-    def _cache(self) -> OffloadedCache:
-        cache = self._owner()
-        assert cache is not None, "a layer does not outlive its cache"
-        return cache
-
-    def hand_over(self) -> None:
-        """Prefill's copy is not needed any more."""
-        self.keys = self.values = None
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """New keys and values; while decoding, those of the new tokens: attention knows where the rest is."""
-        self._cache.check_open()
-        if not self._cache.decodes:
-            grown: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states)
-            self._cache.arrived(self._index)
-            return grown
-        self._cache.take(self._index, key_states, value_states)
-        return key_states, value_states
-
-    def get_seq_length(self) -> int:
-        """Tokens seen so far."""
-        return self._cache.decoded_length() if self._cache.decodes else int(super().get_seq_length())
-
-    def get_mask_sizes(self, query: int | torch.Tensor) -> tuple[int, int]:
-        """Every cached token and the new ones; of one token that is decoded no mask is made."""
-        count = query_length(query)
-        alone = self._cache.decodes and count == 1
-        return self.get_seq_length() + (0 if alone else count), 0
-
-    def reset(self) -> None:
-        """Not possible once decoding has begun."""
-        if self._cache.decodes:
-            raise EngineError("cache: it has decoded already: offload() anew for another prompt")
-        super().reset()
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Beam search keeps several continuations of one prompt, which this cache does not."""
-        raise SpecError("cache: beam search is not supported: sample or decode greedily")
-
-    batch_repeat_interleave = batch_select_indices = reorder_cache
-
-    def crop(self, max_length: int) -> None:
-        """Assisted generation takes back tokens that it guessed, which this cache does not."""
-        raise SpecError("cache: tokens cannot be taken back: generate without an assistant model or prompt lookup")
+def _empty_layer(network: Network, layer: int) -> FullLayer | WindowedLayer:
+    spec = network.spec
+    return WindowedLayer(sliding_window=spec.window_tokens) if layer in spec.windowed_layers else FullLayer()
 
 
 def _attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
-    """SDPA, but for tokens that an `OffloadedCache` has just taken in."""
+    """SDPA, but for tokens that a full layer of an `OffloadedCache` has just taken in."""
+    return _attend_by(sdpa_attention_forward, module, query, key, value, mask, **options)
+
+
+def _attend_with_sinks(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+    """The same of a model whose sinks SDPA leaves out: its own attention."""
+    own = sys.modules[type(module).__module__].eager_attention_forward
+    return _attend_by(own, module, query, key, value, mask, **options)
+
+
+def _attend_by(
+    own: Callable[..., Any], module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any
+) -> Any:
     arrived: _Arrived | None = vars(module).pop("clo_layer", None)
     if arrived is None:
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
-    return arrived.cache.attend(arrived, query), None
+        return own(module, query, key, value, mask, **options)
+    cache = arrived.cache
+    if cache.holds(arrived.layer):
+        found = cache.attend(arrived, query, options.get("s_aux")), None
+    else:
+        found = own(module, query, key, value, mask, **options)
+    cache.attended(arrived, query, found[0])
+    return found

@@ -29,18 +29,20 @@ def attend(
     lengths: torch.Tensor,
     *,
     was_predicted: bool,
+    sink_logits: torch.Tensor | None = None,
     observe: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """What the real query still misses is fetched; then attention, `[batch, query_heads, head_dim]`.
 
-    `observe` is told the output while the layer still holds what was attended.
+    `sink_logits` `[query_heads]` take their share of the softmax. `observe` is told the output while the layer still
+    holds what was attended.
     """
     design = layer.design
     if not (design.cache is Cache.NONE and was_predicted):
         _choose(layer, Stage.DEMAND, query, lengths)
         if design.offloads:
             layer.gather(Stage.DEMAND)
-    attended = layer.attend(query, lengths)
+    attended = layer.attend(query, lengths, sink_logits)
     if observe is not None:
         observe(attended)
     if design.speculates_last_step:
@@ -51,10 +53,10 @@ def attend(
 
 
 def predicts(plan: DecodePlan, layer: int) -> int | None:
-    """The layer whose query is predicted from the input of `layer`."""
+    """The layer whose query is predicted from the input of `layer`: none where the schedule fetches nothing ahead."""
     design, target = plan.design, layer + plan.design.prefetch_depth
     ahead = design.prefetches and design.selects and not design.speculates_last_step
-    return target if ahead and plan.dense_layers <= target < plan.model.num_layers and target > layer else None
+    return target if ahead and plan.is_sparse(target) else None
 
 
 def _choose(layer: OffloadedLayer, stage: Stage, query: torch.Tensor, lengths: torch.Tensor) -> None:

@@ -14,8 +14,21 @@ from clo.specs import Attend, Sync
 
 def make_layers(network: Network, plan: DecodePlan, heads: HeadProfile, max_tokens: int) -> list[Layer]:
     """The KV cache that `plan` asks for, layer by layer, with room for `max_tokens` a sequence."""
+    shape = _shape(network, plan, max_tokens)
+    return [_make_layer(plan, shape, heads, layer) for layer in range(plan.model.num_layers)]
+
+
+def make_unwindowed_layers(network: Network, plan: DecodePlan, heads: HeadProfile, max_tokens: int) -> dict[int, Layer]:
+    """The same without layers that have a sliding window, by the layer's number."""
+    shape, windowed = _shape(network, plan, max_tokens), set(plan.model.windowed_layers)
+    return {
+        layer: _make_layer(plan, shape, heads, layer) for layer in range(plan.model.num_layers) if layer not in windowed
+    }
+
+
+def _shape(network: Network, plan: DecodePlan, max_tokens: int) -> LayerShape:
     model = plan.model
-    shape = LayerShape(
+    return LayerShape(
         batch=plan.workload.batch,
         num_query_heads=model.num_query_heads,
         num_kv_heads=model.num_kv_heads,
@@ -26,15 +39,14 @@ def make_layers(network: Network, plan: DecodePlan, heads: HeadProfile, max_toke
         scale=network.scale,
         recorded=two_memories(network.device) and plan.design.sync is Sync.GRAPH,
     )
-    layers: list[Layer] = []
-    for layer in range(model.num_layers):
-        if layer < plan.dense_layers:
-            layers.append(DenseLayer(shape))
-        elif plan.design.attend is Attend.FULL:
-            layers.append(StreamedLayer(shape))
-        else:
-            layers.append(OffloadedLayer(plan, shape, _settings(plan, heads, layer)))
-    return layers
+
+
+def _make_layer(plan: DecodePlan, shape: LayerShape, heads: HeadProfile, layer: int) -> Layer:
+    if not plan.is_sparse(layer):
+        return DenseLayer(shape)
+    if plan.design.attend is Attend.FULL:
+        return StreamedLayer(shape)
+    return OffloadedLayer(plan, shape, _settings(plan, heads, layer))
 
 
 def _settings(plan: DecodePlan, heads: HeadProfile, layer: int) -> HeadSettings:

@@ -40,13 +40,16 @@ class CacheBytes:
 
 def cache_bytes(plan: DecodePlan, max_tokens: int) -> CacheBytes:
     """With room for `max_tokens` a sequence. Without page tables and scores, which are small."""
-    model, batch, dense = plan.model, plan.workload.batch, plan.dense_layers
-    sparse, whole = model.num_layers - dense, batch * max_tokens * model.layer_token_bytes
+    model, batch = plan.model, plan.workload.batch
+    sparse, windowed = len(plan.sparse_layers), len(model.windowed_layers)
+    whole, dense = batch * max_tokens * model.layer_token_bytes, model.num_layers - sparse - windowed
+    in_windows = windowed * batch * min(max_tokens, model.window_tokens or 0) * model.layer_token_bytes
     reading = prefill_bytes(plan, plan.workload.context_tokens)
     if plan.design.attend is Attend.FULL:
-        return CacheBytes(device=model.num_layers * whole, host=sparse * whole, prefill=reading, host_layers=sparse)
+        device = (dense + sparse) * whole + in_windows
+        return CacheBytes(device=device, host=sparse * whole, prefill=reading, host_layers=sparse)
     pages = math.ceil(max_tokens / plan.design.page_size)
-    device = dense * whole + sparse * batch * _offloaded_bytes(plan, max_tokens, pages)
+    device = in_windows + dense * whole + sparse * batch * _offloaded_bytes(plan, max_tokens, pages)
     host = sparse * batch * pages * plan.design.page_size * model.layer_token_bytes
     return CacheBytes(device=device, host=host, prefill=reading, host_layers=sparse)
 

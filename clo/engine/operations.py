@@ -69,7 +69,7 @@ class Operations:
     def check(self) -> None:
         """After a step; raises `EngineError` for logits that are not finite."""
         if not bool(self._finite):
-            why = explain_step(self.layers, self._projected, self.host_lengths)
+            why = explain_step(dict(enumerate(self.layers)), self._projected, self.host_lengths)
             raise EngineError(f"operation lm_head of layer {len(self.layers) - 1}: the logits are not finite, {why}")
 
     def key(self) -> Hashable:

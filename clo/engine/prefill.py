@@ -62,7 +62,7 @@ def prefill_bytes(plan: DecodePlan, tokens: int) -> float:
 
     Two layers' keys and values of one sequence: of the layer that is computed and of the next.
     """
-    return 2 * tokens * plan.model.layer_token_bytes if plan.dense_layers < plan.model.num_layers else 0.0
+    return 2 * tokens * plan.model.layer_token_bytes if plan.sparse_layers else 0.0
 
 
 def _nothing() -> None:

@@ -105,6 +105,7 @@ def sparse_decode_attention(
     *,
     scale: float,
     num_splits: int | None = None,
+    sink_logits: torch.Tensor | None = None,
     out: torch.Tensor,
 ) -> torch.Tensor:
     """See `clo_kernels.sparse_decode_attention`."""
@@ -113,7 +114,10 @@ def sparse_decode_attention(
         for h in range(heads):
             keys, values = attended(kv, b, h, selected[b, h], int(lengths[b])).float()
             group = slice(h * (query.shape[1] // heads), (h + 1) * (query.shape[1] // heads))
-            weights = (query[b, group].float() @ keys.T * scale).softmax(-1)
+            logits = query[b, group].float() @ keys.T * scale
+            if sink_logits is not None:
+                logits = torch.cat([logits, sink_logits[group, None].float()], 1)
+            weights = logits.softmax(-1)[:, : len(keys)]
             out[b, group] = (weights @ values).to(out.dtype)
     return out
 

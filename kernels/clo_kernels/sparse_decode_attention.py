@@ -25,6 +25,7 @@ PROGRAM_BYTES = 74 * 1024
 MAX_RESIDENT = 3
 """Programs that the registers of a multiprocessor hold."""
 MAX_SPLITS = 64
+LOG2_E = math.log2(math.e)
 TRITON_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -138,18 +139,34 @@ def attend_split_kernel(
 
 @triton.jit
 def merge_splits_kernel(
-    partial, partial_lse, out, num_splits, DIM: tl.constexpr, DIM_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr
+    partial,
+    partial_lse,
+    sink_logits,
+    out,
+    num_splits,
+    num_query_heads,
+    WITH_SINKS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
 ):
+    """`sink_logits`, in powers of two, have a share of the sum and no value."""
     head = tl.program_id(0).to(tl.int64)  # sequence * num_query_heads + query head
     split = tl.arange(0, SPLITS_PAD)
     dim = tl.arange(0, DIM_PAD)
     inside = split < num_splits
     lse = tl.load(partial_lse + head * num_splits + split, mask=inside, other=float("-inf"))
     peak = tl.max(lse, 0)
-    weight = tl.exp2(lse - tl.where(peak == float("-inf"), 0.0, peak))
+    if WITH_SINKS:
+        sink = tl.load(sink_logits + head % num_query_heads)
+        peak = tl.maximum(peak, sink)
+    finite = tl.where(peak == float("-inf"), 0.0, peak)
+    weight = tl.exp2(lse - finite)
     at = (head * num_splits + split)[:, None] * DIM + dim[None, :]
     share = tl.load(partial + at, mask=inside[:, None] & (dim < DIM)[None, :], other=0.0) * weight[:, None]
     total = tl.sum(weight, 0)
+    if WITH_SINKS:
+        total += tl.exp2(sink - finite)
     merged = tl.sum(share, 0) / tl.where(total > 0, total, 1.0)
     tl.store(out + head * DIM + dim, merged.to(out.dtype.element_ty), mask=dim < DIM)
 
@@ -162,13 +179,15 @@ def sparse_decode_attention(
     *,
     scale: float | None = None,
     num_splits: int | None = None,
+    sink_logits: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention output [batch, num_query_heads, head_dim] of `query`, of the same shape and dtype.
 
     `selected` is int32 [batch, num_kv_heads, budget]: slots of full pages, no slot twice, NO_SLOT anywhere; not read
     for pinned heads. `lengths` is int32 [batch], the new token included; a sequence of length 0 gives zeros. `scale` is
-    1 / sqrt(head_dim) by default.
+    1 / sqrt(head_dim) by default. `sink_logits`, one of each query head, take their share of the softmax, and have no
+    value.
     """
     check_tensor("query", query, (-1, -1, -1), FLOATS)
     kv.check(query.device, query.dtype)
@@ -184,8 +203,12 @@ def sparse_decode_attention(
     if num_splits is None:
         num_splits = default_splits(query, kv, selected)
     require(0 < num_splits <= MAX_SPLITS, f"num_splits = {num_splits}, expected 1 to {MAX_SPLITS}")
+    if sink_logits is not None:
+        check_tensor("sink_logits", sink_logits, (num_query_heads,), FLOATS, query.device)
     if not runs_kernel(query):
-        return reference.sparse_decode_attention(query, kv, selected, lengths, scale=scale, out=out)
+        return reference.sparse_decode_attention(
+            query, kv, selected, lengths, scale=scale, sink_logits=sink_logits, out=out
+        )
     if batch == 0:
         return out
     partial = torch.empty(batch * num_query_heads, num_splits, head_dim, dtype=torch.float32, device=query.device)
@@ -202,7 +225,7 @@ def sparse_decode_attention(
             lengths,
             partial,
             partial_lse,
-            scale * math.log2(math.e),
+            scale * LOG2_E,
             heads,
             kv.sinks.shape[3],
             kv.ring_tokens,
@@ -225,8 +248,11 @@ def sparse_decode_attention(
         merge_splits_kernel[(batch * num_query_heads,)](
             partial,
             partial_lse,
+            partial_lse if sink_logits is None else sink_logits.float() * LOG2_E,
             out,
             num_splits,
+            num_query_heads,
+            WITH_SINKS=sink_logits is not None,
             DIM=head_dim,
             DIM_PAD=triton.next_power_of_2(head_dim),
             SPLITS_PAD=triton.next_power_of_2(num_splits),

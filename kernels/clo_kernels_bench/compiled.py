@@ -81,8 +81,14 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
     ),
     "merge_splits": (
         merge_splits_kernel,
-        "*fp32/16 *fp32/16 *bf16/16 i32",
-        {"DIM": 128, "DIM_PAD": 128, "SPLITS_PAD": 64},
+        "*fp32/16 *fp32/16 *fp32/16 *bf16/16 i32 i32",
+        {"WITH_SINKS": False, "DIM": 128, "DIM_PAD": 128, "SPLITS_PAD": 64},
+        4,
+    ),
+    "merge_splits_sinks": (
+        merge_splits_kernel,
+        "*fp32/16 *fp32/16 *fp32/16 *bf16/16 i32 i32",
+        {"WITH_SINKS": True, "DIM": 128, "DIM_PAD": 128, "SPLITS_PAD": 64},
         4,
     ),
     "select_pages": (select_pages_kernel, SELECT, {"BLOCK": 8192, "HELD": True, "PLACE": 4096}, 32),

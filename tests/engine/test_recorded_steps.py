@@ -79,7 +79,7 @@ def silent_kernels(_: torch.device) -> Kernels:
     def gather_pages(host_pages: Any, slots: Any, fetch: Any, *, num_programs: int) -> None:
         slots.add_(0)
 
-    def attention(query: Any, kv: Any, selected: Any, lengths: Any, *, scale: float, out: Any) -> Any:
+    def attention(query: Any, kv: Any, selected: Any, lengths: Any, *, out: Any, **_: Any) -> Any:
         return out.copy_(query)
 
     def append_kv(key: Any, value: Any, lengths: Any, kv: Any, host_pages: Any, index: Any, **_: Any) -> None:

@@ -12,14 +12,17 @@ from tests.kernels.helpers import DEVICE, TOLERANCE, by_dtype, cases
 from tests.kernels.sequences import choose, empty_kv, lay_out
 
 
-def exact(query, full, tokens, scale):
+def exact(query, full, tokens, scale, sink_logits=None):
     """Attention of every query head over `tokens[sequence, KV head]` of `full`."""
     out = torch.zeros(query.shape, dtype=torch.float64, device=query.device)
     group = query.shape[1] // full.shape[1]
     for (b, h), attended in tokens.items():
         for member in range(h * group, (h + 1) * group):
             keys, values = full[b, h, 0, attended].double(), full[b, h, 1, attended].double()
-            out[b, member] = torch.softmax(keys @ query[b, member].double() * scale, 0) @ values
+            logits = keys @ query[b, member].double() * scale
+            out[b, member] = torch.softmax(logits, 0) @ values
+            if sink_logits is not None:
+                out[b, member] *= torch.sigmoid(logits.logsumexp(0) - sink_logits[member].double())
     return out
 
 
@@ -102,6 +105,27 @@ def test_default_splits_run_at_once_and_have_a_block_each(monkeypatch):
         assert module.default_splits(query, kv, selected) == splits
 
 
+@by_dtype
+@cases("splits sinks", (1, (-3.0, 8.0)), (3, (0.0, 30.0)), (5, (-200.0, 1.0)))
+def test_sinks_take_their_share(dtype, splits, sinks):
+    problem_of = problem((97, 5, 300), 2, 3, 64, 16, budget=5, pinned=(1,), dtype=dtype)
+    query, kv, selected, lengths, full, tokens = problem_of
+    sink_logits = torch.linspace(*sinks, query.shape[1], device=DEVICE).to(dtype)
+    out = torch.full_like(query, float("nan"))
+    sparse_decode_attention(query, kv, selected, lengths, num_splits=splits, sink_logits=sink_logits, out=out)
+    expected = exact(query, full, tokens, query.shape[-1] ** -0.5, sink_logits)
+    torch.testing.assert_close(out.double(), expected, **TOLERANCE[dtype])
+
+
+def test_no_tokens_give_zeros_beside_a_sink():
+    query, kv, selected, lengths, _, _ = problem((40, 33), 1, 2, 64, 16, budget=2, share=0.0)
+    lengths[1] = 0
+    sink_logits = torch.zeros(query.shape[1], device=DEVICE)
+    out = sparse_decode_attention(query, kv, selected, lengths, sink_logits=sink_logits)
+    assert out[0].isfinite().all()
+    assert not out[1].any()
+
+
 def test_no_tokens_give_zeros():
     query, kv, selected, lengths, _, _ = problem((40, 33), 1, 2, 64, 16, budget=2, share=0.0)
     lengths[1] = 0
@@ -123,12 +147,13 @@ def test_reference_agrees_with_float64():
         ({"query": torch.zeros(1, 4, 32)}, r"query: shape \[1, 4, 32\], expected \[1, 'any', 64\]"),
         ({"selected": torch.zeros(1, 2, 3)}, "selected: dtype torch.float32, expected torch.int32"),
         ({"lengths": torch.zeros(2).int()}, r"lengths: shape \[2\], expected \[1\]"),
+        ({"sink_logits": torch.zeros(3)}, r"sink_logits: shape \[3\], expected \[4\]"),
         ({"num_splits": 0}, f"num_splits = 0, expected 1 to {module.MAX_SPLITS}"),
         ({"recent_tokens": 17}, "window: 32 rows, expected a multiple of page_size = 16 that is at least .* = 33"),
         ({"sinks": torch.zeros(1, 2, 2, 17, 64)}, "num_sinks = 17 must fit the first page of 16 tokens"),
         ({"slots": torch.zeros(1, 2, 3, 2, 16, 50)}, "slots: head_dim = 50, expected a multiple of 8 from 16 to 256"),
     ],
-    ids=["group", "head-dim", "dtype", "lengths", "splits", "ring", "sinks", "multiple-of-8"],
+    ids=["group", "head-dim", "dtype", "lengths", "sink-logits", "splits", "ring", "sinks", "multiple-of-8"],
 )
 def test_refuses(change, message):
     kv = empty_kv(1, 2, 3, 16, 64, sinks=4, recent=16, max_tokens=1, dtype=torch.float32)

@@ -44,13 +44,20 @@ class DenseLayer:
         self.kv[rows, :, 0, lengths.long() - 1] = key
         self.kv[rows, :, 1, lengths.long() - 1] = value
 
-    def attend(self, query: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Full attention of `query` `[batch, query_heads, head_dim]`, of the same shape."""
+    def attend(
+        self, query: torch.Tensor, lengths: torch.Tensor, sink_logits: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Full attention of `query` `[batch, query_heads, head_dim]`, of the same shape.
+
+        `sink_logits` `[query_heads]` take their share of the softmax, and have no value.
+        """
         if self.by_kernel:
-            return self._attend_by_kernel(query, lengths)
+            return self._attend_by_kernel(query, lengths, sink_logits)
         longest = max(self._tokens)
         keys, values = self.kv[:, :, 0, :longest], self.kv[:, :, 1, :longest]
         mask = torch.arange(longest, device=lengths.device)[None, :] < lengths[:, None]
+        if sink_logits is not None:
+            return _attend_beside(sink_logits, query, keys, values, mask, self.shape.scale)
         attended = torch.nn.functional.scaled_dot_product_attention(
             query[:, :, None],
             keys,
@@ -61,12 +68,37 @@ class DenseLayer:
         )
         return attended[:, :, 0]
 
-    def _attend_by_kernel(self, query: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def _attend_by_kernel(
+        self, query: torch.Tensor, lengths: torch.Tensor, sink_logits: torch.Tensor | None
+    ) -> torch.Tensor:
         """The same, with every head a pinned one."""
         attended: torch.Tensor = self._kernels.sparse_decode_attention(
-            query, self._pinned, self._no_slots, lengths, scale=self.shape.scale, out=torch.empty_like(query)
+            query,
+            self._pinned,
+            self._no_slots,
+            lengths,
+            scale=self.shape.scale,
+            sink_logits=sink_logits,
+            out=torch.empty_like(query),
         )
         return attended
+
+
+def _attend_beside(
+    sink_logits: torch.Tensor,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of which the sinks take their share, which torch's own has no word for."""
+    grouped = query.float().unflatten(1, (keys.shape[1], -1))
+    logits = grouped @ keys.float().transpose(2, 3) * scale
+    logits = logits.masked_fill(~mask[:, None, None], float("-inf"))
+    sinks = sink_logits.float().view(1, *grouped.shape[1:3], 1).expand(len(query), -1, -1, -1)
+    weights = torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
+    return (weights @ values.float()).flatten(1, 2).to(query.dtype)
 
 
 def _as_pinned(kv: torch.Tensor) -> DeviceKV:

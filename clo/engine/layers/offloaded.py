@@ -221,8 +221,13 @@ class OffloadedLayer:
         resolved, programs = self.residency.resolved[stage], self.design.num_ctas
         self.kernels.gather_pages(self.host_pages, self.kv.slots, resolved, num_programs=programs)
 
-    def attend(self, query: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Attention over sinks, window and the selected pages (pinned heads: over everything)."""
+    def attend(
+        self, query: torch.Tensor, lengths: torch.Tensor, sink_logits: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attention over sinks, window and the selected pages (pinned heads: over everything).
+
+        `sink_logits` `[query_heads]` take their share of the softmax, and have no value.
+        """
         self._attended = self._last_selected
         attended: torch.Tensor = self.kernels.sparse_decode_attention(
             query,
@@ -230,6 +235,7 @@ class OffloadedLayer:
             self.residency.slots,
             lengths,
             scale=self.shape.scale,
+            sink_logits=sink_logits,
             out=torch.empty_like(query),
         )
         return attended

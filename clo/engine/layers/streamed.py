@@ -80,8 +80,10 @@ class StreamedLayer(DenseLayer):
     def _copied_pages(self) -> int:
         return sum(-(-(tokens - 1) // self._page_size) for tokens in self._tokens)
 
-    def attend(self, query: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, query: torch.Tensor, lengths: torch.Tensor, sink_logits: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if self.shape.recorded:
             assert self._new is not None
             DenseLayer.append(self, *self._new, lengths)  # the copy went over it
-        return super().attend(query, lengths)
+        return super().attend(query, lengths, sink_logits)

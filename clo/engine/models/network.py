@@ -6,12 +6,14 @@ gated MLP. Each operation runs the model's own modules.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
 import torch
 
-from clo.engine.models.anatomy import decoder_layers, in_heads, project_query
+from clo.engine.models.anatomy import SINKS, decoder_layers, in_heads, project_query, text_decoder
+from clo.engine.models.windows import windows_of
 from clo.errors import SpecError
 from clo.specs import ModelSpec
 from clo.specs.hf_config import experts_of
@@ -23,20 +25,26 @@ Rotation = tuple[torch.Tensor, torch.Tensor]
 class Network:
     """The weights of a decoder, operation by operation. Hidden states are `[batch, 1, hidden_size]`.
 
-    Of one that stays `whole`, as its library runs it, the queries only are of use, whatever follows attention.
+    Of one that stays `whole`, as its library runs it, the queries only are of use, whatever follows attention; some of
+    its layers may have a sliding window, and its attention may have sinks.
     """
 
     def __init__(self, model: Any, name: str = "", *, whole: bool = False) -> None:
         self.model = model
-        self.layers = decoder_layers(model)
+        self.layers = decoder_layers(model, whole=whole)
+        self.decoder = text_decoder(model)
         if not whole:
             _check_mlp(model, self.layers)
-        _check_window(model)
+        _check_attention(model, self.layers)
         self.spec = spec_of(model, name)
         self.scale = float(self.layers[0].self_attn.scaling)
         self.dtype: torch.dtype = self.layers[0].self_attn.q_proj.weight.dtype
         self.device: torch.device = self.layers[0].self_attn.q_proj.weight.device
         self._rotate = sys.modules[type(self.layers[0].self_attn).__module__].apply_rotary_pos_emb
+        rotary = getattr(self.decoder, "rotary_emb", None)
+        self._rotates_by_kind = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
+        if not whole:
+            _check_alike(model, self.spec, self._rotates_by_kind)
 
     @property
     def addresses(self) -> tuple[int, ...]:
@@ -45,12 +53,30 @@ class Network:
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden states of one token a sequence, `[batch]` -> `[batch, 1, hidden_size]`."""
-        hidden: torch.Tensor = self.model.model.embed_tokens(tokens[:, None])
+        hidden: torch.Tensor = self.decoder.embed_tokens(tokens[:, None])
         return hidden
 
     def rotation(self, hidden: torch.Tensor, positions: torch.Tensor) -> Rotation:
         """For the new token's position in each sequence, `[batch]`."""
-        rotation: Rotation = self.model.model.rotary_emb(hidden, positions[:, None])
+        rotation: Rotation = self.decoder.rotary_emb(hidden, positions[:, None])
+        return rotation
+
+    @property
+    def has_sinks(self) -> bool:
+        """Whether attention has a logit of its own that takes a share of the softmax."""
+        return hasattr(self.layers[0].self_attn, SINKS)
+
+    def rotation_for(self, target: int, layer: int, given: Rotation, hidden: Any, positions: torch.Tensor) -> Rotation:
+        """What layer `target` rotates by where `layer` is `given` its own: another, where kinds of layers differ in it.
+
+        `positions` are those of `hidden`, `[batch, tokens]`.
+        """
+        if not self._rotates_by_kind:
+            return given
+        kinds = self.decoder.config.layer_types
+        if kinds[target] == kinds[layer]:
+            return given
+        rotation: Rotation = self.decoder.rotary_emb(hidden, positions, kinds[target])
         return rotation
 
     def input_norm(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -105,7 +131,7 @@ class Network:
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """After the last layer."""
-        normed: torch.Tensor = self.model.model.norm(hidden)
+        normed: torch.Tensor = self.decoder.norm(hidden)
         return normed
 
     def lm_head(self, normed: torch.Tensor) -> torch.Tensor:
@@ -116,13 +142,14 @@ class Network:
 
 def spec_of(model: Any, name: str = "") -> ModelSpec:
     """The `ModelSpec` of a loaded model. Raises `SpecError` for a model that is built differently."""
-    config, attention = model.config, decoder_layers(model)[0].self_attn
+    layers, config = decoder_layers(model, whole=True), text_decoder(model).config
+    attention = layers[0].self_attn
     head_dim, weight = int(attention.head_dim), attention.q_proj.weight
     return ModelSpec.parse(
         {
-            "name": name or config.name_or_path.rstrip("/").rsplit("/", 1)[-1] or type(model).__name__,
+            "name": name or model.config.name_or_path.rstrip("/").rsplit("/", 1)[-1] or type(model).__name__,
             "source": f"loaded {type(model).__name__}",
-            "num_layers": len(model.model.layers),
+            "num_layers": len(layers),
             "hidden_size": config.hidden_size,
             "intermediate_size": config.intermediate_size,
             "num_query_heads": weight.shape[0] // head_dim,
@@ -134,6 +161,7 @@ def spec_of(model: Any, name: str = "") -> ModelSpec:
             "tied_embeddings": bool(config.tie_word_embeddings),
             "weight_bytes_per_value": float(weight.element_size()),
             "kv_bytes_per_value": float(weight.element_size()),
+            **windows_of(config),
         }
     )
 
@@ -151,9 +179,31 @@ def _check_mlp(model: Any, layers: list[Any]) -> None:
                 )
 
 
-def _check_window(model: Any) -> None:
-    if getattr(model.config, "sliding_window", None) and getattr(model.config, "use_sliding_window", True):
+def _check_attention(model: Any, layers: list[Any]) -> None:
+    """Attention of every layer must be a softmax over products with keys, on one scale."""
+    for layer in layers:
+        cap = getattr(layer.self_attn, "attn_logit_softcapping", None)
+        if cap is not None:
+            raise SpecError(
+                f"model {type(model).__name__}: attention caps its logits, which is not supported "
+                f"(attn_logit_softcapping = {cap})"
+            )
+    scales = {float(layer.self_attn.scaling) for layer in layers}
+    if len(scales) > 1:
         raise SpecError(
-            f"model {type(model).__name__}: attention is limited to a sliding window of {model.config.sliding_window} "
-            "tokens: such layers need no offloading and are not supported"
+            f"model {type(model).__name__}: layers scale attention differently ({sorted(scales)}): not supported"
+        )
+
+
+def _check_alike(model: Any, spec: ModelSpec, rotates_by_kind: bool) -> None:
+    """Layers that are taken apart must all do the same."""
+    if rotates_by_kind and not spec.windowed_layers:
+        raise SpecError(
+            f"model {type(model).__name__}: kinds of layers rotate differently: only clo.engine.offload takes such a "
+            "model"
+        )
+    if spec.windowed_layers:
+        raise SpecError(
+            f"model {type(model).__name__}: attention of {len(spec.windowed_layers)} layers is limited to a sliding "
+            f"window of {spec.window_tokens} tokens: only clo.engine.offload takes such a model"
         )

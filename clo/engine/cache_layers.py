@@ -1,0 +1,103 @@
+"""Layers of the cache that `transformers` is given: until a prompt is complete they are the library's own.
+
+From the first decoded token on the design's cache takes over from full layers; those with a sliding window stay as they
+are. Knows nothing about designs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from clo.engine.prefill import query_length
+from clo.errors import EngineError, SpecError
+
+if TYPE_CHECKING:
+    from clo.engine.hf import OffloadedCache
+
+
+class _Owned:
+    """What every layer of an `OffloadedCache` refuses."""
+
+    is_croppable = False
+    keys: Any
+    values: Any
+
+    def belong(self, cache: OffloadedCache, index: int) -> None:
+        """To be layer `index` of `cache`."""
+        # the cache owns its layers: the other way round it would live until a garbage collection
+        self._owner, self._index = weakref.ref(cache), index
+
+    @property
+    def _cache(self) -> OffloadedCache:
+        cache = self._owner()
+        assert cache is not None, "a layer does not outlive its cache"
+        return cache
+
+    def release(self) -> None:
+        """What the library keeps here is not needed any more."""
+        self.keys = self.values = None
+
+    def reset(self) -> None:
+        """Not possible once decoding has begun."""
+        if self._cache.decodes:
+            raise EngineError("cache: it has decoded already: offload() anew for another prompt")
+        super().reset()  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Beam search keeps several continuations of one prompt, which this cache does not."""
+        raise SpecError("cache: beam search is not supported: sample or decode greedily")
+
+    batch_repeat_interleave = batch_select_indices = reorder_cache
+
+    def crop(self, max_length: int) -> None:
+        """Assisted generation takes back tokens that it guessed, which this cache does not."""
+        raise SpecError("cache: tokens cannot be taken back: generate without an assistant model or prompt lookup")
+
+
+class FullLayer(_Owned, DynamicLayer):  # type: ignore[misc]
+    """Grows with the prompt as the library's own; from the first decoded token on the design's cache takes over."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """New keys and values; while decoding, those of the new tokens: attention knows where the rest is."""
+        self._cache.check_open()
+        if not self._cache.decodes:
+            grown: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states)
+            self._cache.arrived(self._index)
+            return grown
+        self._cache.take(self._index, key_states, value_states)
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Tokens seen so far."""
+        return self._cache.decoded_length() if self._cache.decodes else int(super().get_seq_length())
+
+    def get_mask_sizes(self, query: int | torch.Tensor) -> tuple[int, int]:
+        """Every cached token and the new ones; of one token that is decoded no mask is made."""
+        count = query_length(query)
+        alone = self._cache.decodes and count == 1
+        return self.get_seq_length() + (0 if alone else count), 0
+
+
+class WindowedLayer(_Owned, DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """The library's own: what the next token sees of its window, on the device. Attention there is the model's own."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the new tokens see: of those before them the window, and themselves."""
+        self._cache.check_open()
+        seen: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states)
+        if key_states.shape[2] > 1:
+            # a view would keep the whole prompt
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+        if self._cache.decodes:
+            self._cache.take(self._index, key_states, value_states)
+        else:
+            self._cache.arrived(self._index)
+        return seen

@@ -1,0 +1,42 @@
+"""Which layers of a loaded model have a sliding window. Knows nothing about what is done with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clo.errors import SpecError
+
+KNOWN = ("gemma2", "gemma3_text", "gpt_oss", "ministral", "olmo3", "qwen2", "qwen3")
+"""Kinds of model whose windowed layers differ from the others in nothing but window and rotation."""
+WINDOWED = "sliding_attention"
+
+
+def windows_of(config: Any) -> dict[str, Any]:
+    """The fields of a `ModelSpec` about windows, none where no window is shorter than the positions that there are.
+
+    Raises `SpecError` for layers that attend to a part of the context in another way, and where every layer does.
+    """
+    places, window = _places(config), getattr(config, "sliding_window", None)
+    if not places or window >= config.max_position_embeddings:
+        return {}
+    if len(places) == config.num_hidden_layers:
+        raise SpecError(
+            f"model {config.model_type}: every layer has a sliding window, of {window} tokens: such layers need no "
+            "offloading"
+        )
+    if config.model_type not in KNOWN:
+        raise SpecError(
+            f"model {config.model_type}: a sliding window of {window} tokens in layers {places[0]}, ...: windows of "
+            f"this kind of model are not known (known: {', '.join(KNOWN)})"
+        )
+    return {"window_tokens": window, "windowed_layers": places}
+
+
+def _places(config: Any) -> list[int]:
+    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    if others := sorted({str(kind) for kind in kinds or ()} - {"full_attention", WINDOWED}):
+        raise SpecError(f"model {config.model_type}: {', '.join(others)} of layers is not supported")
+    if window is None or not getattr(config, "use_sliding_window", True):
+        return []
+    # without a list the library gives every layer the window
+    return [layer for layer, kind in enumerate(kinds or [WINDOWED] * config.num_hidden_layers) if kind == WINDOWED]
