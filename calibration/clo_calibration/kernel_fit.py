@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from clo.errors import ProfileError
@@ -18,18 +18,36 @@ def to_json(fitted: FittedTables) -> str:
     return json.dumps(data, separators=(",", ":")) + "\n"
 
 
-def markdown_row(gpu: str, report: FitReport) -> str:
-    """One row of the table of errors."""
+def errors(report: FitReport) -> str:
+    """Median and 90th percentile on held-out points."""
+    return f"{report.median:.1%} / {report.p90:.1%}"
+
+
+def unsmoothed(report: FitReport) -> str:
+    """The same before the table was made monotone."""
     known = report.baseline_median is not None
-    baseline = f"{report.baseline_median:.1%} / {report.baseline_p90:.1%}" if known else "-"
-    return (
-        f"| {gpu} | {report.kernel} | {report.num_samples} | {report.num_held_out}"
-        f" | {report.median:.1%} / {report.p90:.1%} | {baseline} |"
-    )
+    return f"{report.baseline_median:.1%} / {report.baseline_p90:.1%}" if known else ""
+
+
+def points(report: FitReport) -> str:
+    """How many were fitted, and held out."""
+    return f"{report.num_samples} / {report.num_held_out}"
+
+
+def markdown(reports: Mapping[str, Sequence[FitReport]], cell: Callable[[FitReport], str]) -> str:
+    """A row for each table, a column for each GPU; tables of which no GPU has a cell are left out."""
+    cells = {gpu: {report.kernel: cell(report) for report in made} for gpu, made in reports.items()}
+    kernels = dict.fromkeys(report.kernel for made in reports.values() for report in made)
+    lines = [f"| Table | {' | '.join(reports)} |", "|---" * (len(reports) + 1) + "|"]
+    for kernel in kernels:
+        row = [cells[gpu].get(kernel, "") for gpu in reports]
+        if any(row):
+            lines.append(f"| {kernel} | {' | '.join(row)} |")
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Fit, write `<out>/<gpu>.json`, and print the errors as a markdown table."""
+    """Fit, write `<out>/<gpu>.json`, and print the errors as markdown tables."""
     parser = argparse.ArgumentParser(description="Fit GPU kernel tables to the measurements of aiconfigurator-core.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write <gpu>.json to")
     parser.add_argument("--data", type=Path, default=None, help="folder of an unpacked aiconfigurator_core")
@@ -41,14 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ProfileError as error:
         parser.exit(1, f"{error}\n")
     options.out.mkdir(parents=True, exist_ok=True)
-    print("| GPU | Table | Fitted points | Held-out points | Error, median / p90 | Unsmoothed, median / p90 | File |")
-    print("|---|---|---|---|---|---|---|")
+    reports: dict[str, Sequence[FitReport]] = {}
     for gpu in options.gpu or GPUS:
         fitted = fit_tables(gpu, options.data, options.seed)
-        text = to_json(fitted)
-        (options.out / f"{gpu}.json").write_text(text, encoding="utf-8")
-        for report in fitted.report:
-            print(f"{markdown_row(gpu, report)} {len(text) / 1e3:.0f} kB |")
+        (options.out / f"{gpu}.json").write_text(to_json(fitted), encoding="utf-8")
+        reports[gpu] = fitted.report
+    for title, cell in (("Errors", errors), ("Unsmoothed", unsmoothed), ("Points, fitted / held out", points)):
+        print(f"{title}:\n\n{markdown(reports, cell)}\n")
 
 
 if __name__ == "__main__":

@@ -112,8 +112,12 @@ FP8_LATENT_FRAMEWORK = "trtllm"
 def read_latent_attention(gpu: str, data_root: Path | None = None, *, cache: Cache = BF16_CACHE) -> Samples:
     """Measured latent attention of decode steps: points are (batch, query heads, tokens)."""
     framework = FP8_LATENT_FRAMEWORK if cache == FP8_CACHE else LATENT_FRAMEWORK.get(gpu, "sglang")
-    columns = _read(_newest(gpu, "mla", data_root, framework) / "generation_mla_perf.parquet")
-    return latent_attention_samples(columns, framework, cache)
+    return latent_attention_samples(read_latent_columns(gpu, framework, data_root), framework, cache)
+
+
+def read_latent_columns(gpu: str, framework: str, data_root: Path | None = None) -> dict[str, NDArray[Any]]:
+    """All that was measured of latent attention in decode steps with one framework's kernels."""
+    return _read(_newest(gpu, "mla", data_root, framework) / "generation_mla_perf.parquet")
 
 
 def read_latent_maps(gpu: str, data_root: Path | None = None) -> Samples:
