@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from commands import run
 from toy_service import toy_costs, trace_of
 
 import clo_sim
@@ -253,12 +254,6 @@ class TestMap:
         saved = json.loads(json.dumps(found.as_dict()))
         plot_crossover(saved)
         plot_crossover({name: value for name, value in saved.items() if name != "gpus"})  # saved by an older version
-
-
-def run(*arguments: Any) -> str:
-    done = CliRunner().invoke(clo, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    return done.stdout
 
 
 class TestCommands:
