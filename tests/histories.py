@@ -17,26 +17,12 @@ TAU = math.cos(math.radians(30))
 
 # four steps, two layers of two heads; pages 1 to 10 are candidates, prefill leaves the last ones in the slots
 A = [[1, 2], [2, 3], [3, 1], [1, 2]]
-
-
 B = [[9, 10], [10, 4], [9, 4], [9, 4]]
-
-
 C = [[1, 2], [2, 3], [2, 3], [5, 6]]
-
-
 D = [[7, 8], [7, 8], [7, 8], [7, 8]]
-
-
 ANGLES = {"A": [0, 20, 40, 80], "B": [0, 0, 0, 0], "C": [0, 0, 45, 45], "D": [0, 50, 100, 150]}
-
-
 PREDICTED_C = [[1, 5], [2, 3], [2, 4], [5, 6]]
-
-
 PREDICTED_D = D
-
-
 PREDICTED_ANGLES = {"C": [10, 50, 45, 0], "D": [0, 50, 100, 150]}
 
 

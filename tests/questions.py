@@ -15,10 +15,7 @@ from clo_sim.search import Range
 from clo_sim.variation import Task
 
 CLO = presets.load_design("clo")
-
-
 SPACE = {"design.tau": Range(0.3, 0.95), "design.slot_budgets": [1, 2, 3], "workload.batch": Range(1, 4)}
-
 
 EXPLORE = (
     "explore",

@@ -21,7 +21,6 @@ LLAMA = {
     "max_position_embeddings": 8192,
 }
 
-
 QWEN = {
     "model_type": "qwen2",
     "num_hidden_layers": 48,
