@@ -9,12 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_laws import (
-    HARDWARE,
-    shipped,
-    small_decode,
-    small_gemm,
-)
+from kernel_laws import HARDWARE, shipped, small_decode, small_gemm
 
 from clo import presets
 from clo.kernel_scaling import scaled_seconds

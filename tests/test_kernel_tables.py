@@ -9,14 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_laws import (
-    HARDWARE,
-    at,
-    decode_law,
-    monotone_case,
-    small_decode,
-    small_gemm,
-)
+from kernel_laws import HARDWARE, at, decode_law, monotone_case, small_decode, small_gemm
 
 from clo.kernel_tables import LOG_STEP, AllReduceTable, GemmTable, KernelTable
 

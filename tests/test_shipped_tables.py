@@ -11,16 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_laws import (
-    HARDWARE,
-    KINDS,
-    SHIPPED,
-    TABLES,
-    at,
-    kinds_of,
-    monotone_case,
-    shipped,
-)
+from kernel_laws import HARDWARE, KINDS, SHIPPED, TABLES, at, kinds_of, monotone_case, shipped
 
 from clo_calibration.tables import fit, measurements
 

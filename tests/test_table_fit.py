@@ -8,10 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_laws import (
-    HARDWARE,
-    decode_law,
-)
+from kernel_laws import HARDWARE, decode_law
 
 from clo.errors import ProfileError
 from clo_calibration.tables import fit, measurements

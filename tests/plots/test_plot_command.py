@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,12 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from click.testing import Result as CliResult
-from figure_data import (
-    make_choices,
-    make_points,
-    make_results,
-    make_timelines,
-)
+from figure_data import make_choices, make_points, make_results, make_timelines
 
 from clo.errors import CloError
 from clo.results import load_result
@@ -26,13 +20,6 @@ from clo.timeline import save_chrome_trace
 from clo_cli.plot import detect, plot
 from clo_plots.pareto import DesignPoint
 from clo_plots.sweep_table import load_points
-
-
-@pytest.fixture(autouse=True)
-def _warnings_are_errors() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
 
 
 def write_sweep(path: Path, points: Sequence[DesignPoint], *, without: str = "") -> None:
