@@ -25,7 +25,7 @@ from clo_sim.serving.crossover import crossover_map
 from clo_sim.serving.metrics import Latency, latency_values, term_value
 from clo_sim.serving.plan import alone_values, attempt, limits_of, smallest_fleet
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 MOONCAKE, AZURE = DATA / "mooncake_excerpt.jsonl", DATA / "azure_excerpt.csv"
 
 

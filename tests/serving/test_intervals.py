@@ -324,7 +324,7 @@ class TestFleets:
 
 
 class TestCommands:
-    AZURE = Path(__file__).parent / "data" / "azure_excerpt.csv"
+    AZURE = Path(__file__).parents[1] / "data" / "azure_excerpt.csv"
 
     def test_serve_sim(self) -> None:
         command = (
