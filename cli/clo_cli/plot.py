@@ -32,16 +32,16 @@ _KEYS = {
 @click.command()
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write: .png, .svg or .pdf.")
-@click.option("--kind", type=click.Choice(KINDS), help="What to draw [default: what the first file holds].")
+@click.option("--kind", type=click.Choice(KINDS), help="What to draw.  [default: what the first file holds]")
 def plot(paths: tuple[Path, ...], out: Path, kind: str | None) -> None:
     """Draw one figure from the files given.
 
     \b
     stalls    results (JSON): where each design's time goes
     pareto    sweeps (Parquet): time against memory, and the best of both
-    timeline  timelines (Chrome trace JSON that clo wrote): a few layers, lane by lane
+    timeline  timelines (JSON of --timeline): a few layers, lane by lane
     choices   choices (JSON): what each choice of the best design is worth
-    answers   answers (JSON of clo evaluate --out): how good they are against bytes moved
+    answers   answers (JSON of clo evaluate): how good, against bytes moved
     """
     from clo.errors import CloError
     from clo.files import check_target
