@@ -6,17 +6,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from commands import refuse, run
 
 from clo.errors import CloError
-from clo_cli.main import COMMANDS, main
+from clo_cli.main import COMMANDS, clo, main
 from clo_cli.models import need_engine
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str) -> None:
     assert "Usage:" in run(command, "--help")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_eighty_columns_and_says_what_every_option_is(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = run(command, "--help")
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+    options = clo.get_command(click.Context(clo), command).params
+    assert [one.name for one in options if isinstance(one, click.Option) and not one.help] == []
 
 
 def test_help_lists_every_command() -> None:
@@ -49,6 +59,11 @@ def test_help_lists_every_command() -> None:
         (["simulate", "--context", "16"], ["workload.context_tokens = 16: fits one page", "design.page_size = 16"]),
         (["explore", "--vary", "design.tau=9"], ["design.tau = 9"]),
         (["explore", "--vary", "tua=0.9"], ["--vary tua=0.9"]),
+        (["explore", "--vary", "batch=4,8"], ["--vary batch=4,8", "did you mean workload.batch?"]),
+        (["explore", "--vary", "context=4096"], ["did you mean workload.context_tokens?"]),
+        (["simulate", "--model", "org/Llama-8B"], ["model 'org/Llama-8B' is unknown", "config.json or model folder"]),
+        (["serve-sim", "--requests", "missing.jsonl"], ["--requests missing.jsonl: no such file", "--load poisson:2"]),
+        (["serve-sim"], ["--requests FILE or --load KIND:RATE is needed", "--load poisson:2"]),
         (["explore", "--designs", "clo,nothing"], ["design 'nothing'"]),
         (["explore", "--vary", "design.tau=0.8", "--vary", "tau=0.9"], ["design.tau is varied twice"]),
         (["explore", "--vary", "slot_budgets="], ["--vary slot_budgets=", "a value is missing"]),

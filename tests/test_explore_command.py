@@ -52,6 +52,19 @@ class TestExplore:
         assert "275 GB" in text
         assert text.index("Roofline") < text.index("Designs with the same device memory")
 
+    def test_the_winner_is_named_with_what_it_was_chosen_for(self) -> None:
+        vary = ["--vary", "workload.batch=1,2", "--objective", "tokens_per_s", "--steps", "4", "--designs", "clo"]
+        found = json.loads(run("explore", "--batch", "1", *vary, "--json"))
+        text = " ".join(run("explore", "--batch", "1", *vary).split())
+        assert f"ms, tokens/s {found['front'][0]['metrics']['tokens_per_s']:.4g} " in text
+        assert "in the question as given, nothing varied, simulated" in text
+
+    def test_no_empty_table_where_no_named_design_runs(self) -> None:
+        vary = ["--vary", "machine.tensor_parallel=2,4", "--batch", "1", "--context", "8192", "--steps", "4"]
+        text = run("explore", "--model", "llama-3-70b", *vary)
+        assert "do not run" in text
+        assert "roofline ┃ stalls on" not in text
+
     def test_one_sequence_stays_on_the_gpu(self) -> None:
         found = json.loads(run("explore", "--batch", "1", "--no-sweep", "--steps", "8", "--json"))
         assert found["best"]["design"]["cache"] == "resident"

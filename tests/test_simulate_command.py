@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -83,6 +84,10 @@ class TestSimulate:
         [clo] = [result for result in found["named"] if result["design"]["name"] == "clo"]
         assert clo["intervals"] == alone["intervals"]
         assert "TPOT in nine of ten cases: " in run("explore", *asked)
+
+    def test_one_design_has_its_own_share_of_measured_costs(self) -> None:
+        text = run("simulate", *SMALL, "--executor", "clock")
+        assert re.search(r"Measured costs account for \d+% of its busy time", text)
 
     def test_the_clock_sees_no_contention(self) -> None:
         result = simulate("--executor", "clock")
