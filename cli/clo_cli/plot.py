@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,9 +120,14 @@ def _draw_pareto(sweep: tuple[str, list[DesignPoint]]) -> Figure:
 
 
 def _load_timelines(paths: tuple[Path, ...]) -> list[Timeline]:
+    """Those of one title are told apart by their files."""
+    from dataclasses import replace
+
     from clo.timeline import load_chrome_trace
 
-    return [timeline for path in paths for timeline in load_chrome_trace(path)]
+    loaded = [(path, timeline) for path in paths for timeline in load_chrome_trace(path)]
+    titles = Counter(timeline.title for _, timeline in loaded)
+    return [replace(one, title=f"{path.name}: {one.title}") if titles[one.title] > 1 else one for path, one in loaded]
 
 
 def _draw_timelines(timelines: list[Timeline]) -> Figure:

@@ -284,7 +284,8 @@ def _headline(result: Result) -> dict[str, str]:
         "device memory": f"{format_bytes(result.device_bytes)}, of it KV {format_bytes(result.kv_device_bytes)}",
         "host memory": format_bytes(result.host_bytes),
         "pages": f"{result.num_pages} per head, budget {result.budget_pages}, slots {result.slot_pages}",
-        "hit rate": f"{result.hit_rate:.1%} of attended pages; {result.reuse_rate:.1%} of heads chose no new pages",
+        "hit rate": f"{result.hit_rate:.1%} of attended pages; "
+        f"{result.reuse_rate:.1%} of heads selected nothing on demand",
         "host to device": f"{format_bytes(result.h2d_bytes_per_step)} a step",
         "CPU": f"launching {format_seconds(result.cpu_launch_s)}, transfer threads {threads} a step",
     }
