@@ -271,6 +271,9 @@ def _print(scene: Scene, found: Exploration, searched: bool) -> None:
 
 def _swept(found: Exploration) -> str:
     tried, ran = len(found.candidates), sum(one.runs for one in found.candidates)
+    if found.measured:
+        here = sum(one.runs for one in found.measured)
+        return f"{here} finalists run here, of {tried} swept (named designs were simulated only)"
     return f"{tried} swept ({ran} can run, the best simulated) and {len(found.named_results)} named"
 
 

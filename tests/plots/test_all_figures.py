@@ -16,15 +16,24 @@ from matplotlib.text import Text
 from clo.errors import CloError
 from clo_plots.answers import plot_answers
 from clo_plots.choices import plot_choices
-from clo_plots.pareto import plot_pareto
+from clo_plots.pareto import DesignPoint, plot_pareto
 from clo_plots.stalls import plot_stalls
 from clo_plots.style import save_figure
 from clo_plots.timelines import plot_timelines
+
+LONG_BEST = DesignPoint(
+    name="clo tau=0.5006 budget_fraction=0.02007 slot_budgets=none cache=lru",
+    kv_device_bytes=1e11,
+    tpot_s=0.02,
+    finalist=True,
+    best=True,
+)
 
 FIGURES = {
     "pareto": lambda: plot_pareto(make_points(), title="Llama-3-8B on H200", memory_bytes=124e9),
     "pareto of one": lambda: plot_pareto(make_points()[:1], title="one"),
     "pareto of named": lambda: plot_pareto(make_points()[-7:], title="named"),
+    "pareto of a long best": lambda: plot_pareto([*make_points(), LONG_BEST], title="long"),
     "stalls": lambda: plot_stalls(make_results()),
     "stalls of one": lambda: plot_stalls(make_results()[:1]),
     "timeline": lambda: plot_timelines(make_timelines()),

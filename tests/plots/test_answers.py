@@ -8,7 +8,7 @@ import pytest
 from figure_data import make_answers
 
 from clo.errors import CloError
-from clo_plots.answers import parse_answers, plot_answers
+from clo_plots.answers import Answer, Answers, parse_answers, plot_answers
 
 
 def answers_record() -> dict[str, Any]:
@@ -37,6 +37,15 @@ def test_answers_are_placed_by_the_share_of_bytes_and_the_change() -> None:
     (point,) = parse_answers(answers_record(), where="here").points
     assert (point.name, point.share, point.delta_nll, point.delta_nll_se) == ("clo tau=0.8", 0.2, 0.03, 0.0)
     assert (point.family, point.setting) == ("clo", "0.8")
+
+
+def test_a_narrow_range_has_several_numbers_on_its_axis() -> None:
+    points = tuple(Answer(name=str(share), share=share, delta_nll=0.1, delta_nll_se=0.0) for share in (0.08, 0.12))
+    figure = plot_answers(Answers(title="narrow", points=points))
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    shown = [tick.label1.get_text() for tick in axes.xaxis.get_minor_ticks() if tick.label1.get_text()]
+    assert len(shown) >= 3
 
 
 def test_designs_of_one_family_are_joined() -> None:
