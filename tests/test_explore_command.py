@@ -59,6 +59,10 @@ class TestExplore:
         assert f"ms, tokens/s {found['front'][0]['metrics']['tokens_per_s']:.4g} " in text
         assert "in the question as given, nothing varied, simulated" in text
 
+    def test_one_design_has_its_own_share_of_measured_costs(self) -> None:
+        text = run("explore", "--batch", "1", "--no-sweep", "--designs", "clo", "--steps", "4")
+        assert "of its busy time" in " ".join(text.split())
+
     def test_no_empty_table_where_no_named_design_runs(self) -> None:
         vary = ["--vary", "machine.tensor_parallel=2,4", "--batch", "1", "--context", "8192", "--steps", "4"]
         text = run("explore", "--model", "llama-3-70b", *vary)

@@ -140,7 +140,7 @@ def print_intervals(results: Sequence[Result]) -> None:
 
 
 def _whose(results: Sequence[Result]) -> str:
-    return "its" if len(results) == 1 else "these designs'"
+    return "its" if len({one.design.name for one in results}) == 1 else "these designs'"
 
 
 def _span(shares: Sequence[float]) -> str:
