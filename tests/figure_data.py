@@ -1,6 +1,9 @@
-"""Results, points, timelines, choices and answers for tests of figures."""
+"""Results, points, timelines, choices and answers for tests of figures, and the words in a figure."""
 
 from __future__ import annotations
+
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from clo.choices import Alternative, Choices
 from clo.results import Result, Roofline
@@ -115,3 +118,11 @@ def make_answers(*names: str) -> Answers:
         if not names or name in names
     ]
     return Answers(title="smollm2-135m, 4096 tokens, 12 texts (topics)", points=tuple(points))
+
+
+def texts_of(figure: Figure) -> list[Text]:
+    return [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
+
+
+def words(figure: Figure) -> list[str]:
+    return [text.get_text() for text in texts_of(figure)]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from clo_sim.serving import Request, RequestTrace, WorkerCosts
+import numpy as np
+
+from clo_sim.serving import Request, RequestTrace, ServiceRun, WorkerCosts
 from clo_sim.serving.clocks import StepClock
 from clo_sim.serving.memory import MemoryNeed, MemoryRoom
 from clo_sim.serving.prefill import PrefillPrices
@@ -40,3 +43,8 @@ def trace_of(
 ) -> RequestTrace:
     """Requests from (arrival_ns, input, output[, prefix blocks])."""
     return RequestTrace("toy", tuple(Request(*row) for row in rows), block_tokens)
+
+
+def times_in_system(run: ServiceRun) -> np.ndarray[Any, Any]:
+    arrival = np.array([request.arrival_ns for request in run.trace.requests])
+    return (np.array(run.stamps.finish_ns) - arrival) / 1e9

@@ -12,16 +12,22 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="What to measure.")
-@click.option("--out", type=click.Path(path_type=Path), default="profile.json", show_default=True, help="The profile.")
 @click.option(
-    "--model", help="Preset, TOML or config.json: only its shape [default: smollm2-135m; on CUDA llama-3-8b]."
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Device to measure."
 )
-@click.option("--layers", type=int, default=8, show_default=True, help="Use so many of its layers.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default="profile.json", show_default=True, help="File for the profile."
+)
+@click.option(
+    "--model", help="Shape of the model: preset, TOML file or config.json.  [default: smollm2-135m; on CUDA llama-3-8b]"
+)
+@click.option("--layers", type=int, default=8, show_default=True, help="Layers of it to run.")
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any field of the model's shape.")
-@click.option("--designs", help="Comma-separated presets to learn from [default: all].")
+@click.option("--designs", help="Presets to learn from, comma-separated.  [default: all]")
 @click.option("--rounds", default=3, show_default=True, help="Repetitions, of which the fastest counts.")
-@click.option("--samples", type=click.Path(path_type=Path), help="Raw samples [default: a folder beside --out].")
+@click.option(
+    "--samples", type=click.Path(path_type=Path), help="Where raw samples are kept.  [default: a folder beside --out]"
+)
 @click.option("--again", is_flag=True, help="Measure anew what is in --samples.")
 @click.option("--figure", type=click.Path(path_type=Path), help="Draw every fit over its points, with its residuals.")
 @click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON.")
@@ -40,9 +46,9 @@ def calibrate(
 ) -> None:
     """Time every operation of the real decoder on this machine and fit what each costs.
 
-    \b
     Operations are timed alone and beside others, with random weights; under 3 minutes on two cores. What is measured
     is kept: an interrupted calibration goes on where it stopped. --device cuda has not yet run on a GPU.
+
     \b
     clo calibrate --out my-laptop.json --figure fits.png
     clo validate --profile my-laptop.json

@@ -46,7 +46,7 @@ def evaluate(**options: Any) -> None:
 
     \b
     clo evaluate --designs resident,resolve,clo --context 1024
-    clo evaluate --designs resolve,clo --taus 0.6,0.7,0.8,0.9 --pools 1,2,4 --figure answers.png --out answers.json
+    clo evaluate --designs resolve,clo --taus 0.6,0.8 --out answers.json
     clo evaluate --designs clo --vary dense_layers=0,1,2 --split tune
     clo plot answers.json --out answers.png
     """

@@ -20,7 +20,6 @@ from clo_cli.real_machine import measure_here
 from clo_cli.space import check_conflicts, space_from
 
 if TYPE_CHECKING:
-    from clo.results import Result
     from clo.specs import Design
     from clo.specs.overrides import Overrides
     from clo_sim.explore import Exploration
@@ -33,7 +32,7 @@ WORKERS_PER_CORE = 16
 
 @click.command()
 @scene_options
-@click.option("--designs", help="Comma-separated presets or TOML files to compare [default: all presets].")
+@click.option("--designs", help="Designs to compare: comma-separated presets or TOML files.  [default: all presets]")
 @click.option("--base", default="clo", show_default=True, help="The design whose choices are swept.")
 @click.option(
     "--vary",
@@ -41,7 +40,7 @@ WORKERS_PER_CORE = 16
     metavar="FIELD=V1,V2",
     help="A field and the values to try: design.slot_budgets=1,2,none, workload.batch=4,16, machine=h200,l40s, "
     "machine.link.h2d_bytes_per_s=25e9,50e9. Repeat for a grid. With --evaluations also ranges: design.tau=0.5..0.95, "
-    "workload.batch=1..64:log [default: cache, slot_budgets, prefetch_depth, transfer, sync].",
+    "workload.batch=1..64:log.  [default: cache, slot_budgets, prefetch_depth, transfer, sync]",
 )
 @click.option(
     "--evaluations",
@@ -54,7 +53,7 @@ WORKERS_PER_CORE = 16
     "objectives",
     multiple=True,
     metavar="METRIC",
-    help="What to improve, e.g. kv_device_bytes, tokens_per_s. Repeat for a trade-off [default: tpot_s].",
+    help="What to improve, e.g. kv_device_bytes, tokens_per_s. Repeat for a trade-off.  [default: tpot_s]",
 )
 @click.option(
     "--require",
@@ -64,19 +63,23 @@ WORKERS_PER_CORE = 16
     help="What the best must keep, e.g. 'overlap>=0.9' or 'kv_device_bytes<=60e9'. Repeat for more.",
 )
 @click.option("--no-sweep", is_flag=True, help="Compare the named designs only.")
-@click.option("--finalists", type=click.IntRange(1), default=5, show_default=True, help="Swept designs to simulate.")
+@click.option(
+    "--finalists", type=click.IntRange(1), default=5, show_default=True, help="Best of the swept designs to simulate."
+)
 @click.option("--intervals", is_flag=True, help="Also 90% prediction intervals of what is simulated.")
 @click.option("--measure", is_flag=True, help="Run the finalists for real: --machine is what was calibrated here.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for results and figures.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for results and figures.  [default: none are written]"
+)
 @click.option("--parquet", type=click.Path(path_type=Path), help="Write every evaluation as a row of this table.")
 @click.option(
     "--record",
     type=click.Path(path_type=Path),
     help="Keep each evaluation in this file as it ends, and take what is there from it: resumes a run.",
 )
-@click.option("--workers", type=click.IntRange(1), help="Processes to evaluate in [default: all cores, if it pays].")
+@click.option("--workers", type=click.IntRange(1), help="Processes to evaluate in.  [default: all cores, if it pays]")
 @click.option("--cluster", metavar="ADDRESS", help="Evaluate on a Dask cluster, e.g. tcp://scheduler:8786.")
-@click.option("--figures/--no-figures", default=True, show_default=True, help="Draw figures into --out.")
+@click.option("--figures/--no-figures", default=True, show_default=True, help="Draw figures, too, into --out.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def explore(
     designs: str | None,
@@ -107,12 +110,13 @@ def explore(
     weights, contexts made up, so that other pages are chosen than in the trace.
 
     \b
-    clo explore
+    clo explore --out out
     clo explore --batch 1 --context 32768 --machine l40s
-    clo explore --vary design.slot_budgets=1,2,4,none --vary design.tau=0.7,0.8,0.9
-    clo explore --vary machine=h200,l40s --vary workload.batch=4,8,16 --objective tokens_per_s
-    clo explore --vary design.tau=0.5..0.95 --vary design.budget_fraction=0.02..0.2:log --evaluations 200 \\
-        --objective tpot_s --objective kv_device_bytes --require 'overlap>=0.85' --record search.jsonl --out out
+    clo explore --vary design.slot_budgets=1,2,none --vary design.tau=0.7,0.8
+    clo explore --vary machine=h200,l40s --vary workload.batch=4,8,16 \\
+        --objective tokens_per_s
+    clo explore --vary design.tau=0.5..0.95 --evaluations 200 \\
+        --require 'overlap>=0.85' --record search.jsonl
 
     Ctrl-C ends a run early: what was evaluated is printed and written all the same.
     """
@@ -248,12 +252,14 @@ def _print(scene: Scene, found: Exploration, searched: bool) -> None:
     shown = {one.design.name: one for one in found.named_results}
     if found.candidates and not elsewhere:
         shown[best.design.name] = best
-    print_designs(list(shown.values()), found.reasons, "Designs with the same device memory for KV to use, simulated")
+    unchanged = " in the question as given, nothing varied" if elsewhere else ""
+    title = f"Designs with the same device memory for KV to use{unchanged}, simulated"
+    print_designs(list(shown.values()), found.reasons, title)
     print_intervals([*shown.values()])
     if found.measured:
         print_measured(found)
     if found.candidates:
-        console().print(f"Best of {_swept(found)}: {found.winner.task.label}: {_choices_of(found.best)}")
+        console().print(f"Best of {_swept(found)}: {found.winner.task.label}: {_choices_of(found)}")
         for note in _notes(found):
             console().print(f"  {note}")
     if found.finalists and (searched or elsewhere or found.goals.bounds or len(found.goals.objectives) > 1):
@@ -265,6 +271,9 @@ def _print(scene: Scene, found: Exploration, searched: bool) -> None:
 
 def _swept(found: Exploration) -> str:
     tried, ran = len(found.candidates), sum(one.runs for one in found.candidates)
+    if found.measured:
+        here = sum(one.runs for one in found.measured)
+        return f"{here} finalists run here, of {tried} swept (named designs were simulated only)"
     return f"{tried} swept ({ran} can run, the best simulated) and {len(found.named_results)} named"
 
 
@@ -279,13 +288,19 @@ def _notes(found: Exploration) -> Iterator[str]:
         yield "interrupted: not all was tried"
 
 
-def _choices_of(best: Result) -> str:
-    design, size = best.design, f"{best.slot_pages} slots a head ({best.slot_pages / best.budget_pages:.1f} budgets)"
+def _choices_of(found: Exploration) -> str:
+    from clo_cli.tables import METRIC_NAMES, metric_text
+
+    best, design = found.best, found.best.design
+    said = [f"TPOT {best.tpot_s * 1e3:.2f} ms"]
+    for name in (name for name in found.goals.objectives if name != "tpot_s"):
+        said.append(f"{METRIC_NAMES.get(name, name)} {metric_text(name, found.winner.metrics[name])}")
     if not design.offloads:
-        return f"everything on the GPU: TPOT {best.tpot_s * 1e3:.2f} ms"
+        return f"everything on the GPU: {', '.join(said)}"
+    size = f"{best.slot_pages} slots a head ({best.slot_pages / best.budget_pages:.1f} budgets)"
     return (
         f"cache {design.cache} of {size}, prefetch depth {design.prefetch_depth}, {design.transfer} transfer, "
-        f"{design.sync} synchronisation: TPOT {best.tpot_s * 1e3:.2f} ms"
+        f"{design.sync} synchronisation: {', '.join(said)}"
     )
 
 

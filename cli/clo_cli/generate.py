@@ -39,7 +39,7 @@ def generate(
 
     \b
     clo generate "The three laws of" --tokens 40
-    clo generate @book.txt --design resolve --set design.budget_fraction=0.05 --timeline step.json
+    clo generate @book.txt --design resolve --timeline step.json
     """
     from clo.files import check_target
 

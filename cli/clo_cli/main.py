@@ -53,10 +53,15 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="clo-offload", prog_name="clo")
 def clo() -> None:
-    """Explore KV-cache offloading designs for long-context LLM inference: in simulation.
+    """Ways of offloading the KV cache of long-context LLM inference: compared in simulation, and run for real.
 
-    Start with `clo explore`: which cache size, prefetch depth, transfer engine and synchronisation is fastest for
-    sixteen sequences of 128K tokens of Llama-3-8B on an H200, and why.
+    \b
+    Which design for my model and machine?  clo explore
+    How many GPUs for my traffic?           clo plan
+    How far off is that on my machine?      clo calibrate, clo validate
+    How good do answers stay?               clo evaluate
+
+    No command needs a GPU.
     """
 
 

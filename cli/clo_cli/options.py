@@ -22,7 +22,8 @@ ROOTS = ("model", "machine", "profile", "design", "workload")
 _SCENE_OPTIONS = (
     click.option(
         "--model",
-        help="Preset, TOML, config.json or model folder [default: llama-3-8b, or what --machine was calibrated with].",
+        help="Preset, TOML file, Hugging Face config.json or model folder.  [default: llama-3-8b, or what --machine "
+        "was calibrated with]",
     ),
     click.option(
         "--machine",
@@ -30,22 +31,27 @@ _SCENE_OPTIONS = (
         show_default=True,
         help="Preset, TOML file, or the JSON file of `clo calibrate`.",
     ),
-    click.option("--profile", help="Preset or JSON file with the costs [default: the machine's]."),
-    click.option("--context", "context_tokens", type=int, help="Tokens per sequence [default: 131072]."),
-    click.option("--batch", type=int, help="Sequences decoded together [default: 16]."),
-    click.option("--steps", type=int, help="Decode steps to measure [default: 96]."),
-    click.option("--warmup", "warmup_steps", type=int, help="Steps replayed first to fill caches [default: 32]."),
-    click.option("--seed", type=int, help="Draws which recorded heads stand for which heads [default: 0]."),
-    click.option("--trace", "trace_path", help="Attention trace, preset or .npz [default: the committed one]."),
-    click.option("--resample-heads", is_flag=True, help="Let a given --trace of another model stand in."),
-    click.option("--synthetic", is_flag=True, help="Replace the trace by a synthetic one fitted to it, of any length."),
-    click.option("--kv-memory-gb", type=float, help="Device memory for KV, GB [default: all that is left]."),
+    click.option("--profile", help="Preset or JSON file with the costs.  [default: the machine's]"),
+    click.option("--context", "context_tokens", type=int, help="Tokens per sequence.  [default: 131072]"),
+    click.option("--batch", type=int, help="Sequences decoded together.  [default: 16]"),
+    click.option("--steps", type=int, help="Decode steps to measure.  [default: 96]"),
+    click.option("--warmup", "warmup_steps", type=int, help="Steps replayed first to fill caches.  [default: 32]"),
+    click.option("--seed", type=int, help="Seed: which recorded heads stand for which heads.  [default: 0]"),
+    click.option("--trace", "trace_path", help="Attention trace: preset or .npz file.  [default: smollm2-135m-4k]"),
+    click.option("--resample-heads", is_flag=True, help="Let a --trace of a model with other heads stand in."),
+    click.option(
+        "--synthetic",
+        is_flag=True,
+        help="Take a synthetic trace fitted to the recorded one, for more steps than were recorded.",
+    ),
+    click.option("--kv-memory-gb", type=float, help="GPU memory for KV, in GB.  [default: all that is left]"),
     click.option(
         "--set",
         "settings",
         multiple=True,
         metavar="FIELD=VALUE",
-        help="Any field: design.tau=0.9, machine.link.h2d_bytes_per_s=50e9, profile.read_back.seconds=1e-5 ...",
+        help="Any field (`clo show designs clo` lists them): design.tau=0.9, machine.link.h2d_bytes_per_s=50e9, "
+        "profile.read_back.seconds=1e-5 ... Repeat for more.",
     ),
 )
 

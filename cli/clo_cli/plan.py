@@ -38,19 +38,40 @@ DRAWS_AT_ONCE = 10
 
 @click.command()
 @serve_options
-@click.option("--slo", "slo_text", required=True, help='Such as "ttft_p95<2s, tpot_p95<50ms".')
-@click.option("--machines", default=MACHINES, show_default=True, help="Comma-separated presets or TOML files.")
-@click.option("--designs", default=DESIGNS, show_default=True, help="Comma-separated presets or TOML files.")
-@click.option("--price", multiple=True, metavar="MACHINE=DOLLARS", help="Per GPU and hour, e.g. h200=3.5. Repeat.")
+@click.option(
+    "--slo",
+    "slo_text",
+    required=True,
+    help='Limits (_pNN, _mean or _max of ttft, tpot, itl, e2e): "ttft_p95<2s, tpot_p95<50ms".',
+)
+@click.option(
+    "--machines", default=MACHINES, show_default=True, help="GPUs to try: comma-separated presets or TOML files."
+)
+@click.option(
+    "--designs", default=DESIGNS, show_default=True, help="Designs to try: comma-separated presets or TOML files."
+)
+@click.option(
+    "--price", multiple=True, metavar="MACHINE=DOLLARS", help="Dollars a GPU and hour: h200=3.5. Repeat for more."
+)
 @click.option("--max-gpus", type=click.IntRange(1), default=256, show_default=True, help="Largest fleet to try.")
 @click.option(
     "--intervals", is_flag=True, help="How many GPUs the best design of each machine needs with a probability of 90%."
 )
-@click.option("--map/--no-map", "with_map", default=True, show_default=True, help="When does offloading help?")
-@click.option("--map-machine", help="Machine type of the map [default: the best fleet's].")
-@click.option("--map-output-tokens", type=click.IntRange(1), help="Answers of the map [default: the trace's mean].")
-@click.option("--map-reuse", type=click.FloatRange(0, 1), help="Share of a prompt found cached [default: as served].")
-@click.option("--workers", type=click.IntRange(1), help="Processes [default: one per core].")
+@click.option(
+    "--map/--no-map",
+    "with_map",
+    default=True,
+    show_default=True,
+    help="Also map over which contexts and loads offloading helps.",
+)
+@click.option("--map-machine", help="Machine type of the map.  [default: the best fleet's]")
+@click.option(
+    "--map-output-tokens", type=click.IntRange(1), help="Tokens of an answer in the map.  [default: the trace's mean]"
+)
+@click.option(
+    "--map-reuse", type=click.FloatRange(0, 1), help="Share of a prompt found cached in the map.  [default: as served]"
+)
+@click.option("--workers", type=click.IntRange(1), help="Processes to search in.  [default: one per core]")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for plan.json and figures.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def plan(
@@ -76,8 +97,9 @@ def plan(
     loads offloading beats keeping everything on the GPU.
 
     \b
-    clo plan --requests trace.jsonl --slo "ttft_p95<6s, tpot_p95<50ms" --price h200=3.5 --price l40s=1
-    clo plan --requests trace.csv --slo "e2e_p99<30s" --machines h200 --designs resident,resolve,clo --out plan
+    clo plan --requests trace.jsonl --slo "ttft_p95<6s, tpot_p95<50ms"
+    clo plan --load poisson:2 --input-tokens 32768 --output-tokens 512 \\
+        --slo "e2e_p99<30s" --machines h200,l40s --price h200=3.5 --price l40s=1
     """
     from clo_cli.plan_jobs import Question
     from clo_sim.serving import parse_slo

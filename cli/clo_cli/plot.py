@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,16 +33,16 @@ _KEYS = {
 @click.command()
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write: .png, .svg or .pdf.")
-@click.option("--kind", type=click.Choice(KINDS), help="What to draw [default: what the first file holds].")
+@click.option("--kind", type=click.Choice(KINDS), help="What to draw.  [default: what the first file holds]")
 def plot(paths: tuple[Path, ...], out: Path, kind: str | None) -> None:
     """Draw one figure from the files given.
 
     \b
     stalls    results (JSON): where each design's time goes
     pareto    sweeps (Parquet): time against memory, and the best of both
-    timeline  timelines (Chrome trace JSON that clo wrote): a few layers, lane by lane
+    timeline  timelines (JSON of --timeline): a few layers, lane by lane
     choices   choices (JSON): what each choice of the best design is worth
-    answers   answers (JSON of clo evaluate --out): how good they are against bytes moved
+    answers   answers (JSON of clo evaluate): how good, against bytes moved
     """
     from clo.errors import CloError
     from clo.files import check_target
@@ -119,9 +120,14 @@ def _draw_pareto(sweep: tuple[str, list[DesignPoint]]) -> Figure:
 
 
 def _load_timelines(paths: tuple[Path, ...]) -> list[Timeline]:
+    """Those of one title are told apart by their files."""
+    from dataclasses import replace
+
     from clo.timeline import load_chrome_trace
 
-    return [timeline for path in paths for timeline in load_chrome_trace(path)]
+    loaded = [(path, timeline) for path in paths for timeline in load_chrome_trace(path)]
+    titles = Counter(timeline.title for _, timeline in loaded)
+    return [replace(one, title=f"{path.name}: {one.title}") if titles[one.title] > 1 else one for path, one in loaded]
 
 
 def _draw_timelines(timelines: list[Timeline]) -> Figure:

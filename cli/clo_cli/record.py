@@ -10,7 +10,7 @@ import click
 
 @click.command(name="record")
 @click.option("--model", default="smollm2-135m", show_default=True, help="smollm2-135m, a model folder or a hub name.")
-@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text to read [default: Python's own reference].")
+@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text to read.  [default: Python's own reference]")
 @click.option("--context", default=4096, show_default=True, help="Tokens attended at the first recorded step.")
 @click.option("--steps", default=160, show_default=True, help="Decode steps to record.")
 @click.option("--page-size", default=16, show_default=True, help="Tokens in a page.")

@@ -19,10 +19,13 @@ PREPARING = "weights and prompts"
 
 @click.command()
 @click.option(
-    "--model", default="smollm2-135m", show_default=True, help="A shape: preset, TOML, config.json or folder."
+    "--model",
+    default="smollm2-135m",
+    show_default=True,
+    help="Shape of the model: preset, TOML file, config.json or folder.",
 )
-@click.option("--weights", help="Real weights: smollm2-135m, a model folder or a hub name [default: random ones].")
-@click.option("--layers", type=int, help="Use so many of the layers (random weights only).")
+@click.option("--weights", help="Real weights: smollm2-135m, a model folder or a hub name.  [default: random ones]")
+@click.option("--layers", type=int, help="Layers to run (random weights only).  [default: all]")
 @click.option("--design", "design_name", default="clo", show_default=True, help="Preset or TOML file.")
 @click.option(
     "--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any field of the design: design.tau=0.9."
@@ -30,7 +33,7 @@ PREPARING = "weights and prompts"
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to decode.")
 @click.option("--context", default=2048, show_default=True, help="Tokens per sequence before the first step.")
 @click.option("--batch", default=1, show_default=True, help="Sequences decoded together.")
-@click.option("--steps", default=16, show_default=True, help="Decode steps to measure, after two more.")
+@click.option("--steps", default=16, show_default=True, help="Decode steps to measure, after two that are not.")
 @click.option("--timeline", type=click.Path(path_type=Path), help="Write the median step as Chrome trace JSON.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -50,14 +53,13 @@ def run(
 ) -> None:
     """Really decode under a design on this machine, and print where a step's time goes.
 
-    \b
     The result and the timeline are those of `clo simulate`. Contexts are made up, and so are weights unless
-    --weights names some: a shape of any size needs no download.
+    --weights names some: a shape of any size needs no download. --device cuda decodes on a GPU, in bfloat16 unless
+    --weights say otherwise; it has not yet run on one.
+
     \b
-    clo run --model smollm2-135m --design resolve --context 4096 --timeline step.json
+    clo run --design resolve --context 4096 --timeline step.json
     clo run --model llama-3-8b --layers 2 --design clo
-    \b
-    --device cuda decodes on a GPU, in bfloat16 unless --weights say otherwise; it has not yet run on one.
     """
     from clo.errors import SpecError
     from clo.files import check_target

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from clo_sim.scene import Scene
     from clo_sim.serving import RequestTrace, ServiceSettings
 
+GENERATED = "Such as --load poisson:2 --input-tokens 32768 --output-tokens 512 generates them"
+
 _OPTIONS = (
     click.option(
         "--requests",
         "requests_path",
         type=click.Path(path_type=Path),
-        help="Mooncake JSONL or Azure CSV, as published.",
+        help="Requests to serve: Mooncake JSONL or Azure CSV, as published (docs/serving.md says where).",
     ),
     click.option(
         "--load",
@@ -27,40 +29,63 @@ _OPTIONS = (
         help="Generate arrivals instead: poisson:4, bursty:4 or fixed:4 requests/s. Lengths are drawn from --requests, "
         "or set by --input-tokens and --output-tokens.",
     ),
-    click.option("--num-requests", type=click.IntRange(1), default=2000, show_default=True, help="With --load."),
-    click.option("--input-tokens", type=click.IntRange(1), help="With --load: every prompt's length."),
-    click.option("--output-tokens", type=click.IntRange(1), help="With --load: every answer's length."),
-    click.option("--rate-scale", type=float, default=1.0, show_default=True, help="Arrivals so many times as fast."),
-    click.option("--first", type=click.IntRange(1), help="Only the first so many requests."),
-    click.option("--model", default="llama-3-8b", show_default=True, help="Preset, TOML, config.json or model folder."),
+    click.option(
+        "--num-requests",
+        type=click.IntRange(1),
+        default=2000,
+        show_default=True,
+        help="Requests that --load generates.",
+    ),
+    click.option("--input-tokens", type=click.IntRange(1), help="Tokens of every prompt that --load generates."),
+    click.option("--output-tokens", type=click.IntRange(1), help="Tokens of every answer that --load generates."),
+    click.option("--rate-scale", type=float, default=1.0, show_default=True, help="Factor on the rate of arrivals."),
+    click.option("--first", type=click.IntRange(1), help="Serve only so many, the first ones."),
+    click.option(
+        "--model",
+        default="llama-3-8b",
+        show_default=True,
+        help="Preset, TOML file, Hugging Face config.json or model folder.",
+    ),
     click.option(
         "--routing",
         type=click.Choice(["least_loaded", "round_robin", "prefix"]),
         default="least_loaded",
         show_default=True,
-        help="Which GPU gets an arriving request; prefix: the one with least left to prefill after its cache.",
+        help="Which replica gets a request: with the fewest unfinished, in turn, or with the fewest prompt tokens left "
+        "to compute once its prefix cache is used.",
     ),
     click.option(
         "--pressure",
         type=click.Choice(["preempt", "queue"]),
         default="preempt",
         show_default=True,
-        help="preempt: admit on today's need, evict the newest when memory is out; queue: admit what fits to its end.",
+        help="When memory is short. preempt: admit what fits now, evict the newest later; queue: admit only what fits "
+        "to its end.",
     ),
     click.option(
-        "--chunk-tokens", type=click.IntRange(1), default=2048, show_default=True, help="Of prefill, at once."
+        "--chunk-tokens",
+        type=click.IntRange(1),
+        default=2048,
+        show_default=True,
+        help="Most prompt tokens prefilled at once.",
     ),
-    click.option("--max-batch", type=int, default=256, show_default=True, help="Sequences that decode together."),
+    click.option(
+        "--max-batch",
+        type=int,
+        default=256,
+        show_default=True,
+        help="Most sequences that decode together on a replica.",
+    ),
     click.option("--no-prefix-cache", is_flag=True, help="Compute every prompt in full, whatever the trace shares."),
     click.option(
         "--executor",
         type=click.Choice(["clock", "simpy"]),
         default="clock",
         show_default=True,
-        help="What prices decode steps: clock is fast; simpy adds contention.",
+        help="What prices decode steps: clock, fast; simpy, with contention.",
     ),
     click.option(
-        "--seed", type=int, default=0, show_default=True, help="Of generated loads, stand-in heads and intervals."
+        "--seed", type=int, default=0, show_default=True, help="Seed of generated loads, stand-in heads and intervals."
     ),
     click.option(
         "--set",
@@ -84,7 +109,11 @@ def trace_from(options: dict[str, Any]) -> RequestTrace:
 
     path, load = options["requests_path"], options["load"]
     if path is None and load is None:
-        raise RequestError("--requests FILE or --load KIND:RATE is needed: which requests are to be served?")
+        raise RequestError(
+            f"--requests FILE or --load KIND:RATE is needed: which requests are to be served? {GENERATED}"
+        )
+    if path is not None and not path.exists():
+        raise RequestError(f"--requests {path}: no such file. {GENERATED}")
     trace = None if path is None else read_requests(path)
     if load is not None:
         trace = _generated(load, trace, options)

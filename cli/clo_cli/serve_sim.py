@@ -21,9 +21,15 @@ if TYPE_CHECKING:
 @serve_options
 @click.option("--design", "design_name", default="clo", show_default=True, help="Preset or TOML file.")
 @click.option("--machine", default="h200", show_default=True, help="Preset or TOML file.")
-@click.option("--profile", help="Preset or JSON file with the costs [default: the machine's].")
-@click.option("--gpus", type=int, help="In all [default: one replica's: 1, or machine.tensor_parallel].")
-@click.option("--slo", "slo_text", help='Such as "ttft_p95<2s, tpot_p95<50ms": goodput, and whether each term holds.')
+@click.option("--profile", help="Preset or JSON file with the costs.  [default: the machine's]")
+@click.option(
+    "--gpus", type=int, help="GPUs of all replicas together.  [default: one replica's: 1, or machine.tensor_parallel]"
+)
+@click.option(
+    "--slo",
+    "slo_text",
+    help='Limits (_pNN, _mean or _max of ttft, tpot, itl, e2e): "ttft_p95<2s, tpot_p95<50ms". Says which hold.',
+)
 @click.option("--no-coalesce", is_flag=True, help="Take every decode step by itself: slow, the same numbers.")
 @click.option("--intervals", is_flag=True, help="Also 90% prediction intervals: served 40 times with drawn costs.")
 @click.option("--figure", type=click.Path(path_type=Path), help="Draw queue and memory over time (.png, .svg, .pdf).")
@@ -50,7 +56,8 @@ def serve_sim(
 
     \b
     clo serve-sim --requests trace.jsonl --design clo --machine h200 --gpus 4
-    clo serve-sim --load poisson:2 --input-tokens 32768 --output-tokens 512 --slo "ttft_p95<5s"
+    clo serve-sim --load poisson:2 --input-tokens 32768 --output-tokens 512 \\
+        --slo "ttft_p95<5s"
     """
     from dataclasses import replace
 

@@ -26,7 +26,7 @@ def show(kind: str | None, name: str | None, as_json: bool) -> None:
 
     \b
     clo show                     everything, a line each
-    clo show designs clo         every field of one design: its value, what it means, what else it could be
+    clo show designs clo         each field: value, meaning, choices
     clo show profiles h200       every cost with its source
     """
     kinds = (kind,) if kind else KINDS

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     type=click.Choice(["simpy", "clock"]),
     default="simpy",
     show_default=True,
-    help="simpy: with contention; clock: without.",
+    help="simpy: operations slow each other; clock: they do not.",
 )
 @click.option("--timeline", type=click.Path(path_type=Path), help="Write one step as Chrome trace JSON (Perfetto).")
-@click.option("--timeline-step", type=int, default=0, show_default=True, help="Which measured step.")
+@click.option("--timeline-step", type=int, default=0, show_default=True, help="Measured step to write, counted from 0.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result as JSON.")
 @click.option("--intervals", is_flag=True, help="Add 90% prediction intervals from the spread of costs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

@@ -23,8 +23,11 @@ def space_from(vary: tuple[str, ...], scene: Scene) -> Space:
         name, separator, values = text.partition("=")
         field = _dotted(name.strip())
         if not separator or not _exists(scene, field):
+            near = _meant(name.strip())
             raise SpecError(
-                f"--vary {text}: expected FIELD=V1,V2 with FIELD one of design.*, workload.*, machine.*, model.*, "
+                f"--vary {text}: did you mean {near}?"
+                if near
+                else f"--vary {text}: expected FIELD=V1,V2 with FIELD one of design.*, workload.*, machine.*, model.*, "
                 "profile.*, machine or model (fields: clo show designs clo, clo show machines h200)"
             )
         if field in space:
@@ -58,6 +61,13 @@ def _dotted(name: str) -> str:
     from clo_sim.variation import ROOTS
 
     return name if name.split(".")[0] in ROOTS else f"design.{name}"
+
+
+def _meant(name: str) -> str:
+    """The field of the workload that somebody means who left its root out, as `--context` and `--batch` have it."""
+    from clo.specs import Workload
+
+    return next((f"workload.{field}" for field in Workload.model_fields if f"{field}_".startswith(f"{name}_")), "")
 
 
 def _exists(scene: Scene, field: str) -> bool:

@@ -118,7 +118,8 @@ def _short(reason: str) -> str:
 def print_designs(results: Sequence[Result], reasons: Mapping[str, Sequence[str]], title: str) -> None:
     """Print the table of designs, and those that cannot run, by the reason."""
     out = console()
-    out.print(design_table(results, title, out.width))
+    if results:
+        out.print(design_table(results, title, out.width))
     for reason, names in reasons.items():
         do = "does" if len(names) == 1 else "do"
         out.print(f"  {', '.join(names)} {do} not run: {reason}")
@@ -133,9 +134,13 @@ def print_intervals(results: Sequence[Result]) -> None:
     said = ", ".join(f"{name} {format_seconds(low)} to {format_seconds(high)}" for name, low, high in spans)
     shares = [one.interval_share for one in known if one.interval_share is not None]
     console().print(
-        f"TPOT in nine of ten cases: {said}; costs of known spread are {_span(shares)} of these designs' busy time, "
+        f"TPOT in nine of ten cases: {said}; costs of known spread are {_span(shares)} of {_whose(known)} busy time, "
         "the others do not vary."
     )
+
+
+def _whose(results: Sequence[Result]) -> str:
+    return "its" if len({one.design.name for one in results}) == 1 else "these designs'"
 
 
 def _span(shares: Sequence[float]) -> str:
@@ -251,7 +256,7 @@ def print_sources(results: Iterable[Result]) -> None:
     low, high = min(row.measured_share for row in rows), max(row.measured_share for row in rows)
     span = f"{low:.0%}" if round(low, 2) == round(high, 2) else f"{low:.0%} (least) to {high:.0%} (most)"
     out = console()
-    out.print(f"Measured costs account for {span} of these designs' busy time; the rest is literature or assumed.")
+    out.print(f"Measured costs account for {span} of {_whose(rows)} busy time; the rest is literature or assumed.")
     for note in sorted({note for row in rows for note in row.assumptions}):
         out.print(f"  assumed: {note}")
 
@@ -279,7 +284,8 @@ def _headline(result: Result) -> dict[str, str]:
         "device memory": f"{format_bytes(result.device_bytes)}, of it KV {format_bytes(result.kv_device_bytes)}",
         "host memory": format_bytes(result.host_bytes),
         "pages": f"{result.num_pages} per head, budget {result.budget_pages}, slots {result.slot_pages}",
-        "hit rate": f"{result.hit_rate:.1%} of attended pages; {result.reuse_rate:.1%} of heads selected nothing late",
+        "hit rate": f"{result.hit_rate:.1%} of attended pages; "
+        f"{result.reuse_rate:.1%} of heads selected nothing on demand",
         "host to device": f"{format_bytes(result.h2d_bytes_per_step)} a step",
         "CPU": f"launching {format_seconds(result.cpu_launch_s)}, transfer threads {threads} a step",
     }

@@ -12,11 +12,17 @@ from clo_cli.options import claim_folder
 
 
 @click.command()
-@click.option("--profile", "profile_path", type=click.Path(path_type=Path), required=True, help="From `clo calibrate`.")
+@click.option(
+    "--profile",
+    "profile_path",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Profile that `clo calibrate` wrote.",
+)
 @click.option(
     "--out", type=click.Path(path_type=Path), default="verdict", show_default=True, help="Folder for results."
 )
-@click.option("--designs", help="Comma-separated presets [default: all].")
+@click.option("--designs", help="Presets to run, comma-separated.  [default: all]")
 @click.option("--rounds", default=3, show_default=True, help="Repetitions, of which the fastest counts.")
 @click.option("--quick", is_flag=True, help="Three designs at two sizes: under a minute.")
 @click.option("--again", is_flag=True, help="Measure anew what an earlier run left in --out.")

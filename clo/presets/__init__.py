@@ -19,6 +19,8 @@ Kind = Literal["models", "machines", "designs", "profiles", "traces"]
 
 DEFAULT_TRACE = "smollm2-135m-4k"
 
+_OTHERS = {"models": "the path of a TOML file, config.json or model folder"}
+
 _SUFFIX = {"models": ".toml", "machines": ".toml", "designs": ".toml", "profiles": ".json", "traces": ".npz"}
 
 S = TypeVar("S", bound=Spec)
@@ -89,13 +91,14 @@ def _find(kind: Kind, name: str) -> Path:
         return path
     path = folder(kind) / f"{name}{suffix}"
     if not path.is_file():
-        raise NotFoundError(f"{kind[:-1]} {name!r} is unknown{_suggest(name, names(kind))}")
+        raise NotFoundError(f"{kind[:-1]} {name!r} is unknown{_suggest(name, kind)}")
     return path
 
 
-def _suggest(name: str, known: list[str]) -> str:
+def _suggest(name: str, kind: Kind) -> str:
+    known = names(kind)
     close = difflib.get_close_matches(name, known, n=1)
-    listed = f": choose from {', '.join(known)}, or give a path" if known else ""
+    listed = f": choose from {', '.join(known)}, or give {_OTHERS.get(kind, 'a path')}" if known else ""
     return f" (did you mean {close[0]}?){listed}" if close else listed
 
 

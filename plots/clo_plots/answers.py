@@ -122,7 +122,8 @@ def _frame(axes: Axes, points: Sequence[Answer]) -> None:
     axes.set_xlim(at[:, 0].min() / 1.4, at[:, 0].max() * 1.4)
     axes.tick_params(axis="x", which="both", length=3, pad=3)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:.2g}" if f"{value:.0e}"[0] in "25" else "")
+    digits = "123456789" if at[:, 0].max() < 3 * at[:, 0].min() else "25"
+    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:.2g}" if f"{value:.0e}"[0] in digits else "")
 
 
 def _at(points: Sequence[Answer]) -> np.ndarray:

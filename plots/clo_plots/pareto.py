@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from clo.units import GB, MS_PER_S
 from clo_plots.labels import Points, label_markers
 from clo_plots.style import ACCENT, FAINT, FONT_PT, INK, SLOWER, SMALL_PT, new_figure
+
+LEGEND_CHARS = 44
+"""Two columns of the legend fit the figure with names of so many characters a line."""
 
 _MARKERS = "osD^vP*Xp<>h"
 
@@ -155,7 +159,7 @@ def _draw_named(axes: Axes, named: Sequence[DesignPoint]) -> None:
 
 def _draw_best(axes: Axes, best: Sequence[DesignPoint]) -> None:
     for point, at in zip(best, _positions(best), strict=True):
-        name = f"best: {point.name}, {at[1]:.3g} ms"
+        name = textwrap.fill(f"best: {point.name}, {at[1]:.3g} ms", LEGEND_CHARS)
         style: dict[str, Any] = {"markersize": 11, "markerfacecolor": "none", "markeredgecolor": ACCENT, "zorder": 5}
         axes.plot(*at, "o", **style, markeredgewidth=1.3, linestyle="none", label=name)
 

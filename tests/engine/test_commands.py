@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from commands import run
 from small import design, prompt, small_model
 
 from clo.engine.decoder import Decoder
@@ -14,12 +15,6 @@ from clo.engine.measure import run_steps
 from clo.errors import CloError, NotFoundError, SpecError
 from clo.timeline import load_chrome_trace
 from clo_cli.main import clo
-
-
-def run(*arguments: str) -> str:
-    done = CliRunner().invoke(clo, list(arguments), catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    return done.stdout
 
 
 @pytest.mark.parametrize(

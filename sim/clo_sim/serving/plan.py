@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from clo.errors import CloError
 from clo.specs import Design
+from clo.units import format_seconds
 from clo_sim.run import Executor
 from clo_sim.scene import Scene
 from clo_sim.serving.metrics import ServiceResult, latency_values, reasons_of, summarise_service, term_value
@@ -100,7 +101,7 @@ def smallest_fleet(
         worst = max(hopeless, key=lambda term: alone[term.name] / term.limit_s)
         failing = (worst.name, *(term.name for term in hopeless if term is not worst))
         idle = "an idle GPU" if costs.replica_gpus == 1 else f"{costs.replica_gpus} idle GPUs"
-        problem = f"{worst.name} is {alone[worst.name]:.3g} s even for requests alone on {idle}"
+        problem = f"{worst.name} is {format_seconds(alone[worst.name])} even for requests alone on {idle}"
         return replace(fleet, problem=problem, failing=failing, values=alone)
     best, last = search(trace, costs, slo, settings, max_gpus, near=near)
     if best is None:

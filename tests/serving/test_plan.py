@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from commands import run
 from toy_service import toy_costs, trace_of
 
 import clo_sim
@@ -24,7 +26,7 @@ from clo_sim.serving.crossover import crossover_map
 from clo_sim.serving.metrics import Latency, latency_values, term_value
 from clo_sim.serving.plan import alone_values, attempt, limits_of, smallest_fleet
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 MOONCAKE, AZURE = DATA / "mooncake_excerpt.jsonl", DATA / "azure_excerpt.csv"
 
 
@@ -255,12 +257,6 @@ class TestMap:
         plot_crossover({name: value for name, value in saved.items() if name != "gpus"})  # saved by an older version
 
 
-def run(*arguments: Any) -> str:
-    done = CliRunner().invoke(clo, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    return done.stdout
-
-
 class TestCommands:
     def test_serve_sim(self, tmp_path: Path) -> None:
         figure, out = tmp_path / "memory.png", tmp_path / "result.json"
@@ -380,7 +376,7 @@ class TestCommands:
     def test_prices_of_fleets_that_cannot_be_are_not_asked_for_again(self) -> None:
         text = run("plan", "--requests", AZURE, "--first", 10, "--slo", "e2e_p95<1us", "--machines", "h200",
                    "--designs", "resident", "--price", "h200=3.5", "--workers", 1, "--no-map")  # fmt: skip
-        assert "even for requests alone on an idle" in " ".join(text.split())
+        assert re.search(r"\d (ms|us) even for requests alone on an idle", " ".join(text.split()))
         assert "No prices given" not in text
 
     @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from commands import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_service import toy_costs
@@ -19,7 +19,6 @@ import clo_sim
 from clo import presets
 from clo.errors import SpecError
 from clo_cli.fleet_prices import Priced
-from clo_cli.main import clo
 from clo_cli.serve_tables import print_service
 from clo_sim.intervals import CostDraw, interval_of
 from clo_sim.scene import Scene, gpu_tables
@@ -325,12 +324,7 @@ class TestFleets:
 
 
 class TestCommands:
-    AZURE = Path(__file__).parent / "data" / "azure_excerpt.csv"
-
-    def run(self, *arguments: Any) -> str:
-        result = CliRunner().invoke(clo, [str(one) for one in arguments], catch_exceptions=False)
-        assert result.exit_code == 0, result.output
-        return result.output
+    AZURE = Path(__file__).parents[1] / "data" / "azure_excerpt.csv"
 
     def test_serve_sim(self) -> None:
         command = (
@@ -344,18 +338,18 @@ class TestCommands:
             "--slo",
             "ttft_p95<900s",
         )
-        result = json.loads(self.run(*command, "--intervals", "--json"))
+        result = json.loads(run(*command, "--intervals", "--json"))
         low, high = result["intervals"]["ttft_s_p95"]
         assert low < result["ttft_s_p95"] < high
         assert result["slo_chance"] == {"ttft_p95": 1.0}
-        other = json.loads(self.run(*command, "--intervals", "--seed", 1, "--json"))
+        other = json.loads(run(*command, "--intervals", "--seed", 1, "--json"))
         assert other["ttft_s"] == result["ttft_s"]
         assert other["intervals"] != result["intervals"]
-        text = self.run(*command, "--intervals")
+        text = run(*command, "--intervals")
         assert "90% prediction interval" in text
         assert "(it holds in 100% of draws)" in " ".join(text.split())
         assert "all of it, and keeping up, in 100% of draws" in " ".join(text.split())
-        assert "prediction interval" not in self.run(*command)
+        assert "prediction interval" not in run(*command)
 
     def test_no_number_of_gpus_is_null(self) -> None:
         fleet = Fleet(machine="h200", design="resident", gpus=3, gpus_interval=(2.0, math.inf), chance=0.5)
@@ -363,7 +357,7 @@ class TestCommands:
 
     def test_no_fleet_no_interval(self) -> None:
         command = ("plan", "--requests", self.AZURE, "--first", 20, "--machines", "h200", "--designs", "resident")
-        text = self.run(*command, "--slo", "ttft_p95<1us", "--no-map", "--workers", 1, "--intervals", "--json")
+        text = run(*command, "--slo", "ttft_p95<1us", "--no-map", "--workers", 1, "--intervals", "--json")
         (fleet,) = json.loads(text)["fleets"]
         assert (fleet["gpus"], fleet["gpus_interval"], fleet["chance"]) == (None, None, None)
 
@@ -371,22 +365,22 @@ class TestCommands:
         load = ("--load", "poisson:20", "--num-requests", 150, "--input-tokens", 4096, "--output-tokens", 4)
         command = ("plan", *load, "--slo", "ttft_p90<400ms", "--machines", "h200", "--designs", "resident", "--no-map")
         command = (*command, "--workers", 1, "--intervals", "--json", "--seed", 1)
-        (free,) = json.loads(self.run(*command))["fleets"]
+        (free,) = json.loads(run(*command))["fleets"]
         assert free["gpus_interval"][1] > free["gpus"]
-        (bounded,) = json.loads(self.run(*command, "--max-gpus", free["gpus"]))["fleets"]
+        (bounded,) = json.loads(run(*command, "--max-gpus", free["gpus"]))["fleets"]
         assert bounded["gpus_interval"][1] is None
 
     def test_plan(self) -> None:
         command = ("plan", "--requests", self.AZURE, "--first", 20, "--machines", "h200", "--designs", "resident")
         command = (*command, "--slo", "ttft_p95<900s", "--no-map", "--workers", 1)
-        (fleet,) = json.loads(self.run(*command, "--intervals", "--json"))["fleets"]
+        (fleet,) = json.loads(run(*command, "--intervals", "--json"))["fleets"]
         assert fleet["gpus_interval"] == [1, 1]
         assert fleet["head_room"] > 1
-        (other,) = json.loads(self.run(*command, "--intervals", "--seed", 1, "--json"))["fleets"]
+        (other,) = json.loads(run(*command, "--intervals", "--seed", 1, "--json"))["fleets"]
         assert other["values"] == fleet["values"]
         assert other["result"]["intervals"] != fleet["result"]["intervals"]
         assert fleet["chance"] == 1.0
-        text = " ".join(self.run(*command, "--intervals").replace("│", " ").split())
+        text = " ".join(run(*command, "--intervals").replace("│", " ").split())
         assert "In brackets: the GPUs needed" in text
         assert f"(of costs that are {fleet['result']['interval_share']:.0%} of its time)" in text.replace(
             "(1 to 1) ", ""

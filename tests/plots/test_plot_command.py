@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,26 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from click.testing import Result as CliResult
-from figure_data import (
-    make_choices,
-    make_points,
-    make_results,
-    make_timelines,
-)
+from figure_data import make_choices, make_points, make_results, make_timelines
 
 from clo.errors import CloError
 from clo.results import load_result
 from clo.timeline import save_chrome_trace
-from clo_cli.plot import detect, plot
+from clo_cli.plot import _load_timelines, detect, plot
 from clo_plots.pareto import DesignPoint
 from clo_plots.sweep_table import load_points
-
-
-@pytest.fixture(autouse=True)
-def _warnings_are_errors() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
 
 
 def write_sweep(path: Path, points: Sequence[DesignPoint], *, without: str = "") -> None:
@@ -72,6 +59,15 @@ def test_several_files_make_one_figure(files: dict[str, Path], tmp_path: Path) -
     assert detect(files["one"]) == "stalls"
     assert run_plot(files["one"], files["stalls"], "--out", tmp_path / "all.svg").exit_code == 0
     assert (tmp_path / "all.svg").read_bytes().startswith(b"<?xml")
+
+
+def test_timelines_of_one_title_are_told_apart_by_their_files(tmp_path: Path) -> None:
+    one, other, *_ = make_timelines()
+    paths = tuple(tmp_path / f"{name}.json" for name in ("a", "b", "c"))
+    for path, timeline in zip(paths, (one, one, other), strict=True):
+        save_chrome_trace(path, [timeline])
+    titles = [timeline.title for timeline in _load_timelines(paths)]
+    assert titles == [f"a.json: {one.title}", f"b.json: {one.title}", other.title]
 
 
 def test_designs_that_cannot_run_are_left_out(files: dict[str, Path]) -> None:

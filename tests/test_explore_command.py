@@ -1,0 +1,79 @@
+"""`clo explore`: what it prints and writes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from commands import SMALL, run, simulate
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("explore")
+    vary = ["--vary", "design.slot_budgets=1,2,none", "--vary", "design.sync=events,graph"]
+    text = run("explore", *SMALL, "--designs", "clo,resident,staged", *vary, "--out", out, "--json")
+    return out, json.loads(text)
+
+
+class TestExplore:
+    def test_the_best_is_the_fastest_of_all(self, swept: tuple[Path, dict[str, Any]]) -> None:
+        found = swept[1]
+        times = [result["tpot_s"] for result in (*found["named"], *found["finalists"])]
+        assert found["best"]["tpot_s"] == min(times)
+        assert found["num_candidates"] == 6
+
+    def test_files_agree_with_what_was_printed(self, swept: tuple[Path, dict[str, Any]]) -> None:
+        out, found = swept
+        rows = pq.read_table(out / "sweep.parquet").to_pylist()
+        by_role = Counter(row["role"] for row in rows)
+        assert by_role["candidate"] == 6
+        assert by_role["named"] == len(found["named"]) + len(found["not_run"])
+        assert by_role["finalist"] == len(found["finalists"])
+        assert json.loads((out / "best.json").read_text())["tpot_s"] == found["best"]["tpot_s"]
+        assert {path.name for path in out.iterdir()} >= {"pareto.png", "stalls.png", "timeline.png", "timeline.json"}
+        assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+    def test_without_a_sweep_there_is_only_what_was_named(self) -> None:
+        found = json.loads(run("explore", *SMALL, "--json", "--designs", "clo,resolve", "--no-sweep"))
+        assert [result["design"]["name"] for result in found["named"]] == ["clo", "resolve"]
+        assert (found["num_candidates"], found["finalists"], found["choices"], found["not_run"]) == (0, [], None, {})
+        assert found["best"] in found["named"]
+        # the same question as `clo simulate` asks, the same answer
+        assert found["named"][1] == simulate("--design", "resolve")
+
+    def test_what_does_not_fit_is_named(self) -> None:
+        text = run("explore", "--designs", "clo,resident", "--no-sweep", "--steps", "4")
+        assert "resident does not run" in text
+        assert "275 GB" in text
+        assert text.index("Roofline") < text.index("Designs with the same device memory")
+
+    def test_the_winner_is_named_with_what_it_was_chosen_for(self) -> None:
+        vary = ["--vary", "workload.batch=1,2", "--objective", "tokens_per_s", "--steps", "4", "--designs", "clo"]
+        found = json.loads(run("explore", "--batch", "1", *vary, "--json"))
+        text = " ".join(run("explore", "--batch", "1", *vary).split())
+        assert f"ms, tokens/s {found['front'][0]['metrics']['tokens_per_s']:.4g} " in text
+        assert "in the question as given, nothing varied, simulated" in text
+
+    def test_one_design_has_its_own_share_of_measured_costs(self) -> None:
+        text = run("explore", "--batch", "1", "--no-sweep", "--designs", "clo", "--steps", "4")
+        assert "of its busy time" in " ".join(text.split())
+
+    def test_no_empty_table_where_no_named_design_runs(self) -> None:
+        vary = ["--vary", "machine.tensor_parallel=2,4", "--batch", "1", "--context", "8192", "--steps", "4"]
+        text = run("explore", "--model", "llama-3-70b", *vary)
+        assert "do not run" in text
+        assert "roofline ┃ stalls on" not in text
+
+    def test_one_sequence_stays_on_the_gpu(self) -> None:
+        found = json.loads(run("explore", "--batch", "1", "--no-sweep", "--steps", "8", "--json"))
+        assert found["best"]["design"]["cache"] == "resident"
+
+    def test_sixteen_sequences_are_offloaded(self) -> None:
+        found = json.loads(run("explore", "--no-sweep", "--steps", "8", "--json"))
+        assert found["best"]["design"]["cache"] != "resident"
+        assert set(found["not_run"]) == {"resident", "resident-sparse"}
