@@ -47,7 +47,7 @@ class TestShow:
         assert "log_latency" not in json.dumps(costs)  # packed tables say nothing to a reader
         assert costs["gemm"]["source"] == "aiconfigurator"
         assert costs["zero_copy"]["source"] == "assumed"
-        assert sum(costs["sources"].values()) == 26
+        assert sum(costs["sources"].values()) == 30
 
 
 def test_a_trace_is_a_preset_or_a_file(tmp_path: Path) -> None:

@@ -152,7 +152,8 @@ class TestOverrides:
         ("setting", "problem"),
         [
             ("design.tau", "expected FIELD=VALUE"),
-            ("tau=1", "expected FIELD=VALUE"),
+            ("tau=1", "did you mean design.tau=1?"),
+            ("unheard=1", "expected FIELD=VALUE"),
             ("engine.tau=1", "expected FIELD=VALUE"),
             ("design.tao=1", "design.tao: unknown field"),
             ("design.tau.x=1", "tau has no fields"),

@@ -8,6 +8,10 @@ from typing import Any, TypeVar
 
 from clo.errors import SpecError
 from clo.specs.base import Spec
+from clo.specs.design import Design
+from clo.specs.machine import MachineSpec
+from clo.specs.model import ModelSpec
+from clo.specs.workload import Workload
 
 S = TypeVar("S", bound=Spec)
 
@@ -23,10 +27,22 @@ def parse_overrides(settings: Iterable[str], roots: Iterable[str]) -> Overrides:
         path, separator, text = setting.partition("=")
         root, *rest = path.strip().split(".")
         if not separator or not rest or root not in known:
-            fields = ", ".join(f"{name}.*" for name in known)
-            raise SpecError(f"--set {setting}: expected FIELD=VALUE with FIELD one of {fields}")
+            raise SpecError(f"--set {setting}: {_meant(setting, known)}")
         result[root][tuple(rest)] = parse_value(text)
     return result
+
+
+_SPECS: Mapping[str, type[Spec]] = {"design": Design, "machine": MachineSpec, "model": ModelSpec, "workload": Workload}
+
+
+def _meant(setting: str, roots: Iterable[str]) -> str:
+    """What to write instead: the field with its root, if it is one of these."""
+    first = setting.strip().replace("=", ".").partition(".")[0]
+    near = [root for root in roots if root in _SPECS and first in _SPECS[root].model_fields]
+    if near and "=" in setting:
+        return f"did you mean {near[0]}.{setting.strip()}?"
+    fields = ", ".join(f"{root}.*" for root in roots)
+    return f"expected FIELD=VALUE with FIELD one of {fields}"
 
 
 def parse_value(text: str) -> Any:
