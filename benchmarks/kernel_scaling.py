@@ -43,8 +43,8 @@ _KINDS = (("gemm", GEMMS), ("decode_attention", ATTENTION))
 def _errors(source: str, machine: MachineSpec, kind: str, sizes: tuple[tuple[int, ...], ...]) -> str:
     points = [axis.ravel() for axis in np.meshgrid(*(np.array(axis, dtype=float) for axis in sizes), indexing="ij")]
     borrowed = _table(source, kind)
-    truth = _table(machine.profile, kind).seconds_at(*points)
-    as_it_is, carried_over = borrowed.seconds_at(*points), scaled_seconds(borrowed, machine.gpu, *points)
+    truth = _table(machine.profile, kind).seconds(*points)
+    as_it_is, carried_over = borrowed.seconds(*points), scaled_seconds(borrowed, machine.gpu, *points)
     return f"{_error(carried_over, truth)} ({np.median(np.abs(as_it_is / truth - 1)):.0%})"
 
 

@@ -30,7 +30,7 @@ def scaled_seconds(table: KernelTable, gpu: GpuSpec, *values: Any) -> Any:
     `floor + (seconds - floor) * roofline there / roofline here`, which is how a table goes on past its largest sizes.
     On the GPU that was measured this is the table. Raises `ValueError` for sizes that are not positive.
     """
-    here = table.seconds_at(*values)
+    here = table.seconds(*values)
     if measured_on(table, gpu):
         return here
     there = table.model_copy(update={"hbm_bytes_per_s": gpu.hbm_bytes_per_s, "flops_per_s": gpu.peak_flops_per_s})

@@ -42,7 +42,7 @@ class TablePrices:
         sizes = _sizes(work, table)
         if isinstance(work, AllReduce):
             # what bounds it are the links between GPUs, not the rates that times are carried over by
-            return table.seconds_at(*sizes)
+            return table.seconds(*sizes)
         return scaled_seconds(table, self.machine.gpu, *sizes)
 
     def table(self, work: Timed) -> KernelTable:

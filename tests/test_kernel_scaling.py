@@ -71,7 +71,7 @@ class TestAnotherGpu:
             "decode_attention": ([1.0, 4.0, 16.0], [32.0], [8.0], [128.0], [4096.0, 16384.0, 65536.0]),
         }[kind]
         points = [axis.ravel() for axis in np.meshgrid(*sizes, indexing="ij")]
-        borrowed, measured = shipped(source, kind), shipped(target, kind).seconds_at(*points)
+        borrowed, measured = shipped(source, kind), shipped(target, kind).seconds(*points)
         carried = scaled_seconds(borrowed, presets.load_machine(target).gpu, *points)
-        errors = [np.median(np.abs(times / measured - 1)) for times in (carried, borrowed.seconds_at(*points))]
+        errors = [np.median(np.abs(times / measured - 1)) for times in (carried, borrowed.seconds(*points))]
         assert errors[0] < errors[1] / 1.5

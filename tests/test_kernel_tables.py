@@ -68,7 +68,7 @@ def test_past_the_edge_doubling_the_flops_doubles_gemm_time(name: str) -> None:
 
 def test_past_the_edge_a_latency_bound_cell_stays_latency_bound() -> None:
     table = small_decode()
-    assert table.seconds(1, 2, 1, 16, 64) < 1.01 * table.seconds(1, 2, 1, 8, 64)
+    assert table.seconds(1, 1, 16, 64, 2) < 1.01 * table.seconds(1, 1, 8, 64, 2)
 
 
 def test_below_the_table_is_the_first_cell() -> None:
@@ -77,25 +77,25 @@ def test_below_the_table_is_the_first_cell() -> None:
 
 def test_extrapolation_is_continuous_at_the_edge() -> None:
     table = small_decode()
-    inside, outside = table.seconds(64, 65536, 16, 8, 128), table.seconds(64, 65536 * (1 + 1e-9), 16, 8, 128)
+    inside, outside = table.seconds(64, 16, 8, 128, 65536), table.seconds(64, 16, 8, 128, 65536 * (1 + 1e-9))
     assert outside == pytest.approx(inside, rel=1e-6)
 
 
 def test_scalars_and_arrays_agree_and_broadcast() -> None:
     table = small_decode()
     tokens = np.array([1, 5, 4096, 100_000])
-    many = table.seconds(8, tokens, 32, 8, 128)
+    many = table.seconds(8, 32, 8, 128, tokens)
     assert many.dtype == np.float64
     assert many.shape == (4,)
-    np.testing.assert_allclose(many, [table.seconds(8, float(t), 32, 8, 128) for t in tokens], rtol=1e-12)
-    assert table.seconds(np.ones((3, 1)), tokens, 32, 8, 128).shape == (3, 4)
-    assert isinstance(table.seconds(8, np.int64(7), 32, 8, 128), float)
-    assert isinstance(table.seconds(8, np.asarray(7), 32, 8, 128), float)
+    np.testing.assert_allclose(many, [table.seconds(8, 32, 8, 128, float(t)) for t in tokens], rtol=1e-12)
+    assert table.seconds(np.ones((3, 1)), 32, 8, 128, tokens).shape == (3, 4)
+    assert isinstance(table.seconds(8, 32, 8, 128, np.int64(7)), float)
+    assert isinstance(table.seconds(8, 32, 8, 128, np.asarray(7)), float)
 
 
 def test_arguments_are_not_changed() -> None:
     tokens = np.array([3.0, 50.0])
-    small_decode().seconds(8, tokens, 32, 8, 128)
+    small_decode().seconds(8, 32, 8, 128, tokens)
     np.testing.assert_array_equal(tokens, [3.0, 50.0])
 
 
@@ -104,7 +104,7 @@ def test_sizes_that_are_not_positive_are_named(bad: Any) -> None:
     with pytest.raises(ValueError, match=r"n = .*must be positive"):
         small_gemm().seconds(1, bad, 64)
     with pytest.raises(ValueError, match=r"kv_tokens = .*must be positive"):
-        small_decode().seconds(1, bad, 8, 8, 64)
+        small_decode().seconds(1, 8, 8, 64, bad)
 
 
 def test_tables_that_decrease_are_refused() -> None:
@@ -146,3 +146,11 @@ def test_json_round_trip(table: KernelTable) -> None:
     again = type(table).model_validate_json(table.model_dump_json())
     assert again == table
     assert again.model_dump_json() == table.model_dump_json()
+
+
+def test_sizes_come_in_order_or_by_name() -> None:
+    table = small_gemm()
+    assert table.seconds(k=4096, m=16, n=1024) == table.seconds(16, 1024, 4096)
+    for values, named in (((16, 1024), {}), ((16, 1024, 4096, 1), {}), ((16,), {"n": 1024, "k": 4096}), ((), {"m": 1})):
+        with pytest.raises(TypeError, match=r"GemmTable\.seconds: takes m, n, k, in this order or by name"):
+            table.seconds(*values, **named)

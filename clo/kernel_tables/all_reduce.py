@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar
 
-from numpy.typing import ArrayLike
 from pydantic import Field
 
-from clo.kernel_tables.table import BYTES_PER_VALUE, Axis, Floats, KernelTable
+from clo.kernel_tables.table import BYTES_PER_VALUE, Axis, KernelTable
 
 
 class AllReduceTable(KernelTable):
@@ -23,15 +22,6 @@ class AllReduceTable(KernelTable):
     num_gpus: Axis
     num_values: Axis
     over_host_link: bool = Field(default=False, description="whether the GPUs reach each other by the host link only")
-
-    @overload
-    def seconds(self, num_gpus: float, num_values: float) -> float: ...
-    @overload
-    def seconds(self, num_gpus: ArrayLike, num_values: ArrayLike) -> Floats: ...
-    def seconds(self, num_gpus: ArrayLike, num_values: ArrayLike) -> float | Floats:
-        """Seconds; arguments broadcast, scalars give a float. Raises `ValueError` for sizes that are not positive."""
-        result: float | Floats = self.seconds_at(num_gpus, num_values)
-        return result
 
     def roofline_seconds(self, num_gpus: Any, num_values: Any) -> Any:
         """What was there is read once, the sum is written once; links between GPUs are not in the datasheet's rates."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import ArrayLike
 from pydantic import Field, NonNegativeInt, PositiveFloat
 
-from clo.kernel_tables.table import BYTES_PER_VALUE, Axis, Floats, KernelTable
+from clo.kernel_tables.table import BYTES_PER_VALUE, Axis, KernelTable
 
 _KV_BYTES = "of a cached value, 2 or 1: fp8 caches, for arithmetic in bfloat16"
 
@@ -31,31 +30,6 @@ class DecodeAttentionTable(KernelTable):
     kv_bytes: PositiveFloat = Field(default=2.0, description=_KV_BYTES)
     measured_head_dim: tuple[int, ...] = Field(default=(), description="the others were scaled along the roofline")
     min_query_heads_per_kv_head: NonNegativeInt = Field(default=1, description="of the fitted points")
-
-    @overload
-    def seconds(
-        self, batch: float, kv_tokens: float, num_query_heads: float, num_kv_heads: float, head_dim: float
-    ) -> float: ...
-    @overload
-    def seconds(
-        self,
-        batch: ArrayLike,
-        kv_tokens: ArrayLike,
-        num_query_heads: ArrayLike,
-        num_kv_heads: ArrayLike,
-        head_dim: ArrayLike,
-    ) -> Floats: ...
-    def seconds(
-        self,
-        batch: ArrayLike,
-        kv_tokens: ArrayLike,
-        num_query_heads: ArrayLike,
-        num_kv_heads: ArrayLike,
-        head_dim: ArrayLike,
-    ) -> float | Floats:
-        """Seconds; arguments broadcast, scalars give a float. Raises `ValueError` for sizes that are not positive."""
-        result: float | Floats = self.seconds_at(batch, num_query_heads, num_kv_heads, head_dim, kv_tokens)
-        return result
 
     def roofline_seconds(
         self, batch: Any, num_query_heads: Any, num_kv_heads: Any, head_dim: Any, kv_tokens: Any
@@ -81,15 +55,6 @@ class LatentAttentionTable(KernelTable):
     num_query_heads: Axis
     kv_tokens: Axis
     kv_bytes: PositiveFloat = Field(default=2.0, description=_KV_BYTES)
-
-    @overload
-    def seconds(self, batch: float, num_query_heads: float, kv_tokens: float) -> float: ...
-    @overload
-    def seconds(self, batch: ArrayLike, num_query_heads: ArrayLike, kv_tokens: ArrayLike) -> Floats: ...
-    def seconds(self, batch: ArrayLike, num_query_heads: ArrayLike, kv_tokens: ArrayLike) -> float | Floats:
-        """Seconds; arguments broadcast, scalars give a float. Raises `ValueError` for sizes that are not positive."""
-        result: float | Floats = self.seconds_at(batch, num_query_heads, kv_tokens)
-        return result
 
     def roofline_seconds(self, batch: Any, num_query_heads: Any, kv_tokens: Any) -> Any:
         """`max(bytes / HBM bandwidth, flops / peak)`: vectors read once, queries read, outputs written."""

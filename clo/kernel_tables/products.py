@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import ArrayLike
 from pydantic import Field, PositiveFloat
 
-from clo.kernel_tables.table import BYTES_PER_VALUE, Axis, Floats, KernelTable
+from clo.kernel_tables.table import BYTES_PER_VALUE, Axis, KernelTable
 
 _WEIGHT_BYTES = "of a weight, 2 or 1: fp8 kernels do twice the arithmetic in the same time"
 
@@ -27,15 +26,6 @@ class GemmTable(KernelTable):
     n: Axis
     k: Axis
     weight_bytes: PositiveFloat = Field(default=2.0, description=_WEIGHT_BYTES)
-
-    @overload
-    def seconds(self, m: float, n: float, k: float) -> float: ...
-    @overload
-    def seconds(self, m: ArrayLike, n: ArrayLike, k: ArrayLike) -> Floats: ...
-    def seconds(self, m: ArrayLike, n: ArrayLike, k: ArrayLike) -> float | Floats:
-        """Seconds; arguments broadcast, scalars give a float. Raises `ValueError` for sizes that are not positive."""
-        result: float | Floats = self.seconds_at(m, n, k)
-        return result
 
     def roofline_seconds(self, m: Any, n: Any, k: Any) -> Any:
         """`max(bytes / HBM bandwidth, flops / peak)` with every matrix moved once."""
@@ -57,15 +47,6 @@ class ExpertsTable(KernelTable):
     rows: Axis
     weight_bytes: PositiveFloat = Field(default=2.0, description=_WEIGHT_BYTES)
 
-    @overload
-    def seconds(self, weight_values: float, rows: float) -> float: ...
-    @overload
-    def seconds(self, weight_values: ArrayLike, rows: ArrayLike) -> Floats: ...
-    def seconds(self, weight_values: ArrayLike, rows: ArrayLike) -> float | Floats:
-        """Seconds; arguments broadcast, scalars give a float. Raises `ValueError` for sizes that are not positive."""
-        result: float | Floats = self.seconds_at(weight_values, rows)
-        return result
-
     def roofline_seconds(self, weight_values: Any, rows: Any) -> Any:
         """`max(bytes / HBM bandwidth, flops / peak)` with every weight used read once."""
         num_bytes = self.weight_bytes * weight_values
@@ -84,15 +65,6 @@ class LatentMapTable(KernelTable):
 
     rows: Axis
     num_heads: Axis
-
-    @overload
-    def seconds(self, rows: float, num_heads: float) -> float: ...
-    @overload
-    def seconds(self, rows: ArrayLike, num_heads: ArrayLike) -> Floats: ...
-    def seconds(self, rows: ArrayLike, num_heads: ArrayLike) -> float | Floats:
-        """Seconds; arguments broadcast, scalars give a float. Raises `ValueError` for sizes that are not positive."""
-        result: float | Floats = self.seconds_at(rows, num_heads)
-        return result
 
     def roofline_seconds(self, rows: Any, num_heads: Any) -> Any:
         """`max(bytes / HBM bandwidth, flops / peak)` with every matrix moved once."""

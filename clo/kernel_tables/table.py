@@ -15,7 +15,7 @@ import math
 import zlib
 from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Self
 
@@ -161,15 +161,28 @@ class KernelTable(Spec):
         """Places in `ARGUMENTS` of those of which more never take less time."""
         return tuple(axis for axis, name in enumerate(cls.ARGUMENTS) if name not in cls.MAY_FALL)
 
-    def seconds_at(self, *values: Any) -> Any:
-        """Seconds at `values`, one for each of `ARGUMENTS`: a float for numbers. `ValueError` unless positive."""
-        if all(isinstance(value, int | float | np.integer | np.floating) for value in values):
-            _check_positive(self.ARGUMENTS, values)
-            return self._extrapolate(math.exp(self._grid.at_point(values)), values)
-        arrays = [np.asarray(value, dtype=np.float64) for value in values]
+    def seconds(self, *values: Any, **named: Any) -> Any:
+        """Seconds at `values`, one for each of `ARGUMENTS` in that order, or by name: a float for numbers.
+
+        Arrays broadcast. Raises `ValueError` for sizes that are not positive and finite, `TypeError` for others than
+        those of this table.
+        """
+        sizes = self._ordered(values, named)
+        if all(isinstance(size, int | float | np.integer | np.floating) for size in sizes):
+            _check_positive(self.ARGUMENTS, sizes)
+            return self._extrapolate(math.exp(self._grid.at_point(sizes)), sizes)
+        arrays = [np.asarray(size, dtype=np.float64) for size in sizes]
         _check_positive(self.ARGUMENTS, arrays)
         seconds = self._extrapolate(np.exp(self._grid.at_points(arrays)), arrays)
         return float(seconds) if np.ndim(seconds) == 0 else seconds
+
+    def _ordered(self, values: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
+        if named and not values and named.keys() == set(self.ARGUMENTS):
+            return tuple(named[name] for name in self.ARGUMENTS)
+        if named or len(values) != len(self.ARGUMENTS):
+            names = ", ".join(self.ARGUMENTS)
+            raise TypeError(f"{type(self).__name__}.seconds: takes {names}, in this order or by name")
+        return values
 
     def _extrapolate(self, seconds: Any, values: Sequence[Any]) -> Any:
         growth: Any = 1.0

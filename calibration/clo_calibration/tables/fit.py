@@ -266,7 +266,7 @@ def _table(kind: type[Table], grid: Grid, fields: dict[str, Any]) -> tuple[Table
 
 
 def _report(kind: type[KernelTable], table: Any, plain: Floats, train: Samples, test: Samples) -> FitReport:
-    predicted = table.seconds(**dict(zip(kind.ARGUMENTS, test.points.T, strict=True)))
+    predicted = table.seconds(*test.points.T)
     median, p90 = abs_relative_errors(predicted, test.seconds)
     baseline_median, baseline_p90 = abs_relative_errors(np.exp(plain), test.seconds)
     return FitReport(
