@@ -71,6 +71,21 @@ class StreamCost(Cost):
     efficiency: PositiveFloat = Field(le=1.0, description="share of the datasheet HBM bandwidth")
 
 
+class ArithmeticCost(Cost):
+    """A kernel bound by arithmetic: `flops / (efficiency * datasheet rate)`."""
+
+    efficiency: PositiveFloat = Field(le=1.0, description="share of the datasheet bf16 rate")
+
+
+PREFILL_ATTENTION = ArithmeticCost(
+    source=Source.LITERATURE,
+    note="causal prefill attention: FlashAttention-2 reports 50 to 73% on A100, FlashAttention-3 up to 75% on H100",
+    efficiency=0.6,
+    spread=0.12,
+)
+"""Where nobody measured it. Its spread is that of shares of 0.5 to 0.75, all as likely."""
+
+
 class CopyCost(Cost):
     """A copy engine: `latency_s + pieces * piece_bytes / min(link, rate(piece_bytes))`.
 
@@ -179,6 +194,8 @@ class Profile(Spec):
     doorbell: FixedCost
     ready_flag: FixedCost
     interference: InterferenceCost
+    prefill_attention: ArithmeticCost = PREFILL_ATTENTION
+    prefill_latent_attention: ArithmeticCost = PREFILL_ATTENTION
 
     @field_validator("schema_version")
     @classmethod

@@ -26,7 +26,7 @@ from clo.specs import Design, LatentSpec, ModelSpec, Workload, model_from_hf_con
 from clo.table_prices import TablePrices
 from clo_sim.run import simulate
 from clo_sim.scene import Scene
-from clo_sim.serving.prefill import ATTENTION_EFFICIENCY, prefill_prices
+from clo_sim.serving.prefill import prefill_prices
 from clo_sim.stand_in import TrafficSource
 
 LATENT = {"kv_rank": 4, "rope_dim": 2, "nope_dim": 3, "value_dim": 5, "query_rank": 6}
@@ -322,7 +322,8 @@ class TestPrefill:
         assert longer == pytest.approx(27 * (after - before), rel=1e-6, abs=2e-9)
         # scores and sums over keys of 192 and values of 128; every chunk makes those of all tokens before it
         flops = 27 * (2 * 16 * (192 + 128) + 2 * 16 * 512 * (128 + 128) / tokens)
-        assert found.pair_ns == pytest.approx(1e9 * flops / (ATTENTION_EFFICIENCY * 989e12))
+        efficiency = scene.profile.prefill_latent_attention.efficiency  # type: ignore[union-attr]
+        assert found.pair_ns == pytest.approx(1e9 * flops / (efficiency * 989e12))
 
     def test_keys_and_values_of_new_tokens_are_made(self) -> None:
         scene, design = scene_of(), presets.load_design("clo")

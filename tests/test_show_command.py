@@ -47,7 +47,8 @@ class TestShow:
         assert "log_latency" not in json.dumps(costs)  # packed tables say nothing to a reader
         assert costs["gemm"]["source"] == "aiconfigurator"
         assert costs["zero_copy"]["source"] == "assumed"
-        assert sum(costs["sources"].values()) == 30
+        known = [cost for cost in costs.values() if isinstance(cost, dict) and "source" in cost]
+        assert sum(costs["sources"].values()) == len(known) > 25
 
 
 def test_a_trace_is_a_preset_or_a_file(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from clo.files import write_text
 from clo.profile import Profile
 from clo_calibration.tables.fit import fit_tables
 from clo_calibration.tables.measurements import GPUS
+from clo_calibration.tables.prefill import prefill_costs
 
 CARRIED_OVER = {"gh200": "h200"}
 """GPUs that nobody measured, with costs of their own, by the one whose kernel times they borrow."""
@@ -39,6 +40,7 @@ def build_profile(gpu: str, data_root: Path | None = None) -> Profile:
         date=date.today().isoformat(),
         note=NOTE,
         **fitted.tables,
+        **prefill_costs(CARRIED_OVER.get(gpu, gpu), data_root),
         **_costs(gpu),
     )
 

@@ -18,6 +18,7 @@ from toy_service import toy_costs
 import clo_sim
 from clo import presets
 from clo.errors import SpecError
+from clo.profile import PREFILL_ATTENTION
 from clo_cli.fleet_prices import Priced
 from clo_cli.serve_tables import print_service
 from clo_sim.intervals import CostDraw, interval_of
@@ -32,7 +33,6 @@ from clo_sim.serving import (
     summarise_service,
     worker_costs,
 )
-from clo_sim.serving import prefill as prefill_module
 from clo_sim.serving.intervals import drawn_fleet, fleet_with_intervals, numbers, of_counts, with_intervals
 from clo_sim.serving.metrics import known_spread_share
 from clo_sim.serving.plan import Fleet, alone_values, attempt, smallest_fleet
@@ -56,16 +56,16 @@ class Constant(CostDraw):
 
 
 class KnownLonger(CostDraw):
-    """What has a spread, or only one entry of it, is longer by a thousandth."""
+    """What has a spread, or only some entries of it, is longer by a thousandth."""
 
     BY = 1e-3
 
-    def __init__(self, only: str = "") -> None:
+    def __init__(self, *only: str) -> None:
         super().__init__(np.random.default_rng(0))
         self._only = only
 
     def factor(self, entry: str, spread: float) -> float:
-        return 1 + self.BY if spread and self._only in ("", entry) else 1.0
+        return 1 + self.BY if spread and (not self._only or entry in self._only) else 1.0
 
 
 def growth(load: RequestTrace, costs: WorkerCosts, longer: KnownLonger) -> float:
@@ -81,7 +81,9 @@ def without_spread(scene: Scene) -> Scene:
     tables = gpu_tables(scene.profile, "test")
     exact: dict[str, Any] = {"p90_abs_relative_error": 0.0}
     gemm, attention = tables.gemm.model_copy(update=exact), tables.decode_attention.model_copy(update=exact)
-    return replace(scene, profile=tables.model_copy(update={"gemm": gemm, "decode_attention": attention}))
+    prefill = tables.prefill_attention.model_copy(update={"spread": 0.0})
+    changes = {"gemm": gemm, "decode_attention": attention, "prefill_attention": prefill}
+    return replace(scene, profile=tables.model_copy(update=changes))
 
 
 def costs_of(trace: RequestTrace, scene: Scene = SCENE, design: str = "resident") -> WorkerCosts:
@@ -126,14 +128,18 @@ class TestDraws:
         assert logs.var() == pytest.approx(variance, rel=0.05)
         assert logs.mean() == pytest.approx(-variance / 2, abs=4 * math.sqrt(variance / 20_000))
 
-    def test_prefill_attention_varies_as_its_literature_does(self) -> None:
-        """Equally likely shares of the datasheet rate between 0.5 and 0.75: standard deviation over mean."""
+    def test_prefill_attention_varies_as_it_was_measured(self) -> None:
         base, source = costs_of(LOAD).prefill.pair_ns, np.random.default_rng(2)
+        spread = gpu_tables(SCENE.profile, "test").prefill_attention.spread
         logs = []
         for _ in range(400):
             drawn = prefill_prices(SCENE, RESIDENT, chunk_tokens=1, keeps_prefixes=False, draw=CostDraw(source))
             logs.append(math.log(drawn.pair_ns / base))
-        assert np.std(logs) == pytest.approx(0.25 / math.sqrt(12) / 0.625, rel=0.12)
+        assert np.std(logs) == pytest.approx(spread, rel=0.12)
+
+    def test_where_nobody_measured_it_as_shares_of_the_literature_do(self) -> None:
+        """Equally likely shares of the datasheet rate between 0.5 and 0.75: standard deviation over mean."""
+        assert PREFILL_ATTENTION.spread == pytest.approx(0.25 / math.sqrt(12) / 0.625, rel=0.05)
 
     def test_prefixes_chunks_and_executor_stay_as_they_were(self) -> None:
         base = worker_costs(SCENE, RESIDENT, LOAD, chunk_tokens=512, keeps_prefixes=True, executor="simpy")
@@ -194,14 +200,15 @@ class TestServices:
             assert share is not None
             assert (share > 0.5) == (scene is SCENE)
 
-    def test_the_measured_share_of_prompts_is_that_of_their_gemms(self) -> None:
+    def test_the_measured_share_of_prompts_is_that_of_their_gemms_and_attention(self) -> None:
         load = generate("fixed", rate_per_s=0.05, num_requests=6, lengths=[(8192, 1)])
         base = costs_of(load)
         result = summarise_service(serve(load, base, ServiceSettings()), with_measured_share=True)
-        assert result.measured_share == pytest.approx(growth(load, base, KnownLonger("Gemm")), abs=0.01)
+        assert result.measured_share == pytest.approx(
+            growth(load, base, KnownLonger("Gemm", "prefill_attention")), abs=0.01
+        )
 
-    def test_no_spread_gives_points(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(prefill_module, "ATTENTION_SPREAD", 0.0)
+    def test_no_spread_gives_points(self) -> None:
         run = serve(LOAD, costs_of(LOAD, without_spread(SCENE)), ServiceSettings())
         result = summarise_service(run)
         told: list[tuple[int, int]] = []
@@ -258,8 +265,7 @@ class TestServices:
         assert "unstable to" not in capsys.readouterr().out
         assert all(math.isfinite(end) for end in found.intervals["completed_per_s"])
 
-    def test_draws_are_served_as_the_run_was(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(prefill_module, "ATTENTION_SPREAD", 0.0)
+    def test_draws_are_served_as_the_run_was(self) -> None:
         load = generate("fixed", rate_per_s=20.0, num_requests=12, lengths=[(4096, 8)])
         settings_ = ServiceSettings(gpus=2, max_batch=2, routing="round_robin", pressure="queue")
         run = serve(load, costs_of(load, without_spread(SCENE)), settings_)

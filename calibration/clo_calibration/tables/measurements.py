@@ -87,6 +87,26 @@ def read_decode_attention(gpu: str, data_root: Path | None = None, *, cache: Cac
     return decode_attention_samples(columns, cache)
 
 
+def read_prefill_attention(gpu: str, data_root: Path | None = None, head_dim: int = 128) -> Samples:
+    """Measured bfloat16 attention of vLLM over whole prompts: points are (batch, query heads, prompt tokens).
+
+    Of several numbers of KV heads the fastest counts.
+    """
+    columns = _read(_newest(gpu, "attention", data_root) / "context_attention_perf.parquet")
+    chosen = (columns["attn_dtype"] == "bfloat16") & (columns["kv_cache_dtype"] == "bfloat16")
+    chosen &= (columns["head_dim"] == head_dim) & (columns["step"] == 0)
+    if "window_size" in columns:
+        chosen &= columns["window_size"] == 0
+    return _samples(columns, chosen, [columns[name] for name in ("batch_size", "num_heads", "isl")])
+
+
+def read_prefill_latent_attention(gpu: str, data_root: Path | None = None) -> Samples:
+    """Measured bfloat16 latent attention of TensorRT-LLM over whole prompts, with keys and values made before."""
+    columns = _read(_newest(gpu, "mla", data_root, "trtllm") / "context_mla_perf.parquet")
+    chosen = (columns["mla_dtype"] == "bfloat16") & (columns["kv_cache_dtype"] == "bfloat16") & (columns["step"] == 0)
+    return _samples(columns, chosen, [columns[name] for name in ("batch_size", "num_heads", "isl")], "trtllm")
+
+
 def read_all_reduce(gpu: str, data_root: Path | None = None) -> Samples:
     """Measured bfloat16 all-reduces of vLLM: points are (num_gpus, num_values)."""
     columns = _read(_newest(gpu, "comm", data_root) / "custom_allreduce_perf.parquet")

@@ -275,12 +275,15 @@ def _mean_context(tallies: list[Tally]) -> float:
 
 
 def _measured_share(run: ServiceRun, tallies: list[Tally]) -> float | None:
-    """Share of busy time whose costs were measured: GEMMs of prefill, and decode as at its mean batch and context."""
+    """Share of busy time whose costs were measured: GEMMs and attention of prefill, and decode as at its mean batch and
+    context."""
     prices = run.costs.decode_prices
     if prices is None:
         return None
     in_tables = run.costs.prefill.table_share if prices.kernels_measured else 0.0
-    return _share(tallies, in_tables * _total(tallies, "dense_prefill_ns"), prices.measured_share)
+    attention_ns = _total(tallies, "computed_prefill_ns") - _total(tallies, "computed_dense_ns")
+    measured_ns = in_tables * _total(tallies, "dense_prefill_ns") + run.costs.prefill.attention_measured * attention_ns
+    return _share(tallies, measured_ns, prices.measured_share)
 
 
 def known_spread_share(run: ServiceRun) -> float | None:

@@ -4,9 +4,9 @@ A simplification, with these parts:
 
 - dense layers: the profile's tables of GEMMs and experts at as many rows as the chunk has tokens (measured, or carried
   over to this GPU), the bytes of norms and activations over device memory, and all-reduces where GPUs share the model;
-- attention: 4 x query heads x head_dim flops for each pair of a new token and one before it, at `ATTENTION_EFFICIENCY`
-  of the datasheet rate (no table of measured prefill attention is used); in windowed layers, for each pair in a window;
-  with latent attention every chunk makes the keys and values of all tokens before it anew, at that efficiency;
+- attention: 4 x query heads x head_dim flops for each pair of a new token and one before it, at the share of the
+  datasheet rate that the profile's `prefill_attention` says; in windowed layers, for each pair in a window;
+  with latent attention every chunk makes the keys and values of all tokens before it anew, at such a share, too;
   where GPUs attend for sequences of their own, a chunk's tokens are taken to be dealt out to them evenly;
 - link: offloaded layers read the prompt's earlier KV back from the host, layer by layer, chunk after chunk; what the
   prefix cache holds of the layers on the GPU comes once; new KV goes out. Both directions are taken to overlap with
@@ -24,8 +24,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clo.kernel_scaling import measured_on
 from clo.plan import pinned_heads, sparse_layers
 from clo.pricing import Pricer
+from clo.profile import ArithmeticCost
 from clo.schedule.decode import BEST_TOKEN_VALUES
 from clo.schedule.ops import experts_work
 from clo.schedule.work import AllReduce, Gemm, Work
@@ -34,15 +36,6 @@ from clo.table_prices import TablePrices
 from clo_sim.intervals import CostDraw
 from clo_sim.scene import Scene, gpu_tables
 from clo_sim.serving.requests import NS_PER_S
-
-ATTENTION_EFFICIENCY = 0.6
-"""Share of the dense bf16 rate that causal prefill attention reaches.
-
-FlashAttention-2 reports 50 to 73% on A100, FlashAttention-3 up to 75% on H100 (literature, not measured here).
-"""
-ATTENTION_SPREAD = 0.12
-"""Relative standard deviation of that share: of 0.5 to 0.75, all as likely."""
-
 
 Floats = NDArray[np.float64]
 
@@ -55,11 +48,13 @@ class PrefillPrices:
     `window_tokens` costs `window_share` of that again, in the others; `in_ns` is for a token read back by the offloaded
     layers, `cached_in_ns` for a token of a prefix hit that the other layers load; `out_ns` for a new token that leaves.
     `table_share` is that of GEMMs, experts and all-reduces, which measured tables price, in the dense layers of a full
-    chunk, `known_share` that of costs with a known spread.
+    chunk, `known_share` that of costs with a known spread; `attention_measured` says whether attention was measured on
+    this GPU.
     """
 
     dense_ns: Sequence[int]
     table_share: float = 1.0
+    attention_measured: bool = False
     known_share: float = 1.0
     head_ns: int = 0
     pair_ns: float = 0.0
@@ -125,13 +120,11 @@ def prefill_prices(
     share = 1.0 / scene.machine.num_owners
     offloaded = sparse * model.layer_token_bytes * (1 - pinned)
     leaving = model.kv_bytes_per_token if keeps_prefixes else sparse * model.layer_token_bytes
-    attention = 1.0 if draw is None else draw.factor("prefill_attention", ATTENTION_SPREAD)
-    pair_s = (
-        share
-        * attention
-        * _pair_flops(model, chunk_tokens)
-        / (ATTENTION_EFFICIENCY * scene.machine.gpu.peak_flops_per_s)
-    )
+    entry = "prefill_attention" if model.latent is None else "prefill_latent_attention"
+    cost: ArithmeticCost = getattr(pricer.profile, entry)
+    attention = 1.0 if draw is None else draw.factor(entry, cost.spread)
+    flops_per_s = cost.efficiency * scene.machine.gpu.peak_flops_per_s
+    pair_s = share * attention * _pair_flops(model, chunk_tokens) / flops_per_s
     windowed = len(model.windowed_layers)
     head, sharing = Gemm(m=1, n=model.vocab_size, k=model.hidden_size), scene.machine.tensor_parallel
     tables, small = (
@@ -146,6 +139,7 @@ def prefill_prices(
     return PrefillPrices(
         dense_ns=_whole_ns(np.array(factors) @ parts),
         table_share=float(shares[:-1].sum()),
+        attention_measured=cost.source.is_measured and measured_on(pricer.profile.gemm, scene.machine.gpu),
         known_share=float(sum(share for share, (_, spread) in zip(shares, errors, strict=True) if spread)),
         head_ns=round((factors[0] * pricer.tables.seconds(head) + best) * NS_PER_S),
         pair_ns=(model.num_layers - windowed) * pair_s * NS_PER_S,
