@@ -7,7 +7,7 @@ are. Knows nothing about designs.
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -15,24 +15,41 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from clo.engine.prefill import query_length
 from clo.errors import EngineError, SpecError
 
-if TYPE_CHECKING:
-    from clo.engine.hf import OffloadedCache
+
+class Owner(Protocol):
+    """The cache that has these layers."""
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the prompt is complete."""
+
+    def check_open(self) -> None:
+        """Raises `EngineError` once it is closed."""
+
+    def arrived(self, layer: int) -> None:
+        """Layer `layer` has the new tokens."""
+
+    def take(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """New tokens of each sequence, `[batch, kv_heads, tokens, head_dim]`, while decoding."""
+
+    def decoded_length(self) -> int:
+        """Tokens in it while decoding."""
 
 
 class _Owned:
-    """What every layer of an `OffloadedCache` refuses."""
+    """What every layer refuses."""
 
     is_croppable = False
     keys: Any
     values: Any
 
-    def belong(self, cache: OffloadedCache, index: int) -> None:
+    def belong(self, cache: Owner, index: int) -> None:
         """To be layer `index` of `cache`."""
         # the cache owns its layers: the other way round it would live until a garbage collection
         self._owner, self._index = weakref.ref(cache), index
 
     @property
-    def _cache(self) -> OffloadedCache:
+    def _cache(self) -> Owner:
         cache = self._owner()
         assert cache is not None, "a layer does not outlive its cache"
         return cache
