@@ -186,8 +186,14 @@ class TestStep:
         works = main_works(scene, tiny_design(4, prefetch_depth=1), 0)
         assert works["latent_proj"] == Gemm(3, 2 * 6 + 6, 4)
         assert works["query_proj"] == Gemm(3, 2 * 2 * (3 + 2), 6)
-        assert works["map_queries"] == LatentMap(6, 2, 3, 4)
+        assert works["map_queries"] == LatentMap(3, 2 * 2, 3, 4)
         assert works["map_outputs"] == LatentMap(3, 2, 5, 4)
+
+    def test_the_maps_of_a_predicted_layer_are_weights_that_are_read(self) -> None:
+        scene = tiny_scene(random_trace(0), batch=3, model=latent_model(num_layers=3), profile=latent_profile())
+        ahead = main_works(scene, tiny_design(4, prefetch_depth=1), 0)["map_queries"]
+        alone = main_works(scene, tiny_design(4), 0)["map_queries"]
+        assert hbm_bytes(ahead, NO_TRAFFIC) == 2 * hbm_bytes(alone, NO_TRAFFIC)
 
     def test_a_step_takes_its_operations_by_hand(self) -> None:
         scene = tiny_scene(random_trace(0), model=latent_model(), profile=latent_profile())
