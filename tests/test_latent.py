@@ -215,6 +215,13 @@ class TestStep:
         attention = 4 * 27 * 16384 * 16 * 2 * (576 + 512)
         assert roof.compute_s == pytest.approx((4 * 2 * LITE.token_weight_values + attention) / 989e12)
 
+    def test_the_roofline_multiplies_by_maps_in_bf16(self) -> None:
+        wide, narrow = (LITE.with_fields(weight_bytes_per_value=width) for width in (2.0, 1.0))
+        bf16, fp8 = (simulate(scene_of(each), "resident", executor="clock").roofline for each in (wide, narrow))
+        maps, head = 27 * 16 * 512 * (128 + 128), 102400 * 2048
+        halved = LITE.token_weight_values - maps - head
+        assert (bf16.compute_s - fp8.compute_s) * 989e12 == pytest.approx(4 * halved)
+
     def test_pages_hold_vectors(self) -> None:
         plan = scene_of().plan(presets.load_design("clo"))
         assert plan.page_bytes == 16 * 576 * 2
