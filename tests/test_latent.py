@@ -263,6 +263,12 @@ class TestPrices:
             with pytest.raises(SpecError, match=rf"model\.latent: profile h200 has no times of {what}$"):
                 simulate(replace(scene, profile=bare), "resident")
 
+    @pytest.mark.parametrize(("width", "whose"), [(2.0, "sglang"), (1.0, "trtllm")])
+    def test_results_say_whose_kernels_these_are(self, width: float, whose: str) -> None:
+        model = LITE.with_fields(kv_bytes_per_value=width)
+        notes = simulate(scene_of(model), "resident", executor="clock").assumptions
+        assert sum(note.startswith(f"latent attention was timed with kernels of {whose} ") for note in notes) == 1
+
     def test_on_another_gpu_they_are_carried_over(self) -> None:
         result = simulate(scene_of(machine="gh200"), "resident")
         assert result.ops["attention"].source == "assumed"
@@ -308,6 +314,15 @@ class TestSharing:
         scene = scene_of()
         shared = replace(scene, machine=scene.machine.with_fields(tensor_parallel=4))
         assert any("vectors of latent attention whole" in note for note in simulate(shared, "clo").assumptions)
+
+    @pytest.mark.parametrize(("fraction", "kept"), [(0.125, "not pinned"), (0.75, "pinned whole")])
+    def test_a_part_of_one_vector_cannot_be_pinned(self, fraction: float, kept: str) -> None:
+        design = presets.load_design("clo").with_fields(pinned_head_fraction=fraction)
+        note = f"pinned_head_fraction = {fraction:g}: all heads share one vector, which is {kept}"
+        assert note in simulate(scene_of(), design, executor="clock").assumptions
+        for all_or_none in (0.0, 1.0):
+            plain = simulate(scene_of(), design.with_fields(pinned_head_fraction=all_or_none), executor="clock")
+            assert not any("pinned_head_fraction" in one for one in plain.assumptions)
 
     def test_a_models_own_trace_is_of_all_its_heads(self) -> None:
         trace = random_trace(0, heads=1)
