@@ -387,6 +387,8 @@ class TestConfigs:
         ("changes", "problem"),
         [
             ({"model_type": "deepseek_v32"}, "kv_lora_rank = 512: latent attention of model_type = 'deepseek_v32' is"),
+            ({"kv_lora_rank": None}, "model_type = 'deepseek_v3': latent attention needs kv_lora_rank"),
+            ({"index_topk": 2048}, "index_topk = 2048: an indexer of its own is not modelled"),
             ({"v_head_dim": None}, "no field 'v_head_dim': latent attention needs it"),
             ({"kv_lora_rank": "512"}, "kv_lora_rank = '512': must be a whole number"),
             ({"moe_layer_freq": 2}, "moe_layer_freq = 2: every layer after the first must have experts"),
@@ -396,6 +398,16 @@ class TestConfigs:
     def test_what_is_not_known_is_refused(self, tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
         with pytest.raises(SpecError, match=problem):
             self.read(tmp_path, self.DEEPSEEK | changes)
+
+    @pytest.mark.parametrize("field", ["kv_lora_rank", "q_lora_rank", "n_routed_experts", "qk_nope_head_dim"])
+    def test_what_is_not_said_is_not_guessed(self, tmp_path: Path, field: str) -> None:
+        with pytest.raises(SpecError, match=field):
+            self.read(tmp_path, {name: value for name, value in self.DEEPSEEK.items() if name != field})
+
+    def test_queries_from_the_hidden_state(self, tmp_path: Path) -> None:
+        latent = self.read(tmp_path, self.DEEPSEEK | {"q_lora_rank": None}).latent
+        assert latent is not None
+        assert latent.query_rank == 0
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
