@@ -56,6 +56,13 @@ class TestParts:
         whole, parts = (one.with_fields(weight_bytes_per_value=2.0).weight_bytes / 2 for one in (model, part))
         assert gpus * parts - whole == pytest.approx((gpus - 1) * alike)
 
+    def test_where_weights_do_not_fit_the_refusal_says_which_are_whole(self) -> None:
+        scene = clo_sim.make_scene("llama-3-70b", "l40s", context_tokens=8192, batch=4)
+        assert make_plan(scene.model, shared(scene, 4).machine, presets.load_design("clo"), scene.workload)
+        problem = r"does not fit 4 GPUs, with attention's weights whole on each \(machine.attention_by = heads shares"
+        with pytest.raises(SpecError, match=problem):
+            make_plan(scene.model, dealt(scene, 4).machine, presets.load_design("clo"), scene.workload)
+
     def test_heads_need_not_divide(self) -> None:
         assert MODEL.shard(3, whole_attention=True).num_kv_heads == 8
 
