@@ -241,10 +241,12 @@ def _room(model: ModelSpec, machine: MachineSpec, kv_memory_bytes: float | None)
         count = machine.tensor_parallel
         gpus, each = (f"{count} GPUs", " on each") if count > 1 else ("one GPU", "")
         more = f": simulated, up to {MOST_GPUS} may share it (machine.tensor_parallel)" if count < MOST_GPUS else ""
+        whole = ", with attention's weights whole on each (machine.attention_by = heads shares those too)"
         raise SpecError(
             f"model {model.name}: weights take {format_bytes(model.weight_bytes)}{each} and the reserve "
             f"{format_bytes(machine.reserve_bytes)}, but {machine.name} has {format_bytes(machine.gpu.memory_bytes)} "
-            f"of device memory (machine.gpu.memory_bytes): this model does not fit {gpus}{more}"
+            f"of device memory (machine.gpu.memory_bytes): this model does not fit {gpus}"
+            f"{whole if machine.deals_sequences else ''}{more}"
         )
     return free if kv_memory_bytes is None else min(free, kv_memory_bytes)
 

@@ -58,8 +58,13 @@ class TablePrices:
         return self.latent_map if isinstance(work, LatentMap) else self.decode_attention(work.kv_bytes_per_value)
 
     def measured_here(self, work: Timed) -> bool:
-        """Whether the table of `work` was measured on this machine's GPU."""
-        return measured_on(self.table(work), self.machine.gpu)
+        """Whether the table of `work` was measured on this machine's GPU, and over caches of its width."""
+        table = self.table(work)
+        if isinstance(work, DecodeAttention | LatentAttention):
+            assert isinstance(table, DecodeAttentionTable | LatentAttentionTable)
+            if work.kv_bytes_per_value != table.kv_bytes:
+                return False
+        return measured_on(table, self.machine.gpu)
 
     def gemm(self, fp8: bool) -> GemmTable:
         """Times of GEMMs; those of bf16 weights where there are none of fp8."""

@@ -84,9 +84,11 @@ class TestStep:
         [("llama-3-8b", "a100", 1.0), ("deepseek-v2-lite", "l40s", 1.0), ("llama-3-8b", "h200", 0.5)],
     )
     def test_what_was_not_timed_is_said(self, model: str, machine: str, width: float) -> None:
-        notes = simulate(scene_of(model, machine, width), "resident").assumptions
+        result = simulate(scene_of(model, machine, width), "resident")
         expected = f"attention over a cache of {width:g} bytes a value takes as long as over as many bytes of bf16"
-        assert expected in notes
+        assert expected in result.assumptions
+        assert result.ops["attention"].source == "assumed"
+        assert result.ops["out_proj"].source == "aiconfigurator"
 
     def test_a_bf16_cache_is_what_tables_hold(self) -> None:
         assert not any("a cache of" in note for note in simulate(scene_of("llama-3-8b", width=2.0), "clo").assumptions)

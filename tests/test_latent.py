@@ -186,8 +186,14 @@ class TestStep:
         works = main_works(scene, tiny_design(4, prefetch_depth=1), 0)
         assert works["latent_proj"] == Gemm(3, 2 * 6 + 6, 4)
         assert works["query_proj"] == Gemm(3, 2 * 2 * (3 + 2), 6)
-        assert works["map_queries"] == LatentMap(6, 2, 3, 4)
+        assert works["map_queries"] == LatentMap(3, 2 * 2, 3, 4)
         assert works["map_outputs"] == LatentMap(3, 2, 5, 4)
+
+    def test_the_maps_of_a_predicted_layer_are_weights_that_are_read(self) -> None:
+        scene = tiny_scene(random_trace(0), batch=3, model=latent_model(num_layers=3), profile=latent_profile())
+        ahead = main_works(scene, tiny_design(4, prefetch_depth=1), 0)["map_queries"]
+        alone = main_works(scene, tiny_design(4), 0)["map_queries"]
+        assert hbm_bytes(ahead, NO_TRAFFIC) == 2 * hbm_bytes(alone, NO_TRAFFIC)
 
     def test_a_step_takes_its_operations_by_hand(self) -> None:
         scene = tiny_scene(random_trace(0), model=latent_model(), profile=latent_profile())
@@ -208,6 +214,13 @@ class TestStep:
         assert roof.hbm_bytes == pytest.approx(LITE.step_weight_bytes(4) + attended)
         attention = 4 * 27 * 16384 * 16 * 2 * (576 + 512)
         assert roof.compute_s == pytest.approx((4 * 2 * LITE.token_weight_values + attention) / 989e12)
+
+    def test_the_roofline_multiplies_by_maps_in_bf16(self) -> None:
+        wide, narrow = (LITE.with_fields(weight_bytes_per_value=width) for width in (2.0, 1.0))
+        bf16, fp8 = (simulate(scene_of(each), "resident", executor="clock").roofline for each in (wide, narrow))
+        maps, head = 27 * 16 * 512 * (128 + 128), 102400 * 2048
+        halved = LITE.token_weight_values - maps - head
+        assert (bf16.compute_s - fp8.compute_s) * 989e12 == pytest.approx(4 * halved)
 
     def test_pages_hold_vectors(self) -> None:
         plan = scene_of().plan(presets.load_design("clo"))
@@ -249,6 +262,12 @@ class TestPrices:
             bare = scene.profile.model_copy(update={field: None})
             with pytest.raises(SpecError, match=rf"model\.latent: profile h200 has no times of {what}$"):
                 simulate(replace(scene, profile=bare), "resident")
+
+    @pytest.mark.parametrize(("width", "whose"), [(2.0, "sglang"), (1.0, "trtllm")])
+    def test_results_say_whose_kernels_these_are(self, width: float, whose: str) -> None:
+        model = LITE.with_fields(kv_bytes_per_value=width)
+        notes = simulate(scene_of(model), "resident", executor="clock").assumptions
+        assert sum(note.startswith(f"latent attention was timed with kernels of {whose} ") for note in notes) == 1
 
     def test_on_another_gpu_they_are_carried_over(self) -> None:
         result = simulate(scene_of(machine="gh200"), "resident")
@@ -295,6 +314,15 @@ class TestSharing:
         scene = scene_of()
         shared = replace(scene, machine=scene.machine.with_fields(tensor_parallel=4))
         assert any("vectors of latent attention whole" in note for note in simulate(shared, "clo").assumptions)
+
+    @pytest.mark.parametrize(("fraction", "kept"), [(0.125, "not pinned"), (0.75, "pinned whole")])
+    def test_a_part_of_one_vector_cannot_be_pinned(self, fraction: float, kept: str) -> None:
+        design = presets.load_design("clo").with_fields(pinned_head_fraction=fraction)
+        note = f"pinned_head_fraction = {fraction:g}: all heads share one vector, which is {kept}"
+        assert note in simulate(scene_of(), design, executor="clock").assumptions
+        for all_or_none in (0.0, 1.0):
+            plain = simulate(scene_of(), design.with_fields(pinned_head_fraction=all_or_none), executor="clock")
+            assert not any("pinned_head_fraction" in one for one in plain.assumptions)
 
     def test_a_models_own_trace_is_of_all_its_heads(self) -> None:
         trace = random_trace(0, heads=1)
@@ -360,6 +388,8 @@ class TestConfigs:
         ("changes", "problem"),
         [
             ({"model_type": "deepseek_v32"}, "kv_lora_rank = 512: latent attention of model_type = 'deepseek_v32' is"),
+            ({"kv_lora_rank": None}, "model_type = 'deepseek_v3': latent attention needs kv_lora_rank"),
+            ({"index_topk": 2048}, "index_topk = 2048: an indexer of its own is not modelled"),
             ({"v_head_dim": None}, "no field 'v_head_dim': latent attention needs it"),
             ({"kv_lora_rank": "512"}, "kv_lora_rank = '512': must be a whole number"),
             ({"moe_layer_freq": 2}, "moe_layer_freq = 2: every layer after the first must have experts"),
@@ -369,6 +399,16 @@ class TestConfigs:
     def test_what_is_not_known_is_refused(self, tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
         with pytest.raises(SpecError, match=problem):
             self.read(tmp_path, self.DEEPSEEK | changes)
+
+    @pytest.mark.parametrize("field", ["kv_lora_rank", "q_lora_rank", "n_routed_experts", "qk_nope_head_dim"])
+    def test_what_is_not_said_is_not_guessed(self, tmp_path: Path, field: str) -> None:
+        with pytest.raises(SpecError, match=field):
+            self.read(tmp_path, {name: value for name, value in self.DEEPSEEK.items() if name != field})
+
+    def test_queries_from_the_hidden_state(self, tmp_path: Path) -> None:
+        latent = self.read(tmp_path, self.DEEPSEEK | {"q_lora_rank": None}).latent
+        assert latent is not None
+        assert latent.query_rank == 0
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")

@@ -23,6 +23,7 @@ from clo.specs import Workload
 from clo_sim.run import simulate
 from clo_sim.scene import Scene
 from clo_sim.serving import ServiceSettings, generate, serve, summarise_service, worker_costs
+from clo_sim.serving.decode import DecodePrices
 from clo_sim.serving.memory import MemoryRoom, memory_need, memory_room
 from clo_sim.serving.prefill import prefill_prices
 
@@ -54,6 +55,13 @@ class TestParts:
         alike = attention + router
         whole, parts = (one.with_fields(weight_bytes_per_value=2.0).weight_bytes / 2 for one in (model, part))
         assert gpus * parts - whole == pytest.approx((gpus - 1) * alike)
+
+    def test_where_weights_do_not_fit_the_refusal_says_which_are_whole(self) -> None:
+        scene = clo_sim.make_scene("llama-3-70b", "l40s", context_tokens=8192, batch=4)
+        assert make_plan(scene.model, shared(scene, 4).machine, presets.load_design("clo"), scene.workload)
+        problem = r"does not fit 4 GPUs, with attention's weights whole on each \(machine.attention_by = heads shares"
+        with pytest.raises(SpecError, match=problem):
+            make_plan(scene.model, dealt(scene, 4).machine, presets.load_design("clo"), scene.workload)
 
     def test_heads_need_not_divide(self) -> None:
         assert MODEL.shard(3, whole_attention=True).num_kv_heads == 8
@@ -168,6 +176,21 @@ class TestServices:
         part = replace(scene, model=MODEL.shard(4, whole_attention=True), machine=whole_scene().machine)
         gemms = prefill_prices(part, design, chunk_tokens=512, keeps_prefixes=True)
         assert prices.dense_ns[512] < gemms.dense_ns[512]
+
+    @pytest.mark.parametrize("batch", [3, 6, 9, 12])
+    @pytest.mark.parametrize("name", ["resident", "clo"])
+    def test_steps_between_priced_batches_take_what_the_fullest_gpu_does(self, name: str, batch: int) -> None:
+        prices = DecodePrices(dealt(whole_scene(), 8), presets.load_design(name), max_context=65536)
+        joined = prices.clock(batch).total(30000, 1) / 1e9
+        assert joined == pytest.approx(prices.seconds(batch, 30000), rel=0.02)
+
+    def test_contexts_are_priced_up_to_what_one_gpu_holds(self) -> None:
+        scene = replace(dealt(whole_scene(), 8), kv_memory_bytes=4e9)
+        prices = DecodePrices(scene, presets.load_design("resident"), max_context=131072)
+        longest = {batch: max(prices._nodes(batch)) for batch in (1, 8, 16)}
+        per_token = MODEL.kv_bytes_per_token
+        assert longest[1] == longest[8] == pytest.approx(4e9 / per_token, rel=0.01)
+        assert longest[16] == pytest.approx(2e9 / per_token, rel=0.01)
 
     def test_a_service_runs(self) -> None:
         scene = dealt(whole_scene(), 4)

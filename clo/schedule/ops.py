@@ -97,7 +97,9 @@ class StepOps:
         rows = sequences * (1 + predicted_layers)
         norms = StreamKernel("elementwise", 2 * 2.0 * (rows * latent.query_rank + sequences * latent.kv_rank))
         norm = Op("latent_norm", layer, Part.MODEL, norms)
-        return (first, norm, *others, self._map("map_queries", layer, rows, latent.nope_dim))
+        # a predicted layer maps its queries with weights of its own: as more heads, not as more rows of the same
+        heads = model.num_query_heads * (1 + predicted_layers)
+        return (first, norm, *others, self._map("map_queries", layer, heads, latent.nope_dim))
 
     def to_hidden(self, layer: int) -> tuple[Op, ...]:
         """Attention output projection; with latent attention after the map from the vectors' space to the values'."""
@@ -105,7 +107,7 @@ class StepOps:
         out = self._projection(model.out_projection, layer)
         if model.latent is None:
             return (out,)
-        return (self._map("map_outputs", layer, self.plan.sequences, model.latent.value_dim), out)
+        return (self._map("map_outputs", layer, model.num_query_heads, model.latent.value_dim), out)
 
     def append_kv(self, layer: int) -> Op:
         """Rotary embedding, the new token into the window, the index entry of a page that fills up.
@@ -276,10 +278,10 @@ class StepOps:
         narrow = self.plan.model.has_fp8_weights
         return Op(product.name, layer, Part.MODEL, Gemm(self.plan.sequences, product.n, product.k, narrow))
 
-    def _map(self, name: str, layer: int, rows: int, head_dim: int) -> Op:
-        model = self.plan.model
-        assert model.latent is not None
-        return Op(name, layer, Part.MODEL, LatentMap(rows, model.num_query_heads, head_dim, model.latent.kv_rank))
+    def _map(self, name: str, layer: int, num_heads: int, head_dim: int) -> Op:
+        latent = self.plan.model.latent
+        assert latent is not None
+        return Op(name, layer, Part.MODEL, LatentMap(self.plan.sequences, num_heads, head_dim, latent.kv_rank))
 
     def _attention(self, name: str, layer: int, kv_tokens: int, kv_heads: int) -> Op:
         model, sequences = self.plan.model, self.plan.sequences

@@ -106,15 +106,20 @@ _LATENT_FIELDS = {
 
 
 def _other_latent(config: dict[str, Any]) -> str:
-    """What about latent attention is beyond a `ModelSpec`."""
+    """What about latent attention is beyond a `ModelSpec`, or not said."""
+    kind = config.get("model_type")
     if not config.get("kv_lora_rank"):
-        return ""
-    if config.get("model_type") not in _WITH_LATENT:
+        return f"model_type = {kind!r}: latent attention needs kv_lora_rank" if kind in _WITH_LATENT else ""
+    if kind not in _WITH_LATENT:
         known = ", ".join(_WITH_LATENT)
         return (
-            f"kv_lora_rank = {config['kv_lora_rank']!r}: latent attention of model_type = "
-            f"{config.get('model_type')!r} is not known (known: {known})"
+            f"kv_lora_rank = {config['kv_lora_rank']!r}: latent attention of model_type = {kind!r} is not known "
+            f"(known: {known})"
         )
+    if config.get("index_topk"):
+        return f"index_topk = {config['index_topk']!r}: an indexer of its own is not modelled"
+    if "q_lora_rank" not in config:
+        return "no field 'q_lora_rank': latent attention needs it (null: queries from the hidden state)"
     missing = [theirs for theirs in _LATENT_FIELDS.values() if config.get(theirs) is None]
     return f"no field {missing[0]!r}: latent attention needs it" if missing else ""
 
@@ -139,7 +144,8 @@ def _has_fp8_weights(config: dict[str, Any]) -> bool:
 def _other_experts(config: dict[str, Any]) -> str:
     field, kind = _experts_field(config), config.get("model_type")
     if field is None:
-        return ""
+        unsaid = kind in _WITH_EXPERTS and not any(name in config for name in _EXPERTS)
+        return f"model_type = {kind!r}: no field says how many experts ({', '.join(_EXPERTS)})" if unsaid else ""
     if kind not in _WITH_EXPERTS:
         known = ", ".join(_WITH_EXPERTS)
         return f"{field} = {config[field]!r}: experts of model_type = {kind!r} are not known (known: {known})"

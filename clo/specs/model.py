@@ -256,7 +256,7 @@ class ModelSpec(Spec):
         if dealt % parts:
             raise SpecError(
                 f"machine.tensor_parallel = {num_gpus}: the {dealt} {kind} heads of {self.name} cannot be "
-                "dealt out evenly to so many GPUs"
+                "dealt out evenly to so many GPUs: deal out sequences instead (machine.attention_by = sequences)"
             )
         return self.with_fields(
             num_query_heads=self.num_query_heads // parts,

@@ -22,7 +22,7 @@ def assumptions_of(scene: Scene, plan: DecodePlan, priced: PricedStep) -> tuple[
     """What traffic and kernel times take for granted, a line each."""
     about = (_table_notes, _weight_notes, _cache_notes, _experts_notes, _latent_notes)
     tables = [note for notes in about for note in notes(scene)]
-    return (*priced.traffic.assumptions, *tables, *_sharing_notes(scene, plan))
+    return (*priced.traffic.assumptions, *tables, *_sharing_notes(scene, plan), *_pinning_notes(scene, plan))
 
 
 def _experts_notes(scene: Scene) -> tuple[str, ...]:
@@ -63,14 +63,22 @@ def _sharing_notes(scene: Scene, plan: DecodePlan) -> tuple[str, ...]:
             f"each GPU attends for {plan.sequences} sequences; handing out and collecting hidden states take as long "
             "as all-reduces of them"
         )
-    parts = plan.kv_heads_of_all // plan.model.num_kv_heads
-    if parts * plan.pinned_heads_per_layer != pinned_heads(scene.model, plan.design):
-        pinned = f"{plan.pinned_heads_per_layer} of {plan.model.num_kv_heads} KV heads"
-        notes.append(f"pinned_head_fraction = {plan.design.pinned_head_fraction:g}: {pinned} on each GPU")
     table = None if isinstance(scene.profile, OperationProfile) else scene.profile.all_reduce
     if table is not None and not measured_on(table, scene.machine.gpu):
         notes.append(f"an all-reduce takes as long as between {table.device} GPUs")
     return tuple(notes)
+
+
+def _pinning_notes(scene: Scene, plan: DecodePlan) -> tuple[str, ...]:
+    """Heads are pinned whole: where a part of a model has few, that is another share than was asked for."""
+    fraction, pinned = plan.design.pinned_head_fraction, plan.pinned_heads_per_layer
+    if scene.model.latent is not None:
+        kept = "pinned whole" if pinned else "not pinned"
+        between = plan.design.offloads and 0.0 < fraction < 1.0
+        return (f"pinned_head_fraction = {fraction:g}: all heads share one vector, which is {kept}",) if between else ()
+    if plan.kv_heads_of_all // plan.model.num_kv_heads * pinned == pinned_heads(scene.model, plan.design):
+        return ()
+    return (f"pinned_head_fraction = {fraction:g}: {pinned} of {plan.model.num_kv_heads} KV heads on each GPU",)
 
 
 def _table_notes(scene: Scene) -> tuple[str, ...]:
@@ -94,11 +102,15 @@ def _cache_notes(scene: Scene) -> tuple[str, ...]:
 
 
 def _latent_notes(scene: Scene) -> tuple[str, ...]:
-    """No model with latent attention was recorded, and not every width of it was timed."""
-    latent = scene.model.latent
-    if latent is None:
+    """Who timed latent attention, and that not every width of it was."""
+    latent, profile = scene.model.latent, scene.profile
+    if latent is None or isinstance(profile, OperationProfile):
         return ()
     notes = []
+    table = TablePrices(profile, scene.machine).latent_attention(scene.model.kv_bytes_per_value)
+    if table.framework_version != profile.gemm.framework_version:
+        whose = f"{table.framework_version}, GEMMs with {profile.gemm.framework_version}"
+        notes.append(f"latent attention was timed with kernels of {whose}")
     if scene.machine.tensor_parallel > 1 and not scene.machine.deals_sequences:
         notes.append("every GPU keeps, and fetches, the vectors of latent attention whole: all heads need them")
     widths = (latent.kv_rank, latent.vector_dim, latent.nope_dim, latent.value_dim)

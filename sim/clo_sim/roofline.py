@@ -60,9 +60,13 @@ def _attended_tokens(plan: DecodePlan) -> list[float]:
 
 
 def _bf16_flops(plan: DecodePlan) -> float:
-    """Arithmetic of a step; what runs with fp8 weights takes half the time and counts half."""
+    """Arithmetic of a step; what runs with fp8 weights takes half the time and counts half.
+
+    The maps of latent attention stay in bf16.
+    """
     model, narrow = plan.model, 0.5 if plan.model.has_fp8_weights else 1.0
-    head, before = model.vocab_size * model.hidden_size, model.num_layers * model.attention_weight_values
-    others = head + narrow * (model.token_weight_values - head - before)
+    head, around = model.vocab_size * model.hidden_size, model.num_layers * model.attention_weight_values
+    maps = 0 if model.latent is None else model.num_layers * model.latent.map_values(model.num_query_heads)
+    others = head + narrow * (model.token_weight_values - head - around)
     attention = sum(_attended_tokens(plan)) * plan.model.group_size * plan.model.attention_flops
-    return 2 * plan.workload.batch * others + plan.sequences * (2 * narrow * before + attention)
+    return 2 * plan.workload.batch * others + plan.sequences * (2 * (narrow * (around - maps) + maps) + attention)

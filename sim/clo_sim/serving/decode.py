@@ -4,7 +4,8 @@ Knows nothing about requests. A batch of unequal contexts is priced as one of eq
 take the memory that the batch leaves, so more sequences mean smaller caches and more misses, as the design has it.
 
 Every priced batch size has a column of prices over contexts, up to the longest that memory holds. Between two columns,
-points with equal tokens in all are joined: caches are then as full, and what steps read grows alike.
+points with equal tokens on a GPU are joined: caches are then as full, and what steps read grows alike. Of GPUs with
+sequences of their own a step waits for the fullest.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class DecodePrices:
             raise SpecError(f"max_batch: no step of {batch} sequences is priced, at most {BATCHES[-1]}")
         shift = max(SMALLEST_BUCKET, (self.max_context // BUCKETS).bit_length())
         middles = ((np.arange((self.max_context >> shift) + 1) << shift) + (1 << shift) / 2).astype(np.float64)
-        tokens = batch * middles
+        tokens = self._sequences(batch) * middles
         seconds = self._at_tokens(BATCHES[high], tokens)
         if BATCHES[high] != batch:
             low = BATCHES[high - 1]
@@ -137,22 +138,27 @@ class DecodePrices:
         return StepClock.of(np.rint(seconds * NS_PER_S).astype(np.int64).tolist(), shift=shift)
 
     def _at_tokens(self, batch: int, tokens: Floats) -> Floats:
-        """Step times of a priced batch size that holds so many tokens in all."""
+        """Step times of a priced batch size of which a GPU holds so many tokens."""
         if batch not in self._columns:
             start = time.process_time()
             contexts = self._nodes(batch)
             self._columns[batch] = contexts, np.array([self.seconds(batch, context) for context in contexts])
             self.cpu_s += time.process_time() - start
-        return np.asarray(np.interp(tokens / batch, *self._columns[batch]))
+        return np.asarray(np.interp(tokens / self._sequences(batch), *self._columns[batch]))
+
+    def _sequences(self, batch: int) -> int:
+        """Those of a batch that a GPU has; where GPUs have sequences of their own, the fullest."""
+        return -(-batch // self.scene.machine.num_owners)
 
     def _nodes(self, batch: int) -> list[int]:
         """Contexts to price: powers of two up to the longest that the trace, the model and memory allow."""
         longest = min(2 * self.max_context, self.scene.model.max_positions)
-        need, room = self._need, self._room
+        need, room, sequences = self._need, self._room, self._sequences(batch)
         if need.device_per_token:
-            longest = min(longest, (room.device // batch - need.device_base) // need.device_per_token)
+            left = room.device // sequences - need.owners * need.device_base
+            longest = min(longest, left // (need.owners * need.device_per_token))
         if need.host_per_token:
-            longest = min(longest, room.host // batch // need.host_per_token)
+            longest = min(longest, room.host // sequences // (need.owners * need.host_per_token))
         # close to the limit caches are small, and times rise ever faster
         steep = [round(share * longest) for share in (0.75, 0.9)] if longest < self.max_context else []
         return sorted({*_context_nodes(max(longest, SHORTEST)), *(one for one in steep if one > SHORTEST)})
