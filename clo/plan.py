@@ -63,7 +63,7 @@ class DecodePlan:
     @property
     def sequences(self) -> int:
         """Sequences that this GPU attends for, and whose KV it keeps."""
-        return sequences_of(self.machine, self.workload)
+        return self.machine.own_sequences(self.workload.batch)
 
     @property
     def kv_heads_of_all(self) -> int:
@@ -170,11 +170,11 @@ def make_plan(
     `SpecError` that says what is needed, what there is, and which field to change.
     """
     _check_context(model, workload)
-    model, sequences = part_of(model, machine), sequences_of(machine, workload)
+    model, sequences = part_of(model, machine), machine.own_sequences(workload.batch)
     budget = _budget_pages(design, workload)
     pinned = pinned_heads(model, design)
     room = _room(model, machine, kv_memory_bytes)
-    fixed = _fixed_memory(model, machine, design, workload, sequences, pinned)
+    fixed = _fixed_memory(model, machine, design, workload, pinned)
     room -= fixed.kv
     page_row_bytes = _slot_row_bytes(model, design, sequences, pinned)
     slots = _slot_pages(design, workload, budget, room, page_row_bytes)
@@ -225,11 +225,6 @@ def part_of(model: ModelSpec, machine: MachineSpec) -> ModelSpec:
     return model.shard(machine.tensor_parallel, whole_attention=machine.deals_sequences)
 
 
-def sequences_of(machine: MachineSpec, workload: Workload) -> int:
-    """Sequences that a GPU attends for, and whose KV it keeps; of GPUs with sequences of their own, the fullest."""
-    return math.ceil(workload.batch / machine.num_owners)
-
-
 def kv_room(model: ModelSpec, machine: MachineSpec, kv_memory_bytes: float | None = None) -> float:
     """Device bytes that weights and reserve leave for KV on a GPU, at most `kv_memory_bytes`. `SpecError` if none."""
     return _room(part_of(model, machine), machine, kv_memory_bytes)
@@ -252,11 +247,12 @@ def _room(model: ModelSpec, machine: MachineSpec, kv_memory_bytes: float | None)
 
 
 def _fixed_memory(
-    model: ModelSpec, machine: MachineSpec, design: Design, workload: Workload, sequences: int, pinned: int
+    model: ModelSpec, machine: MachineSpec, design: Design, workload: Workload, pinned: int
 ) -> DeviceMemory:
     sparse, windowed = len(sparse_layers(model, design)), len(model.windowed_layers)
     in_windows = windowed * min(workload.context_tokens, model.window_tokens or 0)
     kept_tokens = (model.num_layers - sparse - windowed) * workload.context_tokens + in_windows
+    sequences = machine.own_sequences(workload.batch)
     layer_bytes = sequences * workload.context_tokens * model.layer_token_bytes
     window = min(workload.context_tokens, design.num_sink_tokens + design.recent_window_tokens + design.page_size)
     offloaded_heads = sparse * (model.num_kv_heads - pinned) * sequences

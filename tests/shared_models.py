@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from clo import presets
 from clo.kernel_tables import AllReduceTable
 from clo.profile import Profile
+from clo.results import Result
+from clo_sim.run import simulate
 from clo_sim.scene import Scene
 
 
@@ -25,3 +28,10 @@ def with_all_reduce(profile: Any, seconds: float, **fields: Any) -> Profile:
     table = AllReduceTable.from_latencies(np.full((2, 2), seconds), **axes, **rates, **fields)
     changed: Profile = profile.model_copy(update={"all_reduce": table})
     return changed
+
+
+def free_and_paid(scene: Scene, seconds: float) -> list[Result]:
+    """Steps without transfers whose all-reduces take nothing, and `seconds` each."""
+    design = presets.load_design("resident").with_fields(sync="graph")
+    profiles = (with_all_reduce(scene.profile, each) for each in (1e-30, seconds))
+    return [simulate(replace(scene, profile=profile), design, executor="clock") for profile in profiles]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shared_models import shared, with_all_reduce
+from shared_models import free_and_paid, shared, with_all_reduce
 
 import clo_sim
 from clo import presets
@@ -128,12 +128,8 @@ class TestStep:
 
     @given(st.floats(1e-6, 1e-3), st.sampled_from([2, 4, 8]))
     def test_without_transfers_a_step_is_longer_by_its_all_reduces(self, seconds: float, gpus: int) -> None:
-        scene, count = whole_scene(), 2 * MODEL.num_layers + 3
-        design = presets.load_design("resident").with_fields(sync="graph")
-        free, paid = (
-            simulate(dealt(scene, gpus, with_all_reduce(scene.profile, each)), design, executor="clock")
-            for each in (1e-30, seconds)
-        )
+        count = 2 * MODEL.num_layers + 3
+        free, paid = free_and_paid(dealt(whole_scene(), gpus), seconds)
         assert paid.tpot_s - free.tpot_s == pytest.approx(count * seconds, rel=1e-6)
 
     def test_the_roofline_counts_a_gpus_part(self) -> None:

@@ -163,25 +163,25 @@ def _experts_field(config: dict[str, Any]) -> str | None:
     return next((field for field in _EXPERTS if config.get(field) not in (None, 0, 1)), None)
 
 
-_WITH_WINDOWS = ("gemma2", "gemma3_text", "gpt_oss", "ministral", "olmo3", "qwen2", "qwen3")
+WITH_WINDOWS = ("gemma2", "gemma3_text", "gpt_oss", "ministral", "olmo3", "qwen2", "qwen3")
 """Kinds of model whose windowed layers differ from the others in nothing but the window."""
 
 
 def _other_windows(config: dict[str, Any]) -> str:
     """What about layers that keep less than the whole context is beyond a `ModelSpec`."""
     kinds, window = config.get("layer_types") or [], config.get("sliding_window")
-    others = sorted({str(kind) for kind in kinds} - {"full_attention", _WINDOWED})
+    others = sorted({str(kind) for kind in kinds} - {"full_attention", WINDOWED})
     if others:
-        return f"layer_types: {', '.join(others)} is not modelled, full_attention and {_WINDOWED} only"
+        return f"layer_types: {', '.join(others)} is not modelled, full_attention and {WINDOWED} only"
     if not kinds:
         # Qwen's configs name a window that is off unless it is switched on
         in_use = config.get("use_sliding_window", not str(config.get("model_type", "")).startswith("qwen"))
         limits = in_use and _limits(window, config)
         return f"sliding_window = {window}: which layers have it is not said (layer_types)" if limits else ""
-    if _WINDOWED not in kinds:
+    if WINDOWED not in kinds:
         return ""
-    if config.get("model_type") not in _WITH_WINDOWS:
-        known = ", ".join(_WITH_WINDOWS)
+    if config.get("model_type") not in WITH_WINDOWS:
+        known = ", ".join(WITH_WINDOWS)
         return f"layer_types: windows of model_type = {config.get('model_type')!r} are not known (known: {known})"
     if not isinstance(window, int):
         return f"sliding_window = {window!r}: layer_types needs a number of tokens"
@@ -190,7 +190,7 @@ def _other_windows(config: dict[str, Any]) -> str:
     return ""
 
 
-_WINDOWED = "sliding_attention"
+WINDOWED = "sliding_attention"
 
 
 def _limits(window: Any, config: dict[str, Any]) -> bool:
@@ -199,7 +199,7 @@ def _limits(window: Any, config: dict[str, Any]) -> bool:
 
 
 def _windows(config: dict[str, Any]) -> dict[str, Any]:
-    places = [layer for layer, kind in enumerate(config.get("layer_types") or []) if kind == _WINDOWED]
+    places = [layer for layer, kind in enumerate(config.get("layer_types") or []) if kind == WINDOWED]
     window = config.get("sliding_window")
     return {"window_tokens": window, "windowed_layers": places} if places and _limits(window, config) else {}
 

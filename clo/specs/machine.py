@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -69,6 +70,10 @@ class MachineSpec(Spec):
     def num_owners(self) -> int:
         """GPUs that have sequences of their own: one, unless they deal them out."""
         return self.tensor_parallel if self.deals_sequences else 1
+
+    def own_sequences(self, batch: int) -> int:
+        """Sequences of a batch that a GPU attends for, and whose KV it keeps: of such GPUs those of the fullest."""
+        return math.ceil(batch / self.num_owners)
 
     @property
     def label(self) -> str:

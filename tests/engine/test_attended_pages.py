@@ -12,6 +12,7 @@ from clo import presets
 from clo.engine.decoder import Decoder
 from clo.engine.heads import HeadProfile
 from clo.engine.layers import OffloadedLayer
+from clo.engine.operations import Operations
 from clo.schedule.ops import Stage
 from clo.specs import Selector
 from clo_kernels.page_index import IndexKind, dequantized, differing_bits
@@ -40,6 +41,17 @@ def check_slots(decoder: Decoder) -> None:
                     assert torch.equal(layer.kv.slots[b, h, slot], layer.host_pages[b, page, h])
 
 
+def second_layer(decoder: Decoder, tokens: torch.Tensor) -> tuple[OffloadedLayer, Operations]:
+    """The first offloaded one, and its operations, once all tokens were decoded: a prompt of 90 and the others."""
+    decoder.prefill([tokens[:90]])
+    for token in tokens[90:]:
+        decoder.step(token[None])
+    layer, operations = decoder.layers[1], decoder._operations
+    assert isinstance(layer, OffloadedLayer)
+    assert operations is not None
+    return layer, operations
+
+
 class TestWhatIsAttended:
     @pytest.mark.parametrize("name", FETCHING)
     def test_every_attended_page_is_the_source_bit_for_bit(self, name: str) -> None:
@@ -57,12 +69,7 @@ class TestWhatIsAttended:
         model, tokens = small_model(), prompt(120)
         chosen = design(name, budget_pages=3)
         with Decoder(model, chosen, max_new_tokens=30) as decoder:
-            decoder.prefill([tokens[:90]])
-            for token in tokens[90:]:
-                decoder.step(token[None])
-            layer, operations = decoder.layers[1], decoder._operations
-            assert isinstance(layer, OffloadedLayer)
-            assert operations is not None
+            layer, operations = second_layer(decoder, tokens)
             query = operations._real[1][0]
             found = layer.attend(query[None], operations.lengths)[0]
             # layer 1 sees what full attention saw: the only layer before it is dense
@@ -76,12 +83,7 @@ class TestWhatIsAttended:
     def test_the_exact_selector_takes_the_pages_of_most_mass(self) -> None:
         model, tokens = small_model(), prompt(120)
         with Decoder(model, design("resolve", selector="exact", budget_pages=3), max_new_tokens=30) as decoder:
-            decoder.prefill([tokens[:90]])
-            for token in tokens[90:]:
-                decoder.step(token[None])
-            layer, operations = decoder.layers[1], decoder._operations
-            assert isinstance(layer, OffloadedLayer)
-            assert operations is not None
+            layer, operations = second_layer(decoder, tokens)
             keys = Sparse(small_model(), tokens).cache.layers[1].keys[0]
             start = (len(tokens) - WINDOW - 1) // PAGE * PAGE
             for head in range(2):
@@ -159,12 +161,7 @@ class TestPinnedHeads:
         chosen = design("resolve", budget_pages=1, pinned_head_fraction=0.5)
         heads = HeadProfile(pinned=tuple((1, 0) for _ in range(4)))
         with Decoder(model, chosen, max_new_tokens=30, heads=heads) as decoder:
-            decoder.prefill([tokens[:90]])
-            for token in tokens[90:]:
-                decoder.step(token[None])
-            layer, operations = decoder.layers[1], decoder._operations
-            assert isinstance(layer, OffloadedLayer)
-            assert operations is not None
+            layer, operations = second_layer(decoder, tokens)
             query = operations._real[1][0]
             found = layer.attend(query[None], operations.lengths)[0].double()
         whole = list(range(len(tokens) // PAGE))[1 : (len(tokens) - WINDOW - 1) // PAGE]

@@ -200,13 +200,18 @@ def has_own_multi_head_kernel(samples: Samples) -> bool:
     FlashAttention 2 in vLLM seems to split the KV cache over thread blocks only for grouped queries, so multi-head
     attention can be tens of times slower there. No table that grows with the query heads can hold both.
     """
+    ratios = multi_head_ratios(samples)
+    return bool(ratios) and float(np.quantile(ratios, 0.9)) > MULTI_HEAD_SLOWDOWN
+
+
+def multi_head_ratios(samples: Samples) -> list[float]:
+    """What one query head per KV head takes over what two take, wherever both were measured."""
     seconds = {tuple(point): value for point, value in zip(samples.points.tolist(), samples.seconds, strict=True)}
-    ratios = [
+    return [
         value / seconds[batch, 2 * heads, kv_heads, *rest]
         for (batch, heads, kv_heads, *rest), value in seconds.items()
         if heads == kv_heads and (batch, 2 * heads, kv_heads, *rest) in seconds
     ]
-    return bool(ratios) and float(np.quantile(ratios, 0.9)) > MULTI_HEAD_SLOWDOWN
 
 
 def _axes(samples: Samples) -> list[Floats]:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from clo.errors import SpecError
-
-KNOWN = ("gemma2", "gemma3_text", "gpt_oss", "ministral", "olmo3", "qwen2", "qwen3")
-"""Kinds of model whose windowed layers differ from the others in nothing but window and rotation."""
-WINDOWED = "sliding_attention"
+from clo.specs.hf_config import WINDOWED, WITH_WINDOWS
 
 
 def windows_of(config: Any) -> dict[str, Any]:
@@ -24,10 +21,10 @@ def windows_of(config: Any) -> dict[str, Any]:
             f"model {config.model_type}: every layer has a sliding window, of {window} tokens: such layers need no "
             "offloading"
         )
-    if config.model_type not in KNOWN:
+    if config.model_type not in WITH_WINDOWS:
         raise SpecError(
             f"model {config.model_type}: a sliding window of {window} tokens in layers {places[0]}, ...: windows of "
-            f"this kind of model are not known (known: {', '.join(KNOWN)})"
+            f"this kind of model are not known (known: {', '.join(WITH_WINDOWS)})"
         )
     return {"window_tokens": window, "windowed_layers": places}
 

@@ -129,7 +129,7 @@ class DecodePrices:
             raise SpecError(f"max_batch: no step of {batch} sequences is priced, at most {BATCHES[-1]}")
         shift = max(SMALLEST_BUCKET, (self.max_context // BUCKETS).bit_length())
         middles = ((np.arange((self.max_context >> shift) + 1) << shift) + (1 << shift) / 2).astype(np.float64)
-        tokens = self._sequences(batch) * middles
+        tokens = self.scene.machine.own_sequences(batch) * middles
         seconds = self._at_tokens(BATCHES[high], tokens)
         if BATCHES[high] != batch:
             low = BATCHES[high - 1]
@@ -144,16 +144,12 @@ class DecodePrices:
             contexts = self._nodes(batch)
             self._columns[batch] = contexts, np.array([self.seconds(batch, context) for context in contexts])
             self.cpu_s += time.process_time() - start
-        return np.asarray(np.interp(tokens / self._sequences(batch), *self._columns[batch]))
-
-    def _sequences(self, batch: int) -> int:
-        """Those of a batch that a GPU has; where GPUs have sequences of their own, the fullest."""
-        return -(-batch // self.scene.machine.num_owners)
+        return np.asarray(np.interp(tokens / self.scene.machine.own_sequences(batch), *self._columns[batch]))
 
     def _nodes(self, batch: int) -> list[int]:
         """Contexts to price: powers of two up to the longest that the trace, the model and memory allow."""
         longest = min(2 * self.max_context, self.scene.model.max_positions)
-        need, room, sequences = self._need, self._room, self._sequences(batch)
+        need, room, sequences = self._need, self._room, self.scene.machine.own_sequences(batch)
         if need.device_per_token:
             left = room.device // sequences - need.owners * need.device_base
             longest = min(longest, left // (need.owners * need.device_per_token))
