@@ -12,6 +12,7 @@ import triton.language as tl
 
 from clo_kernels import reference
 from clo_kernels.checks import FLOATS, check_host_tensor, check_tensor
+from clo_kernels.coded_rows import store_coded
 from clo_kernels.dispatch import on_device, runs_kernel
 from clo_kernels.index_codes import pack_4bit, sign_word
 from clo_kernels.layout import INT32, DeviceKV
@@ -30,6 +31,7 @@ def append_kv_kernel(
     pinned,
     pinned_row,
     host_pages,
+    host_steps,
     index,
     planes,
     num_kv_heads,
@@ -43,6 +45,7 @@ def append_kv_kernel(
     DIM_PAD: tl.constexpr,
     PAGE: tl.constexpr,
     KIND: tl.constexpr,
+    CODED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # sequence * num_kv_heads + KV head
@@ -74,12 +77,17 @@ def append_kv_kernel(
                 lane = start + tl.arange(0, BLOCK)
                 inside = (lane < PAGE)[:, None] & column[None, :]
                 at = (base + first + lane)[:, None] * DIM + dim[None, :]
-                to = (page * 2 * PAGE + lane)[:, None] * DIM + dim[None, :]
                 keys = tl.load(window + at, mask=inside, other=0.0)
-                tl.store(host_pages + to, keys, mask=inside)
                 values = tl.load(window + at + tl.cast(ring_tokens, tl.int64) * DIM, mask=inside, other=0.0)
-                tl.store(host_pages + to + PAGE * DIM, values, mask=inside)
                 exact = keys.to(tl.float32)
+                vector = page * 2 * PAGE + lane
+                if CODED:
+                    store_coded(host_pages, host_steps, vector, exact, lane < PAGE, DIM, DIM_PAD)
+                    store_coded(host_pages, host_steps, vector + PAGE, values.to(tl.float32), lane < PAGE, DIM, DIM_PAD)
+                else:
+                    to = vector[:, None] * DIM + dim[None, :]
+                    tl.store(host_pages + to, keys, mask=inside)
+                    tl.store(host_pages + to + PAGE * DIM, values, mask=inside)
                 if KIND == "key_4bit":
                     words, scales = pack_4bit(exact, inside, DIM_PAD)
                     word = tl.arange(0, DIM_PAD // 8)
@@ -128,16 +136,17 @@ def append_kv(
     """Store `key` and `value` [batch, num_kv_heads, head_dim] as token `lengths - 1` of each sequence.
 
     `lengths` is int32 [batch], the new token included; nothing happens where it is 0. `host_pages` [batch, num_pages,
-    num_kv_heads, 2, page_size, head_dim] is pinned (or on the device); `index` [batch, num_kv_heads, num_pages, *entry]
-    has one of the layouts in `page_index`, and `planes` are those of a sign hash. A pinned head's tokens go nowhere
-    else. A page or token beyond the room for it is dropped: the caller makes sure that sequences fit.
+    num_kv_heads, 2, page_size, head_dim] is pinned (or on the device), and coded where the slots are; `index` [batch,
+    num_kv_heads, num_pages, *entry] has one of the layouts in `page_index`, and `planes` are those of a sign hash. A
+    pinned head's tokens go nowhere else. A page or token beyond the room for it is dropped: the caller makes sure that
+    sequences fit.
     """
     kv.check(key.device, key.dtype)
-    batch, heads, _, _, page_size, head_dim = kv.slots.shape
+    (batch, heads), page_size, head_dim = kv.slots.shape[:2], kv.page_size, kv.head_dim
     check_tensor("key", key, (batch, heads, head_dim), FLOATS)
     check_tensor("value", value, (batch, heads, head_dim), key.dtype, key.device)
     check_tensor("lengths", lengths, (batch,), INT32, key.device)
-    check_tensor("host_pages", host_pages, (batch, -1, heads, 2, page_size, head_dim), key.dtype)
+    check_tensor("host_pages", host_pages, (batch, -1, heads, 2, page_size, kv.row_width), kv.slots.dtype)
     check_host_tensor("host_pages", host_pages, key.device)
     num_pages = host_pages.shape[1]
     kind = check_index(index, (batch, heads), head_dim, planes, key.device)
@@ -156,6 +165,7 @@ def append_kv(
                 kv.pinned,
                 kv.pinned_row,
                 host_pages,
+                host_pages.view(torch.float16) if kv.coded else host_pages,
                 index,
                 index if planes is None else planes,
                 heads,
@@ -169,6 +179,7 @@ def append_kv(
                 DIM_PAD=triton.next_power_of_2(head_dim),
                 PAGE=page_size,
                 KIND=str(kind),
+                CODED=kv.coded,
                 # a matrix product takes 16 rows
                 BLOCK=max(16 if planes is not None else 1, min(TOKEN_BLOCK, triton.next_power_of_2(page_size))),
                 num_warps=4,

@@ -6,7 +6,8 @@ A sequence of `length` tokens (the newest included) is in four places. Page p ho
 page_size). Tokens from `window_start(length)` on are in the window, a ring: token t at row t % W. The first tokens are
 also in the sinks. Pages that left the window are on the host, `host_pages` [B, P, H, 2, page_size, head_dim]. Pages 1
 to `window_start / page_size - 1` are the candidates of selection, and slots hold copies of some of those. A pinned head
-has all of its tokens on the device instead.
+has all of its tokens on the device instead. Pages on the host and in slots are both as computed, or both coded
+(`coded_pages`): then their rows are int8 and `coded_width(head_dim)` wide.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from clo_kernels.checks import FLOATS, check_head_dim, check_tensor, require
+from clo_kernels.coded_pages import CODE_DTYPE, coded_width
 
 NO_PAGE = -1
 """Pads lists of pages."""
@@ -91,14 +93,14 @@ class Resolved:
 
 @dataclass(frozen=True, slots=True)
 class DeviceKV:
-    """Keys (0) and values (1) of one layer on the device. One float dtype."""
+    """Keys (0) and values (1) of one layer on the device. One float dtype, but for coded slots."""
 
     sinks: torch.Tensor
     """[B, H, 2, num_sinks, head_dim]: the first tokens."""
     window: torch.Tensor
     """[B, H, 2, W, head_dim]: ring of the latest tokens."""
     slots: torch.Tensor
-    """[B, H, S, 2, page_size, head_dim]: fetched pages."""
+    """[B, H, S, 2, page_size, head_dim]: fetched pages; coded ones are int8 and [..., coded_width(head_dim)]."""
     pinned: torch.Tensor
     """[B, pinned heads, 2, max_tokens, head_dim]: all tokens of the pinned heads."""
     pinned_row: torch.Tensor
@@ -112,6 +114,21 @@ class DeviceKV:
         return int(self.slots.shape[4])
 
     @property
+    def head_dim(self) -> int:
+        """Values of a key."""
+        return int(self.window.shape[4])
+
+    @property
+    def coded(self) -> bool:
+        """Whether slots hold coded pages."""
+        return bool(self.slots.dtype == CODE_DTYPE)
+
+    @property
+    def row_width(self) -> int:
+        """Elements of a row of a page: of the cache's dtype, or bytes of a coded one."""
+        return int(self.slots.shape[5])
+
+    @property
     def ring_tokens(self) -> int:
         """Rows of the window ring, W."""
         return int(self.window.shape[3])
@@ -119,11 +136,13 @@ class DeviceKV:
     def check(self, device: torch.device, dtype: torch.dtype) -> None:
         """Raise `ValueError` unless the tensors agree with each other and with `device` and `dtype`."""
         require(dtype in FLOATS, f"dtype {dtype}, expected one of {FLOATS}")
-        check_tensor("slots", self.slots, (-1, -1, -1, 2, -1, -1), dtype, device)
-        batch, heads, _, _, page_size, head_dim = self.slots.shape
-        check_head_dim("slots", head_dim)
+        check_tensor("window", self.window, (-1, -1, 2, -1, -1), dtype, device)
+        batch, heads, _, _, head_dim = self.window.shape
+        check_head_dim("window", head_dim)
+        width = coded_width(head_dim) if self.coded else head_dim
+        check_tensor("slots", self.slots, (batch, heads, -1, 2, -1, width), CODE_DTYPE if self.coded else dtype, device)
+        page_size = self.page_size
         check_tensor("sinks", self.sinks, (batch, heads, 2, -1, head_dim), dtype, device)
-        check_tensor("window", self.window, (batch, heads, 2, -1, head_dim), dtype, device)
         check_tensor("pinned", self.pinned, (batch, -1, 2, -1, head_dim), dtype, device)
         check_tensor("pinned_row", self.pinned_row, (heads,), INT32, device)
         require(self.recent_tokens > 0, f"recent_tokens = {self.recent_tokens} must be positive")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from clo_kernels.coded_pages import decode, encode
 from clo_kernels.layout import INT32, NO_PAGE, NO_SLOT, DeviceKV, PageTable, Resolved, window_start
 from clo_kernels.page_index import check_index, page_index, token_products
 
@@ -130,6 +131,7 @@ def attended(kv: DeviceKV, sequence: int, head: int, selected: torch.Tensor, len
     start = window_start(length, kv.recent_tokens, kv.page_size)
     sinks = kv.sinks[sequence, head, :, :start]
     pages = kv.slots[sequence, head, selected[selected != NO_SLOT].long()]
+    pages = decode(pages, kv.window.dtype) if kv.coded else pages
     ring = torch.arange(start, length, device=kv.window.device) % kv.ring_tokens
     return torch.cat([sinks, pages.transpose(0, 1).flatten(1, 2), kv.window[sequence, head][:, ring]], 1)
 
@@ -199,7 +201,7 @@ def append_kv(
                 continue
             if moves:
                 page = kv.window[b, h].roll(-(leaving % kv.ring_tokens), 1)[:, :size]
-                host_pages[b, leaving // size, h] = page.to(host_pages.device)
+                host_pages[b, leaving // size, h] = (encode(page) if kv.coded else page).to(host_pages.device)
                 index[b, h, leaving // size] = page_index(page[0], kind, planes)
             kv.window[b, h, :, token % kv.ring_tokens] = new[b, h]
             if token < kv.sinks.shape[3]:

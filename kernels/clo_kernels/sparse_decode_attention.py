@@ -15,6 +15,7 @@ import triton.language as tl
 
 from clo_kernels import reference
 from clo_kernels.checks import FLOATS, check_tensor, group_size, require
+from clo_kernels.coded_rows import load_coded
 from clo_kernels.dispatch import INTERPRETED, on_device, runs_kernel
 from clo_kernels.layout import INT32, DeviceKV
 
@@ -30,12 +31,8 @@ TRITON_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.fl
 
 
 @triton.jit
-def _attend(query, keys, values, row, valid, dim, scale, peak, total, acc, DIM: tl.constexpr, DOT: tl.constexpr):
-    """One block of tokens, whose vectors start `row` elements into `keys` and `values`; scores are in powers of two."""
-    at = row[:, None] + dim[None, :]
-    inside = valid[:, None] & (dim < DIM)[None, :]
-    key = tl.load(keys + at, mask=inside, other=0.0).to(DOT)
-    value = tl.load(values + at, mask=inside, other=0.0).to(DOT)
+def _attend(query, key, value, valid, scale, peak, total, acc, DOT: tl.constexpr):
+    """One block of tokens, of which those that are not `valid` have no share; scores are in powers of two."""
     score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
     score = tl.where(valid[None, :], score, float("-inf"))
     higher = tl.maximum(peak, tl.max(score, 1))
@@ -52,6 +49,7 @@ def attend_split_kernel(
     sinks,
     window,
     slots,
+    slot_steps,
     pinned,
     pinned_row,
     selected,
@@ -73,6 +71,7 @@ def attend_split_kernel(
     DIM_PAD: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
+    CODED: tl.constexpr,
     DOT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # sequence * num_kv_heads + KV head
@@ -108,7 +107,22 @@ def attend_split_kernel(
     selected += row * num_selected
     entry = (split * BLOCK + lane) // PAGE
     next_slot = tl.load(selected + entry, mask=entry < num_listed, other=-1)
-    for block in range(split, last_block, num_splits):
+    first_block = split
+    plain = slots
+    if CODED:
+        for block in range(split, ring_block, num_splits):
+            slot = next_slot.to(tl.int64)
+            entry = ((block + num_splits) * BLOCK + lane) // PAGE
+            next_slot = tl.load(selected + entry, mask=entry < num_listed, other=-1)
+            valid = slot >= 0
+            vector = (row * num_slots + tl.where(valid, slot, 0)) * 2 * PAGE + (block * BLOCK + lane) % PAGE
+            key = load_coded(slots, slot_steps, vector, valid, DIM, DIM_PAD).to(DOT)
+            value = load_coded(slots, slot_steps, vector + PAGE, valid, DIM, DIM_PAD).to(DOT)
+            peak, total, acc = _attend(q, key, value, valid, scale, peak, total, acc, DOT)
+        # what is left is not coded: this program's blocks behind those of slots
+        first_block = split + tl.cdiv(tl.maximum(ring_block - split, 0), num_splits) * num_splits
+        plain = window
+    for block in range(first_block, last_block, num_splits):
         # slots are loaded a block ahead: keys and values of later blocks can then be under way
         slot = next_slot.to(tl.int64)
         entry = ((block + num_splits) * BLOCK + lane) // PAGE
@@ -119,15 +133,18 @@ def attend_split_kernel(
         token = (block - tl.where(of_sinks, sinks_block, tl.where(of_slots, 0, ring_block))) * BLOCK + lane
         turn = ring_first + token
         turn = tl.where(turn < ring_length, turn, turn - ring_length)
-        base = tl.where(of_slots, slots, tl.where(of_sinks, sinks, ring))
+        base = tl.where(of_slots, plain, tl.where(of_sinks, sinks, ring))
         # vectors of keys before those of values, and rows of keys and values before this one
         vectors = tl.where(of_slots, PAGE, tl.where(of_sinks, num_sinks, ring_length)).to(tl.int64)
         before = tl.where(of_slots, row * num_slots, tl.where(of_sinks, row, ring_row))
         vector = tl.where(of_slots, token % PAGE, tl.where(of_sinks, token, turn))
         valid = tl.where(of_slots, slot >= 0, token < tl.where(of_sinks, in_sinks, in_ring))
         at = ((before + tl.where(of_slots, slot, 0)) * 2 * vectors + vector) * DIM
-        values = base + vectors * DIM
-        peak, total, acc = _attend(q, base, values, at, valid, dim, scale, peak, total, acc, DIM, DOT)
+        place = at[:, None] + dim[None, :]
+        inside = valid[:, None] & (dim < DIM)[None, :]
+        key = tl.load(base + place, mask=inside, other=0.0).to(DOT)
+        value = tl.load(base + vectors * DIM + place, mask=inside, other=0.0).to(DOT)
+        peak, total, acc = _attend(q, key, value, valid, scale, peak, total, acc, DOT)
 
     some = total > 0
     scaled = acc / tl.where(some, total, 1.0)[:, None]
@@ -191,7 +208,7 @@ def sparse_decode_attention(
     """
     check_tensor("query", query, (-1, -1, -1), FLOATS)
     kv.check(query.device, query.dtype)
-    batch, heads, num_slots, _, page_size, head_dim = kv.slots.shape
+    (batch, heads, num_slots), page_size, head_dim = kv.slots.shape[:3], kv.page_size, kv.head_dim
     check_tensor("query", query, (batch, -1, head_dim), FLOATS)
     check_tensor("selected", selected, (batch, heads, -1), INT32, query.device)
     check_tensor("lengths", lengths, (batch,), INT32, query.device)
@@ -219,6 +236,7 @@ def sparse_decode_attention(
             kv.sinks,
             kv.window,
             kv.slots,
+            kv.slots.view(torch.float16) if kv.coded else kv.slots,
             kv.pinned,
             kv.pinned_row,
             selected,
@@ -240,6 +258,7 @@ def sparse_decode_attention(
             DIM_PAD=triton.next_power_of_2(head_dim),
             PAGE=page_size,
             BLOCK=block_tokens(query),
+            CODED=kv.coded,
             # the interpreter cannot multiply bfloat16 matrices
             DOT=tl.float32 if INTERPRETED else TRITON_TYPES[query.dtype],
             num_warps=4,

@@ -32,8 +32,14 @@ from clo_kernels.wait_ready import wait_ready_kernel
 
 RESOLVE = "*i32/16 *u8/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 i32 i32 i32"
 SELECT = "*fp32/16 *i32/16 *u8/16 *i32/16 i32 i32 i32"
-APPEND = "*bf16/16 *bf16/16 *i32/16 *bf16/16 *bf16/16 *bf16/16 *i32/16 *bf16/16 *{}/16 *fp32/16" + 7 * " i32"
-APPENDED: dict[str, Any] = {"DIM": 128, "DIM_PAD": 128, "PAGE": 16, "BLOCK": 16}
+APPEND = "*bf16/16 *bf16/16 *i32/16 *bf16/16 *bf16/16 *bf16/16 *i32/16 *{1}/16 *{2}/16 *{0}/16 *fp32/16" + 7 * " i32"
+APPENDED: dict[str, Any] = {"DIM": 128, "DIM_PAD": 128, "PAGE": 16, "BLOCK": 16, "CODED": False}
+PLAIN, CODED = ("bf16", "bf16"), ("i8", "fp16")
+ATTEND = "*bf16/16 *bf16/16 *bf16/16 *{}/16 *{}/16 *bf16/16 *i32/16 *i32/16 *i32/16 *fp32/16 *fp32/16 fp32" + 8 * " i32"
+ATTENDED: dict[str, Any] = {
+    "GROUP": 8, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "PAGE": 16, "BLOCK": 64,
+    "CODED": False, "DOT": tl.bfloat16,
+}  # fmt: skip
 TOKEN_LOGITS: dict[str, Any] = {
     "GROUP": 8, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "PAGE": 16, "PAGE_PAD": 16, "BLOCK": 4, "DOT": tl.bfloat16,
 }  # fmt: skip
@@ -73,12 +79,8 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
         {"PAGE_WORDS": 8192, "CHUNK": 4096, "ITEMS": 2, "ROWS_PAD": 128},
         8,
     ),
-    "attend_split": (
-        attend_split_kernel,
-        "*bf16/16 *bf16/16 *bf16/16 *bf16/16 *bf16/16 *i32/16 *i32/16 *i32/16 *fp32/16 *fp32/16 fp32" + 8 * " i32",
-        {"GROUP": 8, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "PAGE": 16, "BLOCK": 64, "DOT": tl.bfloat16},
-        4,
-    ),
+    "attend_split": (attend_split_kernel, ATTEND.format(*PLAIN), ATTENDED, 4),
+    "attend_split_coded": (attend_split_kernel, ATTEND.format(*CODED), ATTENDED | {"CODED": True}, 4),
     "merge_splits": (
         merge_splits_kernel,
         "*fp32/16 *fp32/16 *fp32/16 *bf16/16 i32 i32",
@@ -124,9 +126,15 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
         {"GROUP": 8, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128},
         4,
     ),
-    "append_kv": (append_kv_kernel, APPEND.format("bf16"), APPENDED | {"KIND": "page_minmax"}, 4),
-    "append_kv_4bit": (append_kv_kernel, APPEND.format("i32"), APPENDED | {"KIND": "key_4bit"}, 4),
-    "append_kv_hash": (append_kv_kernel, APPEND.format("i32"), APPENDED | {"KIND": "sign_hash"}, 4),
+    "append_kv": (append_kv_kernel, APPEND.format("bf16", *PLAIN), APPENDED | {"KIND": "page_minmax"}, 4),
+    "append_kv_4bit": (append_kv_kernel, APPEND.format("i32", *PLAIN), APPENDED | {"KIND": "key_4bit"}, 4),
+    "append_kv_hash": (append_kv_kernel, APPEND.format("i32", *PLAIN), APPENDED | {"KIND": "sign_hash"}, 4),
+    "append_kv_coded": (
+        append_kv_kernel,
+        APPEND.format("i32", *CODED),
+        APPENDED | {"KIND": "key_4bit", "CODED": True},
+        4,
+    ),
     "ring_doorbell": (ring_doorbell_kernel, "*i64/16 *i32/16 *i32/16 *i64/16 i32", {"BLOCK": 1024}, 4),
     "wait_ready": (wait_ready_kernel, "*i64/16 *i64/16 *i64/16 i32", {}, 1),
 }

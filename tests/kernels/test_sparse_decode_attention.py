@@ -151,7 +151,7 @@ def test_reference_agrees_with_float64():
         ({"num_splits": 0}, f"num_splits = 0, expected 1 to {module.MAX_SPLITS}"),
         ({"recent_tokens": 17}, "window: 32 rows, expected a multiple of page_size = 16 that is at least .* = 33"),
         ({"sinks": torch.zeros(1, 2, 2, 17, 64)}, "num_sinks = 17 must fit the first page of 16 tokens"),
-        ({"slots": torch.zeros(1, 2, 3, 2, 16, 50)}, "slots: head_dim = 50, expected a multiple of 8 from 16 to 256"),
+        ({"window": torch.zeros(1, 2, 2, 32, 50)}, "window: head_dim = 50, expected a multiple of 8 from 16 to 256"),
     ],
     ids=["group", "head-dim", "dtype", "lengths", "sink-logits", "splits", "ring", "sinks", "multiple-of-8"],
 )
