@@ -9,9 +9,13 @@ import math
 from dataclasses import dataclass, replace
 
 from clo.errors import SpecError
-from clo.specs import Attend, Cache, Design, MachineSpec, ModelSpec, Selector, Workload
+from clo.specs import Attend, Cache, Design, MachineSpec, ModelSpec, PageCoding, Selector, Workload
 from clo.specs.machine import MOST_GPUS
 from clo.units import format_bytes
+
+STEP_VALUES = 16
+"""Values of a coded page that share a step of two bytes."""
+CODED_BYTES_PER_VALUE = {PageCoding.INT8: 1.0 + 2.0 / STEP_VALUES}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +61,21 @@ class DecodePlan:
 
     @property
     def page_bytes(self) -> float:
-        """Keys and values of one page of one KV head, bytes."""
-        return self.design.page_size * self.model.head_token_bytes
+        """Keys and values of one page of one KV head, as it is kept and moved, bytes."""
+        return self.design.page_size * self.model.head_token_values * self.page_bytes_per_value
+
+    @property
+    def page_bytes_per_value(self) -> float:
+        """Bytes of a key or value element in a page."""
+        return page_bytes_per_value(self.model, self.design)
+
+    @property
+    def attended_bytes_per_value(self) -> float:
+        """The same in the mean over what an offloaded head attends to: sinks and window are as computed."""
+        if not self.design.codes_pages:
+            return self.model.kv_bytes_per_value
+        plain = self.window_tokens / self.attended_tokens
+        return plain * self.model.kv_bytes_per_value + (1 - plain) * self.page_bytes_per_value
 
     @property
     def sequences(self) -> int:
@@ -130,6 +147,22 @@ def sparse_layers(model: ModelSpec, design: Design) -> tuple[int, ...]:
     return tuple(layer for layer in range(model.num_layers) if is_sparse(model, design, layer))
 
 
+def page_bytes_per_value(model: ModelSpec, design: Design) -> float:
+    """Bytes of a key or value element in a page, on the host and in slots."""
+    return CODED_BYTES_PER_VALUE.get(design.page_coding, model.kv_bytes_per_value)
+
+
+def paged_layer_token_bytes(model: ModelSpec, design: Design) -> float:
+    """Key and value of one token in one layer as pages keep them, bytes."""
+    return model.num_kv_heads * model.head_token_values * page_bytes_per_value(model, design)
+
+
+def hosted_token_bytes(model: ModelSpec, design: Design) -> float:
+    """KV cache of one more token if all of it is kept on the host: of offloaded layers as pages keep it, bytes."""
+    paged = len(sparse_layers(model, design)) if design.offloads else 0
+    return model.kv_bytes_per_token - paged * (model.layer_token_bytes - paged_layer_token_bytes(model, design))
+
+
 def pinned_heads(model: ModelSpec, design: Design) -> int:
     """KV heads of a layer whose KV stays on the device whole."""
     return round(design.pinned_head_fraction * model.num_kv_heads) if design.offloads else 0
@@ -170,6 +203,7 @@ def make_plan(
     `SpecError` that says what is needed, what there is, and which field to change.
     """
     _check_context(model, workload)
+    _check_coding(model, design)
     model, sequences = part_of(model, machine), machine.own_sequences(workload.batch)
     budget = _budget_pages(design, workload)
     pinned = pinned_heads(model, design)
@@ -200,6 +234,22 @@ def _check_context(model: ModelSpec, workload: Workload) -> None:
         raise SpecError(
             f"workload.context_tokens = {workload.context_tokens}: {model.name} accepts at most "
             f"{model.max_positions} positions (model.max_positions)"
+        )
+
+
+def _check_coding(model: ModelSpec, design: Design) -> None:
+    if not design.codes_pages:
+        return
+    coded, plain = CODED_BYTES_PER_VALUE[design.page_coding], model.kv_bytes_per_value
+    if coded >= plain:
+        raise SpecError(
+            f"design.page_coding = {design.page_coding}: coded pages take {coded:g} bytes a value, the KV cache of "
+            f"{model.name} {plain:g} as it is (model.kv_bytes_per_value): leave page_coding at none"
+        )
+    if model.head_dim % STEP_VALUES:
+        raise SpecError(
+            f"design.page_coding = {design.page_coding}: model.head_dim = {model.head_dim} is no multiple of the "
+            f"{STEP_VALUES} values that share a step"
         )
 
 
@@ -272,7 +322,8 @@ def _slot_row_bytes(model: ModelSpec, design: Design, sequences: int, pinned: in
     sparse = len(sparse_layers(model, design))
     # without a cache the slots are a buffer that layers share in turn: one in use, the others being filled
     layers = min(sparse, design.prefetch_depth + 1) if design.cache is Cache.NONE else sparse
-    return layers * (model.num_kv_heads - pinned) * sequences * design.page_size * model.head_token_bytes
+    heads = layers * (model.num_kv_heads - pinned) * sequences
+    return heads * design.page_size * model.head_token_values * page_bytes_per_value(model, design)
 
 
 def _slot_pages(design: Design, workload: Workload, budget: int, room: float, row_bytes: float) -> int:
@@ -336,7 +387,7 @@ def _host_bytes(model: ModelSpec, machine: MachineSpec, design: Design, tokens: 
     if not design.offloads:
         return 0.0
     sparse = len(sparse_layers(model, design))
-    needed = sparse * tokens * model.layer_token_bytes
+    needed = sparse * tokens * paged_layer_token_bytes(model, design)
     if needed > machine.host.memory_bytes:
         raise SpecError(
             f"design {design.name}: KV on the host needs {format_bytes(needed)} of pinned memory, "

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from clo.errors import SpecError
 from clo.kernel_scaling import measured_on, scaled_seconds
 from clo.kernel_tables import (
+    BYTES_PER_VALUE,
     AllReduceTable,
     DecodeAttentionTable,
     ExpertsTable,
@@ -77,12 +78,12 @@ class TablePrices:
 
     def decode_attention(self, kv_bytes_per_value: float) -> DecodeAttentionTable:
         """Times of decode attention; those of a bf16 cache where there are none of such a one."""
-        narrow = self.profile.decode_attention_fp8 if kv_bytes_per_value == FP8_BYTES else None
+        narrow = self.profile.decode_attention_fp8 if _is_narrow(kv_bytes_per_value) else None
         return narrow or self.profile.decode_attention
 
     def latent_attention(self, kv_bytes_per_value: float) -> LatentAttentionTable:
         """Times of latent attention, likewise. Raises `SpecError` where there are none."""
-        narrow = self.profile.latent_attention_fp8 if kv_bytes_per_value == FP8_BYTES else None
+        narrow = self.profile.latent_attention_fp8 if _is_narrow(kv_bytes_per_value) else None
         return self._there(narrow or self.profile.latent_attention, "model.latent", "latent attention")
 
     @property
@@ -105,6 +106,11 @@ class TablePrices:
         if table is None:
             raise SpecError(f"{field}: profile {self.profile.name} has no times of {what}")
         return table
+
+
+def _is_narrow(bytes_per_value: float) -> bool:
+    """Whether values must be widened before they are multiplied, as those of an fp8 cache."""
+    return FP8_BYTES <= bytes_per_value < BYTES_PER_VALUE
 
 
 @singledispatch

@@ -50,7 +50,7 @@ def cache_bytes(plan: DecodePlan, max_tokens: int) -> CacheBytes:
         return CacheBytes(device=device, host=sparse * whole, prefill=reading, host_layers=sparse)
     pages = math.ceil(max_tokens / plan.design.page_size)
     device = in_windows + dense * whole + sparse * batch * _offloaded_bytes(plan, max_tokens, pages)
-    host = sparse * batch * pages * plan.design.page_size * model.layer_token_bytes
+    host = sparse * batch * pages * model.num_kv_heads * plan.page_bytes
     return CacheBytes(device=device, host=host, prefill=reading, host_layers=sparse)
 
 
@@ -58,13 +58,13 @@ def _offloaded_bytes(plan: DecodePlan, max_tokens: int, pages: int) -> float:
     """Device bytes of one sequence in a layer that selects pages."""
     model, design, size = plan.model, plan.design, plan.design.page_size
     slots = pages if design.cache is Cache.RESIDENT else min(plan.slot_pages, pages)
-    tokens = size + ring_rows(design.recent_window_tokens + 1, size) + slots * size
+    tokens = size + ring_rows(design.recent_window_tokens + 1, size)
     exact = design.selector is Selector.EXACT
     kind = IndexKind.PAGE_MEAN if exact else IndexKind(design.selector.value)
     value_bytes = 4 if kind.of_tokens else model.kv_bytes_per_value
     index = pages * math.prod(entry_shape(kind, size, model.head_dim)) * value_bytes
     keys = max_tokens * model.head_token_bytes / 2 if exact else 0.0
-    per_head = tokens * model.head_token_bytes + index + keys
+    per_head = tokens * model.head_token_bytes + slots * plan.page_bytes + index + keys
     return model.num_kv_heads * per_head + plan.pinned_heads_per_layer * max_tokens * model.head_token_bytes
 
 

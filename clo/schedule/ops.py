@@ -194,7 +194,7 @@ class StepOps:
     def attention(self, layer: int) -> Op:
         """Decode attention of the heads whose pages are fetched, over sinks, window and slots."""
         heads = self.plan.model.num_kv_heads - self.plan.pinned_heads_per_layer
-        return self._attention("attention", layer, self.plan.attended_tokens, heads)
+        return self._attention("attention", layer, self.plan.attended_tokens, heads, self.plan.attended_bytes_per_value)
 
     def pinned_attention(self, layer: int) -> Op:
         """Full attention of the pinned heads."""
@@ -283,9 +283,11 @@ class StepOps:
         assert latent is not None
         return Op(name, layer, Part.MODEL, LatentMap(self.plan.sequences, num_heads, head_dim, latent.kv_rank))
 
-    def _attention(self, name: str, layer: int, kv_tokens: int, kv_heads: int) -> Op:
+    def _attention(
+        self, name: str, layer: int, kv_tokens: int, kv_heads: int, bytes_per_value: float | None = None
+    ) -> Op:
         model, sequences = self.plan.model, self.plan.sequences
-        heads, latent, width = kv_heads * model.group_size, model.latent, model.kv_bytes_per_value
+        heads, latent, width = kv_heads * model.group_size, model.latent, bytes_per_value or model.kv_bytes_per_value
         work: Work
         if latent is None:
             work = DecodeAttention(sequences, kv_tokens, heads, kv_heads, model.head_dim, width)

@@ -27,6 +27,13 @@ class Selector(StrEnum):
     SIGN_HASH = "sign_hash"
 
 
+class PageCoding(StrEnum):
+    """How pages are kept on the host and in slots: as computed, or with 8 bits a value and a step for every 16."""
+
+    NONE = "none"
+    INT8 = "int8"
+
+
 class Cache(StrEnum):
     """What becomes of fetched pages after the step."""
 
@@ -92,6 +99,10 @@ class Design(Spec):
 
     selector: Selector = Field(default=Selector.KEY_4BIT, description="what scores the pages")
     page_size: PositiveInt = Field(default=16, description="tokens in a page, the unit of storage and transfer")
+    page_coding: PageCoding = Field(
+        default=PageCoding.NONE,
+        description="how pages are kept on the host and in slots; sinks, window and what is dense stay as computed",
+    )
     budget_fraction: float = Field(default=0.1, gt=0, le=1, description="pages attended, as a share of the context")
     budget_pages: PositiveInt | None = Field(default=None, description="pages attended; overrides budget_fraction")
     min_budget_pages: PositiveInt = Field(
@@ -162,6 +173,11 @@ class Design(Spec):
             f"attend = full has no page list that a host could wait for: sync must be events or graph, not {self.sync}",
         )
         _require(
+            self.attend is Attend.SPARSE or self.page_coding is PageCoding.NONE,
+            f"attend = full has no slots that coded pages could be read from: page_coding must be none, not "
+            f"{self.page_coding}",
+        )
+        _require(
             self.prefetch_query is PrefetchQuery.LAYER_AHEAD or self.cache is Cache.LRU,
             f"prefetch_query = previous_step attends pages of the last step: cache must be lru, not {self.cache}",
         )
@@ -215,6 +231,11 @@ class Design(Spec):
     def prefetches(self) -> bool:
         """Whether transfers start before the layer that needs them."""
         return self.offloads and (self.prefetch_depth > 0 or self.speculates_last_step)
+
+    @property
+    def codes_pages(self) -> bool:
+        """Whether pages are rounded to fewer bits."""
+        return self.page_coding is not PageCoding.NONE
 
     @property
     def cpu_moves(self) -> bool:

@@ -109,9 +109,14 @@ class ModelSpec(Spec):
         return self.num_query_heads // self.num_kv_heads
 
     @property
+    def head_token_values(self) -> int:
+        """Key and value of one token in one KV head of one layer, or the vector that serves as both."""
+        return (2 if self.latent is None else 1) * self.head_dim
+
+    @property
     def head_token_bytes(self) -> float:
-        """Key and value of one token in one KV head of one layer, or the vector that serves as both, bytes."""
-        return (2 if self.latent is None else 1) * self.head_dim * self.kv_bytes_per_value
+        """The same as computed, bytes."""
+        return self.head_token_values * self.kv_bytes_per_value
 
     @property
     def layer_token_bytes(self) -> float:

@@ -6,7 +6,7 @@ from clo.kernel_scaling import measured_on
 from clo.kernel_tables import BYTES_PER_VALUE, LatentAttentionTable, LatentMapTable
 from clo.operation_costs import OperationProfile
 from clo.plan import DecodePlan, pinned_heads
-from clo.table_prices import TablePrices
+from clo.table_prices import FP8_BYTES, TablePrices
 from clo_sim.priced import PricedStep
 from clo_sim.scene import Scene
 
@@ -22,7 +22,21 @@ def assumptions_of(scene: Scene, plan: DecodePlan, priced: PricedStep) -> tuple[
     """What traffic and kernel times take for granted, a line each."""
     about = (_table_notes, _weight_notes, _cache_notes, _experts_notes, _latent_notes)
     tables = [note for notes in about for note in notes(scene)]
-    return (*priced.traffic.assumptions, *tables, *_sharing_notes(scene, plan), *_pinning_notes(scene, plan))
+    about_plan = (_coding_notes, _sharing_notes, _pinning_notes)
+    return (*priced.traffic.assumptions, *tables, *(note for notes in about_plan for note in notes(scene, plan)))
+
+
+def _coding_notes(scene: Scene, plan: DecodePlan) -> tuple[str, ...]:
+    """Attention that reads coded pages was timed nowhere, and rounding them costs next to nothing."""
+    coding, profile = plan.design.page_coding, scene.profile
+    if not plan.design.codes_pages:
+        return ()
+    if isinstance(profile, OperationProfile):
+        return (f"{coding} pages are coded and read in the time that their bytes take: {profile.name} timed none",)
+    prices, width = TablePrices(profile, scene.machine), plan.attended_bytes_per_value
+    table = prices.decode_attention(width) if scene.model.latent is None else prices.latent_attention(width)
+    like = "fp8" if table.kv_bytes == FP8_BYTES else "bf16"
+    return (f"attention over {coding} pages takes as long as over as many bytes of {like}; coding a page is free",)
 
 
 def _experts_notes(scene: Scene) -> tuple[str, ...]:

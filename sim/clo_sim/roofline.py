@@ -36,7 +36,10 @@ def roofline(plan: DecodePlan, source: TrafficSource, moved_bytes: float) -> Roo
 
 def attended_bytes(plan: DecodePlan) -> float:
     """Keys and values that attention reads in a step, bytes."""
-    return sum(_attended_tokens(plan)) * plan.model.head_token_bytes * plan.sequences
+    sparse = [layer for layer in range(plan.model.num_layers) if plan.is_sparse(layer)]
+    coded = len(sparse) * plan.attended_tokens * (plan.model.num_kv_heads - plan.pinned_heads_per_layer)
+    saved = coded * (plan.model.kv_bytes_per_value - plan.attended_bytes_per_value) * plan.model.head_token_values
+    return (sum(_attended_tokens(plan)) * plan.model.head_token_bytes - saved) * plan.sequences
 
 
 def fewest_link_bytes(plan: DecodePlan, source: TrafficSource) -> float:

@@ -20,6 +20,7 @@ ALTERNATIVES: Grid = {
     "tau": (0.7, 0.8, 0.9),
     "cache": ("none", "lru", "head_reuse"),
     "on_miss": ("replace", "diff"),
+    "page_coding": ("none", "int8"),
     "slot_budgets": (1, 1.5, 2, None),
     "prefetch_depth": (0, 1, 2),
     "transfer": ("page_copies", "staged", "cpu_zero_copy", "gpu_zero_copy"),
@@ -86,6 +87,8 @@ def _quality_note(field: str, best: Result, other: Evaluation) -> str:
         return "changes the answers: another share of the heads attends in full"
     if field == "selector":
         return "changes the answers: another index chooses the pages"
+    if field == "page_coding":
+        return "changes the answers: keys and values in pages are rounded, or no longer"
     overlap = other.metrics["overlap"]
     if best.overlap is not None and abs(overlap - best.overlap) > 0.005:
         return f"changes the answers: overlap with a fresh selection {overlap:.0%}, not {best.overlap:.0%}"

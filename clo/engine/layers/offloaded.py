@@ -9,12 +9,13 @@ import torch
 
 from clo.engine.counts import Counts
 from clo.engine.layers.gate import Gate
+from clo.engine.layers.page_format import PageFormat
 from clo.engine.layers.residency import Residency
 from clo.engine.layers.selection import Selection
 from clo.engine.layers.shape import HeadSettings, LayerShape
 from clo.plan import DecodePlan
 from clo.schedule.ops import Stage
-from clo.specs import Cache
+from clo.specs import Cache, Design
 from clo_kernels.layout import INT32, NO_PAGE, DeviceKV, ring_rows, window_start
 
 FETCH_TOKENS = 8192
@@ -36,10 +37,11 @@ class OffloadedLayer:
         num_pages = -(-shape.max_tokens // self.page_size)
         everything = self.design.cache is Cache.RESIDENT
         num_slots = num_pages if everything else max(1, min(plan.slot_pages, num_pages))
-        page = (2, self.page_size, shape.head_dim)
+        self.format = PageFormat(self.design.page_coding, shape.head_dim, shape.dtype)
+        page = (2, self.page_size, self.format.width)
         size = (shape.batch, num_pages, shape.num_kv_heads, *page)
-        self.host_pages = torch.zeros(size, dtype=shape.dtype, pin_memory=shape.apart)
-        self.kv = _device_kv(self.design.recent_window_tokens, page, num_slots, shape, heads.pinned)
+        self.host_pages = torch.zeros(size, dtype=self.format.kept_dtype, pin_memory=shape.apart)
+        self.kv = _device_kv(self.design, self.format, num_slots, shape, heads.pinned)
         # a page that leaves the window is attended there for one step more
         self.attended_kv = replace(self.kv, recent_tokens=self.kv.recent_tokens + 1)
         self.gate = Gate(self.design, shape, heads)
@@ -51,7 +53,7 @@ class OffloadedLayer:
             always_attended=self.attended_kv.recent_tokens,
         )
         self.residency = Residency(self.design, shape, self.selection, num_slots=num_slots, num_pages=num_pages)
-        nowhere = torch.zeros((shape.batch, 0, shape.num_kv_heads, *page), dtype=shape.dtype, device=shape.device)
+        nowhere = self.host_pages.new_zeros((shape.batch, 0, shape.num_kv_heads, *page), device=shape.device)
         self._nowhere = nowhere, self.selection.index[:, :, :0].contiguous()
         self._selected: set[Stage] = set()
         self._attended: Stage | None = None
@@ -88,7 +90,7 @@ class OffloadedLayer:
         the poll. Before the layer holds anything."""
         page = self._window_page(0, 0)
         self.selection.index_pages(0, 0, page[:, None, 0])
-        self.host_pages[0, 0].copy_(page, non_blocking=True)
+        self.host_pages[0, 0].copy_(self.format.kept(page), non_blocking=True)
         first = torch.zeros(1, dtype=torch.int64, device=self.shape.device)
         self.slot_rows.index_copy_(0, first, self.slot_rows[:1].clone())
 
@@ -111,10 +113,11 @@ class OffloadedLayer:
             return
         pages = kv.unflatten(2, (count, self.page_size))
         # put in order where they are, so that what crosses the link is contiguous at both ends
-        self.host_pages[sequence, first : first + count].copy_(pages.permute(2, 1, 0, 3, 4))
+        kept = self.format.kept(pages.permute(2, 1, 0, 3, 4))
+        self.host_pages[sequence, first : first + count].copy_(kept)
         self.selection.index_pages(sequence, first, pages[0])
         if self.design.cache is Cache.RESIDENT:
-            self.kv.slots[sequence, :, first : first + count] = pages.permute(1, 2, 0, 3, 4)
+            self.kv.slots[sequence, :, first : first + count] = kept.transpose(0, 1)
 
     def fetch_pages(self, sequence: int, count: int, out: torch.Tensor) -> None:
         """The first `count` pages into `out` `[2, kv_heads, count * page_size, head_dim]`, on the device."""
@@ -126,7 +129,8 @@ class OffloadedLayer:
             # contiguous on the host and so moved as it is; on the device it is put in order
             arrived = pages[first:end].to(self.shape.device, non_blocking=True)
             rows = out[:, :, first * self.page_size : end * self.page_size]
-            rows.unflatten(2, (end - first, self.page_size)).copy_(arrived.permute(2, 1, 0, 3, 4))
+            restored = self.format.restored(arrived)
+            rows.unflatten(2, (end - first, self.page_size)).copy_(restored.permute(2, 1, 0, 3, 4))
 
     def load_rest(self, sequence: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """What of a whole prompt `[kv_heads, tokens, head_dim]` is on the device; its pages are on the host already."""
@@ -182,7 +186,7 @@ class OffloadedLayer:
         before, after = ((lengths.long() - less - recent).clamp(min=0) // size for less in (1, 0))
         rows = (before[:, None] * size + torch.arange(size, device=lengths.device)) % self.kv.ring_tokens
         batch = torch.arange(self.shape.batch, device=lengths.device)
-        leaving = self.kv.window[batch[:, None], :, :, rows].permute(0, 2, 3, 1, 4)
+        leaving = self.format.kept(self.kv.window[batch[:, None], :, :, rows].permute(0, 2, 3, 1, 4))
         held = self.kv.slots[batch, :, before]
         self.kv.slots[batch, :, before] = torch.where((after > before)[:, None, None, None, None], leaving, held)
 
@@ -194,7 +198,8 @@ class OffloadedLayer:
     def write_back(self) -> None:
         """Pages that left the window in this step, to the host."""
         for sequence, page in self._leaving:
-            self.host_pages[sequence, page].copy_(self._window_page(sequence, page), non_blocking=True)
+            kept = self.format.kept(self._window_page(sequence, page))
+            self.host_pages[sequence, page].copy_(kept, non_blocking=True)
 
     def score(self, stage: Stage, query: torch.Tensor, lengths: torch.Tensor) -> None:
         """Scores of the candidate pages of heads that missed."""
@@ -242,18 +247,19 @@ class OffloadedLayer:
 
 
 def _device_kv(
-    recent_tokens: int, page: tuple[int, ...], num_slots: int, shape: LayerShape, pinned: tuple[int, ...]
+    design: Design, pages: PageFormat, num_slots: int, shape: LayerShape, pinned: tuple[int, ...]
 ) -> DeviceKV:
     on_device = {"dtype": shape.dtype, "device": shape.device}
-    _, page_size, head_dim = page
+    page_size, recent_tokens, head_dim = design.page_size, design.recent_window_tokens, shape.head_dim
+    slots = (*shape.rows, num_slots, 2, page_size, pages.width)
     ring = ring_rows(recent_tokens + 1, page_size)
     pinned_row = torch.full((shape.num_kv_heads,), -1, dtype=INT32, device=shape.device)
     for row, head in enumerate(pinned):
         pinned_row[head] = row
     return DeviceKV(
-        sinks=torch.zeros((*shape.rows, *page), **on_device),
+        sinks=torch.zeros((*shape.rows, 2, page_size, head_dim), **on_device),
         window=torch.zeros((*shape.rows, 2, ring, head_dim), **on_device),
-        slots=torch.zeros((*shape.rows, num_slots, *page), **on_device),
+        slots=torch.zeros(slots, dtype=pages.kept_dtype, device=shape.device),
         pinned=torch.zeros((shape.batch, len(pinned), 2, shape.max_tokens, head_dim), **on_device),
         pinned_row=pinned_row,
         recent_tokens=recent_tokens,

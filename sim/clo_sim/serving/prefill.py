@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clo.kernel_scaling import measured_on
-from clo.plan import pinned_heads, sparse_layers
+from clo.plan import hosted_token_bytes, paged_layer_token_bytes, pinned_heads, sparse_layers
 from clo.pricing import Pricer
 from clo.profile import ArithmeticCost
 from clo.schedule.decode import BEST_TOKEN_VALUES
@@ -118,8 +118,9 @@ def prefill_prices(
     sparse = len(sparse_layers(model, design)) if design.offloads else 0
     pinned = pinned_heads(model, design) / model.num_kv_heads
     share = 1.0 / scene.machine.num_owners
-    offloaded = sparse * model.layer_token_bytes * (1 - pinned)
-    leaving = model.kv_bytes_per_token if keeps_prefixes else sparse * model.layer_token_bytes
+    paged = sparse * paged_layer_token_bytes(model, design)
+    offloaded, whole = paged * (1 - pinned), hosted_token_bytes(model, design)
+    leaving = whole if keeps_prefixes else paged
     entry = "prefill_attention" if model.latent is None else "prefill_latent_attention"
     cost: ArithmeticCost = getattr(pricer.profile, entry)
     attention = 1.0 if draw is None else draw.factor(entry, cost.spread)
@@ -146,7 +147,7 @@ def prefill_prices(
         window_tokens=model.window_tokens or 0,
         window_share=windowed / (model.num_layers - windowed),
         in_ns=share * offloaded / link.h2d_bytes_per_s * NS_PER_S,
-        cached_in_ns=share * (model.kv_bytes_per_token - offloaded) / link.h2d_bytes_per_s * NS_PER_S,
+        cached_in_ns=share * (whole - offloaded) / link.h2d_bytes_per_s * NS_PER_S,
         out_ns=share * leaving / link.d2h_bytes_per_s * NS_PER_S,
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from clo.errors import SpecError
+from clo.plan import hosted_token_bytes
 from clo.specs import Design
 from clo_sim.intervals import CostDraw
 from clo_sim.run import Executor
@@ -53,13 +54,14 @@ def worker_costs(
     """
     prices = DecodePrices(scene, design, max_context=trace.max_total_tokens + 1, executor=executor)
     keeps = trace.has_prefixes if keeps_prefixes is None else keeps_prefixes
+    block_bytes = int(trace.block_tokens * hosted_token_bytes(scene.part, design) / scene.machine.num_owners)
     return WorkerCosts(
         clock=prices.clock,
         prefill=prefill_prices(scene, design, chunk_tokens=chunk_tokens, keeps_prefixes=keeps),
         need=memory_need(scene, design),
         room=memory_room(scene),
         max_tokens=scene.model.max_positions,
-        block_bytes=int(trace.block_tokens * scene.part.kv_bytes_per_token / scene.machine.num_owners) if keeps else 0,
+        block_bytes=block_bytes if keeps else 0,
         replica_gpus=scene.machine.tensor_parallel,
         decode_prices=prices,
     )
