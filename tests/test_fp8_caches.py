@@ -52,7 +52,12 @@ class TestPrices:
         half = replace(work, kv_tokens=work.kv_tokens // 2, kv_bytes_per_value=2.0)
         assert without.seconds(work) == without.seconds(half)
 
-    @given(st.sampled_from([0.5, 0.75, 1.5, 4.0]))
+    @given(st.sampled_from([1.125, 1.5]))
+    def test_widths_between_take_those_of_fp8(self, work: Any, width: float) -> None:
+        as_many = replace(work, kv_tokens=int(work.kv_tokens * width), kv_bytes_per_value=1.0)
+        assert prices().seconds(replace(work, kv_bytes_per_value=width)) == pytest.approx(prices().seconds(as_many))
+
+    @given(st.sampled_from([0.5, 0.75, 4.0]))
     def test_other_widths_take_those_of_bf16(self, work: Any, width: float) -> None:
         as_many = replace(work, kv_tokens=int(work.kv_tokens * width / 2), kv_bytes_per_value=2.0)
         assert prices().seconds(replace(work, kv_bytes_per_value=width)) == pytest.approx(prices().seconds(as_many))
