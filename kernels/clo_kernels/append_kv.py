@@ -12,6 +12,7 @@ import triton.language as tl
 
 from clo_kernels import reference
 from clo_kernels.checks import FLOATS, check_host_tensor, check_tensor
+from clo_kernels.coded_pages import STEP_DTYPE
 from clo_kernels.coded_rows import store_coded
 from clo_kernels.dispatch import on_device, runs_kernel
 from clo_kernels.index_codes import pack_4bit, sign_word
@@ -165,7 +166,7 @@ def append_kv(
                 kv.pinned,
                 kv.pinned_row,
                 host_pages,
-                host_pages.view(torch.float16) if kv.coded else host_pages,
+                host_pages.view(STEP_DTYPE) if kv.coded else host_pages,
                 index,
                 index if planes is None else planes,
                 heads,

@@ -1,8 +1,8 @@
 """Pages in 8 bits: what a row of a coded page holds, how it is made and how it is read. In plain torch.
 
-A row is one token's key or value. It holds a signed code of 8 bits for each value, then a float16 step for each
+A row is one token's key or value. It holds a signed code of 8 bits for each value, then a bfloat16 step for each
 `STEP_VALUES` of them, which is the largest of their magnitudes / 127: a value is its code times its step. Outliers cost
-precision among their neighbours only, and rows are coded one by one, so that a page can be filled token by token.
+precision among their neighbours only, and a step has the range of float32. In bfloat16 the product is rounded once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ STEP_VALUES = 16
 """Values that share a step."""
 STEP_BYTES = 2
 LARGEST_CODE = 127
-CODE_DTYPE = torch.int8
+CODE_DTYPE, STEP_DTYPE = torch.int8, torch.bfloat16
 
 
 def coded_width(head_dim: int) -> int:
@@ -32,7 +32,7 @@ def encode(values: torch.Tensor) -> torch.Tensor:
     require(values.dtype in FLOATS, f"values: dtype {values.dtype}, expected one of {FLOATS}")
     width = coded_width(values.shape[-1])
     groups = values.float().unflatten(-1, (-1, STEP_VALUES))
-    step = (groups.abs().amax(-1) / LARGEST_CODE).half()
+    step = (groups.abs().amax(-1) / LARGEST_CODE).to(STEP_DTYPE)
     divisor = step.float()[..., None]
     code = torch.floor(groups / divisor + 0.5).clamp(-LARGEST_CODE, LARGEST_CODE)
     # no step: all are zero, or too small for one; a step that is not finite: whatever its codes, it shows
@@ -47,7 +47,7 @@ def decode(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Values `[..., head_dim]` of rows `[..., coded_width(head_dim)]`."""
     head_dim = values_of(rows.shape[-1])
     check_tensor("rows", rows, tuple(rows.shape), CODE_DTYPE)
-    code, step = rows[..., :head_dim].float(), rows[..., head_dim:].contiguous().view(torch.float16).float()
+    code, step = rows[..., :head_dim].float(), rows[..., head_dim:].contiguous().view(STEP_DTYPE).float()
     return (code.unflatten(-1, (-1, STEP_VALUES)) * step[..., None]).flatten(-2).to(dtype)
 
 

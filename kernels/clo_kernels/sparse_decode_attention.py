@@ -15,6 +15,7 @@ import triton.language as tl
 
 from clo_kernels import reference
 from clo_kernels.checks import FLOATS, check_tensor, group_size, require
+from clo_kernels.coded_pages import STEP_DTYPE
 from clo_kernels.coded_rows import load_coded
 from clo_kernels.dispatch import INTERPRETED, on_device, runs_kernel
 from clo_kernels.layout import INT32, DeviceKV
@@ -116,8 +117,8 @@ def attend_split_kernel(
             next_slot = tl.load(selected + entry, mask=entry < num_listed, other=-1)
             valid = slot >= 0
             vector = (row * num_slots + tl.where(valid, slot, 0)) * 2 * PAGE + (block * BLOCK + lane) % PAGE
-            key = load_coded(slots, slot_steps, vector, valid, DIM, DIM_PAD).to(DOT)
-            value = load_coded(slots, slot_steps, vector + PAGE, valid, DIM, DIM_PAD).to(DOT)
+            key = load_coded(slots, slot_steps, vector, valid, DIM, DIM_PAD, DOT)
+            value = load_coded(slots, slot_steps, vector + PAGE, valid, DIM, DIM_PAD, DOT)
             peak, total, acc = _attend(q, key, value, valid, scale, peak, total, acc, DOT)
         # what is left is not coded: this program's blocks behind those of slots
         first_block = split + tl.cdiv(tl.maximum(ring_block - split, 0), num_splits) * num_splits
@@ -236,7 +237,7 @@ def sparse_decode_attention(
             kv.sinks,
             kv.window,
             kv.slots,
-            kv.slots.view(torch.float16) if kv.coded else kv.slots,
+            kv.slots.view(STEP_DTYPE) if kv.coded else kv.slots,
             kv.pinned,
             kv.pinned_row,
             selected,
