@@ -93,8 +93,9 @@ def gather_pages(
         chunk = min(CHUNK_WORDS, triton.next_power_of_2(page_words))
         with on_device(slots):
             gather_pages_kernel[(num_programs,)](
-                host_pages.view(torch.int32),
-                slots.view(torch.int32),
+                # rows of coded pages need not be whole words, pages are
+                host_pages.flatten().view(torch.int32),
+                slots.flatten().view(torch.int32),
                 fetch.fetch_pages,
                 fetch.fetch_slots,
                 fetch.num_fetched,

@@ -88,7 +88,8 @@ def _quality_note(field: str, best: Result, other: Evaluation) -> str:
     if field == "selector":
         return "changes the answers: another index chooses the pages"
     if field == "page_coding":
-        return "changes the answers: keys and values in pages are rounded, or no longer"
+        how = "no longer rounded" if best.design.codes_pages else "rounded to 8 bits"
+        return f"changes the answers: keys and values in pages are {how}"
     overlap = other.metrics["overlap"]
     if best.overlap is not None and abs(overlap - best.overlap) > 0.005:
         return f"changes the answers: overlap with a fresh selection {overlap:.0%}, not {best.overlap:.0%}"

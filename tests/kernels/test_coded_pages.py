@@ -154,9 +154,10 @@ def test_the_kernel_keeps_what_is_not_finite(bad):
     assert torch.isfinite(back[0, 1:]).all()
 
 
-def test_gathered_pages_are_the_hosts_bit_for_bit():
-    host = pinned(torch.randint(-128, 128, (1, 9, 2, 2, 16, coded_width(64)), dtype=torch.int8))
-    slots = torch.zeros(1, 2, 4, 2, 16, coded_width(64), dtype=torch.int8, device=DEVICE)
+@cases("page_size dim", (16, 64), (16, 128), (4, 16), (8, 80))
+def test_gathered_pages_are_the_hosts_bit_for_bit(page_size, dim):
+    host = pinned(torch.randint(-128, 128, (1, 9, 2, 2, page_size, coded_width(dim)), dtype=torch.int8))
+    slots = torch.zeros(1, 2, 4, 2, page_size, coded_width(dim), dtype=torch.int8, device=DEVICE)
     selection = torch.tensor([[[5, 2], [7, -1]]], dtype=torch.int32, device=DEVICE)
     fetch = Resolved.like(selection)
     fetch.fetch_pages.copy_(selection)
