@@ -44,6 +44,7 @@ def main() -> None:
         design("resident"),
         design("lru-cpu", budget_pages=3, sync="graph"),
         design("resident-sparse", budget_pages=3),
+        design("clo", budget_pages=3, page_coding="int8"),
     ]
     expected = [decoded(chosen) for chosen in designs]
     shape.kernels_for = lambda _: triton_kernels()  # type: ignore[assignment]

@@ -66,6 +66,23 @@ class TestAnswers:
         assert torch.equal(found.argmax(-1), expected.argmax(-1))
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
+    @pytest.mark.parametrize("transfer", TRANSFERS)
+    @pytest.mark.parametrize("sync", SYNCS)
+    def test_coded_pages(self, transfer: str, sync: str) -> None:
+        """A key that differs in its last bit may round to the next code: one part in 127 of it."""
+        tokens, model = prompt(120), small_model()
+        chosen = on_cuda("clo", transfer=transfer, sync=sync, page_coding="int8", tau=2.0)
+        expected = decoded(model, chosen, tokens, 80)
+        found = decoded(model.cuda(), chosen, tokens, 80)
+        assert (found - expected).norm() < 0.01 * expected.norm()
+
+    def test_coded_pages_that_stay_on_the_device(self) -> None:
+        tokens, model = prompt(120), small_model()
+        chosen = on_cuda("resident-sparse", page_coding="int8")
+        expected = decoded(model, chosen, tokens, 80)
+        found = decoded(model.cuda(), chosen, tokens, 80)
+        assert (found - expected).norm() < 0.01 * expected.norm()
+
     @pytest.mark.parametrize("name", ["clo", "resolve", "resident", "resident-sparse"])
     def test_two_hundred_replays(self, name: str) -> None:
         chosen, tokens = on_cuda(name), prompt(250)
