@@ -20,7 +20,7 @@ from clo.engine.words import Words, two_memories
 from clo.errors import EngineError
 from clo.plan import DecodePlan
 from clo.schedule import Op
-from clo.schedule.ops import PREFETCH_MARK, Stage
+from clo.schedule.ops import PREFETCH_MARK, Stage, StepOps
 from clo_kernels.layout import INT32
 
 
@@ -32,7 +32,7 @@ class Operations:
     ) -> None:
         self.network, self.plan, self.layers = network, plan, layers
         self._pool, self._bar = pool, bar
-        self._stores = not (plan.design.cpu_moves and plan.design.sync != "graph")
+        self._stores = not StepOps(plan).copies_back
         self.host_lengths = [0] * plan.workload.batch
         self.lengths = torch.zeros(plan.workload.batch, dtype=INT32, device=network.device)
         self._tokens = torch.zeros(plan.workload.batch, dtype=torch.int64, device=network.device)

@@ -32,7 +32,7 @@ from clo_kernels.wait_ready import wait_ready_kernel
 
 RESOLVE = "*i32/16 *u8/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 i32 i32 i32"
 SELECT = "*fp32/16 *i32/16 *u8/16 *i32/16 i32 i32 i32"
-APPEND = "*bf16/16 *bf16/16 *i32/16 *bf16/16 *bf16/16 *bf16/16 *i32/16 *bf16/16 *{}/16 *fp32/16" + 7 * " i32"
+APPEND = "*bf16/16 *bf16/16 *i32/16 *bf16/16 *bf16/16 *bf16/16 *i32/16 *bf16/16 *{}/16 *fp32/16" + 9 * " i32"
 APPENDED: dict[str, Any] = {"DIM": 128, "DIM_PAD": 128, "PAGE": 16, "BLOCK": 16}
 TOKEN_LOGITS: dict[str, Any] = {
     "GROUP": 8, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "PAGE": 16, "PAGE_PAD": 16, "BLOCK": 4, "DOT": tl.bfloat16,
