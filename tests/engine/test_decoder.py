@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from forced import CLOSE, forced_logits
-from small import design, prompt, small_model
+from small import DIM, KV_HEADS, LAYERS, design, prompt, small_model
 
 from clo import presets
 from clo.engine.decoder import Decoder
+from clo.engine.measure import run_steps
+from clo.engine.run import result_of
 
 ENGINES = ["page_copies", "staged", "cpu_zero_copy", "gpu_zero_copy"]
 SYNCS = ["host", "events", "flags", "graph"]
@@ -79,6 +81,13 @@ class TestTraffic:
                         assert moved == 4 * 2 * 2 * 16 * 4 * (decoder.lengths[0] - 1)
                     else:
                         assert moved == traffic.h2d_bytes
+
+    @pytest.mark.parametrize("sync", ["events", "graph"])
+    def test_a_streamed_layer_sends_its_new_token_back_and_keeps_no_sets(self, sync: str) -> None:
+        with Decoder(small_model(), design("streamed", sync=sync), max_new_tokens=20) as decoder:
+            found = result_of(run_steps(decoder, [prompt(50), prompt(30)], steps=3))
+        assert found.d2h_bytes_per_step == 2 * LAYERS * KV_HEADS * 2 * DIM * 4
+        assert found.reuse_rate == found.hit_rate == 0.0
 
     def test_reuse_moves_less_than_resolve_and_resolve_less_than_refetching(self) -> None:
         model, tokens = small_model(), prompt(200)
