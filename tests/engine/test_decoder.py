@@ -62,6 +62,12 @@ class TestBatch:
             torch.testing.assert_close(together, alone, **CLOSE)
 
 
+def test_the_last_token_is_given_out_and_not_decoded() -> None:
+    with Decoder(small_model(), design("clo"), max_new_tokens=4) as decoder:
+        assert len(list(decoder.generate([prompt(40)]))) == 4
+        assert decoder.lengths == [43]
+
+
 class TestTraffic:
     def test_bytes_in_the_timeline_are_those_of_the_counts(self) -> None:
         model, tokens = small_model(), prompt(110)
