@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,11 @@ from clo.files import read_json
 from clo.specs.base import Spec, check_version, explain
 
 SCHEMA_VERSION = 2
+
+MOST_CHANGED, WORST_REPEATED = 0.05, 0.1
+"""A machine whose fitted runs take this much more or less time now, or miss themselves by this much, is another one."""
+
+RESTLESS = "The machine is not what it was when calibrated: calibrate and validate again when it is quiet."
 
 
 class Pair(Spec):
@@ -86,7 +91,7 @@ class Verdict(Spec):
         return tuple(point for point in self.points if not point.fitted) or self.points
 
     def summary(self) -> dict[str, float]:
-        """The numbers that decide, each a share: errors of TPOT, order of designs, regret, coverage."""
+        """The numbers that decide, each a share: errors of TPOT, order of designs, regret, coverage, structure."""
         errors = np.abs([point.error for point in self.judged])
         return {
             "tpot_error_median": float(np.median(errors)),
@@ -101,7 +106,13 @@ class Verdict(Spec):
             "repeat_error_median": self.repeat_error(50),
             "repeat_error_p90": self.repeat_error(90),
             "disturbance": float(np.median([point.disturbed_s / point.real_s - 1.0 for point in self.points])),
+            "unlike_runs": len(self.unlike) / len(self.points),
         }
+
+    @property
+    def unlike(self) -> tuple[Point, ...]:
+        """Runs of which the two worlds do not name the same operations in the same order with the same bytes."""
+        return tuple(point for point in self.points if point.differences)
 
     def rank_correlation(self) -> float:
         """Mean over the sizes; NaN where no designs can be told apart."""
@@ -170,6 +181,17 @@ def _regret(points: Sequence[Point]) -> float:
     return chosen.real_s / min(point.real_s for point in points) - 1.0
 
 
+def is_restless(summary: Mapping[str, float]) -> bool:
+    """Whether the machine is not what it was when calibrated: the fitted runs do not repeat, or take another time."""
+    changed, repeated = abs(summary["slower_than_calibrated"]), summary["repeat_error_median"]
+    return changed > MOST_CHANGED or (math.isfinite(repeated) and repeated > WORST_REPEATED)
+
+
+def known(value: float, form: str) -> str:
+    """For people: one design alone has neither order nor regret."""
+    return format(value, form) if math.isfinite(value) else "not known"
+
+
 def load_verdict(path: Path) -> Verdict:
     """Read a verdict. Raises `CloError` naming the file and the problem."""
     try:
@@ -198,14 +220,16 @@ def markdown(verdict: Verdict) -> str:
         "",
         _judged(len(verdict.points), held),
         "",
+        *_structure(verdict),
+        "",
         "| | |",
         "|---|---|",
         f"| median error of TPOT | {summary['tpot_error_median']:.1%} |",
         f"| 90th percentile | {summary['tpot_error_p90']:.1%} |",
         f"| worst | {summary['tpot_error_worst']:.1%} |",
         f"| mean signed error | {summary['tpot_error_bias']:+.1%} |",
-        f"| rank correlation of designs | {summary['rank_correlation']:.2f} |",
-        f"| regret of the simulation's choice, worst size | {summary['regret']:.1%} |",
+        f"| rank correlation of designs | {known(summary['rank_correlation'], '.2f')} |",
+        f"| regret of the simulation's choice, worst size | {known(summary['regret'], '.1%')} |",
         f"| real steps inside their 90% intervals | {summary['interval_coverage']:.0%} |",
         f"| the fitted runs, repeated now, take longer by | {summary['slower_than_calibrated']:+.1%} |",
         f"| median error of TPOT with every simulated step longer by that | "
@@ -216,6 +240,7 @@ def markdown(verdict: Verdict) -> str:
         "",
         _rounds(verdict),
         "",
+        *([RESTLESS, ""] if is_restless(summary) else []),
         "## What each part of the simulator earns",
         "",
         "| Left out | median error of TPOT |",
@@ -252,6 +277,21 @@ def _judged(count: int, held: int) -> str:
     if not held:
         return f"{count} runs, all at sizes that costs were fitted at."
     return f"{count} runs. The numbers are over the {held} at sizes or with choices that nothing was fitted from."
+
+
+def _structure(verdict: Verdict) -> list[str]:
+    if not verdict.unlike:
+        return ["In every run both worlds name the same operations in the same order with the same bytes."]
+    return [
+        f"**In {len(verdict.unlike)} of {len(verdict.points)} runs the two worlds do not do the same:** their times "
+        "say nothing about costs.",
+        "",
+        *(f"- {_place(point)}: {'; '.join(point.differences)}" for point in verdict.unlike),
+    ]
+
+
+def _place(point: Point) -> str:
+    return f"{point.design}, {point.batch} x {point.context_tokens} tokens"
 
 
 def _table(what: str, pairs: dict[str, Pair]) -> list[str]:

@@ -76,13 +76,21 @@ def _typical_s(profile: OperationProfile, name: str) -> float:
 
 def print_verdict(summary: Mapping[str, float], ablation: Mapping[str, float]) -> None:
     """The numbers that decide."""
+    from clo_calibration.verdict import RESTLESS, is_restless, known
+
     out = console()
     out.print(
         f"error of TPOT: median {summary['tpot_error_median']:.1%}, 90th percentile {summary['tpot_error_p90']:.1%}, "
         f"worst {summary['tpot_error_worst']:.1%}, mean signed {summary['tpot_error_bias']:+.1%}"
     )
+    if summary["unlike_runs"]:
+        out.print(
+            f"In {summary['unlike_runs']:.0%} of the runs the two worlds do not name the same operations in the same "
+            "order with the same bytes: the verdict's text says which. Their times say nothing about costs."
+        )
     out.print(
-        f"designs: rank correlation {summary['rank_correlation']:.2f}, regret at most {summary['regret']:.1%}; "
+        f"designs: rank correlation {known(summary['rank_correlation'], '.2f')}, regret at most "
+        f"{known(summary['regret'], '.1%')}; "
         f"{summary['interval_coverage']:.0%} of the real steps lie in their 90% intervals"
     )
     slower = summary["slower_than_calibrated"]
@@ -97,7 +105,7 @@ def print_verdict(summary: Mapping[str, float], ablation: Mapping[str, float]) -
             f"{summary['repeat_error_median']:.1%} off in the median, {summary['repeat_error_p90']:.1%} at the 90th "
             "percentile"
         )
-    if abs(slower) > QUIET / 2:
-        out.print("The machine is not what it was when calibrated: calibrate and validate again when it is quiet.")
+    if is_restless(summary):
+        out.print(RESTLESS)
     parts = ", ".join(f"{name} {error:.1%}" for name, error in ablation.items() if name != "nothing")
     out.print(f"median error with a part of the simulator left out: {parts}")

@@ -11,6 +11,9 @@ import click
 
 from clo_cli.options import check_seed, design_from, overrides_from
 
+UNFINISHED = "\ufffd"
+"""What tokenizers decode bytes to that are not, or not yet, a character."""
+
 
 @click.command()
 @click.argument("prompt")
@@ -46,6 +49,7 @@ def generate(
     design, words = design_from(design_name, overrides_from(settings, ("design",))), _prompt(prompt)
     _check(tokens, temperature, seed)
     if timeline is not None:
+        _check_steps(tokens)
         check_target(timeline)
     figures = _generate(model, design, words, tokens, temperature, seed, trace_path, timeline, as_json)
     if as_json:
@@ -77,6 +81,13 @@ def _check(tokens: int, temperature: float, seed: int) -> None:
     check_seed(seed)
 
 
+def _check_steps(tokens: int) -> None:
+    from clo.errors import SpecError
+
+    if tokens < 2:
+        raise SpecError(f"--timeline: the first token comes with the prompt, there is no step: --tokens = {tokens}")
+
+
 def _prompt(given: str) -> str:
     from clo.errors import SpecError
 
@@ -90,6 +101,16 @@ def _prompt(given: str) -> str:
         raise SpecError(f"PROMPT {given}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise SpecError(f"PROMPT {given}: not UTF-8 text") from None
+
+
+def _show(text: str, shown: str) -> str:
+    """Print what `text` adds to what has been shown, and return what then has.
+
+    The end of a character whose bytes are spread over several tokens waits for the others.
+    """
+    whole = text.rstrip(UNFINISHED)
+    click.echo(whole[len(shown) :], nl=False)
+    return max(shown, whole, key=len)
 
 
 def _generate(
@@ -123,11 +144,11 @@ def _generate(
             began = time.perf_counter()
             said.append(int(token))
             if not as_json:
-                now = tokenizer.decode(said)
-                click.echo(now[len(shown) :], nl=False)
-                shown = now
+                shown = _show(tokenizer.decode(said), shown)
             if said[-1] == tokenizer.eos_token_id:
                 break
+        if not as_json:
+            click.echo(tokenizer.decode(said)[len(shown) :], nl=False)
         if timeline is not None and decoder.timeline is not None:
             from clo.timeline import save_chrome_trace
 

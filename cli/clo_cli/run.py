@@ -15,15 +15,13 @@ if TYPE_CHECKING:
 
 LARGEST_BATCH = 65536
 PREPARING = "weights and prompts"
+DEFAULT_MODEL = "smollm2-135m"
+BY_HEAD_PROFILE = ("target_hit_rate", "tau_importance_power", "gqa_fold")
+"""Fields that a head profile gives a meaning, which made-up contexts have none of."""
 
 
 @click.command()
-@click.option(
-    "--model",
-    default="smollm2-135m",
-    show_default=True,
-    help="Shape of the model: preset, TOML file, config.json or folder.",
-)
+@click.option("--model", help="Shape of the model: preset, TOML file, config.json or folder.  [default: smollm2-135m]")
 @click.option("--weights", help="Real weights: smollm2-135m, a model folder or a hub name.  [default: random ones]")
 @click.option("--layers", type=int, help="Layers to run (random weights only).  [default: all]")
 @click.option("--design", "design_name", default="clo", show_default=True, help="Preset or TOML file.")
@@ -38,7 +36,7 @@ PREPARING = "weights and prompts"
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def run(
-    model: str,
+    model: str | None,
     weights: str | None,
     layers: int | None,
     design_name: str,
@@ -70,13 +68,15 @@ def run(
             raise SpecError(f"{name} = {value}: must be at least 1")
     if batch > LARGEST_BATCH:
         raise SpecError(f"--batch = {batch}: must be at most {LARGEST_BATCH}")
+    if weights and model:
+        raise SpecError(f"--model {model}: real weights have their own shape: leave it out, or --weights")
     if weights and layers:
         raise SpecError(f"--layers {layers}: real weights have their own layers: leave it out, or --weights")
     for path in (timeline, out):
         if path is not None:
             check_target(path)
-    measured = _measured(model, weights, layers, design, device, context, batch, steps)
-    _report(measured, timeline, out, as_json)
+    measured = _measured(model or DEFAULT_MODEL, weights, layers, design, device, context, batch, steps)
+    _report(measured, design, timeline, out, as_json)
 
 
 def _measured(
@@ -126,11 +126,22 @@ def _network(model: str, weights: str | None, layers: int | None, device: str) -
     return Network(random_model(checked(shape, device), dtype=dtype_on(device), device=device), name)
 
 
-def _report(measured: MachineRun, timeline: Path | None, out: Path | None, as_json: bool) -> None:
+def _left_out(design: Design) -> tuple[str, ...]:
+    """What of the design was not run as it was asked for."""
+    asked, ran = design, design.as_without_head_profile()
+    changed = [name for name in BY_HEAD_PROFILE if getattr(asked, name) != getattr(ran, name)]
+    if not changed:
+        return ()
+    fields = ", ".join(f"design.{name} = {getattr(asked, name)}" for name in changed)
+    return (f"{fields}: left out, made-up contexts have no head profile: tau = {ran.tau:g} and a group's mean for all",)
+
+
+def _report(measured: MachineRun, design: Design, timeline: Path | None, out: Path | None, as_json: bool) -> None:
     from clo.engine.run import median_step, result_of
     from clo.timeline import save_chrome_trace
 
     result = result_of(measured)
+    result = result.with_fields(assumptions=result.assumptions + _left_out(design))
     if timeline is not None:
         save_chrome_trace(timeline, [median_step(measured)])
     if out is not None:

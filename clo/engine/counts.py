@@ -16,9 +16,9 @@ def _by_stage() -> dict[Stage, int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """Heads that missed and pages that moved in the last step, summed over the batch."""
+    """Heads that missed and pages that moved in the last step, summed over the batch; of a page it may be a part."""
 
     missed: dict[Stage, int] = field(default_factory=_by_stage)
     fetched: dict[Stage, int] = field(default_factory=_by_stage)
     requested: int = 0
-    written_back: int = 0
+    written_back: float = 0

@@ -224,12 +224,13 @@ class Decoder:
         """
         choose = sampler or greedy
         logits, mine = self.prefill(prompts), self._prefills
-        for _ in range(self.max_new_tokens):
-            tokens = choose(logits)
-            yield tokens
+        tokens = choose(logits)
+        yield tokens
+        for _ in range(self.max_new_tokens - 1):
             if self._prefills != mine:
                 raise EngineError("decoder: it has been given other prompts: these cannot go on")
-            logits = self.step(tokens)
+            tokens = choose(self.step(tokens))
+            yield tokens
 
     @property
     def traffic(self) -> StepTraffic:

@@ -83,7 +83,8 @@ def _places(layer: Layer, sequence: int, length: int) -> Iterator[tuple[str, Seq
         store = layer.host if isinstance(layer, StreamedLayer) else layer.kv
         yield "token", heads, store[sequence, :, :, :length]
         return
-    yield "host page", heads, layer.format.restored(layer.host_pages[sequence]).permute(1, 2, 0, 3, 4)
+    if layer.design.offloads:
+        yield "host page", heads, layer.format.restored(layer.host_pages[sequence]).permute(1, 2, 0, 3, 4)
     yield "window row", heads, layer.kv.window[sequence]
     yield "token", heads, layer.kv.sinks[sequence]
     yield "slot", heads, layer.format.restored(layer.kv.slots[sequence]).transpose(1, 2)

@@ -111,6 +111,10 @@ def _traffic(plan: DecodePlan, layers: Sequence[Layer], counts: np.ndarray) -> T
     spec_heads, spec_pages, demand_heads, demand_pages, write_back, requested = columns
     fetching = np.array([isinstance(layer, OffloadedLayer | StreamedLayer) for layer in layers], dtype=np.float64)
     heads = fetching * plan.offloaded_heads
+    # a layer that is streamed has no sets that could be kept
+    choosing = (
+        np.array([isinstance(layer, OffloadedLayer) for layer in layers], dtype=np.float64) * plan.offloaded_heads
+    )
     return Traffic(
         spec_heads=spec_heads,
         spec_pages=spec_pages,
@@ -118,7 +122,7 @@ def _traffic(plan: DecodePlan, layers: Sequence[Layer], counts: np.ndarray) -> T
         demand_pages=demand_pages,
         write_back_pages=write_back,
         requested_pages=requested,
-        reused_heads=np.maximum(0.0, heads - demand_heads),
+        reused_heads=np.maximum(0.0, choosing - demand_heads),
         heads=float(heads.sum()),
         overlap=float("nan"),
     )

@@ -50,8 +50,9 @@ def cache_bytes(plan: DecodePlan, max_tokens: int) -> CacheBytes:
         return CacheBytes(device=device, host=sparse * whole, prefill=reading, host_layers=sparse)
     pages = math.ceil(max_tokens / plan.design.page_size)
     device = in_windows + dense * whole + sparse * batch * _offloaded_bytes(plan, max_tokens, pages)
-    host = sparse * batch * pages * model.num_kv_heads * plan.page_bytes
-    return CacheBytes(device=device, host=host, prefill=reading, host_layers=sparse)
+    offloaded = sparse if plan.design.offloads else 0
+    host = offloaded * batch * pages * model.num_kv_heads * plan.page_bytes
+    return CacheBytes(device=device, host=host, prefill=reading, host_layers=offloaded)
 
 
 def _offloaded_bytes(plan: DecodePlan, max_tokens: int, pages: int) -> float:

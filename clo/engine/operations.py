@@ -20,7 +20,7 @@ from clo.engine.words import Words, two_memories
 from clo.errors import EngineError
 from clo.plan import DecodePlan
 from clo.schedule import Op
-from clo.schedule.ops import PREFETCH_MARK, Stage
+from clo.schedule.ops import PREFETCH_MARK, Stage, StepOps
 from clo_kernels.layout import INT32
 
 
@@ -32,7 +32,7 @@ class Operations:
     ) -> None:
         self.network, self.plan, self.layers = network, plan, layers
         self._pool, self._bar = pool, bar
-        self._stores = not (plan.design.cpu_moves and plan.design.sync != "graph")
+        self._stores = not StepOps(plan).copies_back
         self.host_lengths = [0] * plan.workload.batch
         self.lengths = torch.zeros(plan.workload.batch, dtype=INT32, device=network.device)
         self._tokens = torch.zeros(plan.workload.batch, dtype=torch.int64, device=network.device)
@@ -95,9 +95,11 @@ class Operations:
             return kv.copied_tokens * self.plan.model.layer_token_bytes
         if isinstance(kv, OffloadedLayer) and name in ("gather_pages", "copy_pages", "copy_staged", "bar_write"):
             return kv.residency.fetched_pages(stage) * self.plan.page_bytes
-        if isinstance(kv, OffloadedLayer) and name == ("append_kv" if self._stores else "write_back"):
-            return kv.written_back_pages * self.plan.page_bytes
-        return 0.0
+        if name != ("append_kv" if self._stores else "write_back"):
+            return 0.0
+        if isinstance(kv, StreamedLayer):
+            return kv.shape.batch * self.plan.model.layer_token_bytes
+        return kv.written_back_pages * self.plan.page_bytes if isinstance(kv, OffloadedLayer) else 0.0
 
     def _offloaded(self, layer: int) -> OffloadedLayer:
         kv = self.layers[layer]
@@ -127,14 +129,14 @@ class Operations:
         new_key, new_value = key[:, :, 0].contiguous(), self._value[:, :, 0].contiguous()
         self._projected[layer] = Projected(self._real[layer], new_key, new_value)
         kv = self.layers[layer]
-        if isinstance(kv, OffloadedLayer):
+        if isinstance(kv, OffloadedLayer | StreamedLayer):
             kv.append(new_key, new_value, self.lengths, store=self._stores)
         else:
             kv.append(new_key, new_value, self.lengths)
 
     def _write_back(self, _stage: Stage, layer: int) -> None:
         kv = self.layers[layer]
-        if isinstance(kv, OffloadedLayer):
+        if isinstance(kv, OffloadedLayer | StreamedLayer):
             kv.write_back()
 
     def _query_of(self, stage: Stage, layer: int) -> torch.Tensor:

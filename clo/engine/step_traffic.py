@@ -17,7 +17,7 @@ class StepTraffic:
     fetched_pages: int
     prefetched_pages: int
     requested_pages: int
-    written_back_pages: int
+    written_back_pages: float
     demand_misses: int
     offloaded_heads: int
     page_bytes: float

@@ -116,7 +116,7 @@ def _collect(m: Machine, ops: StepOps, layer: int) -> None:
 
 
 def _write_back(m: Machine, ops: StepOps, flight: _Flight, layer: int, appended: Token) -> None:
-    if ops.plan.design.offloads and ops.copies_back and ops.plan.is_sparse(layer):
+    if ops.copies_back and ops.plan.is_sparse(layer):
         m.wait(Lane.D2H, appended, Cause.ORDER)
         flight.written_back = m.launch(Lane.D2H, ops.write_back(layer))
 

@@ -122,8 +122,9 @@ class StepOps:
 
     @property
     def copies_back(self) -> bool:
-        """Whether pages that leave the window go by a copy engine, not by a kernel's stores."""
-        return self.plan.design.cpu_moves and self.plan.design.sync is not Sync.GRAPH
+        """Whether pages that leave the window go to the host by a copy engine, not by a kernel's stores."""
+        design = self.plan.design
+        return design.offloads and design.cpu_moves and design.sync is not Sync.GRAPH
 
     def write_back(self, layer: int) -> Op:
         """Pages that leave the recent window go to the host."""

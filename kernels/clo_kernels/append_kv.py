@@ -42,6 +42,8 @@ def append_kv_kernel(
     max_tokens,
     recent_tokens,
     num_pages,
+    page_step,
+    head_step,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     PAGE: tl.constexpr,
@@ -69,7 +71,7 @@ def append_kv_kernel(
         before = tl.maximum(token - recent_tokens, 0) // PAGE
         after = tl.maximum(length - recent_tokens, 0) // PAGE
         if (after > before) & (before < num_pages):
-            page = (sequence * num_pages + before) * num_kv_heads + head
+            page = sequence * num_pages * num_kv_heads + tl.cast(before, tl.int64) * page_step + head * head_step
             low = tl.full([DIM_PAD], float("inf"), tl.float32)
             high = tl.full([DIM_PAD], float("-inf"), tl.float32)
             total = tl.zeros([DIM_PAD], tl.float32)
@@ -137,17 +139,20 @@ def append_kv(
     """Store `key` and `value` [batch, num_kv_heads, head_dim] as token `lengths - 1` of each sequence.
 
     `lengths` is int32 [batch], the new token included; nothing happens where it is 0. `host_pages` [batch, num_pages,
-    num_kv_heads, 2, page_size, head_dim] is pinned (or on the device), and coded where the slots are; `index` [batch,
-    num_kv_heads, num_pages, *entry] has one of the layouts in `page_index`, and `planes` are those of a sign hash. A
-    pinned head's tokens go nowhere else. A page or token beyond the room for it is dropped: the caller makes sure that
-    sequences fit.
+    num_kv_heads, 2, page_size, head_dim] is pinned, or on the device: there also pages that lie head by head, as slots
+    do, with their dimensions 1 and 2 exchanged; coded where the slots are. `index` [batch, num_kv_heads, num_pages,
+    *entry] has one of the layouts in `page_index`, and `planes` are those of a sign hash. A pinned head's tokens go
+    nowhere else. A page or token beyond the room for it is dropped: the caller makes sure that sequences fit.
     """
     kv.check(key.device, key.dtype)
     (batch, heads), page_size, head_dim = kv.slots.shape[:2], kv.page_size, kv.head_dim
     check_tensor("key", key, (batch, heads, head_dim), FLOATS)
     check_tensor("value", value, (batch, heads, head_dim), key.dtype, key.device)
     check_tensor("lengths", lengths, (batch,), INT32, key.device)
-    check_tensor("host_pages", host_pages, (batch, -1, heads, 2, page_size, kv.row_width), kv.slots.dtype)
+    by_head = not host_pages.is_contiguous() and host_pages.dim() == 6
+    stored = host_pages.transpose(1, 2) if by_head else host_pages
+    places = (heads, -1) if by_head else (-1, heads)
+    check_tensor("host_pages", stored, (batch, *places, 2, page_size, kv.row_width), kv.slots.dtype)
     check_host_tensor("host_pages", host_pages, key.device)
     num_pages = host_pages.shape[1]
     kind = check_index(index, (batch, heads), head_dim, planes, key.device)
@@ -176,6 +181,8 @@ def append_kv(
                 kv.pinned.shape[3],
                 kv.recent_tokens,
                 num_pages,
+                1 if by_head else heads,
+                num_pages if by_head else 1,
                 DIM=head_dim,
                 DIM_PAD=triton.next_power_of_2(head_dim),
                 PAGE=page_size,

@@ -32,7 +32,7 @@ from clo_kernels.wait_ready import wait_ready_kernel
 
 RESOLVE = "*i32/16 *u8/16" + 7 * " *i32/16"
 SELECT = "*fp32/16 *i32/16 *u8/16 *i32/16 i32 i32 i32"
-APPEND = "*bf16/16 *bf16/16 *i32/16 *bf16/16 *bf16/16 *bf16/16 *i32/16 *{1}/16 *{2}/16 *{0}/16 *fp32/16" + 7 * " i32"
+APPEND = "*bf16/16 *bf16/16 *i32/16 *bf16/16 *bf16/16 *bf16/16 *i32/16 *{1}/16 *{2}/16 *{0}/16 *fp32/16" + 9 * " i32"
 APPENDED: dict[str, Any] = {"DIM": 128, "DIM_PAD": 128, "PAGE": 16, "BLOCK": 16, "CODED": False}
 PLAIN, CODED = ("bf16", "bf16"), ("i8", "bf16")
 ATTEND = "*bf16/16 *bf16/16 *bf16/16 *{}/16 *{}/16 *bf16/16 *i32/16 *i32/16 *i32/16 *fp32/16 *fp32/16 fp32" + 8 * " i32"

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from commands import run
 from small import design, prompt, small_model
 
+from clo.engine import sampling
 from clo.engine.decoder import Decoder
 from clo.engine.measure import run_steps
+from clo.engine.models.loading import load_model
 from clo.errors import CloError, NotFoundError, SpecError
 from clo.timeline import load_chrome_trace
 from clo_cli.main import clo
@@ -27,6 +30,7 @@ from clo_cli.main import clo
         (["generate", "a", "--seed", "-1"], "--seed = -1: must be from 0"),
         (["generate", "a", "--seed", "99999999999999999999"], "--seed = 99999999999999999999: must be from 0"),
         (["generate", "a", "--design", "nosuch"], "design 'nosuch' is unknown"),
+        (["generate", "a", "--tokens", "1", "--timeline", "a.json"], "--timeline: the first token comes with"),
         (["evaluate", "--seed", "-1"], "--seed = -1: must be from 0"),
         (["evaluate", "--designs", " ,"], "--designs = ' ,': name at least one design"),
         (["evaluate", "--taus", "0.5,x"], "--taus = '0.5,x': numbers separated by commas"),
@@ -72,6 +76,20 @@ def test_a_real_model_generates_under_a_design(tmp_path: Path) -> None:
     assert 0 < said["h2d_bytes_per_step"] < said["host_bytes"]
     (traced,) = load_chrome_trace(timeline)
     assert {span.name for span in traced.spans} >= {"attention", "gather_pages", "hit_test"}
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("left_out", [0, 1])
+def test_characters_of_several_tokens_are_shown_once_they_are_whole(
+    monkeypatch: pytest.MonkeyPatch, left_out: int
+) -> None:
+    _, tokenizer = load_model("smollm2-135m")
+    tokens = tokenizer("Hi \N{GRINNING FACE} \N{CJK UNIFIED IDEOGRAPH-4E16}").input_ids
+    said = tokens[: len(tokens) - left_out]
+    coming = iter(said)
+    monkeypatch.setattr(sampling, "sampler_of", lambda *_: lambda _: torch.tensor([next(coming)]))
+    assert len(tokens) > 5
+    assert run("generate", "Say", "--tokens", len(said)) == tokenizer.decode(said)
 
 
 @pytest.mark.model

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from forced import CLOSE, forced_logits
-from small import design, prompt, small_model
+from small import DIM, KV_HEADS, LAYERS, design, prompt, small_model
 
 from clo import presets
 from clo.engine.decoder import Decoder
+from clo.engine.measure import run_steps
+from clo.engine.run import result_of
 
-OFFLOADING = [name for name in presets.names("designs") if "resident" not in name]
 ENGINES = ["page_copies", "staged", "cpu_zero_copy", "gpu_zero_copy"]
 SYNCS = ["host", "events", "flags", "graph"]
 
@@ -26,6 +27,14 @@ class TestEnginesAndSyncs:
             chosen = design("clo", budget_pages=3, tau=0.7, transfer=transfer, sync=sync, resolve_on=resolve_on)
             found = forced_logits(model, chosen, tokens, 90)
             assert torch.equal(found, forced_logits(model, design("clo", budget_pages=3, tau=0.7), tokens, 90))
+
+    @pytest.mark.parametrize("sync", SYNCS)
+    @pytest.mark.parametrize("transfer", ENGINES)
+    def test_nor_where_all_pages_stay_on_the_device(self, transfer: str, sync: str) -> None:
+        """Pages that leave the window while decoding are attended later, and go nowhere."""
+        model, tokens, chosen = small_model(), prompt(110), design("resident-sparse", budget_pages=3)
+        found = forced_logits(model, chosen.with_fields(transfer=transfer, sync=sync), tokens, 60)
+        assert torch.equal(found, forced_logits(model, chosen, tokens, 60))
 
     @pytest.mark.parametrize("depth", [0, 1, 2])
     @pytest.mark.parametrize("name", ["resolve", "lru-cpu"])
@@ -53,11 +62,17 @@ class TestBatch:
             torch.testing.assert_close(together, alone, **CLOSE)
 
 
+def test_the_last_token_is_given_out_and_not_decoded() -> None:
+    with Decoder(small_model(), design("clo"), max_new_tokens=4) as decoder:
+        assert len(list(decoder.generate([prompt(40)]))) == 4
+        assert decoder.lengths == [43]
+
+
 class TestTraffic:
     def test_bytes_in_the_timeline_are_those_of_the_counts(self) -> None:
         model, tokens = small_model(), prompt(110)
-        for name in OFFLOADING:
-            chosen = design(name, **({"budget_pages": 3} if name != "streamed" else {}))
+        for name in presets.names("designs"):
+            chosen = design(name, **({"budget_pages": 3} if presets.load_design(name).selects else {}))
             with Decoder(model, chosen, max_new_tokens=20) as decoder:
                 decoder.prefill([tokens[:90]])
                 for token in tokens[90:]:
@@ -67,10 +82,18 @@ class TestTraffic:
                     back, traffic = sum(span.num_bytes for span in outward), decoder.traffic
                     moved = sum(span.num_bytes for span in decoder.timeline.spans) - back
                     assert back == traffic.written_back_pages * traffic.page_bytes
+                    assert not back or chosen.offloads
                     if name == "streamed":
                         assert moved == 4 * 2 * 2 * 16 * 4 * (decoder.lengths[0] - 1)
                     else:
                         assert moved == traffic.h2d_bytes
+
+    @pytest.mark.parametrize("sync", ["events", "graph"])
+    def test_a_streamed_layer_sends_its_new_token_back_and_keeps_no_sets(self, sync: str) -> None:
+        with Decoder(small_model(), design("streamed", sync=sync), max_new_tokens=20) as decoder:
+            found = result_of(run_steps(decoder, [prompt(50), prompt(30)], steps=3))
+        assert found.d2h_bytes_per_step == 2 * LAYERS * KV_HEADS * 2 * DIM * 4
+        assert found.reuse_rate == found.hit_rate == 0.0
 
     def test_reuse_moves_less_than_resolve_and_resolve_less_than_refetching(self) -> None:
         model, tokens = small_model(), prompt(200)

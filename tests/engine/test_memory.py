@@ -37,7 +37,7 @@ def held(decoder: Decoder) -> tuple[int, int]:
             kv = (layer.kv.sinks, layer.kv.window, layer.kv.slots, layer.kv.pinned, layer.selection.index)
             device += sum(tensor.nbytes for tensor in kv)
             device += layer.selection.keys.nbytes if layer.design.selector is Selector.EXACT else 0
-            host += layer.host_pages.nbytes
+            host += layer.host_pages.nbytes if layer.design.offloads else 0
     return device, host
 
 

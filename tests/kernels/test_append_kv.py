@@ -109,6 +109,19 @@ def test_index_of_single_tokens(kind, page_size, dim, append):
     assert (index[:, 1] == 77).all()
 
 
+@pytest.mark.parametrize("append", [append_kv, reference.append_kv], ids=["kernel", "reference"])
+@cases("page_size heads", (16, 3), (4, 2), (3, 3))
+def test_pages_may_lie_head_by_head_as_slots_do(page_size, heads, append):
+    full, kv, host, index = setup(page_size, 10, 1, 64, 2, heads=heads, tokens=60)
+    slots = torch.full_like(host.transpose(1, 2), float("nan"), device=DEVICE, memory_format=torch.contiguous_format)
+    found = []
+    for pages in (host, slots.transpose(1, 2)):
+        grow(append, full, range(60), kv, pages, index)
+        found.append(pages.to(DEVICE))
+    assert same(*found)
+    assert not found[0][:, 0, 0].isnan().any()
+
+
 def test_only_the_new_token_is_written_while_no_page_leaves():
     full, kv, host, index = setup(16, 20, 4, 64, 2)
     grow(append_kv, full, range(50), kv, host, index)

@@ -28,6 +28,9 @@ class OffloadedLayer:
     A page that leaves the window is stored to the host in that step and stays attended in the window until the next
     one: it has a whole step to arrive, whoever moves it. The first page is always attended (the sinks are in it), the
     pages between it and the window are the candidates of selection.
+
+    `host_pages` is `[batch, pages, kv_heads, 2, page_size, head_dim]`. Where nothing is offloaded every page has a slot
+    of its own, and these are the slots.
     """
 
     def __init__(self, plan: DecodePlan, shape: LayerShape, heads: HeadSettings) -> None:
@@ -40,8 +43,12 @@ class OffloadedLayer:
         self.format = PageFormat(self.design.page_coding, shape.head_dim, shape.dtype)
         page = (2, self.page_size, self.format.width)
         size = (shape.batch, num_pages, shape.num_kv_heads, *page)
-        self.host_pages = torch.zeros(size, dtype=self.format.kept_dtype, pin_memory=shape.apart)
         self.kv = _device_kv(self.design, self.format, num_slots, shape, heads.pinned)
+        self.host_pages = (
+            self.kv.slots.transpose(1, 2)
+            if everything
+            else torch.zeros(size, dtype=self.format.kept_dtype, pin_memory=shape.apart)
+        )
         # a page that leaves the window is attended there for one step more
         self.attended_kv = replace(self.kv, recent_tokens=self.kv.recent_tokens + 1)
         self.gate = Gate(self.design, shape, heads)
@@ -75,8 +82,9 @@ class OffloadedLayer:
 
     @property
     def written_back_pages(self) -> int:
-        """Pages that leave the window in this step."""
-        return len(self._leaving) * (self.shape.num_kv_heads - len(self.heads.pinned))
+        """Pages that leave the window for the host in this step."""
+        leaving = len(self._leaving) if self.design.offloads else 0
+        return leaving * (self.shape.num_kv_heads - len(self.heads.pinned))
 
     def begin(self, lengths: Sequence[int]) -> None:
         """A step begins in which each sequence has so many tokens, the new one included."""
@@ -116,13 +124,10 @@ class OffloadedLayer:
         kept = self.format.kept(pages.permute(2, 1, 0, 3, 4))
         self.host_pages[sequence, first : first + count].copy_(kept)
         self.selection.index_pages(sequence, first, pages[0])
-        if self.design.cache is Cache.RESIDENT:
-            self.kv.slots[sequence, :, first : first + count] = kept.transpose(0, 1)
 
     def fetch_pages(self, sequence: int, count: int, out: torch.Tensor) -> None:
         """The first `count` pages into `out` `[2, kv_heads, count * page_size, head_dim]`, on the device."""
-        resident = self.design.cache is Cache.RESIDENT
-        pages = self.kv.slots[sequence].transpose(0, 1) if resident else self.host_pages[sequence]
+        pages = self.host_pages[sequence]
         at_once = max(1, FETCH_TOKENS // self.page_size)
         for first in range(0, count, at_once):
             end = min(first + at_once, count)
@@ -173,22 +178,10 @@ class OffloadedLayer:
         planes = self.selection.planes
         if store:
             self.kernels.append_kv(key, value, lengths, self.kv, self.host_pages, self.selection.index, planes=planes)
-            if self.design.cache is Cache.RESIDENT:
-                self._keep_on_device(lengths)
             return
         self.kernels.append_kv(key, value, lengths, self.kv, *self._nowhere, planes=planes)
         for sequence, page in self._leaving:
             self.selection.index_pages(sequence, page, self._window_page(sequence, page)[:, None, 0])
-
-    def _keep_on_device(self, lengths: torch.Tensor) -> None:
-        """Where nothing is offloaded, the page that leaves the window is a slot's from now on: its own."""
-        size, recent = self.page_size, self.kv.recent_tokens
-        before, after = ((lengths.long() - less - recent).clamp(min=0) // size for less in (1, 0))
-        rows = (before[:, None] * size + torch.arange(size, device=lengths.device)) % self.kv.ring_tokens
-        batch = torch.arange(self.shape.batch, device=lengths.device)
-        leaving = self.format.kept(self.kv.window[batch[:, None], :, :, rows].permute(0, 2, 3, 1, 4))
-        held = self.kv.slots[batch, :, before]
-        self.kv.slots[batch, :, before] = torch.where((after > before)[:, None, None, None, None], leaving, held)
 
     def _window_page(self, sequence: int, page: int) -> torch.Tensor:
         """`[kv_heads, 2, page_size, head_dim]`; pages lie whole in the ring."""

@@ -33,7 +33,9 @@ class StreamedLayer(DenseLayer):
         if self._copied is None:
             return Counts()
         pages = self._copied_pages * self.shape.num_kv_heads
-        return Counts(fetched=dict.fromkeys(Stage, 0) | {self._copied: pages}, requested=pages)
+        written_back = self.shape.batch * self.shape.num_kv_heads / self._page_size
+        fetched = dict.fromkeys(Stage, 0) | {self._copied: pages}
+        return Counts(fetched=fetched, requested=pages, written_back=written_back)
 
     @property
     def copied_tokens(self) -> int:
@@ -57,10 +59,16 @@ class StreamedLayer(DenseLayer):
             for part in range(2):
                 out[part, head].copy_(self.host[sequence, head, part, : out.shape[2]], non_blocking=True)
 
-    def append(self, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor) -> None:
-        """The new token goes into the buffer now, and to the host for the next step."""
+    def append(self, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor, *, store: bool = True) -> None:
+        """The new token goes into the buffer now, and with `store` to the host, for the next step."""
         self._new = key, value
         super().append(key, value, lengths)
+        if store:
+            self.write_back()
+
+    def write_back(self) -> None:
+        """The new token of each sequence, to the host."""
+        assert self._new is not None
         for staged, new in zip(self._newest, self._new, strict=True):
             staged.copy_(new, non_blocking=True)
 

@@ -164,6 +164,19 @@ class TestRun:
         assert (result.executor, result.workload.steps, result.roofline) == ("machine", 2, None)
         assert load_chrome_trace(step)[0].seconds > 0
         assert "TPOT" in CliRunner().invoke(clo, small).stdout
+        assert not any("left out" in assumed for assumed in result.assumptions)
+
+    @pytest.mark.parametrize(
+        ("given", "said"),
+        [
+            (["--set", "design.target_hit_rate=0.8"], "design.target_hit_rate = 0.8: left out"),
+            (["--design", "clo-v1"], "design.gqa_fold = importance: left out"),
+        ],
+    )
+    def test_what_needs_a_head_profile_is_said_to_be_left_out(self, given: list[str], said: str) -> None:
+        small = ["run", "--layers", "3", "--context", "100", "--steps", "1", "--json"]
+        done = CliRunner().invoke(clo, [*small, *given], catch_exceptions=False)
+        assert any(assumed.startswith(said) for assumed in json.loads(done.stdout)["assumptions"])
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -178,6 +191,7 @@ class TestRun:
             (["--layers", "31"], "--layers 31: smollm2-135m has 30"),
             (["--model", "llama-3-70b"], "in single precision"),
             (["--weights", "smollm2-135m", "--layers", "2"], "--layers 2: real weights"),
+            (["--weights", "smollm2-135m", "--model", "llama-3-8b"], "--model llama-3-8b: real weights have their own"),
         ],
     )
     def test_bad_input_is_refused(self, arguments: list[str], message: str) -> None:

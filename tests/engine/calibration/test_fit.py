@@ -219,6 +219,12 @@ class TestProbes:
         assert len(held_out) >= len(probes) / 2
         assert not fitted & {probe.size for probe in held_out}
 
+    @pytest.mark.parametrize("grid", [CPU_GRID, CUDA_GRID])
+    def test_held_out_sizes_are_run_between_fitted_ones(self, grid: Grid) -> None:
+        """What slows the machine for minutes must show in the runs that say how much slower it is."""
+        sizes = dict.fromkeys((probe.size, probe.fitted) for probe in validation_probes(grid=grid))
+        assert [fitted for _, fitted in sizes] == [True, False] * 4
+
     @pytest.mark.parametrize("count", [3, 4, 6, 8, len(DESIGNS)])
     def test_the_baseline_comes_back_often_enough_to_have_a_spread(self, count: int) -> None:
         probes = calibration_probes(DESIGNS[:count])

@@ -12,6 +12,7 @@ import torch
 from clo.errors import CloError
 from clo_calibration.fingerprint import differences, fingerprint
 from clo_calibration.verdict import Point, Verdict, load_verdict, markdown
+from clo_cli.calibration_tables import print_verdict
 
 
 def point(real: float, simulated: float, *, design: str = "a", fitted: bool = False, half: float = 0.1) -> Point:
@@ -91,8 +92,37 @@ class TestVerdict:
         assert math.isnan(alone.summary()["repeat_error_median"])
         assert "foretold" not in markdown(alone)
 
-    def test_one_design_has_no_order_and_no_regret(self) -> None:
-        summary = verdict(point(1.0, 1.1)).summary()
+    def test_what_only_one_world_does_is_said(self, capsys: pytest.CaptureFixture[str]) -> None:
+        alike, other = point(1.0, 1.1), point(1.0, 1.1, design="b")
+        found = verdict(alike, other.model_copy(update={"differences": ("main stream: 3 operations ...",)}))
+        assert found.summary()["unlike_runs"] == 0.5
+        assert "- b, 1 x 100 tokens: main stream: 3 operations ..." in markdown(found)
+        assert "In every run both worlds name the same operations" in markdown(verdict(alike, other))
+        print_verdict(found.summary(), found.ablation())
+        assert "In 50% of the runs the two worlds do not name the same operations" in capsys.readouterr().out
+        print_verdict(verdict(alike, other).summary(), found.ablation())
+        assert "two worlds" not in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("now", "restless"),
+        [((1.0, 1.04, 0.99), False), ((1.06, 1.06, 1.0), True), ((1.0, 0.8, 1.3), True), ((), False)],
+        ids=["quiet", "slower", "different-every-time", "not-repeated"],
+    )
+    def test_a_machine_that_changed_is_noticed(
+        self, now: tuple[float, ...], restless: bool, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        again = [point(real, 1.0, fitted=True).model_copy(update={"calibrated_s": 1.0}) for real in now]
+        found = verdict(point(4.0, 4.0), point(5.0, 5.0, design="b"), *again)
+        print_verdict(found.summary(), found.ablation())
+        for text in (capsys.readouterr().out, markdown(found)):
+            assert ("not what it was when calibrated" in text) is restless
+
+    def test_one_design_has_no_order_and_no_regret(self, capsys: pytest.CaptureFixture[str]) -> None:
+        found = verdict(point(1.0, 1.1))
+        summary = found.summary()
+        print_verdict(summary, found.ablation())
+        assert "nan" not in capsys.readouterr().out
+        assert "nan" not in markdown(found)
         assert np.isnan(summary["regret"])
         assert np.isnan(summary["rank_correlation"])
         assert summary["tpot_error_worst"] == pytest.approx(0.1)
