@@ -19,7 +19,7 @@ from clo.engine.memory import local_machine
 from clo.engine.models.network import Network
 from clo.engine.random_weights import checked, dtype_on, random_model
 from clo.errors import CloError, SpecError
-from clo.files import read_json, write_text
+from clo.files import read_json, write_json
 from clo.operation_costs import BenchmarkRow, FitPoint, OperationCost, OperationProfile
 from clo.specs import MachineSpec, ModelSpec
 from clo_calibration.comparison import price_run, simulated_s
@@ -103,7 +103,7 @@ def claim_folder(folder: Path, here: dict[str, str], model: ModelSpec, *, again:
     if again and claim.exists():
         for old in folder.glob("*.npz"):
             old.unlink()
-    write_text(claim, _json(wanted))
+    write_json(claim, wanted)
 
 
 def measure(
@@ -254,9 +254,3 @@ def _machine(device: torch.device, benchmarks: Sequence[HostBenchmark], name: st
         link={"h2d_bytes_per_s": rates[to_device], "d2h_bytes_per_s": rates[to_host]},
         host=found.host.model_dump() | {"memory_bytes_per_s": host},
     )
-
-
-def _json(data: object) -> str:
-    import json
-
-    return json.dumps(data, indent=1)
