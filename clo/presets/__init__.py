@@ -18,6 +18,7 @@ from clo.trace import AttentionTrace
 Kind = Literal["models", "machines", "designs", "profiles", "traces"]
 
 DEFAULT_TRACE = "smollm2-135m-4k"
+"""SmolLM2-135M-Instruct at 4,096 tokens."""
 
 _OTHERS = {"models": "the path of a TOML file, config.json or model folder"}
 
