@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from clo.errors import SpecError
+
 
 @click.command()
 @click.argument("trace", required=False)
@@ -20,7 +22,6 @@ def heads(trace: str | None, budget: float, as_json: bool) -> None:
     """
     from clo import presets
     from clo.engine.heads import measure_heads
-    from clo.errors import SpecError
 
     if not 0 < budget <= 1:
         raise SpecError(f"--budget = {budget}: must be a share above 0, at most 1")

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from clo.errors import SpecError
+from clo.files import check_target, sole_writer
+
 if TYPE_CHECKING:
     from clo.specs import Design
     from clo.specs.overrides import Overrides
@@ -71,7 +74,6 @@ def overrides_from(settings: tuple[str, ...], roots: Sequence[str] = ROOTS) -> O
 def scene_from(options: dict[str, Any], overrides: Overrides) -> Scene:
     """Build and check everything but the design, a bar showing what takes long. Raises `CloError` on bad input."""
     from clo import presets
-    from clo.errors import SpecError
     from clo.operation_costs import OperationProfile
     from clo.profile import with_costs
     from clo.specs.overrides import apply
@@ -96,18 +98,33 @@ def scene_from(options: dict[str, Any], overrides: Overrides) -> Scene:
     )
 
 
+def check_outputs(*files: Path | None, figure: Path | None = None) -> None:
+    """Whether what is asked for can be written, before the work behind it. Raises `CloError` that names the file."""
+    if figure is not None:
+        from clo_plots.style import check_suffix
+
+        check_suffix(figure)
+    for path in (*files, figure):
+        if path is not None:
+            check_target(path)
+
+
+def names_from(option: str, given: str) -> list[str]:
+    """Names or files between commas, each once. Raises `SpecError` where one is missing."""
+    names = [name.strip() for name in given.split(",")]
+    if not all(names):
+        raise SpecError(f"{option} = {given!r}: expected names, or files, between commas")
+    return list(dict.fromkeys(names))
+
+
 def claim_folder(out: Path) -> None:
     """A folder for results, this run's alone until the command ends. Raises `CloError` if it cannot be, before work."""
-    from clo.files import check_target, sole_writer
-
     check_target(out, folder=True)
     click.get_current_context().with_resource(sole_writer(out))
 
 
 def check_seed(seed: int) -> None:
     """Raise `SpecError` for what no generator of random numbers here takes."""
-    from clo.errors import SpecError
-
     if not 0 <= seed <= MOST_SEED:
         raise SpecError(f"--seed = {seed}: must be from 0 to 2^63 - 1")
 

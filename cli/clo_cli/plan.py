@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from clo.errors import CloError, SpecError
+from clo.files import write_json
 from clo_cli.fleet_prices import Priced, best_of, prices_from, rank, with_price
-from clo_cli.options import claim_folder, design_from, overrides_from
+from clo_cli.options import claim_folder, design_from, names_from, overrides_from
 from clo_cli.serve_options import serve_options, service_from, serving_scene, trace_from
 
 if TYPE_CHECKING:
@@ -105,9 +107,9 @@ def plan(
     from clo_sim.serving import parse_slo
 
     overrides, slo = overrides_from(settings), parse_slo(slo_text)
-    machine_names = _listed(machines, "--machines")
+    machine_names = names_from("--machines", machines)
     prices = prices_from(price, machine_names)
-    chosen = {name: design_from(name, overrides) for name in _listed(designs, "--designs")}
+    chosen = {name: design_from(name, overrides) for name in names_from("--designs", designs)}
     scenes = {name: serving_scene(options, overrides, name) for name in machine_names}
     _check_names("--machines", {name: scene.machine.name for name, scene in scenes.items()})
     _check_names("--designs", {name: design.name for name, design in chosen.items()})
@@ -137,19 +139,8 @@ def plan(
     _report(question, found, best, out, prices_given=bool(prices), as_json=as_json)
 
 
-def _listed(text: str, option: str) -> list[str]:
-    from clo.errors import SpecError
-
-    names = [part.strip() for part in text.split(",") if part.strip()]
-    if not names:
-        raise SpecError(f"{option}: name at least one")
-    return list(dict.fromkeys(names))
-
-
 def _check_names(option: str, names: dict[str, str]) -> None:
     """Tables and figures tell machines and designs apart by the names in their files."""
-    from clo.errors import SpecError
-
     first: dict[str, str] = {}
     for given, name in names.items():
         if name in first:
@@ -249,8 +240,6 @@ def _curve(
 
 def _map_if_any(question: Question, machine: str, designs: Sequence[Design], best: Priced | None, *ask: Any) -> Any:
     """The map, or none where there is nothing to map on this machine: fleets that were found are not lost for it."""
-    from clo.errors import CloError
-
     try:
         return _map(question, machine, designs, best, *ask)
     except CloError as error:
@@ -340,10 +329,9 @@ def _as_dict(question: Question, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _save(data: dict[str, Any], found: dict[str, Any], best: Priced | None, out: Path) -> None:
-    from clo.files import write_text
     from clo_plots import plot_crossover, plot_fleets, plot_load, save_figure
 
-    write_text(out / "plan.json", json.dumps(data, indent=1))
+    write_json(out / "plan.json", data)
     if found["map"] is not None:
         save_figure(plot_crossover(data["map"]), out / "crossover.png")
     if best is not None and data["latency_against_load"]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clo_cli.options import design_from, overrides_from
+from clo.errors import SpecError
+from clo_cli.options import check_outputs, design_from, overrides_from
 
 if TYPE_CHECKING:
     from clo.engine.measure import MachineRun
@@ -31,9 +32,23 @@ PREPARING = "weights and prompts"
     "--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any field of the design: design.tau=0.9."
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to decode.")
-@click.option("--context", default=2048, show_default=True, help="Tokens per sequence before the first step.")
-@click.option("--batch", default=1, show_default=True, help="Sequences decoded together.")
-@click.option("--steps", default=16, show_default=True, help="Decode steps to measure, after two that are not.")
+@click.option(
+    "--context",
+    type=click.IntRange(1),
+    default=2048,
+    show_default=True,
+    help="Tokens per sequence before the first step.",
+)
+@click.option(
+    "--batch", type=click.IntRange(1, LARGEST_BATCH), default=1, show_default=True, help="Sequences decoded together."
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Decode steps to measure, after two that are not.",
+)
 @click.option("--timeline", type=click.Path(path_type=Path), help="Write the median step as Chrome trace JSON.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -61,20 +76,10 @@ def run(
     clo run --design resolve --context 4096 --timeline step.json
     clo run --model llama-3-8b --layers 2 --design clo
     """
-    from clo.errors import SpecError
-    from clo.files import check_target
-
     design = design_from(design_name, overrides_from(settings, ("design",)))
-    for name, value in (("--context", context), ("--batch", batch), ("--steps", steps)):
-        if value < 1:
-            raise SpecError(f"{name} = {value}: must be at least 1")
-    if batch > LARGEST_BATCH:
-        raise SpecError(f"--batch = {batch}: must be at most {LARGEST_BATCH}")
     if weights and layers:
         raise SpecError(f"--layers {layers}: real weights have their own layers: leave it out, or --weights")
-    for path in (timeline, out):
-        if path is not None:
-            check_target(path)
+    check_outputs(timeline, out)
     measured = _measured(model, weights, layers, design, device, context, batch, steps)
     _report(measured, timeline, out, as_json)
 

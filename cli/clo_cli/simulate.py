@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clo_cli.options import design_from, overrides_from, scene_from, scene_options
+from clo.errors import SpecError
+from clo_cli.options import check_outputs, design_from, overrides_from, scene_from, scene_options
 
 if TYPE_CHECKING:
     from clo.results import Result
@@ -46,8 +47,6 @@ def simulate(
     clo simulate --design clo --context 131072 --batch 16
     clo simulate --design resolve --set design.slot_budgets=2 --timeline step.json
     """
-    from clo.errors import SpecError
-    from clo.files import check_target
     from clo_cli.bars import phases
     from clo_sim.run import simulate as run
 
@@ -57,8 +56,7 @@ def simulate(
     targets = [path for path in (timeline, out) if path is not None]
     if len({path.resolve() for path in targets}) < len(targets):
         raise SpecError(f"--out {out}: the same file as --timeline: the result and the timeline are two files")
-    for path in targets:
-        check_target(path)
+    check_outputs(*targets)
     with phases() as tell:
         tell("simulating", 0, None)
         result = run(scene, design, executor="clock" if executor == "clock" else "simpy")
@@ -94,8 +92,6 @@ def _with_intervals(result: Result, scene: Any, design: Any, executor: str, tell
 
 
 def _check_step(step: int, steps: int) -> None:
-    from clo.errors import SpecError
-
     if not 0 <= step < steps:
         raise SpecError(f"--timeline-step = {step}: must be from 0 to {steps - 1} (workload.steps = {steps})")
 
