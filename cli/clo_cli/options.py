@@ -146,8 +146,11 @@ def _workload(options: dict[str, Any]) -> Any:
 
 def _source(options: dict[str, Any], workload: Any) -> Any:
     from clo import presets
+    from clo_sim.scene import shipped_source
     from clo_sim.stand_in import DISTINCT_STEPS, TrafficSource
 
+    if options["trace_path"] is None and not options["synthetic"]:
+        return shipped_source()
     trace = presets.load_trace(options["trace_path"] or presets.DEFAULT_TRACE)
     if options["synthetic"]:
         from clo_cli.bars import phases
@@ -162,4 +165,4 @@ def _source(options: dict[str, Any], workload: Any) -> Any:
                 num_steps=steps, seed=workload.seed, progress=lambda done, total: tell("generating steps", done, total)
             )
         return TrafficSource(generated, repeat_steps=True)
-    return TrafficSource(trace, resample_heads=options["trace_path"] is None or options["resample_heads"])
+    return TrafficSource(trace, resample_heads=options["resample_heads"])
