@@ -132,12 +132,12 @@ def _network(model: str, weights: str | None, layers: int | None, device: str) -
 
 
 def _report(measured: MachineRun, timeline: Path | None, out: Path | None, as_json: bool) -> None:
-    from clo.engine.run import median_step, result_of
+    from clo.engine.run import result_of
     from clo.timeline import save_chrome_trace
 
     result = result_of(measured)
     if timeline is not None:
-        save_chrome_trace(timeline, [median_step(measured)])
+        save_chrome_trace(timeline, [measured.timelines[measured.median_step]])
     if out is not None:
         result.save(out)
     if as_json:
