@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from pydantic import PositiveFloat, ValidationError
+from pydantic import PositiveFloat
 
-from clo.errors import CloError
-from clo.files import read_json, write_text
-from clo.specs.base import Spec, explain
+from clo.files import read_json, write_json
+from clo.specs.base import Spec
 
 
 class Alternative(Spec):
@@ -32,13 +30,9 @@ class Choices(Spec):
 
     def save(self, path: Path) -> None:
         """Write as JSON, whole or not at all."""
-        write_text(path, json.dumps(self.model_dump(mode="json"), indent=1))
+        write_json(path, self.model_dump(mode="json"))
 
 
 def load_choices(path: Path) -> Choices:
     """Read what `save` wrote. Raises `CloError` naming the file and the problem."""
-    data = read_json(path)
-    try:
-        return Choices.model_validate(data)
-    except ValidationError as error:
-        raise CloError(f"{path}: {explain(Choices, error)}") from None
+    return Choices.parse(read_json(path), where=str(path))

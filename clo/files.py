@@ -56,34 +56,33 @@ def sole_writer(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _refuse_special(path: Path) -> None:
+def _refuse_special(path: Path, error: type[CloError] = CloError) -> None:
     if path.exists() and not path.is_file():
-        raise CloError(f"{path}: cannot be written: it is no regular file")
+        raise error(f"{path}: cannot be written: it is no regular file")
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place. Raises `CloError` naming the path.
+def write_whole(path: Path, write: Callable[[BinaryIO], object], error: type[CloError] = CloError) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place. Raises `error` naming the path.
 
     A device or pipe is refused, since it would be replaced; of a symbolic link the target is.
     """
-    _refuse_special(path)
+    _refuse_special(path, error)
     path = path.resolve()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise CloError(f"{path}: cannot be written: {error.strerror or error}") from None
+    except OSError as problem:
+        raise error(f"{path}: cannot be written: {problem.strerror or problem}") from None
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
         os.chmod(name, 0o644)
         os.replace(name, path)
-    except OSError as error:
+    except OSError as problem:
+        raise error(f"{path}: cannot be written: {problem.strerror or problem}") from None
+    finally:
+        # gone already where it was put in place
         Path(name).unlink(missing_ok=True)
-        raise CloError(f"{path}: cannot be written: {error.strerror or error}") from None
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def read_json(path: Path, error: type[CloError] = CloError) -> Any:
@@ -99,3 +98,8 @@ def read_json(path: Path, error: type[CloError] = CloError) -> Any:
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text, whole or not at all."""
     write_whole(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write plain data as JSON that people can read too, whole or not at all."""
+    write_text(path, json.dumps(data, indent=1))

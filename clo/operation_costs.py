@@ -38,7 +38,7 @@ from clo.schedule.work import (
     Work,
     ZeroCopy,
 )
-from clo.specs import Cache, Design, MachineSpec, ModelSpec, OnMiss
+from clo.specs import Design, MachineSpec, ModelSpec
 from clo.specs.base import Spec, check_version, explain
 from clo.traffic import Traffic
 
@@ -128,16 +128,15 @@ def load_operation_profile(path: Path) -> OperationProfile:
 def price_key(name: str, work: Work, plan: DecodePlan) -> str:
     """The entry of a profile: operations of one name that run different code are told apart."""
     design = plan.design
-    replaces = design.cache is Cache.HEAD_REUSE and design.on_miss is OnMiss.REPLACE
     if isinstance(work, DecodeAttention):
         return f"{name}:{'dense' if work.kv_tokens == plan.workload.context_tokens else 'sparse'}"
     if name == "score_pages":
         return f"{name}:{design.selector}"
     if name == "select_pages":
         # a set that is replaced whole is looked up as it is selected
-        return f"{name}:{design.cache}{':replace' if replaces else ''}"
+        return f"{name}:{design.cache}{':replace' if design.replaces_sets else ''}"
     if name == "resolve_pages":
-        return f"{name}:{'replace' if replaces else 'diff'}"
+        return f"{name}:{'replace' if design.replaces_sets else 'diff'}"
     if name == "qkv_proj" and isinstance(work, Gemm):
         return f"{name}:{'predicting' if work.n > plan.model.qkv_width else 'alone'}"
     if name == "append_kv":

@@ -331,7 +331,7 @@ def _slot_pages(design: Design, workload: Workload, budget: int, room: float, ro
     if not design.offloads:
         return pages
     # a buffer, or a set that is replaced as a whole, has no use for more than the budget
-    if design.cache is Cache.NONE or (design.cache is Cache.HEAD_REUSE and design.on_miss == "replace"):
+    if design.cache is Cache.NONE or design.replaces_sets:
         return budget
     if design.slot_pages is not None:
         if design.slot_pages < budget:

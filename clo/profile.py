@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, ValidationError, field_validator
 
 from clo.errors import ProfileError
@@ -29,8 +28,6 @@ from clo.specs.base import Spec, check_version, explain
 from clo.specs.overrides import apply
 
 SCHEMA_VERSION = 1
-
-Scalar = float | NDArray[np.float64]
 
 
 class Source(StrEnum):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from clo.errors import CloError
-from clo.files import read_json, write_text
+from clo.files import read_json, write_json
 from clo.specs import Design, Workload
-from clo.specs.base import Spec, check_version, explain
+from clo.specs.base import Spec, check_version
 
 SCHEMA_VERSION = 1
 
@@ -106,13 +104,9 @@ class Result(Spec):
 
     def save(self, path: Path) -> None:
         """Write as JSON, whole or not at all."""
-        write_text(path, json.dumps(self.model_dump(mode="json"), indent=1))
+        write_json(path, self.model_dump(mode="json"))
 
 
 def load_result(path: Path) -> Result:
     """Read a result. Raises `CloError` naming the file and the problem."""
-    data = read_json(path)
-    try:
-        return Result.model_validate(data)
-    except ValidationError as error:
-        raise CloError(f"{path}: {explain(Result, error)}") from None
+    return Result.parse(read_json(path), where=str(path))

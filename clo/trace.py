@@ -35,10 +35,7 @@ from clo.trace_members import (
     query_member,
 )
 
-# the trace that ships with the package: SmolLM2-135M-Instruct at 4096 tokens
-DEFAULT_TRACE = Path(__file__).parent / "presets" / "traces" / "smollm2-135m-4k.npz"
-
-__all__ = ["DEFAULT_TRACE", "NO_PAGE", "AttentionTrace", "LazyArrays", "TraceHeader", "candidate_pages"]
+__all__ = ["NO_PAGE", "AttentionTrace", "LazyArrays", "TraceHeader", "candidate_pages"]
 
 Key = TypeVar("Key")
 FloatArray = NDArray[np.float32]

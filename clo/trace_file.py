@@ -10,8 +10,6 @@ masses. Knows nothing about what the arrays mean, or about statistics.
 from __future__ import annotations
 
 import io
-import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -22,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clo.errors import TraceError
+from clo.files import write_whole
 
 # padding of page lists
 NO_PAGE = 0xFFFF
@@ -204,20 +203,9 @@ def unpack(stream: NDArray[np.uint8], dtype: np.dtype[Any], shape: tuple[int, ..
 
 
 def write_members(path: Path, members: Mapping[str, AnyArray]) -> None:
-    """Write an `.npz` file whole or not at all. Raises `TraceError` if the folder cannot be written."""
-    try:
-        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    except OSError as error:
-        raise TraceError(f"{path}: cannot be written: {error.strerror or error}") from None
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, **dict(members))  # type: ignore[arg-type]
-        Path(scratch).chmod(0o644)
-        os.replace(scratch, path)
-    except OSError as error:
-        raise TraceError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        Path(scratch).unlink(missing_ok=True)
+    """Write an `.npz` file whole or not at all. Raises `TraceError` if it cannot be written."""
+    arrays: dict[str, Any] = dict(members)
+    write_whole(path, lambda file: np.savez_compressed(file, **arrays), TraceError)
 
 
 def read_members(path: Path) -> dict[str, AnyArray]:

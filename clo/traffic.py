@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,17 @@ from numpy.typing import NDArray
 from clo.schedule.work import Amount, AmountName
 
 Counts = NDArray[np.float64]
+
+COUNTS = (
+    "spec_heads",
+    "spec_pages",
+    "demand_heads",
+    "demand_pages",
+    "write_back_pages",
+    "requested_pages",
+    "reused_heads",
+)
+"""The fields of `Traffic` that are counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,16 +76,5 @@ class Traffic:
 
     def steps(self, start: int, stop: int) -> Traffic:
         """The same traffic, only some of the steps."""
-        cut = slice(start, stop)
-        return Traffic(
-            spec_heads=self.spec_heads[cut],
-            spec_pages=self.spec_pages[cut],
-            demand_heads=self.demand_heads[cut],
-            demand_pages=self.demand_pages[cut],
-            write_back_pages=self.write_back_pages[cut],
-            requested_pages=self.requested_pages[cut],
-            reused_heads=self.reused_heads[cut],
-            heads=self.heads,
-            overlap=self.overlap,
-            assumptions=self.assumptions,
-        )
+        cut: dict[str, Any] = {name: getattr(self, name)[start:stop] for name in COUNTS}
+        return replace(self, **cut)

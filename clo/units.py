@@ -3,7 +3,6 @@
 US_PER_S = 1e6
 MS_PER_S = 1e3
 GB = 1e9
-GIB = float(1 << 30)
 
 
 def format_seconds(seconds: float) -> str:

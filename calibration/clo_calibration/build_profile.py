@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from datetime import date
 from importlib.resources import files
@@ -15,7 +14,7 @@ from typing import Any
 import click
 
 from clo.errors import CloError
-from clo.files import write_text
+from clo.files import write_json
 from clo.profile import Profile
 from clo_calibration.tables.fit import fit_tables
 from clo_calibration.tables.measurements import GPUS
@@ -67,7 +66,7 @@ def main(out: Path, data: Path | None, gpus: tuple[str, ...]) -> None:
     for gpu in gpus or (*GPUS, *CARRIED_OVER):
         profile = build_profile(gpu, data)
         path = out / f"{gpu}.json"
-        write_text(path, json.dumps(profile.model_dump(mode="json"), indent=1))
+        write_json(path, profile.model_dump(mode="json"))
         click.echo(f"{path}: {path.stat().st_size / 1e3:.0f} kB")
 
 

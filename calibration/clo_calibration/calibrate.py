@@ -19,13 +19,13 @@ from clo.engine.memory import local_machine
 from clo.engine.models.network import Network
 from clo.engine.random_weights import checked, dtype_on, random_model
 from clo.errors import CloError, SpecError
-from clo.files import read_json, write_text
+from clo.files import read_json, write_json
 from clo.operation_costs import BenchmarkRow, FitPoint, OperationCost, OperationProfile
 from clo.specs import MachineSpec, ModelSpec
 from clo_calibration.comparison import price_run, simulated_s
 from clo_calibration.fingerprint import fingerprint
 from clo_calibration.handover_fit import handover_s, launch_hold_s
-from clo_calibration.host_benchmarks import HostBenchmark, host_benchmarks
+from clo_calibration.host_benchmarks import Benchmark, host_benchmarks
 from clo_calibration.interference_fit import Interference, fit_interference
 from clo_calibration.operation_fit import (
     Observation,
@@ -68,7 +68,7 @@ def calibrate(
     _check_layers(model, designs)
     network = network_of(model, device)
     here = fingerprint(device)
-    claim_folder(samples, here, network.spec, again=again)
+    claim_samples(samples, here, network.spec, again=again)
     probes = calibration_probes(designs, steps=steps, grid=grid_of(device))
     progress("microbenchmarks", 0, 1)
     benchmarks = _microbenchmarks(device)
@@ -86,7 +86,7 @@ def _check_layers(model: ModelSpec, designs: Sequence[str]) -> None:
         raise SpecError(f"model.num_layers = {model.num_layers}: designs keep {dense} of them dense: take more")
 
 
-def _microbenchmarks(device: torch.device) -> list[HostBenchmark]:
+def _microbenchmarks(device: torch.device) -> list[Benchmark]:
     threads = tuple(sorted({1, torch.get_num_threads(), 2}))
     if device.type != "cuda":
         return host_benchmarks(threads)
@@ -95,7 +95,7 @@ def _microbenchmarks(device: torch.device) -> list[HostBenchmark]:
     return device_benchmarks(device, threads)
 
 
-def claim_folder(folder: Path, here: dict[str, str], model: ModelSpec, *, again: bool = False) -> None:
+def claim_samples(folder: Path, here: dict[str, str], model: ModelSpec, *, again: bool = False) -> None:
     """Samples of one machine and model only; `again`: none that are there already."""
     claim, wanted = folder / "machine.json", {"fingerprint": here, "model": model.model_dump(mode="json")}
     if claim.exists() and read_json(claim) != wanted:
@@ -103,7 +103,7 @@ def claim_folder(folder: Path, here: dict[str, str], model: ModelSpec, *, again:
     if again and claim.exists():
         for old in folder.glob("*.npz"):
             old.unlink()
-    write_text(claim, _json(wanted))
+    write_json(claim, wanted)
 
 
 def measure(
@@ -140,7 +140,7 @@ def _file(folder: Path, probe: Probe, number: int) -> Path:
 
 def fit_profile(
     measured: Sequence[tuple[Probe, MachineRun]],
-    benchmarks: Sequence[HostBenchmark],
+    benchmarks: Sequence[Benchmark],
     *,
     name: str,
     here: dict[str, str],
@@ -224,7 +224,7 @@ def _point(rows: Sequence[Observation], cost: OperationCost) -> FitPoint:
     return FitPoint(measured_s=float(np.mean([row.seconds for row in rows])), fitted_s=fitted)
 
 
-def _row(benchmark: HostBenchmark) -> BenchmarkRow:
+def _row(benchmark: Benchmark) -> BenchmarkRow:
     rates = benchmark.amount / np.array(benchmark.seconds)
     return BenchmarkRow(
         name=benchmark.name,
@@ -236,7 +236,7 @@ def _row(benchmark: HostBenchmark) -> BenchmarkRow:
     )
 
 
-def _machine(device: torch.device, benchmarks: Sequence[HostBenchmark], name: str) -> MachineSpec:
+def _machine(device: torch.device, benchmarks: Sequence[Benchmark], name: str) -> MachineSpec:
     """This machine's memory with measured rates: on a CPU every link is a copy."""
     rates: dict[str, float] = {}
     for row in map(_row, benchmarks):
@@ -254,9 +254,3 @@ def _machine(device: torch.device, benchmarks: Sequence[HostBenchmark], name: st
         link={"h2d_bytes_per_s": rates[to_device], "d2h_bytes_per_s": rates[to_host]},
         host=found.host.model_dump() | {"memory_bytes_per_s": host},
     )
-
-
-def _json(data: object) -> str:
-    import json
-
-    return json.dumps(data, indent=1)

@@ -68,8 +68,7 @@ def price_run(profile: OperationProfile, run: MachineRun) -> PricedStep:
 
 def compare(profile: OperationProfile, run: MachineRun) -> Comparison:
     """The median step of `run`, and the same step simulated."""
-    step = int(np.argsort(run.step_s)[len(run.step_s) // 2])
-    priced = price_run(profile, run)
+    step, priced = run.median_step, price_run(profile, run)
     title = f"{run.plan.design.name} (simulated)"
     # what a fit found to take no time is an operation all the same
     return Comparison(run.timelines[step], simulated_timeline(priced, step, title, everything=True))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from clo.engine.cuda.threads import poll
-from clo_calibration.host_benchmarks import HostBenchmark, thread_benchmarks
+from clo_calibration.host_benchmarks import Benchmark, thread_benchmarks
 from clo_kernels.gather_pages import gather_pages
 from clo_kernels.layout import INT32, DeviceKV, Resolved, ring_rows
 from clo_kernels.recorded_calls import Call, beside, recorded
@@ -38,7 +38,7 @@ MOST_DELAY_CYCLES = 100_000_000
 CYCLES_PER_S = 2e9
 
 
-def device_benchmarks(device: torch.device, threads: tuple[int, ...], repetitions: int = 15) -> list[HostBenchmark]:
+def device_benchmarks(device: torch.device, threads: tuple[int, ...], repetitions: int = 15) -> list[Benchmark]:
     """Everything that has no model in it; then what the host's threads cost."""
     arena = torch.empty(ARENA_BYTES, dtype=torch.uint8, pin_memory=True)
     arena.copy_(torch.randint(0, 255, (ARENA_BYTES,), dtype=torch.uint8, device=device))
@@ -93,20 +93,20 @@ def host_seconds(call: Call, repetitions: int, calls: int) -> tuple[float, ...]:
     return tuple(samples)
 
 
-def _copies(arena: torch.Tensor, there: torch.Tensor, repetitions: int) -> Iterator[HostBenchmark]:
+def _copies(arena: torch.Tensor, there: torch.Tensor, repetitions: int) -> Iterator[Benchmark]:
     """One descriptor, by its size and direction."""
     for name, target, source in (("dma to device", there, arena), ("dma to host", arena, there)):
         for size in COPY_BYTES:
             call = _copier(target[:size], source[:size])
             parameters = {"bytes": float(size)}
-            yield HostBenchmark(name, parameters, "bytes", float(size), device_seconds(call, repetitions))
+            yield Benchmark(name, parameters, "bytes", float(size), device_seconds(call, repetitions))
 
 
 def _copier(target: torch.Tensor, source: torch.Tensor) -> Call:
     return lambda: target.copy_(source, non_blocking=True)
 
 
-def _descriptors(arena: torch.Tensor, there: torch.Tensor, repetitions: int) -> Iterator[HostBenchmark]:
+def _descriptors(arena: torch.Tensor, there: torch.Tensor, repetitions: int) -> Iterator[Benchmark]:
     """Pages of 8 KiB, one descriptor each: what the launching thread pays, and what the copy engine takes."""
     size = 8 * KIB
     order = torch.randperm(ARENA_BYTES // size, generator=torch.Generator().manual_seed(0)).tolist()
@@ -120,12 +120,12 @@ def _descriptors(arena: torch.Tensor, there: torch.Tensor, repetitions: int) -> 
                 copy()
 
         parameters, total = {"descriptors": float(count), "bytes": float(size)}, float(count * size)
-        yield HostBenchmark("page copies", parameters, "bytes", total, device_seconds(submit, repetitions))
+        yield Benchmark("page copies", parameters, "bytes", total, device_seconds(submit, repetitions))
         seconds = host_seconds(submit, repetitions, 1)
-        yield HostBenchmark("submit page copies", parameters, "times", float(count), seconds)
+        yield Benchmark("submit page copies", parameters, "times", float(count), seconds)
 
 
-def _both_ways(arena: torch.Tensor, there: torch.Tensor, repetitions: int) -> HostBenchmark:
+def _both_ways(arena: torch.Tensor, there: torch.Tensor, repetitions: int) -> Benchmark:
     """Half of the arena each way at once; the amount counts both."""
     other, half = torch.cuda.Stream(), ARENA_BYTES // 2
     to_device, to_host = _copier(there[:half], arena[:half]), _copier(arena[half:], there[half:])
@@ -138,26 +138,24 @@ def _both_ways(arena: torch.Tensor, there: torch.Tensor, repetitions: int) -> Ho
         to_device()
         current.wait_stream(other)
 
-    return HostBenchmark("dma both ways", {}, "bytes", float(ARENA_BYTES), device_seconds(both, repetitions))
+    return Benchmark("dma both ways", {}, "bytes", float(ARENA_BYTES), device_seconds(both, repetitions))
 
 
-def _memory(device: torch.device, repetitions: int, size: int = 4096) -> Iterator[HostBenchmark]:
+def _memory(device: torch.device, repetitions: int, size: int = 4096) -> Iterator[Benchmark]:
     """Reads and writes of a device copy both count; a product of bfloat16 matrices."""
     source = torch.empty(512 * MIB, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     moved = 2.0 * source.numel()
-    yield HostBenchmark("device memory", {}, "bytes", moved, device_seconds(_copier(target, source), repetitions))
+    yield Benchmark("device memory", {}, "bytes", moved, device_seconds(_copier(target, source), repetitions))
     left, right = (torch.randn((size, size), device=device, dtype=torch.bfloat16) for _ in range(2))
-    yield HostBenchmark("matmul", {}, "FLOP", 2.0 * size**3, device_seconds(lambda: left @ right, repetitions))
+    yield Benchmark("matmul", {}, "FLOP", 2.0 * size**3, device_seconds(lambda: left @ right, repetitions))
 
 
-def _gather(
-    arena: torch.Tensor, device: torch.device, page_bytes: int, programs: int, repetitions: int
-) -> HostBenchmark:
+def _gather(arena: torch.Tensor, device: torch.device, page_bytes: int, programs: int, repetitions: int) -> Benchmark:
     """Zero-copy: random pages of eight heads."""
     call = gather_call(arena, device, page_bytes, programs)
     parameters = {"page_bytes": float(page_bytes), "programs": float(programs)}
-    return HostBenchmark("zero-copy", parameters, "bytes", float(GATHER_BYTES), device_seconds(call, repetitions))
+    return Benchmark("zero-copy", parameters, "bytes", float(GATHER_BYTES), device_seconds(call, repetitions))
 
 
 def gather_call(arena: torch.Tensor, device: torch.device, page_bytes: int, programs: int) -> Call:
@@ -173,22 +171,20 @@ def gather_call(arena: torch.Tensor, device: torch.device, page_bytes: int, prog
     return lambda: gather_pages(pages, target, fetch, num_programs=programs)
 
 
-def _launches(device: torch.device, repetitions: int) -> Iterator[HostBenchmark]:
+def _launches(device: torch.device, repetitions: int) -> Iterator[Benchmark]:
     """A kernel that does next to nothing, one by one and in a graph."""
     word = torch.ones(1, device=device)
     event, stream = torch.cuda.Event(), torch.cuda.current_stream(device)
     replay = recorded([lambda: word.add_(1)] * NODES).replay
     nodes = {"nodes": float(NODES)}
-    yield HostBenchmark("launch", {}, "times", 50.0, host_seconds(lambda: word.add_(1), repetitions, 50))
-    yield HostBenchmark("graph replay", nodes, "times", 1.0, host_seconds(replay, repetitions, 1))
-    yield HostBenchmark("graph node", nodes, "times", float(NODES), device_seconds(replay, repetitions))
-    yield HostBenchmark("event record", {}, "times", 50.0, host_seconds(lambda: event.record(stream), repetitions, 50))
-    yield HostBenchmark(
-        "event wait", {}, "times", 50.0, host_seconds(lambda: stream.wait_event(event), repetitions, 50)
-    )
+    yield Benchmark("launch", {}, "times", 50.0, host_seconds(lambda: word.add_(1), repetitions, 50))
+    yield Benchmark("graph replay", nodes, "times", 1.0, host_seconds(replay, repetitions, 1))
+    yield Benchmark("graph node", nodes, "times", float(NODES), device_seconds(replay, repetitions))
+    yield Benchmark("event record", {}, "times", 50.0, host_seconds(lambda: event.record(stream), repetitions, 50))
+    yield Benchmark("event wait", {}, "times", 50.0, host_seconds(lambda: stream.wait_event(event), repetitions, 50))
 
 
-def _waits(device: torch.device, repetitions: int) -> Iterator[HostBenchmark]:
+def _waits(device: torch.device, repetitions: int) -> Iterator[Benchmark]:
     """What the launching thread pays to know that a kernel is over, and to read a word."""
     word, here = torch.ones(1, device=device), torch.empty(1, pin_memory=True)
     stream = torch.cuda.current_stream(device)
@@ -203,12 +199,12 @@ def _waits(device: torch.device, repetitions: int) -> Iterator[HostBenchmark]:
         here.copy_(word, non_blocking=True)
         stream.synchronize()
 
-    yield HostBenchmark("stream sync", {}, "times", 20.0, host_seconds(stream.synchronize, repetitions, 20))
-    yield HostBenchmark("launch and poll", {}, "times", 20.0, host_seconds(launch_and_wait, repetitions, 20))
-    yield HostBenchmark("read back", {"bytes": 4.0}, "times", 20.0, host_seconds(read_back, repetitions, 20))
+    yield Benchmark("stream sync", {}, "times", 20.0, host_seconds(stream.synchronize, repetitions, 20))
+    yield Benchmark("launch and poll", {}, "times", 20.0, host_seconds(launch_and_wait, repetitions, 20))
+    yield Benchmark("read back", {"bytes": 4.0}, "times", 20.0, host_seconds(read_back, repetitions, 20))
 
 
-def _flags(device: torch.device, repetitions: int) -> HostBenchmark:
+def _flags(device: torch.device, repetitions: int) -> Benchmark:
     """A doorbell, and the answer of a thread that polls as the decoder's does."""
     doorbell, ready = (torch.zeros(1, dtype=torch.int64, pin_memory=True) for _ in range(2))
     sequence, report = (
@@ -235,15 +231,15 @@ def _flags(device: torch.device, repetitions: int) -> HostBenchmark:
     finally:
         over.set()
         thread.join(10.0)
-    return HostBenchmark("flags there and back", {}, "times", 1.0, seconds)
+    return Benchmark("flags there and back", {}, "times", 1.0, seconds)
 
 
 def _interference(
     arena: torch.Tensor, there: torch.Tensor, device: torch.device, repetitions: int
-) -> Iterator[HostBenchmark]:
+) -> Iterator[Benchmark]:
     """Attention over a tenth of 128K tokens, eight sequences: alone, beside a copy engine, beside zero-copy."""
     attend = recorded([_attention(device)] * 16).replay
-    yield HostBenchmark("attention alone", {}, "times", 16.0, device_seconds(attend, repetitions))
+    yield Benchmark("attention alone", {}, "times", 16.0, device_seconds(attend, repetitions))
     others: list[tuple[str, dict[str, float], Call]] = [("attention beside dma", {}, _copier(there, arena))]
     for programs in PROGRAMS[1:]:
         call = gather_call(arena, device, 8 * KIB, programs)
@@ -252,7 +248,7 @@ def _interference(
         times = 2 + int(3 * min(device_seconds(attend, 3)) / min(device_seconds(transfer, 3)))
         seconds = beside(attend, transfer, times=times, repeats=repetitions, sleep_cycles=DELAY_CYCLES)
         if seconds:
-            yield HostBenchmark(name, parameters, "times", 16.0, seconds)
+            yield Benchmark(name, parameters, "times", 16.0, seconds)
 
 
 def _attention(device: torch.device) -> Call:

@@ -26,7 +26,7 @@ WARM_UP = 3
 
 
 @dataclass(frozen=True, slots=True)
-class HostBenchmark:
+class Benchmark:
     """Seconds of each repetition; `amount` is in `unit`, so that `amount / seconds` is a rate."""
 
     name: str
@@ -36,13 +36,13 @@ class HostBenchmark:
     seconds: tuple[float, ...]
 
 
-def host_benchmarks(threads: tuple[int, ...], repetitions: int = 15) -> list[HostBenchmark]:
+def host_benchmarks(threads: tuple[int, ...], repetitions: int = 15) -> list[Benchmark]:
     """Copies, scattered reads by thread count and page size, staging, launches, wake-ups and flags."""
     found = [_copy(repetitions), _matmul(repetitions), *thread_benchmarks(threads, repetitions)]
     return [*found, _flag(repetitions), _launches(repetitions)]
 
 
-def thread_benchmarks(threads: tuple[int, ...], repetitions: int = 15) -> list[HostBenchmark]:
+def thread_benchmarks(threads: tuple[int, ...], repetitions: int = 15) -> list[Benchmark]:
     """What the host's threads cost beside any device."""
     found = []
     for page_bytes in (4096, 8192, 16384, 65536):
@@ -61,15 +61,15 @@ def _timed(work: Callable[[], object], repetitions: int) -> tuple[float, ...]:
     return tuple(seconds)
 
 
-def _copy(repetitions: int) -> HostBenchmark:
+def _copy(repetitions: int) -> Benchmark:
     source, target = (torch.ones(ARENA_BYTES, dtype=torch.uint8) for _ in range(2))
     seconds = _timed(lambda: target.copy_(source), repetitions)
-    return HostBenchmark("copy", {}, "bytes", ARENA_BYTES, seconds)
+    return Benchmark("copy", {}, "bytes", ARENA_BYTES, seconds)
 
 
-def _matmul(repetitions: int, size: int = 512) -> HostBenchmark:
+def _matmul(repetitions: int, size: int = 512) -> Benchmark:
     left, right = torch.ones((size, size)), torch.ones((size, size))
-    return HostBenchmark("matmul", {}, "FLOP", 2.0 * size**3, _timed(lambda: left @ right, repetitions))
+    return Benchmark("matmul", {}, "FLOP", 2.0 * size**3, _timed(lambda: left @ right, repetitions))
 
 
 def _pages(page_bytes: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
@@ -78,7 +78,7 @@ def _pages(page_bytes: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     return arena, torch.empty((len(order), page_bytes), dtype=torch.uint8), order
 
 
-def _gather(page_bytes: int, threads: int, repetitions: int) -> HostBenchmark:
+def _gather(page_bytes: int, threads: int, repetitions: int) -> Benchmark:
     """Threads read scattered pages, one copy each, into a contiguous buffer."""
     arena, target, order = _pages(page_bytes)
 
@@ -89,10 +89,10 @@ def _gather(page_bytes: int, threads: int, repetitions: int) -> HostBenchmark:
     with ThreadPoolExecutor(threads) as pool:
         seconds = _timed(lambda: list(pool.map(collect, range(threads))), repetitions)
     parameters = {"page_bytes": float(page_bytes), "threads": float(threads)}
-    return HostBenchmark("scattered pages", parameters, "bytes", float(len(order) * page_bytes), seconds)
+    return Benchmark("scattered pages", parameters, "bytes", float(len(order) * page_bytes), seconds)
 
 
-def _staging(page_bytes: int, repetitions: int) -> HostBenchmark:
+def _staging(page_bytes: int, repetitions: int) -> Benchmark:
     """The same in one call, and then on to where it is used."""
     arena, target, order = _pages(page_bytes)
     index, device = torch.tensor(order), torch.empty_like(target)
@@ -102,10 +102,10 @@ def _staging(page_bytes: int, repetitions: int) -> HostBenchmark:
         device.copy_(target)
 
     seconds = _timed(stage, repetitions)
-    return HostBenchmark("staging", {"page_bytes": float(page_bytes)}, "bytes", float(target.numel()), seconds)
+    return Benchmark("staging", {"page_bytes": float(page_bytes)}, "bytes", float(target.numel()), seconds)
 
 
-def _wake(repetitions: int) -> HostBenchmark:
+def _wake(repetitions: int) -> Benchmark:
     """A sleeping thread gets something to do; half of a round trip."""
     asked: queue.SimpleQueue[int | None] = queue.SimpleQueue()
     answered: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -122,7 +122,7 @@ def _wake(repetitions: int) -> HostBenchmark:
     return _with_thread(serve, round_trips, lambda: asked.put(None), "thread wake-up", 100, repetitions)
 
 
-def _flag(repetitions: int) -> HostBenchmark:
+def _flag(repetitions: int) -> Benchmark:
     """A number published to a thread that waits for it, and back; half of a round trip."""
     there, back, stop = Flag("there"), Flag("back"), threading.Event()
 
@@ -153,16 +153,16 @@ def _with_thread(
     name: str,
     count: int,
     repetitions: int,
-) -> HostBenchmark:
+) -> Benchmark:
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
     seconds = _timed(round_trips, repetitions)
     end()
     thread.join(10.0)
-    return HostBenchmark(name, {}, "times", float(count), seconds)
+    return Benchmark(name, {}, "times", float(count), seconds)
 
 
-def _launches(repetitions: int, count: int = 200) -> HostBenchmark:
+def _launches(repetitions: int, count: int = 200) -> Benchmark:
     """Operations that do nothing, from their submission to the end of the last."""
 
     def step(machine: CpuMachine, nothing: Op) -> Step:
@@ -173,4 +173,4 @@ def _launches(repetitions: int, count: int = 200) -> HostBenchmark:
     with CpuMachine(lambda _: 0.0) as machine:
         nothing = runtime_op("kernel_launch", 0)
         seconds = _timed(lambda: machine.execute(step(machine, nothing)), repetitions)
-    return HostBenchmark("launch", {}, "times", float(count), seconds)
+    return Benchmark("launch", {}, "times", float(count), seconds)

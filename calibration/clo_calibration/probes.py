@@ -23,7 +23,7 @@ from clo.engine.random_weights import random_prompt
 from clo.errors import SpecError
 from clo.operation_costs import GEMM_ROWS
 from clo.plan import DecodePlan
-from clo.specs import Cache, Design, OnMiss, Transfer
+from clo.specs import Cache, Design, Transfer
 
 DESIGNS = (
     "resident",
@@ -145,8 +145,7 @@ def local_design(name: str, budget: float) -> Design:
     fields: dict[str, object] = {"transfer_threads": min(design.transfer_threads, os.cpu_count() or 1)}
     if design.selects:
         fields["budget_fraction"] = budget
-    replaces = design.cache is Cache.HEAD_REUSE and design.on_miss is OnMiss.REPLACE
-    if design.offloads and design.selects and design.cache is not Cache.NONE and not replaces:
+    if design.offloads and design.selects and design.cache is not Cache.NONE and not design.replaces_sets:
         fields |= {"slot_pages": None, "slot_budgets": 2.0}
     return design.as_without_head_profile().with_fields(**fields)
 
@@ -200,7 +199,7 @@ def _fitted_variants(designs: Sequence[str], budget: float) -> list[Design]:
 def _every_gemm(designs: Sequence[str], budget: float) -> list[Design]:
     """Few designs that run every GEMM: those of the model, and one that predicts the next layer's query."""
     chosen = [local_design(name, budget) for name in designs] + _fitted_variants(designs, budget)
-    ahead = [design for design in chosen if design.prefetches and design.selects and not design.speculates_last_step]
+    ahead = [design for design in chosen if design.prefetches_layers and design.selects]
     return [local_design("resident", budget), *ahead[:1]]
 
 

@@ -16,17 +16,7 @@ from clo.errors import CloError
 from clo.files import write_whole
 from clo.plan import DecodePlan
 from clo.timeline import Span, Timeline
-from clo.traffic import Traffic
-
-COUNTS = (
-    "spec_heads",
-    "spec_pages",
-    "demand_heads",
-    "demand_pages",
-    "write_back_pages",
-    "requested_pages",
-    "reused_heads",
-)
+from clo.traffic import COUNTS, Traffic
 
 
 def save_run(path: Path, run: MachineRun) -> None:

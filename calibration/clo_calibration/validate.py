@@ -13,7 +13,7 @@ from clo.engine.measure import MachineRun
 from clo.errors import CloError
 from clo.operation_costs import OperationProfile
 from clo.timeline import save_chrome_trace
-from clo_calibration.calibrate import Progress, claim_folder, measure, network_of, rounds_of
+from clo_calibration.calibrate import Progress, claim_samples, measure, network_of, rounds_of
 from clo_calibration.comparison import ABLATIONS, Comparison, compare, price_run, simulated_s
 from clo_calibration.fingerprint import differences, fingerprint
 from clo_calibration.probes import DESIGNS, STEPS, Probe, grid_of, validation_probes
@@ -44,7 +44,7 @@ def validate(
     if not any_machine and (found := differences(here, profile.fingerprint)):
         raise CloError(f"profile {profile.name} is of another machine ({'; '.join(found)}): --any-machine to go on")
     network = network_of(profile.model, device)
-    claim_folder(samples, here, network.spec, again=again)
+    claim_samples(samples, here, network.spec, again=again)
     probes = _first_sizes(validation_probes(designs, steps=steps, grid=grid_of(device)), sizes)
     runs = measure(network, probes, samples, progress, rounds=rounds)
     points = []

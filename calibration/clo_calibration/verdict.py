@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from pydantic import ValidationError, field_validator
+from pydantic import field_validator
 from scipy.stats import spearmanr
 
-from clo.errors import CloError
 from clo.files import read_json
-from clo.specs.base import Spec, check_version, explain
+from clo.specs.base import Spec, check_version
 
 SCHEMA_VERSION = 2
 
@@ -194,10 +193,7 @@ def known(value: float, form: str) -> str:
 
 def load_verdict(path: Path) -> Verdict:
     """Read a verdict. Raises `CloError` naming the file and the problem."""
-    try:
-        return Verdict.model_validate(read_json(path))
-    except ValidationError as error:
-        raise CloError(f"{path}: {explain(Verdict, error)}") from None
+    return Verdict.parse(read_json(path), where=str(path))
 
 
 def _rounds(verdict: Verdict) -> str:

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from clo.files import write_text
+from clo_cli.options import check_outputs
+
 if TYPE_CHECKING:
     from clo.operation_costs import OperationProfile
 
@@ -24,7 +27,9 @@ if TYPE_CHECKING:
 @click.option("--layers", type=int, default=8, show_default=True, help="Layers of it to run.")
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any field of the model's shape.")
 @click.option("--designs", help="Presets to learn from, comma-separated.  [default: all]")
-@click.option("--rounds", default=3, show_default=True, help="Repetitions, of which the fastest counts.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Repetitions, of which the fastest counts."
+)
 @click.option(
     "--samples", type=click.Path(path_type=Path), help="Where raw samples are kept.  [default: a folder beside --out]"
 )
@@ -53,14 +58,7 @@ def calibrate(
     clo calibrate --out my-laptop.json --figure fits.png
     clo validate --profile my-laptop.json
     """
-    from clo.errors import SpecError
-    from clo.files import check_target, write_text
-
-    for path in (out, figure):
-        if path is not None:
-            check_target(path)
-    if rounds < 1:
-        raise SpecError(f"--rounds = {rounds}: must be at least 1")
+    check_outputs(out, figure=figure)
     samples = samples or out.with_suffix(".samples")
     try:
         profile = _calibrated(device, out, model, layers, settings, designs, rounds, samples, again)
@@ -69,8 +67,7 @@ def calibrate(
         raise
     write_text(out, profile.model_dump_json(indent=1))
     if figure is not None:
-        from clo_plots.fits import plot_fits
-        from clo_plots.style import save_figure
+        from clo_plots import plot_fits, save_figure
 
         save_figure(plot_fits(profile), figure)
     if as_json:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from clo_cli.options import check_seed, design_from, overrides_from
+from clo.errors import SpecError
+from clo.files import write_json
+from clo_cli.options import check_outputs, check_seed, design_from, names_from, overrides_from
+
+if TYPE_CHECKING:
+    from clo.specs import Design
 
 
 @click.command()
@@ -50,15 +55,13 @@ def evaluate(**options: Any) -> None:
     clo evaluate --designs clo --vary dense_layers=0,1,2 --split tune
     clo plot answers.json --out answers.png
     """
-    from clo.files import write_text
-
     check_seed(options["seed"])
     variants = _variants(options)
     options["contexts"] = _contexts(options)
-    _check_targets(options["out"], options["figure"])
+    check_outputs(options["out"], figure=options["figure"])
     answers = _evaluate(variants, options)
     if options["out"] is not None:
-        write_text(options["out"], json.dumps(answers, indent=1))
+        write_json(options["out"], answers)
     if options["figure"] is not None:
         _draw(answers, options["figure"])
     if options["as_json"]:
@@ -69,34 +72,16 @@ def evaluate(**options: Any) -> None:
         print_answers(answers["answers"], options["against"])
 
 
-def _check_targets(out: Path | None, figure: Path | None) -> None:
-    from clo.files import check_target
-
-    if figure is not None:
-        from clo_plots.style import check_suffix
-
-        check_suffix(figure)
-    for path in (out, figure):
-        if path is not None:
-            check_target(path)
-
-
 def _draw(answers: dict[str, Any], path: Path) -> None:
-    from clo_plots.answers import parse_answers, plot_answers
-    from clo_plots.style import save_figure
+    from clo_plots import parse_answers, plot_answers, save_figure
 
     save_figure(plot_answers(parse_answers(answers, where="clo evaluate")), path)
 
 
-def _variants(options: dict[str, Any]) -> list[Any]:
+def _variants(options: dict[str, Any]) -> list[Design]:
     """Every design at every value asked for. Raises `SpecError`."""
-    from clo.errors import SpecError
-
     overrides = overrides_from(options["settings"], ("design",))
-    names = [name.strip() for name in options["designs"].split(",") if name.strip()]
-    if not names:
-        raise SpecError(f"--designs = {options['designs']!r}: name at least one design")
-    variants: list[Any] = [design_from(name, overrides) for name in names]
+    variants = [design_from(name, overrides) for name in names_from("--designs", options["designs"])]
     if options["pools"] is not None:
         pools = _numbers("--pools", options["pools"])
         variants = _spread(variants, lambda design: design.cache in ("lru", "head_reuse"), "slot_budgets", pools, "x")
@@ -117,8 +102,6 @@ def _variants(options: dict[str, Any]) -> list[Any]:
 
 
 def _numbers(option: str, given: str) -> list[float]:
-    from clo.errors import SpecError
-
     try:
         return [float(value) for value in given.split(",")]
     except ValueError:
@@ -126,8 +109,6 @@ def _numbers(option: str, given: str) -> list[float]:
 
 
 def _contexts(options: dict[str, Any]) -> list[int]:
-    from clo.errors import SpecError
-
     given = options["context"]
     try:
         contexts = list(dict.fromkeys(int(value) for value in given.split(",")))
@@ -138,9 +119,11 @@ def _contexts(options: dict[str, Any]) -> list[int]:
     return contexts
 
 
-def _spread(designs: list[Any], fits: Callable[[Any], bool], field: str, values: list[Any], mark: str) -> list[Any]:
+def _spread(
+    designs: list[Design], fits: Callable[[Design], bool], field: str, values: Sequence[float | str], mark: str
+) -> list[Design]:
     """Those that fit at each value of a field, named by it; the others as they are."""
-    tried: list[Any] = []
+    tried: list[Design] = []
     for design in designs:
         if not fits(design):
             tried.append(design)
@@ -153,8 +136,8 @@ def _spread(designs: list[Any], fits: Callable[[Any], bool], field: str, values:
     return tried
 
 
-def _evaluate(designs: list[Any], options: dict[str, Any]) -> dict[str, Any]:
-    from clo_cli.models import load_for_decoding, need_engine, with_heads
+def _evaluate(designs: list[Design], options: dict[str, Any]) -> dict[str, Any]:
+    from clo_cli.models import heads_from, load_for_decoding, need_engine
 
     need_engine("decoding")
     from clo.engine.answers.controls import Contender, controls_of
@@ -181,7 +164,7 @@ def _evaluate(designs: list[Any], options: dict[str, Any]) -> dict[str, Any]:
     model, tokenizer = load_for_decoding(options["model"])
     network = Network(model)
     contenders = [
-        Contender(name=design.name, design=design, heads=with_heads(design, model, options["trace_path"])[1])
+        Contender(name=design.name, design=design, heads=heads_from(design, model, options["trace_path"]))
         for design in designs
     ]
     for contender in [one for one in contenders if one.name == options["controls"]]:

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clo_cli.options import claim_folder, design_from, overrides_from, scene_from, scene_options
+from clo.errors import SpecError
+from clo_cli.options import (
+    check_outputs,
+    claim_folder,
+    design_from,
+    names_from,
+    overrides_from,
+    scene_from,
+    scene_options,
+)
 from clo_cli.real_machine import measure_here
 from clo_cli.space import check_conflicts, space_from
 
@@ -24,6 +33,7 @@ if TYPE_CHECKING:
     from clo.specs.overrides import Overrides
     from clo_sim.explore import Exploration
     from clo_sim.goals import Goals
+    from clo_sim.record import Record
     from clo_sim.scene import Scene
     from clo_sim.workers import Workers
 
@@ -120,8 +130,6 @@ def explore(
 
     Ctrl-C ends a run early: what was evaluated is printed and written all the same.
     """
-    from clo.errors import SpecError
-    from clo.files import check_target
     from clo_cli.bars import phases
     from clo_sim.explore import DEFAULT_GRID, with_intervals
     from clo_sim.explore import explore as run
@@ -136,8 +144,7 @@ def explore(
     real = measure_here(scene) if measure else None
     if out is not None:
         claim_folder(out)
-    if parquet is not None:
-        check_target(parquet)
+    check_outputs(parquet)
     with ExitStack() as held:
         tell = held.enter_context(phases())
         found = run(
@@ -165,7 +172,6 @@ def explore(
 
 
 def _goals(objectives: tuple[str, ...], bounds: tuple[str, ...]) -> Goals:
-    from clo.errors import SpecError
     from clo_sim.goals import Bound, Goals, check_metric
 
     try:
@@ -178,14 +184,13 @@ def _goals(objectives: tuple[str, ...], bounds: tuple[str, ...]) -> Goals:
         raise SpecError(f"--require: {error}") from None
 
 
-def _record(path: Path) -> Any:
+def _record(path: Path) -> Record:
     from clo_sim.record import Record
 
     return Record(path)
 
 
 def _workers(scene: Scene, count: int | None, cluster: str | None) -> Workers:
-    from clo.errors import SpecError
     from clo_sim.workers import DaskPool, LocalPool, Workers, num_cores
 
     if cluster is not None:
@@ -202,13 +207,9 @@ def _workers(scene: Scene, count: int | None, cluster: str | None) -> Workers:
 def _named(designs: str | None, overrides: Overrides) -> list[Design]:
     """The designs to compare, with `--set design.*` applied; presets that it contradicts are left out."""
     from clo import presets
-    from clo.errors import SpecError
 
     if designs is not None:
-        given = [name.strip() for name in designs.split(",")]
-        if not all(given):
-            raise SpecError(f"--designs {designs!r}: expected names of designs or TOML files between commas")
-        return [design_from(name, overrides) for name in dict.fromkeys(given)]
+        return [design_from(name, overrides) for name in names_from("--designs", designs)]
     found = []
     for name in presets.names("designs"):
         try:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from clo.errors import SpecError
+
 if TYPE_CHECKING:
     from clo_sim.serving.plan import Fleet
 
@@ -33,8 +35,6 @@ class Priced:
 
 def prices_from(given: Sequence[str], machines: Sequence[str]) -> dict[str, float]:
     """From `--price MACHINE=DOLLARS`, by machine. Raises `SpecError` for what is none."""
-    from clo.errors import SpecError
-
     prices = {}
     for text in given:
         name, _, dollars = text.partition("=")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from clo_cli.options import check_seed, design_from, overrides_from
+from clo.errors import SpecError
+from clo_cli.options import check_outputs, check_seed, design_from, overrides_from
+
+if TYPE_CHECKING:
+    from clo.specs import Design
 
 UNFINISHED = "\ufffd"
 """What tokenizers decode bytes to that are not, or not yet, a character."""
@@ -20,7 +25,7 @@ UNFINISHED = "\ufffd"
 @click.option("--model", default="smollm2-135m", show_default=True, help="smollm2-135m, a model folder or a hub name.")
 @click.option("--design", "design_name", default="clo", show_default=True, help="Preset or TOML file.")
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Change a field: design.tau=0.9.")
-@click.option("--tokens", default=64, show_default=True, help="Tokens to generate.")
+@click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens to generate.")
 @click.option("--temperature", default=0.0, show_default=True, help="0: the most likely token each time.")
 @click.option("--seed", default=0, show_default=True, help="For sampling.")
 @click.option("--heads", "trace_path", help="A trace of the model, from which head thresholds and weights are taken.")
@@ -44,13 +49,13 @@ def generate(
     clo generate "The three laws of" --tokens 40
     clo generate @book.txt --design resolve --timeline step.json
     """
-    from clo.files import check_target
-
     design, words = design_from(design_name, overrides_from(settings, ("design",))), _prompt(prompt)
-    _check(tokens, temperature, seed)
+    if not 0 <= temperature < math.inf:
+        raise SpecError(f"--temperature = {temperature}: must be 0 or a positive number")
+    check_seed(seed)
     if timeline is not None:
         _check_steps(tokens)
-        check_target(timeline)
+    check_outputs(timeline)
     figures = _generate(model, design, words, tokens, temperature, seed, trace_path, timeline, as_json)
     if as_json:
         click.echo(json.dumps(figures, indent=1))
@@ -71,26 +76,12 @@ def _line(figures: dict[str, Any]) -> str:
     )
 
 
-def _check(tokens: int, temperature: float, seed: int) -> None:
-    from clo.errors import SpecError
-
-    if tokens < 1:
-        raise SpecError(f"--tokens = {tokens}: must be at least 1")
-    if not 0 <= temperature < float("inf"):
-        raise SpecError(f"--temperature = {temperature}: must be 0 or a positive number")
-    check_seed(seed)
-
-
 def _check_steps(tokens: int) -> None:
-    from clo.errors import SpecError
-
     if tokens < 2:
         raise SpecError(f"--timeline: the first token comes with the prompt, there is no step: --tokens = {tokens}")
 
 
 def _prompt(given: str) -> str:
-    from clo.errors import SpecError
-
     if not given.startswith("@"):
         if not given:
             raise SpecError("PROMPT: empty")
@@ -115,7 +106,7 @@ def _show(text: str, shown: str) -> str:
 
 def _generate(
     name: str,
-    design: Any,
+    design: Design,
     words: str,
     count: int,
     temperature: float,
@@ -124,14 +115,14 @@ def _generate(
     timeline: Path | None,
     as_json: bool,
 ) -> dict[str, Any]:
-    from clo_cli.models import load_for_decoding, need_engine, with_heads
+    from clo_cli.models import heads_from, load_for_decoding, need_engine
 
     need_engine("decoding")
     from clo.engine.decoder import Decoder
     from clo.engine.sampling import sampler_of
 
     model, tokenizer = load_for_decoding(name)
-    design, heads = with_heads(design, model, trace_path)
+    heads = heads_from(design, model, trace_path)
     ids = tokenizer(words, return_tensors="pt", verbose=False).input_ids[0]
     said: list[int] = []
     seconds, moved, hits, shown = [], 0.0, 0.0, ""

@@ -11,6 +11,8 @@ import sys
 
 import click
 
+from clo.errors import CloError, ran_out
+
 # every product here is small: a second BLAS thread costs more than it brings, tenfold on a busy machine
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -83,8 +85,6 @@ def main() -> None:
 
 def _run() -> int:
     """Run the command line and return the exit code."""
-    from clo.errors import CloError, ran_out
-
     try:
         return _invoke()
     except click.exceptions.NoArgsIsHelpError as error:

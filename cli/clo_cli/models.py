@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from clo.errors import NotFoundError, SpecError
+
+if TYPE_CHECKING:
+    from clo.engine.heads import HeadProfile
+    from clo.specs import Design, ModelSpec
 
 
 def need_engine(doing: str, extra: str = "models", also: tuple[str, ...] = ()) -> None:
     """Raises `NotFoundError` that says what to install if a library is missing for `doing` something."""
-    from clo.errors import NotFoundError
-
     missing = [name for name in ("torch", "transformers", "triton", *also) if importlib.util.find_spec(name) is None]
     if "triton" in missing and sys.platform != "linux":
         raise NotFoundError(f"{doing} needs triton, which there is for Linux only")
@@ -28,10 +32,8 @@ def load_for_decoding(name: str) -> tuple[Any, Any]:
     return load_model(name)
 
 
-def first_layers(shape: Any, layers: int | None) -> Any:
+def first_layers(shape: ModelSpec, layers: int | None) -> ModelSpec:
     """The shape with so many of its layers. Raises `SpecError` for more than it has."""
-    from clo.errors import SpecError
-
     if layers is not None and layers > shape.num_layers:
         raise SpecError(f"--layers {layers}: {shape.name} has {shape.num_layers}")
     if layers is None or shape.beyond_llama:
@@ -39,11 +41,11 @@ def first_layers(shape: Any, layers: int | None) -> Any:
     return shape.with_fields(num_layers=layers)
 
 
-def with_heads(design: Any, model: Any, trace_path: str | None) -> tuple[Any, Any]:
-    """The design with the head profile it needs, if any."""
+def heads_from(design: Design, model: Any, trace_path: str | None) -> HeadProfile | None:
+    """The head profile that a design needs of a loaded model, or none; from a trace, or the shipped one."""
     from clo import presets
     from clo.engine.heads import heads_for
     from clo.engine.models.network import spec_of
 
     trace = presets.load_trace(trace_path) if trace_path else None
-    return design, heads_for(design, spec_of(model), trace)
+    return heads_for(design, spec_of(model), trace)

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from clo.errors import SpecError
+from clo.files import check_target, sole_writer
+
 if TYPE_CHECKING:
-    from clo.specs import Design
+    from clo.specs import Design, Workload
     from clo.specs.overrides import Overrides
     from clo_sim.scene import Scene
+    from clo_sim.stand_in import TrafficSource
 
 FITTING = "fitting a workload to the trace"
 MOST_SEED = 2**63 - 1
@@ -71,7 +75,6 @@ def overrides_from(settings: tuple[str, ...], roots: Sequence[str] = ROOTS) -> O
 def scene_from(options: dict[str, Any], overrides: Overrides) -> Scene:
     """Build and check everything but the design, a bar showing what takes long. Raises `CloError` on bad input."""
     from clo import presets
-    from clo.errors import SpecError
     from clo.operation_costs import OperationProfile
     from clo.profile import with_costs
     from clo.specs.overrides import apply
@@ -96,18 +99,33 @@ def scene_from(options: dict[str, Any], overrides: Overrides) -> Scene:
     )
 
 
+def check_outputs(*files: Path | None, figure: Path | None = None) -> None:
+    """Whether what is asked for can be written, before the work behind it. Raises `CloError` that names the file."""
+    if figure is not None:
+        from clo_plots.style import check_suffix
+
+        check_suffix(figure)
+    for path in (*files, figure):
+        if path is not None:
+            check_target(path)
+
+
+def names_from(option: str, given: str) -> list[str]:
+    """Names or files between commas, each once. Raises `SpecError` where one is missing."""
+    names = [name.strip() for name in given.split(",")]
+    if not all(names):
+        raise SpecError(f"{option} = {given!r}: expected names, or files, between commas")
+    return list(dict.fromkeys(names))
+
+
 def claim_folder(out: Path) -> None:
     """A folder for results, this run's alone until the command ends. Raises `CloError` if it cannot be, before work."""
-    from clo.files import check_target, sole_writer
-
     check_target(out, folder=True)
     click.get_current_context().with_resource(sole_writer(out))
 
 
 def check_seed(seed: int) -> None:
     """Raise `SpecError` for what no generator of random numbers here takes."""
-    from clo.errors import SpecError
-
     if not 0 <= seed <= MOST_SEED:
         raise SpecError(f"--seed = {seed}: must be from 0 to 2^63 - 1")
 
@@ -120,17 +138,20 @@ def design_from(name: str, overrides: Overrides) -> Design:
     return apply(presets.load_design(name), overrides["design"], "design")
 
 
-def _workload(options: dict[str, Any]) -> Any:
+def _workload(options: dict[str, Any]) -> Workload:
     from clo.specs import Workload
 
     names = ("context_tokens", "batch", "steps", "warmup_steps", "seed")
     return Workload.parse({name: options[name] for name in names if options[name] is not None})
 
 
-def _source(options: dict[str, Any], workload: Any) -> Any:
+def _source(options: dict[str, Any], workload: Workload) -> TrafficSource:
     from clo import presets
+    from clo_sim.scene import shipped_source
     from clo_sim.stand_in import DISTINCT_STEPS, TrafficSource
 
+    if options["trace_path"] is None and not options["synthetic"]:
+        return shipped_source()
     trace = presets.load_trace(options["trace_path"] or presets.DEFAULT_TRACE)
     if options["synthetic"]:
         from clo_cli.bars import phases
@@ -145,4 +166,4 @@ def _source(options: dict[str, Any], workload: Any) -> Any:
                 num_steps=steps, seed=workload.seed, progress=lambda done, total: tell("generating steps", done, total)
             )
         return TrafficSource(generated, repeat_steps=True)
-    return TrafficSource(trace, resample_heads=options["trace_path"] is None or options["resample_heads"])
+    return TrafficSource(trace, resample_heads=options["resample_heads"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clo.files import write_text, write_whole
+from clo.errors import CloError
+from clo.files import write_json, write_whole
 
 if TYPE_CHECKING:
     from clo.results import Result
     from clo.timeline import Timeline
+    from clo_plots import DesignPoint
     from clo_sim.evaluation import Evaluation
     from clo_sim.explore import Exploration
     from clo_sim.laboratory import Finished
@@ -57,7 +58,6 @@ def _design_columns(one: Evaluation) -> dict[str, Any]:
 
 def _scene_columns(scene: Scene, changes: Changes) -> dict[str, Any]:
     """Fields of workload, machine and model, and those costs that were varied."""
-    from clo.errors import CloError
     from clo_sim.variation import scene_with
 
     try:
@@ -105,7 +105,7 @@ def write_results(out: Path, scene: Scene, found: Exploration, figures: bool) ->
 
     best, best_scene = found.best, scene_with(scene, found.winner.task.changes)
     named = [result.model_dump(mode="json") for result in found.named_results]
-    write_text(out / "designs.json", json.dumps({"results": named}, indent=1))
+    write_json(out / "designs.json", {"results": named})
     best.save(out / "best.json")
     if found.choices is not None:
         found.choices.save(out / "choices.json")
@@ -151,7 +151,7 @@ def draw_figures(out: Path, scene: Scene, found: Exploration, best: Result, time
         save_figure(plot_choices(found.choices), out / "choices.png")
 
 
-def _points(found: Exploration) -> list[Any]:
+def _points(found: Exploration) -> list[DesignPoint]:
     from clo_plots import DesignPoint
 
     roles = (("candidate", found.candidates), ("finalist", found.finalists), ("named", found.named))

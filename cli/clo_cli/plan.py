@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from clo.errors import CloError, SpecError
+from clo.files import write_json
 from clo_cli.fleet_prices import Priced, best_of, prices_from, rank, with_price
-from clo_cli.options import claim_folder, design_from, overrides_from
+from clo_cli.options import claim_folder, design_from, names_from, overrides_from
 from clo_cli.serve_options import serve_options, service_from, serving_scene, trace_from
 
 if TYPE_CHECKING:
@@ -105,9 +107,9 @@ def plan(
     from clo_sim.serving import parse_slo
 
     overrides, slo = overrides_from(settings), parse_slo(slo_text)
-    machine_names = _listed(machines, "--machines")
+    machine_names = names_from("--machines", machines)
     prices = prices_from(price, machine_names)
-    chosen = {name: design_from(name, overrides) for name in _listed(designs, "--designs")}
+    chosen = {name: design_from(name, overrides) for name in names_from("--designs", designs)}
     scenes = {name: serving_scene(options, overrides, name) for name in machine_names}
     _check_names("--machines", {name: scene.machine.name for name, scene in scenes.items()})
     _check_names("--designs", {name: design.name for name, design in chosen.items()})
@@ -128,28 +130,52 @@ def plan(
     fleets = _fleets(question, machine_names, list(chosen.values()), count, intervals=intervals)
     priced = [with_price(one, prices, machine) for machine, one in fleets]
     best = best_of(priced)
-    found: dict[str, Any] = {"priced": priced, "curve": None, "map": None}
+    found = Plan(question=question, priced=priced, best=best)
     if best is not None and best.fleet.head_room is not None and out is not None:
-        found["curve"] = _curve(question, machine_names, best, chosen, count)
+        found = replace(found, curve=_curve(question, machine_names, best, chosen, count))
     if with_map:
         where = map_machine or (best.fleet.machine if best else machine_names[0])
-        found["map"] = _map_if_any(question, where, list(chosen.values()), best, map_output_tokens, map_reuse, count)
-    _report(question, found, best, out, prices_given=bool(prices), as_json=as_json)
+        drawn = _map_if_any(question, where, list(chosen.values()), best, map_output_tokens, map_reuse, count)
+        found = replace(found, map=drawn)
+    _report(found, out, prices_given=bool(prices), as_json=as_json)
 
 
-def _listed(text: str, option: str) -> list[str]:
-    from clo.errors import SpecError
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything that was found: fleets with their prices, and the best's latencies by load and the map, if wanted."""
 
-    names = [part.strip() for part in text.split(",") if part.strip()]
-    if not names:
-        raise SpecError(f"{option}: name at least one")
-    return list(dict.fromkeys(names))
+    question: Question
+    priced: Sequence[Priced]
+    best: Priced | None
+    curve: Sequence[tuple[float, Attempt]] = ()
+    map: CrossoverMap | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        trace = self.question.trace
+        return {
+            "slo": str(self.question.slo),
+            "trace": trace.name,
+            "requests": len(trace),
+            "rate_per_s": trace.rate_per_s if trace.duration_s else None,
+            "fleets": [one.as_dict() for one in self.priced],
+            "latency_against_load": [_point(*point) for point in self.curve] or None,
+            "map": None if self.map is None else self.map.as_dict(),
+        }
+
+
+def _point(multiplier: float, tried: Attempt) -> dict[str, Any]:
+    assert tried.result is not None  # it was served to the end
+    return {
+        "multiplier": multiplier,
+        "values": dict(tried.values),
+        "met": tried.met,
+        "unstable": tried.result.unstable,
+    }
 
 
 def _check_names(option: str, names: dict[str, str]) -> None:
     """Tables and figures tell machines and designs apart by the names in their files."""
-    from clo.errors import SpecError
-
     first: dict[str, str] = {}
     for given, name in names.items():
         if name in first:
@@ -211,15 +237,11 @@ def _with_intervals(jobs: Sequence[FleetJob], workers: int) -> list[Fleet]:
 
 def _run(work: Callable[[Job], Done], jobs: Sequence[Job], workers: int, what: str) -> list[Done]:
     from clo_cli.bars import progress_bar
-    from clo_cli.plan_jobs import in_order, run_all
+    from clo_cli.plan_jobs import run_all
 
     with progress_bar() as bar:
         task = bar.add_task(what, total=len(jobs))
-        done = []
-        for numbered in run_all(work, jobs, workers):
-            done.append(numbered)
-            bar.advance(task)
-    return in_order(done)
+        return run_all(work, jobs, workers, lambda: bar.advance(task))
 
 
 def _curve(
@@ -247,10 +269,10 @@ def _curve(
     return [point for points in _run(run_curve, jobs, workers, "latency against load") for point in points]
 
 
-def _map_if_any(question: Question, machine: str, designs: Sequence[Design], best: Priced | None, *ask: Any) -> Any:
+def _map_if_any(
+    question: Question, machine: str, designs: Sequence[Design], best: Priced | None, *ask: Any
+) -> CrossoverMap | None:
     """The map, or none where there is nothing to map on this machine: fleets that were found are not lost for it."""
-    from clo.errors import CloError
-
     try:
         return _map(question, machine, designs, best, *ask)
     except CloError as error:
@@ -295,56 +317,29 @@ def _map(
     return replace(maps[0], cells=cells)
 
 
-def _report(
-    question: Question,
-    found: dict[str, Any],
-    best: Priced | None,
-    out: Path | None,
-    *,
-    prices_given: bool,
-    as_json: bool,
-) -> None:
+def _report(found: Plan, out: Path | None, *, prices_given: bool, as_json: bool) -> None:
     from clo_cli.serve_tables import counted, print_fleets, print_map, rate
 
-    data = _as_dict(question, found)
+    data = found.as_dict()
     if out is not None:
-        _save(data, found, best, out)
+        _save(data, found.best, out)
     if as_json:
         click.echo(json.dumps(data, indent=1))
         return
-    trace = question.trace
+    question, trace = found.question, found.question.trace
     title = f"{counted(len(trace))} of {trace.name}, {rate(trace.rate_per_s)}, {question.options['model']}"
-    print_fleets(found["priced"], str(question.slo), title, prices_given=prices_given)
-    if found["map"] is not None:
-        print_map(found["map"])
+    print_fleets(found.priced, str(question.slo), title, prices_given=prices_given)
+    if found.map is not None:
+        print_map(found.map)
     if out is not None:
         click.echo(f"plan and figures: {out}")
 
 
-def _as_dict(question: Question, found: dict[str, Any]) -> dict[str, Any]:
-    trace = question.trace
-    curve = found["curve"]
-    return {
-        "slo": str(question.slo),
-        "trace": trace.name,
-        "requests": len(trace),
-        "rate_per_s": trace.rate_per_s if trace.duration_s else None,
-        "fleets": [one.as_dict() for one in found["priced"]],
-        "latency_against_load": curve
-        and [
-            {"multiplier": multiplier, "values": dict(one.values), "met": one.met, "unstable": one.result.unstable}
-            for multiplier, one in curve
-        ],
-        "map": found["map"] and found["map"].as_dict(),
-    }
-
-
-def _save(data: dict[str, Any], found: dict[str, Any], best: Priced | None, out: Path) -> None:
-    from clo.files import write_text
+def _save(data: dict[str, Any], best: Priced | None, out: Path) -> None:
     from clo_plots import plot_crossover, plot_fleets, plot_load, save_figure
 
-    write_text(out / "plan.json", json.dumps(data, indent=1))
-    if found["map"] is not None:
+    write_json(out / "plan.json", data)
+    if data["map"] is not None:
         save_figure(plot_crossover(data["map"]), out / "crossover.png")
     if best is not None and data["latency_against_load"]:
         name = f"{best.fleet.design} on {best.fleet.gpus} x {best.fleet.machine}"

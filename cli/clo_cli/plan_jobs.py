@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -129,22 +129,22 @@ def run_map(job: MapJob) -> CrossoverMap:
     )
 
 
-def run_all(work: Callable[[Job], Done], jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, Done]]:
-    """Results with the number of their job, as they come; a single worker is this process."""
+def run_all(work: Callable[[Job], Done], jobs: Sequence[Job], workers: int, ended: Callable[[], object]) -> list[Done]:
+    """Results in the order of their jobs; `ended` is called as each ends. A single worker is this process."""
     if workers == 1 or len(jobs) == 1:
-        yield from ((number, work(job)) for number, job in enumerate(jobs))
-        return
+        return [_told(work(job), ended) for job in jobs]
     # a fresh interpreter: forking one that draws a progress bar from a thread may hang
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
-        waiting = {pool.submit(work, job): number for number, job in enumerate(jobs)}
+        futures = [pool.submit(work, job) for job in jobs]
         try:
-            for future in as_completed(waiting):
-                yield waiting[future], future.result()
+            for future in as_completed(futures):
+                _told(future.result(), ended)
         finally:
             pool.shutdown(cancel_futures=True)
+    return [future.result() for future in futures]
 
 
-def in_order(numbered: Iterable[tuple[int, Done]]) -> list[Done]:
-    """Results in the order of their jobs."""
-    return [result for _, result in sorted(numbered, key=lambda pair: pair[0])]
+def _told(result: Done, ended: Callable[[], object]) -> Done:
+    ended()
+    return result

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from clo.errors import CloError
+from clo.files import read_json
+from clo_cli.options import check_outputs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,6 +22,8 @@ if TYPE_CHECKING:
     from clo.timeline import Timeline
     from clo_plots.answers import Answers
     from clo_plots.pareto import DesignPoint
+
+Paths = tuple[Path, ...]
 
 KINDS = ("stalls", "pareto", "timeline", "choices", "answers")
 _PARQUET_MAGIC = b"PAR1"
@@ -34,7 +41,7 @@ _KEYS = {
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write: .png, .svg or .pdf.")
 @click.option("--kind", type=click.Choice(KINDS), help="What to draw.  [default: what the first file holds]")
-def plot(paths: tuple[Path, ...], out: Path, kind: str | None) -> None:
+def plot(paths: Paths, out: Path, kind: str | None) -> None:
     """Draw one figure from the files given.
 
     \b
@@ -44,17 +51,13 @@ def plot(paths: tuple[Path, ...], out: Path, kind: str | None) -> None:
     choices   choices (JSON): what each choice of the best design is worth
     answers   answers (JSON of clo evaluate): how good, against bytes moved
     """
-    from clo.errors import CloError
-    from clo.files import check_target
-    from clo_plots.style import check_suffix, save_figure
+    from clo_plots import save_figure
 
-    check_suffix(out)
-    check_target(out)
+    check_outputs(figure=out)
     chosen = kind or detect(paths[0])
-    load, draw = _KINDS[chosen]
-    data = load(paths)
+    data = _LOADERS[chosen](paths)
     try:
-        figure = draw(data)
+        figure = _draw(chosen, data, paths)
     except CloError as error:
         raise CloError(f"{', '.join(str(path) for path in paths)}: {error}") from None
     save_figure(figure, out)
@@ -63,66 +66,42 @@ def plot(paths: tuple[Path, ...], out: Path, kind: str | None) -> None:
 
 def detect(path: Path) -> str:
     """The kind of figure that the content of `path` is for. Raises `CloError` when there is none."""
-    from clo.errors import CloError
-
     try:
         with path.open("rb") as file:
             if file.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC:
                 return "pareto"
     except OSError as error:
         raise CloError(f"{path}: {error.strerror or error}") from None
-    data = _read_json(path)
+    data = read_json(path)
     for key, kind in _KEYS.items():
         if isinstance(data, dict) and key in data:
             return kind
     raise CloError(f"{path}: neither a result, a sweep, a timeline, choices nor answers that clo wrote (see --kind)")
 
 
-def _read_json(path: Path) -> Any:
-    from clo.files import read_json
-
-    return read_json(path)
-
-
-def _load_results(paths: tuple[Path, ...]) -> list[Result]:
+def _load_results(paths: Paths) -> list[Result]:
     return [result for path in paths for result in _results(path)]
 
 
 def _results(path: Path) -> list[Result]:
     """One result, or those of a list under `results`."""
-    from clo.errors import CloError
     from clo.results import Result
 
-    data = _read_json(path)
+    data = read_json(path)
     rows = data["results"] if isinstance(data, dict) and "results" in data else [data]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise CloError(f"{path}: not a result, and no list of results either")
     return [Result.parse(row, where=str(path)) for row in rows]
 
 
-def _draw_stalls(results: list[Result]) -> Figure:
-    from clo_plots.stalls import plot_stalls
-
-    return plot_stalls(results)
-
-
-def _load_sweep(paths: tuple[Path, ...]) -> tuple[str, list[DesignPoint]]:
+def _load_points(paths: Paths) -> list[DesignPoint]:
     from clo_plots.sweep_table import load_points
 
-    return ", ".join(path.stem for path in paths), [point for path in paths for point in load_points(path)]
+    return [point for path in paths for point in load_points(path)]
 
 
-def _draw_pareto(sweep: tuple[str, list[DesignPoint]]) -> Figure:
-    from clo_plots.pareto import plot_pareto
-
-    title, points = sweep
-    return plot_pareto(points, title=title)
-
-
-def _load_timelines(paths: tuple[Path, ...]) -> list[Timeline]:
+def _load_timelines(paths: Paths) -> list[Timeline]:
     """Those of one title are told apart by their files."""
-    from dataclasses import replace
-
     from clo.timeline import load_chrome_trace
 
     loaded = [(path, timeline) for path in paths for timeline in load_chrome_trace(path)]
@@ -130,46 +109,43 @@ def _load_timelines(paths: tuple[Path, ...]) -> list[Timeline]:
     return [replace(one, title=f"{path.name}: {one.title}") if titles[one.title] > 1 else one for path, one in loaded]
 
 
-def _draw_timelines(timelines: list[Timeline]) -> Figure:
-    from clo_plots.timelines import plot_timelines
-
-    return plot_timelines(timelines)
-
-
-def _load_choices(paths: tuple[Path, ...]) -> Choices:
+def _load_choices(paths: Paths) -> Choices:
     from clo.choices import load_choices
-    from clo.errors import CloError
 
+    return load_choices(_only(paths, "a choices"))
+
+
+def _load_answers(paths: Paths) -> Answers:
+    from clo_plots import parse_answers
+
+    path = _only(paths, "an answers")
+    return parse_answers(read_json(path), where=str(path))
+
+
+def _only(paths: Paths, what: str) -> Path:
     if len(paths) > 1:
-        raise CloError(f"{paths[1]}: a choices figure is drawn from one file")
-    return load_choices(paths[0])
+        raise CloError(f"{paths[1]}: {what} figure is drawn from one file")
+    return paths[0]
 
 
-def _draw_choices(choices: Choices) -> Figure:
-    from clo_plots.choices import plot_choices
-
-    return plot_choices(choices)
-
-
-def _load_answers(paths: tuple[Path, ...]) -> Answers:
-    from clo.errors import CloError
-    from clo_plots.answers import parse_answers
-
-    if len(paths) > 1:
-        raise CloError(f"{paths[1]}: an answers figure is drawn from one file")
-    return parse_answers(_read_json(paths[0]), where=str(paths[0]))
-
-
-def _draw_answers(answers: Answers) -> Figure:
-    from clo_plots.answers import plot_answers
-
-    return plot_answers(answers)
-
-
-_KINDS: dict[str, tuple[Callable[[tuple[Path, ...]], Any], Callable[[Any], Figure]]] = {
-    "stalls": (_load_results, _draw_stalls),
-    "pareto": (_load_sweep, _draw_pareto),
-    "timeline": (_load_timelines, _draw_timelines),
-    "choices": (_load_choices, _draw_choices),
-    "answers": (_load_answers, _draw_answers),
+_LOADERS: dict[str, Callable[[Paths], Any]] = {
+    "stalls": _load_results,
+    "pareto": _load_points,
+    "timeline": _load_timelines,
+    "choices": _load_choices,
+    "answers": _load_answers,
 }
+
+
+def _draw(kind: str, data: Any, paths: Paths) -> Figure:
+    from clo_plots import plot_answers, plot_choices, plot_pareto, plot_stalls, plot_timelines
+
+    if kind == "pareto":
+        return plot_pareto(data, title=", ".join(path.stem for path in paths))
+    draw: dict[str, Callable[[Any], Figure]] = {
+        "stalls": plot_stalls,
+        "timeline": plot_timelines,
+        "choices": plot_choices,
+        "answers": plot_answers,
+    }
+    return draw[kind](data)

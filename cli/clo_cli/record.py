@@ -7,6 +7,9 @@ from pathlib import Path
 
 import click
 
+from clo.errors import SpecError
+from clo_cli.options import check_outputs
+
 
 @click.command(name="record")
 @click.option("--model", default="smollm2-135m", show_default=True, help="smollm2-135m, a model folder or a hub name.")
@@ -35,10 +38,9 @@ def record(
     all.
     """
     from clo.engine.recording.record import record as record_trace
-    from clo.files import check_target
     from clo_cli.bars import phases
 
-    check_target(out)
+    check_outputs(out)
     words, source = read_text(text)
     with phases() as progress:
         trace = record_trace(
@@ -62,7 +64,6 @@ def record(
 def read_text(path: Path | None) -> tuple[str, str]:
     """The text of a file, or the one that every Python carries; and what it is called."""
     from clo.engine.texts import default_text
-    from clo.errors import SpecError
 
     if path is None:
         return default_text(), "pydoc_data.topics of the recording Python"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from clo_cli.options import design_from, overrides_from
+from clo.errors import SpecError
+from clo_cli.options import check_outputs, design_from, overrides_from
 
 if TYPE_CHECKING:
     from clo.engine.measure import MachineRun
+    from clo.engine.models.network import Network
     from clo.specs import Design
 
 LARGEST_BATCH = 65536
@@ -29,9 +31,23 @@ BY_HEAD_PROFILE = ("target_hit_rate", "tau_importance_power", "gqa_fold")
     "--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any field of the design: design.tau=0.9."
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to decode.")
-@click.option("--context", default=2048, show_default=True, help="Tokens per sequence before the first step.")
-@click.option("--batch", default=1, show_default=True, help="Sequences decoded together.")
-@click.option("--steps", default=16, show_default=True, help="Decode steps to measure, after two that are not.")
+@click.option(
+    "--context",
+    type=click.IntRange(1),
+    default=2048,
+    show_default=True,
+    help="Tokens per sequence before the first step.",
+)
+@click.option(
+    "--batch", type=click.IntRange(1, LARGEST_BATCH), default=1, show_default=True, help="Sequences decoded together."
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Decode steps to measure, after two that are not.",
+)
 @click.option("--timeline", type=click.Path(path_type=Path), help="Write the median step as Chrome trace JSON.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -59,22 +75,12 @@ def run(
     clo run --design resolve --context 4096 --timeline step.json
     clo run --model llama-3-8b --layers 2 --design clo
     """
-    from clo.errors import SpecError
-    from clo.files import check_target
-
     design = design_from(design_name, overrides_from(settings, ("design",)))
-    for name, value in (("--context", context), ("--batch", batch), ("--steps", steps)):
-        if value < 1:
-            raise SpecError(f"{name} = {value}: must be at least 1")
-    if batch > LARGEST_BATCH:
-        raise SpecError(f"--batch = {batch}: must be at most {LARGEST_BATCH}")
     if weights and model:
         raise SpecError(f"--model {model}: real weights have their own shape: leave it out, or --weights")
     if weights and layers:
         raise SpecError(f"--layers {layers}: real weights have their own layers: leave it out, or --weights")
-    for path in (timeline, out):
-        if path is not None:
-            check_target(path)
+    check_outputs(timeline, out)
     measured = _measured(model or DEFAULT_MODEL, weights, layers, design, device, context, batch, steps)
     _report(measured, design, timeline, out, as_json)
 
@@ -111,7 +117,7 @@ def _measured(
             return run_steps(decoder, prompts, steps=steps, progress=progress)
 
 
-def _network(model: str, weights: str | None, layers: int | None, device: str) -> Any:
+def _network(model: str, weights: str | None, layers: int | None, device: str) -> Network:
     from clo import presets
     from clo.engine.models.network import Network
     from clo.engine.random_weights import checked, dtype_on, need_device, random_model
@@ -137,13 +143,13 @@ def _left_out(design: Design) -> tuple[str, ...]:
 
 
 def _report(measured: MachineRun, design: Design, timeline: Path | None, out: Path | None, as_json: bool) -> None:
-    from clo.engine.run import median_step, result_of
+    from clo.engine.run import result_of
     from clo.timeline import save_chrome_trace
 
     result = result_of(measured)
     result = result.with_fields(assumptions=result.assumptions + _left_out(design))
     if timeline is not None:
-        save_chrome_trace(timeline, [median_step(measured)])
+        save_chrome_trace(timeline, [measured.timelines[measured.median_step]])
     if out is not None:
         result.save(out)
     if as_json:

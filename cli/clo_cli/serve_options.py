@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from clo.errors import RequestError
+
 if TYPE_CHECKING:
     from clo.specs.overrides import Overrides
     from clo_sim.scene import Scene
@@ -104,7 +106,6 @@ def serve_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def trace_from(options: dict[str, Any]) -> RequestTrace:
     """The requests: from a file, generated, or generated with the lengths of a file. Raises `CloError` on bad input."""
-    from clo.errors import RequestError
     from clo_sim.serving import read_requests
 
     path, load = options["requests_path"], options["load"]
@@ -125,7 +126,6 @@ def trace_from(options: dict[str, Any]) -> RequestTrace:
 
 
 def _generated(load: str, trace: RequestTrace | None, options: dict[str, Any]) -> RequestTrace:
-    from clo.errors import RequestError
     from clo_sim.serving import generate, lengths_of
 
     kind, _, rate = load.partition(":")
@@ -155,12 +155,16 @@ def _without_prefixes(trace: RequestTrace, drop: bool) -> RequestTrace:
     return replace(trace, requests=tuple(one._replace(prefix_blocks=()) for one in trace.requests))
 
 
-def service_from(options: dict[str, Any], *, gpus: int) -> ServiceSettings:
+def service_from(options: dict[str, Any], *, gpus: int, coalesce: bool = True) -> ServiceSettings:
     """How the service is run."""
     from clo_sim.serving import ServiceSettings
 
     return ServiceSettings(
-        gpus=gpus, routing=options["routing"], pressure=options["pressure"], max_batch=options["max_batch"]
+        gpus=gpus,
+        routing=options["routing"],
+        pressure=options["pressure"],
+        max_batch=options["max_batch"],
+        coalesce=coalesce,
     )
 
 

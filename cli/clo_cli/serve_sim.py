@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clo_cli.options import design_from, overrides_from
+from clo.errors import CloError
+from clo.files import write_json
+from clo_cli.options import check_outputs, design_from, overrides_from
 from clo_cli.serve_options import serve_options, service_from, serving_scene, trace_from
 
 if TYPE_CHECKING:
@@ -59,30 +61,23 @@ def serve_sim(
     clo serve-sim --load poisson:2 --input-tokens 32768 --output-tokens 512 \\
         --slo "ttft_p95<5s"
     """
-    from dataclasses import replace
-
-    from clo.files import check_target
-    from clo_sim.serving import parse_slo, worker_costs
+    from clo_sim.serving import parse_slo, summarise_service, worker_costs
 
     overrides = overrides_from(settings)
     slo = None if slo_text is None else parse_slo(slo_text)
     scene, design = serving_scene(options, overrides, machine, profile), design_from(design_name, overrides)
-    service = replace(
-        service_from(options, gpus=scene.machine.tensor_parallel if gpus is None else gpus), coalesce=not no_coalesce
-    )
-    _check_figure(figure)
-    if out is not None:
-        check_target(out)
+    gpus = scene.machine.tensor_parallel if gpus is None else gpus
+    service = service_from(options, gpus=gpus, coalesce=not no_coalesce)
+    check_outputs(out, figure=figure)
     trace = trace_from(options)
     costs = worker_costs(scene, design, trace, chunk_tokens=options["chunk_tokens"], executor=options["executor"])
     run, cpu_s = _timed(trace, costs, service)
-    result = _summary(
-        run, cpu_s, slo, {"model": scene.model.name, "machine": scene.machine.name, "design": design.name}
-    )
+    names = {"model": scene.model.name, "machine": scene.machine.name, "design": design.name}
+    result = summarise_service(run, **names, slo=slo, cpu_s=cpu_s, with_measured_share=True)
     if intervals:
         result = _spread(result, run, slo, options["seed"])
     if out is not None:
-        _save(result, out)
+        write_json(out, result.as_dict())
     if figure is not None:
         _draw(result, figure)
     if as_json:
@@ -91,16 +86,6 @@ def serve_sim(
         from clo_cli.serve_tables import print_service
 
         print_service(result)
-
-
-def _check_figure(figure: Path | None) -> None:
-    from clo.files import check_target
-
-    if figure is not None:
-        from clo_plots.style import check_suffix
-
-        check_suffix(figure)
-        check_target(figure)
 
 
 def _timed(trace: RequestTrace, costs: WorkerCosts, service: ServiceSettings) -> tuple[ServiceRun, float]:
@@ -117,12 +102,6 @@ def _timed(trace: RequestTrace, costs: WorkerCosts, service: ServiceSettings) ->
     return run, cpu_s - (prices.cpu_s if prices is not None else 0.0)
 
 
-def _summary(run: ServiceRun, cpu_s: float, slo: Slo | None, names: dict[str, str]) -> ServiceResult:
-    from clo_sim.serving import summarise_service
-
-    return summarise_service(run, **names, slo=slo, cpu_s=cpu_s, with_measured_share=True)
-
-
 def _spread(result: ServiceResult, run: ServiceRun, slo: Slo | None, seed: int) -> ServiceResult:
     from clo_cli.bars import phases
     from clo_sim.serving.intervals import with_intervals
@@ -131,14 +110,7 @@ def _spread(result: ServiceResult, run: ServiceRun, slo: Slo | None, seed: int) 
         return with_intervals(result, run, slo=slo, seed=seed, progress=partial(tell, "prediction intervals"))
 
 
-def _save(result: ServiceResult, path: Path) -> None:
-    from clo.files import write_text
-
-    write_text(path, json.dumps(result.as_dict(), indent=1))
-
-
 def _draw(result: ServiceResult, path: Path) -> None:
-    from clo.errors import CloError
     from clo_plots import plot_service, save_figure
 
     try:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from clo.units import format_bytes
 
 if TYPE_CHECKING:
     from clo.specs import Spec
@@ -36,14 +38,10 @@ def show(kind: str | None, name: str | None, as_json: bool) -> None:
     elif name and kind in SPECS:
         _print_spec(f"{kind} {name}", _spec(kind, name))
     elif name:
-        from clo_cli.tables import print_fields
-
-        print_fields(f"{kind} {name}", data[kinds[0]][name])
+        _print_fields(f"{kind} {name}", data[kinds[0]][name])
     else:
-        from clo_cli.tables import print_listing
-
         for one in kinds:
-            print_listing(one, data[one])
+            _print_listing(one, data[one])
 
 
 def _print_spec(title: str, spec: Spec) -> None:
@@ -115,3 +113,71 @@ def _profile_record(name: str) -> dict[str, Any]:
     data: dict[str, Any] = profile.model_dump(mode="json", exclude=packed)
     sources = [source.value for source in profile.sources().values()]
     return data | {"sources": {source: sources.count(source) for source in sorted(set(sources))}}
+
+
+def _print_fields(title: str, fields: Mapping[str, Any]) -> None:
+    """All fields of one record; nested ones on a line."""
+    from clo_cli.tables import console, fields_table
+
+    out = console()
+    out.print(title, style="bold")
+    shown = {name: _flat(value) for name, value in fields.items()}
+    out.print(fields_table(shown))
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_flat(inner)}" for name, inner in value.items() if inner not in ("", 0))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _print_listing(kind: str, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """One line per preset: its name, what it is, and its source."""
+    from rich.table import Table
+
+    from clo_cli.tables import console
+
+    table = Table(title=kind, title_justify="left", box=None)
+    table.add_column("name", no_wrap=True)
+    table.add_column("what", overflow="fold")
+    table.add_column("source", overflow="fold")
+    for name, record in records.items():
+        table.add_row(name, _what(kind, record), _source(kind, record))
+    console().print(table)
+
+
+def _what(kind: str, record: Mapping[str, Any]) -> str:
+    if kind == "models":
+        from clo.specs import ModelSpec
+
+        queries, width = f"{record['num_query_heads']} query", record["head_dim"]
+        heads = f"{queries} and {record['num_kv_heads']} KV heads of {width}"
+        if record["latent"]:
+            heads = f"{queries} heads that share a vector of {width} values (MLA)"
+        per_token = f"{format_bytes(ModelSpec.parse(dict(record)).kv_bytes_per_token)} of KV per token"
+        experts = record["experts"]
+        mixed = f"{experts['experts_per_token']} of {experts['num_experts']} experts, " if experts else ""
+        limited = len(record["windowed_layers"])
+        windows = f" ({limited} with a window of {record['window_tokens']})" if limited else ""
+        most = record["max_positions"]
+        return f"{record['num_layers']} layers{windows}, {heads}, {mixed}{per_token}, up to {most} tokens"
+    if kind == "machines":
+        gpu, link = record["gpu"], record["link"]
+        rates = f"HBM {format_bytes(gpu['hbm_bytes_per_s'])}/s, link {format_bytes(link['h2d_bytes_per_s'])}/s"
+        return f"{format_bytes(gpu['memory_bytes'])}, {rates}"
+    if kind == "designs":
+        return str(record["description"])
+    if kind == "profiles":
+        return ", ".join(f"{count} costs {source}" for source, count in record["sources"].items())
+    size = f"{record['num_layers']} layers x {record['num_kv_heads']} KV heads, {record['context_tokens']} tokens"
+    return f"{record['model']}: {size}, {record['num_steps']} steps"
+
+
+def _source(kind: str, record: Mapping[str, Any]) -> str:
+    if kind == "designs":
+        return f"clo/presets/designs/{record['name']}.toml"
+    if kind == "profiles":
+        return f"{record['date']}, {record['gemm']['device']}"
+    if kind == "traces":
+        return f"recorded {record['recorded_at']} over {record['text_source']}"
+    return str(record["source"])

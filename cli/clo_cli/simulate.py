@@ -7,11 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clo_cli.options import design_from, overrides_from, scene_from, scene_options
+from clo.errors import SpecError
+from clo_cli.options import check_outputs, design_from, overrides_from, scene_from, scene_options
 
 if TYPE_CHECKING:
     from clo.results import Result
+    from clo.specs import Design
     from clo_cli.bars import Tell
+    from clo_sim.contention import Contention
+    from clo_sim.priced import PricedStep
+    from clo_sim.scene import Scene
+    from clo_sim.step_times import StepTimes
 
 
 @click.command()
@@ -46,8 +52,6 @@ def simulate(
     clo simulate --design clo --context 131072 --batch 16
     clo simulate --design resolve --set design.slot_budgets=2 --timeline step.json
     """
-    from clo.errors import SpecError
-    from clo.files import check_target
     from clo_cli.bars import phases
     from clo_sim.run import simulate as run
 
@@ -57,8 +61,7 @@ def simulate(
     targets = [path for path in (timeline, out) if path is not None]
     if len({path.resolve() for path in targets}) < len(targets):
         raise SpecError(f"--out {out}: the same file as --timeline: the result and the timeline are two files")
-    for path in targets:
-        check_target(path)
+    check_outputs(*targets)
     with phases() as tell:
         tell("simulating", 0, None)
         result = run(scene, design, executor="clock" if executor == "clock" else "simpy")
@@ -79,12 +82,12 @@ def simulate(
             click.echo(f"timeline of step {timeline_step}: {timeline} (open in https://ui.perfetto.dev)")
 
 
-def _with_intervals(result: Result, scene: Any, design: Any, executor: str, tell: Tell) -> Result:
+def _with_intervals(result: Result, scene: Scene, design: Design, executor: str, tell: Tell) -> Result:
     from clo_sim.clock import run_clock
     from clo_sim.intervals import with_intervals
     from clo_sim.simulator import run_simpy
 
-    def run(priced: Any, contention: Any = None) -> Any:
+    def run(priced: PricedStep, contention: Contention | None = None) -> StepTimes:
         return run_clock(priced) if executor == "clock" else run_simpy(priced, contention=contention)
 
     def progress(done: int, total: int) -> None:
@@ -94,13 +97,11 @@ def _with_intervals(result: Result, scene: Any, design: Any, executor: str, tell
 
 
 def _check_step(step: int, steps: int) -> None:
-    from clo.errors import SpecError
-
     if not 0 <= step < steps:
         raise SpecError(f"--timeline-step = {step}: must be from 0 to {steps - 1} (workload.steps = {steps})")
 
 
-def _write_timeline(path: Path, scene: Any, design: Any, executor: str, step: int) -> None:
+def _write_timeline(path: Path, scene: Scene, design: Design, executor: str, step: int) -> None:
     from clo.timeline import save_chrome_trace
     from clo_sim.unfold import clock_timeline, simulated_timeline
 

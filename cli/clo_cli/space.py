@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from clo.errors import CloError, SpecError
+
 if TYPE_CHECKING:
     from clo.specs.overrides import Overrides
     from clo_sim.scene import Scene
@@ -15,7 +17,6 @@ def space_from(vary: tuple[str, ...], scene: Scene) -> Space:
 
     A field without a root is a design's. Raises `CloError` naming the option, or the field, value and rule.
     """
-    from clo.errors import SpecError
     from clo_sim.explore import check_space
 
     space: dict[str, list[Any] | Range] = {}
@@ -39,8 +40,6 @@ def space_from(vary: tuple[str, ...], scene: Scene) -> Space:
 
 def check_conflicts(space: Space, overrides: Overrides, profile: str | None) -> None:
     """A machine or model that is varied as a whole would undo what was set on one. Raises `SpecError`."""
-    from clo.errors import SpecError
-
     for root, set_by_hand in (("machine", ("machine", "profile")), ("model", ("model",))):
         if root not in space:
             continue
@@ -71,7 +70,6 @@ def _meant(name: str) -> str:
 
 
 def _exists(scene: Scene, field: str) -> bool:
-    from clo.errors import CloError
     from clo_sim.variation import check_field, has_field
 
     try:
@@ -82,7 +80,6 @@ def _exists(scene: Scene, field: str) -> bool:
 
 
 def _values(text: str, values: str) -> list[Any] | Range:
-    from clo.errors import SpecError
     from clo.specs.overrides import parse_value
     from clo_sim.search import Range
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from clo.specs import ModelSpec
 from clo.units import MS_PER_S, format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
 WIDE = 160
 """Columns when the output is not a terminal: wide enough that no table is folded."""
-
 
 NUMBER_COLUMNS = (
     "TPOT",
@@ -34,19 +32,26 @@ NUMBER_COLUMNS = (
     "of its\nroofline",
 )
 
-
-def console() -> Console:
-    """Standard output; a pipe or file gets wide, plain lines."""
-    plain = Console(markup=False)
-    return plain if plain.is_terminal else Console(width=WIDE, highlight=False, markup=False)
-
-
 LEGEND = (
     "overlap: attended pages that the selector would choose for the real query; hit rate: attended pages that needed "
     "no transfer; link used: bytes over its peak; stall: time the main stream did not compute; of its roofline: "
     "the least time for what this design attends and moves, over its TPOT."
 )
 
+METRIC_NAMES = {
+    "tpot_s": "TPOT",
+    "tpot_p99_s": "TPOT p99",
+    "tokens_per_s": "tokens/s",
+    "gpu_tokens_per_s": "tokens/s a GPU",
+    "hit_rate": "hit rate",
+    "reuse_rate": "reuse",
+    "h2d_bytes_per_step": "h2d/step",
+    "device_bytes": "GPU mem",
+    "kv_device_bytes": "of it KV",
+    "host_bytes": "host mem",
+    "slot_pages": "slots",
+    "measured_share": "measured",
+}
 
 NARROW = 150
 """A terminal with fewer columns gets `NARROW_COLUMNS` only."""
@@ -55,6 +60,12 @@ _NUMBERS, _NARROW_NUMBERS = 116, 53
 """What all columns of numbers take, with the lines between; and those of a narrow terminal."""
 _NAME, _NARROW_NAME, _STALLS = (22, 44), (14, 14), (11, 60)
 """What a name, and what its stalls take: at least, and at most."""
+
+
+def console() -> Console:
+    """Standard output; a pipe or file gets wide, plain lines."""
+    plain = Console(markup=False)
+    return plain if plain.is_terminal else Console(width=WIDE, highlight=False, markup=False)
 
 
 def design_table(results: Sequence[Result], title: str, width: int = WIDE) -> Table:
@@ -225,22 +236,6 @@ def print_measured(found: Exploration) -> None:
             console().print(f"  {one.task.label} does not run here: {one.problem}")
 
 
-METRIC_NAMES = {
-    "tpot_s": "TPOT",
-    "tpot_p99_s": "TPOT p99",
-    "tokens_per_s": "tokens/s",
-    "gpu_tokens_per_s": "tokens/s a GPU",
-    "hit_rate": "hit rate",
-    "reuse_rate": "reuse",
-    "h2d_bytes_per_step": "h2d/step",
-    "device_bytes": "GPU mem",
-    "kv_device_bytes": "of it KV",
-    "host_bytes": "host mem",
-    "slot_pages": "slots",
-    "measured_share": "measured",
-}
-
-
 def metric_text(name: str, value: float) -> str:
     """A metric as people read it."""
     if name.endswith("_s") and not name.endswith("per_s"):
@@ -270,7 +265,7 @@ def print_result(result: Result) -> None:
         f"{load.steps} steps on the {result.executor} executor"
     )
     print_roofline(result, "this design's memory")
-    out.print(_fields_table(_headline(result)))
+    out.print(fields_table(_headline(result)))
     out.print(_time_table(result))
     print_sources([result])
 
@@ -321,70 +316,11 @@ def _time_table(result: Result) -> Table:
     return table
 
 
-def _fields_table(fields: Mapping[str, Any]) -> Table:
+def fields_table(fields: Mapping[str, Any]) -> Table:
+    """Names and values without a frame."""
     table = Table(show_header=False, box=None)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in fields.items():
         table.add_row(name, str(value))
     return table
-
-
-def print_fields(title: str, fields: Mapping[str, Any]) -> None:
-    """All fields of one record; nested ones on a line."""
-    out = console()
-    out.print(title, style="bold")
-    shown = {name: _flat(value) for name, value in fields.items()}
-    out.print(_fields_table(shown))
-
-
-def _flat(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_flat(inner)}" for name, inner in value.items() if inner not in ("", 0))
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def print_listing(kind: str, records: Mapping[str, Mapping[str, Any]]) -> None:
-    """One line per preset: its name, what it is, and its source."""
-    table = Table(title=kind, title_justify="left", box=None)
-    table.add_column("name", no_wrap=True)
-    table.add_column("what", overflow="fold")
-    table.add_column("source", overflow="fold")
-    for name, record in records.items():
-        table.add_row(name, _what(kind, record), _source(kind, record))
-    console().print(table)
-
-
-def _what(kind: str, record: Mapping[str, Any]) -> str:
-    if kind == "models":
-        queries, width = f"{record['num_query_heads']} query", record["head_dim"]
-        heads = f"{queries} and {record['num_kv_heads']} KV heads of {width}"
-        if record["latent"]:
-            heads = f"{queries} heads that share a vector of {width} values (MLA)"
-        per_token = f"{format_bytes(ModelSpec.parse(dict(record)).kv_bytes_per_token)} of KV per token"
-        experts = record["experts"]
-        mixed = f"{experts['experts_per_token']} of {experts['num_experts']} experts, " if experts else ""
-        limited = len(record["windowed_layers"])
-        windows = f" ({limited} with a window of {record['window_tokens']})" if limited else ""
-        most = record["max_positions"]
-        return f"{record['num_layers']} layers{windows}, {heads}, {mixed}{per_token}, up to {most} tokens"
-    if kind == "machines":
-        gpu, link = record["gpu"], record["link"]
-        rates = f"HBM {format_bytes(gpu['hbm_bytes_per_s'])}/s, link {format_bytes(link['h2d_bytes_per_s'])}/s"
-        return f"{format_bytes(gpu['memory_bytes'])}, {rates}"
-    if kind == "designs":
-        return str(record["description"])
-    if kind == "profiles":
-        return ", ".join(f"{count} costs {source}" for source, count in record["sources"].items())
-    size = f"{record['num_layers']} layers x {record['num_kv_heads']} KV heads, {record['context_tokens']} tokens"
-    return f"{record['model']}: {size}, {record['num_steps']} steps"
-
-
-def _source(kind: str, record: Mapping[str, Any]) -> str:
-    if kind == "designs":
-        return f"clo/presets/designs/{record['name']}.toml"
-    if kind == "profiles":
-        return f"{record['date']}, {record['gemm']['device']}"
-    if kind == "traces":
-        return f"recorded {record['recorded_at']} over {record['text_source']}"
-    return str(record["source"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from clo.files import write_text
 from clo_cli.options import claim_folder
 
 
@@ -23,7 +24,9 @@ from clo_cli.options import claim_folder
     "--out", type=click.Path(path_type=Path), default="verdict", show_default=True, help="Folder for results."
 )
 @click.option("--designs", help="Presets to run, comma-separated.  [default: all]")
-@click.option("--rounds", default=3, show_default=True, help="Repetitions, of which the fastest counts.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Repetitions, of which the fastest counts."
+)
 @click.option("--quick", is_flag=True, help="Three designs at two sizes: under a minute.")
 @click.option("--again", is_flag=True, help="Measure anew what an earlier run left in --out.")
 @click.option("--any-machine", is_flag=True, help="Go on with a profile of another machine.")
@@ -44,14 +47,10 @@ def validate(
     verdict.json, verdict.md, figures, and one step in both worlds for https://ui.perfetto.dev in --out. What is
     measured is kept there, and not measured again unless you say so.
     """
-    from clo.errors import SpecError
-    from clo.files import write_text
     from clo.operation_costs import load_operation_profile
     from clo_cli.bars import phases
     from clo_cli.models import need_engine
 
-    if rounds < 1:
-        raise SpecError(f"--rounds = {rounds}: must be at least 1")
     profile = load_operation_profile(profile_path)
     claim_folder(out)
     need_engine("validating", "calibrate", ("scipy",))
@@ -59,8 +58,7 @@ def validate(
     from clo_calibration.probes import QUICK_DESIGNS, named
     from clo_calibration.validate import validate as run
     from clo_calibration.verdict import markdown
-    from clo_plots.style import save_figure
-    from clo_plots.verdicts import Judged, plot_ablation, plot_verdict
+    from clo_plots import Judged, plot_ablation, plot_verdict, save_figure
 
     device = device_of(profile.fingerprint.get("device", "cpu"))
     with half_the_cores(), phases() as progress:

@@ -55,8 +55,7 @@ def attend(
 def predicts(plan: DecodePlan, layer: int) -> int | None:
     """The layer whose query is predicted from the input of `layer`: none where the schedule fetches nothing ahead."""
     design, target = plan.design, layer + plan.design.prefetch_depth
-    ahead = design.prefetches and design.selects and not design.speculates_last_step
-    return target if ahead and plan.is_sparse(target) else None
+    return target if design.prefetches_layers and design.selects and plan.is_sparse(target) else None
 
 
 def _choose(layer: OffloadedLayer, stage: Stage, query: torch.Tensor, lengths: torch.Tensor) -> None:

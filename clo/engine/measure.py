@@ -36,6 +36,11 @@ class MachineRun:
         """Seconds of each step, from its first operation to the end of its last."""
         return np.array([timeline.seconds for timeline in self.timelines])
 
+    @property
+    def median_step(self) -> int:
+        """The step to show: of an even number, the slower of the two in the middle."""
+        return int(np.argsort(self.step_s)[len(self.timelines) // 2])
+
 
 def run_steps(
     decoder: Decoder,
@@ -85,12 +90,9 @@ def fastest(runs: Sequence[MachineRun]) -> MachineRun:
     for run in runs[1:]:
         if not np.array_equal(run.traffic.fetched_pages, first.traffic.fetched_pages):
             raise EngineError(f"{first.plan.design.name}: repeated runs moved different pages: they cannot be compared")
-    timelines = tuple(min(same, key=lambda timeline: timeline.seconds) for same in zip(*_timelines(runs), strict=True))
+    by_step = zip(*(run.timelines for run in runs), strict=True)
+    timelines = tuple(min(same, key=lambda timeline: timeline.seconds) for same in by_step)
     return MachineRun(first.plan, timelines, first.traffic)
-
-
-def _timelines(runs: Sequence[MachineRun]) -> list[tuple[Timeline, ...]]:
-    return [run.timelines for run in runs]
 
 
 def _moved(layer: Layer) -> tuple[float, ...]:

@@ -13,6 +13,7 @@ import torch
 from clo.engine.cuda.bar import Bar
 from clo.engine.cuda.copies import copy_rows
 from clo.engine.finite import Projected, explain_step
+from clo.engine.inline import predicts
 from clo.engine.layers import DenseLayer, Layer, OffloadedLayer, StreamedLayer
 from clo.engine.models.network import Network, Rotation
 from clo.engine.staging import Staging
@@ -114,14 +115,9 @@ class Operations:
 
     def _qkv_proj(self, _stage: Stage, layer: int) -> None:
         self._query, self._key, self._value = self.network.qkv(layer, self._normed)
-        target = layer + self.plan.design.prefetch_depth
-        if self._predicts(layer, target):
+        target = predicts(self.plan, layer)
+        if target is not None:
             self._predicted[target] = self.network.predicted_query(target, self._hidden, self._rotation)
-
-    def _predicts(self, layer: int, target: int) -> bool:
-        design = self.plan.design
-        ahead = design.prefetches and design.selects and not design.speculates_last_step
-        return ahead and layer < target < len(self.layers) and isinstance(self.layers[target], OffloadedLayer)
 
     def _append_kv(self, _stage: Stage, layer: int) -> None:
         query, key = self.network.rotate(self._query, self._key, self._rotation)

@@ -14,7 +14,7 @@ from clo.engine.measure import MachineRun
 from clo.profile import Source
 from clo.results import OpTotal, Result
 from clo.schedule import Cause, Lane, Part
-from clo.timeline import Span, Timeline
+from clo.timeline import Span
 
 WORK = (Part.MODEL.value, Part.ATTENTION.value, Part.SELECTION.value)
 
@@ -124,8 +124,3 @@ def _ops(run: MachineRun) -> dict[str, OpTotal]:
         )
         for name in seconds
     }
-
-
-def median_step(run: MachineRun) -> Timeline:
-    """The step to show."""
-    return run.timelines[int(np.argsort(run.step_s)[len(run.step_s) // 2])]

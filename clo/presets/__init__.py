@@ -18,6 +18,7 @@ from clo.trace import AttentionTrace
 Kind = Literal["models", "machines", "designs", "profiles", "traces"]
 
 DEFAULT_TRACE = "smollm2-135m-4k"
+"""SmolLM2-135M-Instruct at 4,096 tokens."""
 
 _OTHERS = {"models": "the path of a TOML file, config.json or model folder"}
 
@@ -65,10 +66,15 @@ def load_named_profile(name: str) -> Profile:
 
 
 def load_trace(name: str = DEFAULT_TRACE) -> AttentionTrace:
-    """A preset or a trace file, whatever that is called."""
-    if name not in names("traces") and Path(name).is_file():
-        return AttentionTrace.load(Path(name))
-    return AttentionTrace.load(_find("traces", name))
+    """A preset, the same one every time (what it gives cannot be changed), or a trace file, whatever that is called."""
+    if name in names("traces"):
+        return _cached_trace(_find("traces", name))
+    return AttentionTrace.load(Path(name) if Path(name).is_file() else _find("traces", name))
+
+
+@cache
+def _cached_trace(path: Path) -> AttentionTrace:
+    return AttentionTrace.load(path)
 
 
 @cache

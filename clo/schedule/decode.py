@@ -124,8 +124,7 @@ def _write_back(m: Machine, ops: StepOps, flight: _Flight, layer: int, appended:
 def _prefetch_target(plan: DecodePlan, layer: int) -> int | None:
     """The layer whose pages start to move while `layer` computes."""
     target = layer + plan.design.prefetch_depth
-    ahead = plan.design.prefetches and not plan.design.speculates_last_step
-    return target if ahead and plan.is_sparse(target) else None
+    return target if plan.design.prefetches_layers and plan.is_sparse(target) else None
 
 
 def _attend(m: Machine, ops: StepOps, flight: _Flight, layer: int) -> Token:

@@ -238,6 +238,16 @@ class Design(Spec):
         return self.page_coding is not PageCoding.NONE
 
     @property
+    def prefetches_layers(self) -> bool:
+        """Whether they start while an earlier layer of the same step computes."""
+        return self.prefetches and not self.speculates_last_step
+
+    @property
+    def replaces_sets(self) -> bool:
+        """Whether a head that keeps a set fetches all of a new one, resident or not."""
+        return self.cache is Cache.HEAD_REUSE and self.on_miss is OnMiss.REPLACE
+
+    @property
     def cpu_moves(self) -> bool:
         """Whether CPU threads take part in every transfer."""
         return self.transfer is not Transfer.GPU_ZERO_COPY

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
@@ -63,16 +63,11 @@ def _gpus(found: Mapping[str, Any]) -> int:
 
 def _cells(axes: Axes, rows: Sequence[Sequence[float | None]]) -> Any:
     shown = np.array([[_shown(ratio) for ratio in row] for row in rows])
+    colours = LinearSegmentedColormap.from_list("offloading", [FASTER, "#f7f7f7", SLOWER])
     norm = TwoSlopeNorm(1.0, LEAST, MOST)
     return axes.imshow(
-        np.ma.masked_invalid(shown), origin="lower", aspect="auto", cmap=_colours(), norm=norm, interpolation="nearest"
+        np.ma.masked_invalid(shown), origin="lower", aspect="auto", cmap=colours, norm=norm, interpolation="nearest"
     )
-
-
-def _colours() -> Any:
-    from matplotlib.colors import LinearSegmentedColormap
-
-    return LinearSegmentedColormap.from_list("offloading", [FASTER, "#f7f7f7", SLOWER])
 
 
 def _shown(ratio: float | None) -> float:

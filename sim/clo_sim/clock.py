@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from clo.metrics import StepTimes, Times
 from clo.schedule import Cause, Lane
 from clo_sim.priced import PricedStep, Segment
+from clo_sim.step_times import StepTimes, Times
 
 
 def step_seconds(priced: PricedStep) -> Times:

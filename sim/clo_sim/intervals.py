@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from clo.metrics import StepTimes
 from clo.results import Result
 from clo_sim.contention import Contention
 from clo_sim.priced import PricedStep
 from clo_sim.simulator import run_simpy
+from clo_sim.step_times import StepTimes
 
 LEVEL = 0.9
 DRAWS = 40

@@ -15,7 +15,7 @@ from clo.errors import SpecError, TraceError
 from clo.plan import DecodePlan
 from clo.specs import Cache, Design, GqaFold, OnMiss
 from clo.thresholds import tau_by_importance
-from clo.trace import AttentionTrace
+from clo.trace import NO_PAGE, AttentionTrace
 from clo_sim.similarity import Fold, Vectors, stepwise, tau_for_hit_rate
 
 ABSENT = -(2**62)
@@ -23,9 +23,6 @@ ABSENT = -(2**62)
 
 REAL, PREDICTED = 0, 1
 """Where a query comes from: the layer's own input, or the input of an earlier layer."""
-
-NO_PAGE = 0xFFFF
-"""Padding of a page list that has fewer candidates than the budget."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +76,7 @@ def policy_of(plan: DecodePlan, trace: AttentionTrace) -> Policy:
             f"design.budget_fraction = {plan.budget_pages / plan.num_pages:.3g}: the trace records only the best "
             f"{header.max_budget_pages} of {recorded} pages: lower the budget, or record with --max-budget-pages"
         )
-    lookahead = design.prefetch_depth if design.prefetches and not design.speculates_last_step else 0
+    lookahead = design.prefetch_depth if design.prefetches_layers else 0
     if lookahead and lookahead not in header.lookaheads:
         known = list(header.lookaheads)
         raise TraceError(f"design.prefetch_depth = {lookahead}: the trace recorded lookaheads {known}")

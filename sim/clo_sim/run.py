@@ -12,7 +12,6 @@ from typing import Literal, get_args
 import numpy as np
 
 from clo.errors import SpecError
-from clo.metrics import StepTimes
 from clo.plan import DecodePlan
 from clo.pricing import Seconds, hbm_bytes, link_bytes
 from clo.profile import Source
@@ -27,6 +26,7 @@ from clo_sim.priced import PricedStep
 from clo_sim.roofline import roofline
 from clo_sim.scene import Scene, design_of
 from clo_sim.simulator import run_simpy
+from clo_sim.step_times import StepTimes
 
 Executor = Literal["clock", "simpy"]
 

@@ -6,6 +6,7 @@ Knows nothing about how a step is run.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from clo import presets
@@ -120,9 +121,15 @@ def make_scene(
         machine=machine_spec,
         profile=costs,
         workload=(workload or Workload()).with_fields(**changes),
-        source=source or TrafficSource(presets.load_trace()),
+        source=source or shipped_source(),
         kv_memory_bytes=kv_memory_bytes,
     )
+
+
+@cache
+def shipped_source() -> TrafficSource:
+    """The committed trace; scenes of one process share the replays made of it."""
+    return TrafficSource(presets.load_trace())
 
 
 def _machine_and_costs(

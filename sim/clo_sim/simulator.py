@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import simpy
 
-from clo.metrics import StepTimes
 from clo.pricing import Demand
 from clo.schedule import Cause, Lane
 from clo_sim.contention import Contention
 from clo_sim.device import Device, LaneProgram, Rates
 from clo_sim.pair import LanePair
 from clo_sim.priced import PricedStep, Segment
+from clo_sim.step_times import StepTimes
 
 CAUSES = tuple(Cause)
 SYNC = CAUSES.index(Cause.SYNC)

@@ -164,8 +164,7 @@ def _draw_heads(plan: DecodePlan, header: TraceHeader) -> NDArray[np.intp]:
 
 def _unpredicted_layers(plan: DecodePlan) -> int:
     """First layers that no layer before them can predict."""
-    ahead = plan.design.prefetches and not plan.design.speculates_last_step
-    return plan.design.prefetch_depth if ahead else 0
+    return plan.design.prefetch_depth if plan.design.prefetches_layers else 0
 
 
 def _offloaded(

@@ -128,11 +128,11 @@ def test_what_compiles_or_fills_its_stream_is_not_delayed_for_longer_each_time(m
 def test_the_link_s_rate_is_that_of_the_best_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("clo_calibration.calibrate.local_machine", lambda _: local())
     rows = [
-        benchmarks.HostBenchmark("dma to device", {"bytes": 4e3}, "bytes", 4e3, (1e-6,)),
-        benchmarks.HostBenchmark("dma to device", {"bytes": 4e6}, "bytes", 4e6, (1e-4,)),
-        benchmarks.HostBenchmark("dma to host", {"bytes": 4e6}, "bytes", 4e6, (2e-4,)),
-        benchmarks.HostBenchmark("device memory", {}, "bytes", 1e9, (1e-3,)),
-        benchmarks.HostBenchmark("matmul", {}, "FLOP", 1e12, (1e-2,)),
+        benchmarks.Benchmark("dma to device", {"bytes": 4e3}, "bytes", 4e3, (1e-6,)),
+        benchmarks.Benchmark("dma to device", {"bytes": 4e6}, "bytes", 4e6, (1e-4,)),
+        benchmarks.Benchmark("dma to host", {"bytes": 4e6}, "bytes", 4e6, (2e-4,)),
+        benchmarks.Benchmark("device memory", {}, "bytes", 1e9, (1e-3,)),
+        benchmarks.Benchmark("matmul", {}, "FLOP", 1e12, (1e-2,)),
     ]
     machine = _machine(torch.device("cuda"), rows, "one")
     assert machine.link.h2d_bytes_per_s == pytest.approx(4e10)

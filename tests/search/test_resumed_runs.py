@@ -13,7 +13,7 @@ from questions import CLO, SPACE, many, numbers
 
 from clo.errors import CloError
 from clo_sim.evaluation import evaluate
-from clo_sim.explore import explore
+from clo_sim.explore import Exploration, explore
 from clo_sim.record import Record
 from clo_sim.scene import Scene
 from clo_sim.variation import scene_with
@@ -31,22 +31,37 @@ def cut_after(count: int) -> Any:
     return progress
 
 
+@pytest.fixture(scope="module", params=[None, 40], ids=["grid", "search"])
+def uninterrupted(scene: Scene, request: pytest.FixtureRequest) -> tuple[dict[str, Any], Exploration]:
+    """A question and its answer: all of a grid, or a budget spent by an optimiser."""
+    space: Any = {"design.tau": [n / 40 for n in range(40)]} if request.param is None else SPACE
+    question: dict[str, Any] = {
+        "named": [],
+        "base": CLO,
+        "space": space,
+        "budget": request.param,
+        "num_finalists": 2,
+    }
+    return question, explore(scene, **question)
+
+
 class TestRecord:
-    @pytest.mark.parametrize("budget", [None, 40])
     @settings(max_examples=4, deadline=None)
     @given(cut=st.integers(1, 39))
     def test_a_resumed_run_is_an_uninterrupted_one(
-        self, scene: Scene, tmp_path_factory: pytest.TempPathFactory, budget: int | None, cut: int
+        self,
+        scene: Scene,
+        tmp_path_factory: pytest.TempPathFactory,
+        uninterrupted: tuple[dict[str, Any], Exploration],
+        cut: int,
     ) -> None:
-        space: Any = {"design.tau": [n / 40 for n in range(40)]} if budget is None else SPACE
-        question: dict[str, Any] = {"named": [], "base": CLO, "space": space, "budget": budget, "num_finalists": 2}
+        question, whole = uninterrupted
         path = tmp_path_factory.mktemp("record") / "record.jsonl"
         with Record(path) as record, pytest.raises(CutOffError):
             explore(scene, **question, record=record, progress=cut_after(cut))
         with Record(path) as record:
             assert len(record) == cut
             resumed = explore(scene, **question, record=record)
-        whole = explore(scene, **question)
         assert resumed.recalled == cut
         assert numbers(resumed.candidates) == numbers(whole.candidates)
         assert resumed.best == whole.best

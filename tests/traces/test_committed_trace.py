@@ -7,19 +7,21 @@ import time
 import numpy as np
 import pytest
 
-from clo.trace import DEFAULT_TRACE, AttentionTrace
+from clo import presets
+from clo.trace import AttentionTrace
 from clo.trace_stats import describe
 
 
 @pytest.fixture(scope="module")
 def committed() -> AttentionTrace:
-    return AttentionTrace.load(DEFAULT_TRACE)
+    return presets.load_trace()
 
 
 class TestCommittedTrace:
     def test_size_and_header(self, committed: AttentionTrace) -> None:
         header = committed.header
-        assert DEFAULT_TRACE.stat().st_size <= 8_000_000
+        file = presets.folder("traces") / f"{presets.DEFAULT_TRACE}.npz"
+        assert file.stat().st_size <= 8_000_000
         assert header.model == "smollm2-135m"
         assert (header.num_layers, header.num_query_heads, header.num_kv_heads, header.head_dim) == (30, 9, 3, 64)
         assert header.context_tokens >= 4096
@@ -31,7 +33,7 @@ class TestCommittedTrace:
 
     def test_loads_fast(self) -> None:
         start = time.process_time()
-        trace = AttentionTrace.load(DEFAULT_TRACE)
+        trace = presets.load_trace()
         assert trace.queries.any()
         assert trace.pages["page_minmax"].any()
         assert time.process_time() - start < 1.0

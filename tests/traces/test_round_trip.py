@@ -86,9 +86,10 @@ class TestRoundTrip:
         assert saved.read_bytes() == before
         assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
-    def test_save_into_no_folder(self, trace: AttentionTrace, tmp_path: Path) -> None:
+    def test_save_into_what_is_no_folder(self, trace: AttentionTrace, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
         with pytest.raises(TraceError, match="cannot be written"):
-            trace.save(tmp_path / "absent" / "trace.npz")
+            trace.save(tmp_path / "file" / "trace.npz")
 
 
 def cosine(first: np.ndarray, second: np.ndarray) -> np.ndarray:

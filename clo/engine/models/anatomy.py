@@ -30,7 +30,7 @@ def decoder_layers(network: Any, *, whole: bool = False) -> list[Any]:
         raise SpecError(f"model {type(network).__name__}: no decoder layers at model.layers")
     for part in ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj"):
         for layer in layers:
-            if not (_has(layer, part) or (whole and part == "input_layernorm" and _norms_behind(layer))):
+            if not (has_part(layer, part) or (whole and part == "input_layernorm" and _norms_behind(layer))):
                 raise SpecError(f"model {type(network).__name__}: layers lack {part}: not a Llama or Qwen-style model")
     for layer in layers:
         weights = (name for name, _ in layer.self_attn.named_parameters(recurse=False))
@@ -43,7 +43,8 @@ def decoder_layers(network: Any, *, whole: bool = False) -> list[Any]:
     return layers
 
 
-def _has(module: Any, path: str) -> bool:
+def has_part(module: Any, path: str) -> bool:
+    """Whether there is such an attribute of an attribute, and it is not none."""
     for name in path.split("."):
         module = getattr(module, name, None)
     return module is not None
@@ -51,7 +52,7 @@ def _has(module: Any, path: str) -> bool:
 
 def _norms_behind(layer: Any) -> bool:
     """Whether attention reads the hidden state as it is, and what it gives is normed (OLMo 2 and 3)."""
-    return _has(layer, "post_attention_layernorm") and _has(layer, "post_feedforward_layernorm")
+    return has_part(layer, "post_attention_layernorm") and has_part(layer, "post_feedforward_layernorm")
 
 
 def in_heads(projected: Any, norm: Any, head_dim: int) -> Any:
@@ -64,7 +65,7 @@ def in_heads(projected: Any, norm: Any, head_dim: int) -> Any:
 def project_query(layer: Any, hidden: Any, position_embeddings: tuple[Any, Any]) -> Any:
     """The rotated query [batch, num_query_heads, tokens, head_dim] that `layer` would form from `hidden`."""
     attention = layer.self_attn
-    projected = attention.q_proj(layer.input_layernorm(hidden) if _has(layer, "input_layernorm") else hidden)
+    projected = attention.q_proj(layer.input_layernorm(hidden) if has_part(layer, "input_layernorm") else hidden)
     query = in_heads(projected, getattr(attention, "q_norm", None), attention.head_dim).transpose(1, 2)
     # the model's own function, for models that rotate only a part or in another order
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from clo.engine.models.anatomy import SINKS, decoder_layers, in_heads, project_query, text_decoder
+from clo.engine.models.anatomy import SINKS, decoder_layers, has_part, in_heads, project_query, text_decoder
 from clo.engine.models.windows import windows_of
 from clo.errors import SpecError
 from clo.specs import ModelSpec
@@ -168,15 +168,11 @@ def spec_of(model: Any, name: str = "") -> ModelSpec:
 
 def _check_mlp(model: Any, layers: list[Any]) -> None:
     for part in ("post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.v_proj"):
-        for layer in layers:
-            module: Any = layer
-            for step in part.split("."):
-                module = getattr(module, step, None)
-            if module is None:
-                raise SpecError(
-                    f"model {type(model).__name__}: layers lack {part}: not a Llama or Qwen-style model: "
-                    "clo.engine.offload leaves it whole"
-                )
+        if not all(has_part(layer, part) for layer in layers):
+            raise SpecError(
+                f"model {type(model).__name__}: layers lack {part}: not a Llama or Qwen-style model: "
+                "clo.engine.offload leaves it whole"
+            )
 
 
 def _check_attention(model: Any, layers: list[Any]) -> None:

@@ -15,7 +15,7 @@ from clo.operation_costs import (
     OperationProfile,
 )
 from clo.schedule import Lane
-from clo_calibration.calibrate import claim_folder
+from clo_calibration.calibrate import claim_samples
 from clo_calibration.comparison import (
     ABLATIONS,
     LAUNCH_COSTS,
@@ -178,7 +178,7 @@ class TestRunFiles:
             fastest([runs["resolve"][1], runs["staged"][1]])
 
     def test_samples_of_another_machine_are_not_mixed_in(self, tmp_path: Path) -> None:
-        claim_folder(tmp_path, {"processor": "a"}, SHAPE)
-        claim_folder(tmp_path, {"processor": "a"}, SHAPE)
+        claim_samples(tmp_path, {"processor": "a"}, SHAPE)
+        claim_samples(tmp_path, {"processor": "a"}, SHAPE)
         with pytest.raises(CloError, match="another machine, model or version"):
-            claim_folder(tmp_path, {"processor": "b"}, SHAPE)
+            claim_samples(tmp_path, {"processor": "b"}, SHAPE)

@@ -26,7 +26,7 @@ from clo.schedule import record_step
 from clo.schedule.ops import price_name
 from clo.schedule.work import Gemm
 from clo_calibration.calibrate import drift, fit_profile
-from clo_calibration.host_benchmarks import HostBenchmark
+from clo_calibration.host_benchmarks import Benchmark
 from clo_calibration.interference_fit import fit_interference
 from clo_calibration.operation_fit import (
     Observation,
@@ -193,8 +193,7 @@ def test_drift_is_the_spread_of_which_few_repeats_are_a_sample(
 
 def test_held_out_runs_teach_nothing(network: Network, runs: dict[str, tuple[MachineRun, MachineRun]]) -> None:
     benchmarks = [
-        HostBenchmark(name=name, parameters={}, unit="x", amount=1e9, seconds=(0.1, 0.11))
-        for name in ("copy", "matmul")
+        Benchmark(name=name, parameters={}, unit="x", amount=1e9, seconds=(0.1, 0.11)) for name in ("copy", "matmul")
     ]
 
     def probe(name: str, *, alone: bool, fitted: bool = True) -> Probe:

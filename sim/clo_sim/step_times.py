@@ -1,4 +1,4 @@
-"""One definition of every metric, for all executors. Knows nothing about how step times came about.
+"""What clock and simulator report of their steps. Knows nothing about how the times came about.
 
 The main stream's time is split without rest: busy time by part, what contention added, and stalls by cause. Their sum
 is TPOT.
