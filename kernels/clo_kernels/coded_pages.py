@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from clo_kernels.checks import FLOATS, check_tensor, require
+from clo_kernels.checks import FLOATS, require
 
 STEP_VALUES = 16
 """Values that share a step."""
@@ -46,7 +46,7 @@ def encode(values: torch.Tensor) -> torch.Tensor:
 def decode(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Values `[..., head_dim]` of rows `[..., coded_width(head_dim)]`."""
     head_dim = values_of(rows.shape[-1])
-    check_tensor("rows", rows, tuple(rows.shape), CODE_DTYPE)
+    require(rows.dtype == CODE_DTYPE, f"rows: dtype {rows.dtype}, expected {CODE_DTYPE}")
     code, step = rows[..., :head_dim].float(), rows[..., head_dim:].contiguous().view(STEP_DTYPE).float()
     return (code.unflatten(-1, (-1, STEP_VALUES)) * step[..., None]).flatten(-2).to(dtype)
 

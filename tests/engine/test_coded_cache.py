@@ -177,8 +177,10 @@ class TestMemory:
         with Decoder(model, coded(name, budget_pages=3, selector="page_minmax"), max_new_tokens=20) as decoder:
             decoder.prefill([prompt(90)])
             layers = [layer for layer in decoder.layers if isinstance(layer, OffloadedLayer)]
-            host = sum(layer.host_pages.nbytes for layer in layers)
+            kept = sum(layer.host_pages.nbytes for layer in layers)
             assert len(layers) == LAYERS - 1
+            # where nothing is offloaded the slots are all there is
+            host = kept if decoder.plan.design.offloads else 0
             assert cache_bytes(decoder.plan, 110).host == pytest.approx(host, rel=0.05)
             for layer in layers:
                 assert layer.host_pages.dtype is torch.int8
