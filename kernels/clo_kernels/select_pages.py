@@ -14,6 +14,7 @@ import triton.language as tl
 from clo_kernels import reference
 from clo_kernels.checks import check_tensor, require
 from clo_kernels.dispatch import on_device, runs_kernel
+from clo_kernels.flag_pairs import first_of, paired, second_of
 from clo_kernels.layout import INT32
 
 PAGE_BLOCK = 32768
@@ -34,16 +35,10 @@ def _load_keys(scores, at, num_candidates):
 
 
 @triton.jit
-def _halves(first, second):
-    """Two flags in one number, whose sums over a block stay apart: one reduction or scan serves both."""
-    return first.to(tl.uint32) + (second.to(tl.uint32) << 16)
-
-
-@triton.jit
 def _reaching(key, first, second):
     """How many keys reach each of two borders."""
-    both = tl.sum(_halves(key >= first.to(tl.int32), key >= second.to(tl.int32)), 0)
-    return (both & 0xFFFF).to(tl.int32), (both >> 16).to(tl.int32)
+    both = tl.sum(paired(key >= first.to(tl.int32), key >= second.to(tl.int32)), 0)
+    return first_of(both), second_of(both)
 
 
 @triton.jit
@@ -102,9 +97,9 @@ def select_pages_kernel(
             key = _load_keys(scores, page, candidates)
             is_above = key > low
             is_tie = key == low
-            both = tl.cumsum(_halves(is_above, is_tie), 0)
-            above_here = above_before + (both & 0xFFFF).to(tl.int32)
-            ties_here = ties_before + (both >> 16).to(tl.int32)
+            both = tl.cumsum(paired(is_above, is_tie), 0)
+            above_here = above_before + first_of(both)
+            ties_here = ties_before + second_of(both)
             chosen = is_above | (is_tie & (ties_here <= room))
             place = above_here + tl.minimum(ties_here, room) - 1
             tl.store(selection + place, page, mask=chosen & (place < take))

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from clo_kernels.append_kv import append_kv_kernel
 from clo_kernels.gather_pages import gather_pages_kernel
 from clo_kernels.hit_test import hit_test_kernel
-from clo_kernels.resolve_pages import MAX_BUDGET, options, resolve_pages_kernel
+from clo_kernels.resolve_pages import MAX_BUDGET, variant
 from clo_kernels.ring_doorbell import ring_doorbell_kernel
 from clo_kernels.score_pages import fold_scores_kernel, page_logits_kernel
 from clo_kernels.select_pages import select_pages_kernel
@@ -30,7 +30,7 @@ from clo_kernels.sparse_decode_attention import attend_split_kernel, merge_split
 from clo_kernels.token_logits import hash_query_kernel, token_logits_kernel
 from clo_kernels.wait_ready import wait_ready_kernel
 
-RESOLVE = "*i32/16 *u8/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 *i32/16 i32 i32 i32"
+RESOLVE = "*i32/16 *u8/16" + 7 * " *i32/16"
 SELECT = "*fp32/16 *i32/16 *u8/16 *i32/16 i32 i32 i32"
 APPEND = "*bf16/16 *bf16/16 *i32/16 *bf16/16 *bf16/16 *bf16/16 *i32/16 *bf16/16 *{}/16 *fp32/16" + 7 * " i32"
 APPENDED: dict[str, Any] = {"DIM": 128, "DIM_PAD": 128, "PAGE": 16, "BLOCK": 16}
@@ -40,10 +40,10 @@ TOKEN_LOGITS: dict[str, Any] = {
 
 
 def resolve(budget: int, slots: int, *, replace: bool = False) -> tuple[Any, str, dict[str, Any], int]:
-    """As the kernel is launched for so many pages and slots."""
-    constants = options(budget, slots, replace=replace)
-    warps = constants.pop("num_warps")
-    return resolve_pages_kernel, RESOLVE, constants, warps
+    """As the kernel is launched for so many pages and slots: Triton asks whether numbers are multiples of 16."""
+    kernel, constants = variant(budget, slots, replace=replace)
+    numbers = (" i32" + ("/16" if number % 16 == 0 else "") for number in (budget, slots, 1))
+    return kernel, RESOLVE + "".join(numbers), constants, constants.pop("num_warps")
 
 
 # kernel, dtypes of pointers ("/16": aligned, as torch allocates) and numbers, constants, warps
@@ -54,11 +54,13 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
         {"GROUP": 7, "GROUP_PAD": 8, "DIM": 128, "DIM_PAD": 128, "FOLD": "importance"},
         1,
     ),
-    "resolve_pages": resolve(1024, 2048),
-    "resolve_pages_replace": resolve(1024, 2048, replace=True),
-    "resolve_pages_4k": resolve(2048, 4096),
+    "resolve_pages": resolve(819, 1638),
+    "resolve_pages_aligned": resolve(1024, 2048),
+    "resolve_pages_replace": resolve(819, 1638, replace=True),
+    "resolve_pages_replace_aligned": resolve(1024, 2048, replace=True),
+    "resolve_pages_4k": resolve(4096, 4096),
     "resolve_pages_8k": resolve(8192, 8192),
-    "resolve_pages_more": resolve(2048, 16384),
+    "resolve_pages_more": resolve(2047, 16383),
     "resolve_pages_most": resolve(MAX_BUDGET, 65536),
     "resolve_pages_replace_most": resolve(MAX_BUDGET, 65536, replace=True),
     "gather_pages": (

@@ -89,7 +89,9 @@ def test_messages_leave_16_bytes_at_a_time(compiled, arch):
         ("select_pages_32k", True),
         ("select_pages_more", False),
         ("resolve_pages", True),
-        ("resolve_pages_8k", True),
+        ("resolve_pages_aligned", True),
+        ("resolve_pages_4k", True),
+        ("resolve_pages_8k", False),
         ("resolve_pages_more", False),
     ],
 )
@@ -106,6 +108,20 @@ def test_selection_changes_no_layout(compiled, arch):
     """Shared memory is for the sums of warps only."""
     for kernel in ("select_pages", "select_pages_32k", "select_pages_more"):
         assert compiled[f"{kernel}:{arch}"]["shared_bytes"] <= 1024
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_resolving_changes_no_layout_and_waits_little(compiled, arch):
+    """Whether sizes are multiples of 16 or not: shared memory is for sums of warps. Loads come before all waits."""
+    for kernel in ("resolve_pages", "resolve_pages_aligned", "resolve_pages_4k"):
+        assert compiled[f"{kernel}:{arch}"]["shared_bytes"] <= 1024
+        ptx = compiled[f"{kernel}:{arch}"]["ptx"]
+        assert len(re.findall(r"bar\.sync", ptx)) <= 14
+        before = ptx[: ptx.index("bar.sync")]
+        slots, pages = (4096, 4096) if kernel == "resolve_pages_4k" else (2048, 1024)
+        threads = 32 * 8
+        # a selection, where its pages are, stamps of the slots and what they hold
+        assert len(re.findall(r"ld\.global[.\w:]*\.b32", before)) == 2 * slots // threads + 2 * pages // threads
 
 
 @pytest.mark.parametrize("arch", ARCHS)

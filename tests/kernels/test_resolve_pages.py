@@ -202,6 +202,31 @@ def test_least_recently_used_leaves_by_hand():
     assert out.slots.tolist() == [[[NO_SLOT, slot_of_5]]]
 
 
+@pytest.mark.parametrize("slot_block", [4, 4096], ids=["blocks-of-4", "one-block"])
+@pytest.mark.parametrize(
+    "stamps",
+    [
+        [-(2**31), -(2**31) + 1, -(2**31) + 2, -7, 0, 2**31 - 9, 2**31 - 8, 2**31 - 7],
+        [2**31 - 20, 2**31 - 19, 2**31 - 18, 2**31 - 17, 2**31 - 9, 2**31 - 8, 2**31 - 7, -(2**31)],
+        [-1, 0, 1, 2, 3, 4, 5, 6],
+        [-(2**30), 2**30, 3, -3, 2**29, -(2**29), 2**28, -(2**28)],
+    ],
+    ids=["both-ends", "one-far-off", "dense", "sparse"],
+)
+def test_the_oldest_are_found_whatever_the_stamps(stamps, slot_block, monkeypatch):
+    """Of a full table the oldest slots leave, as many as there are pages to fetch: every number of them."""
+    monkeypatch.setattr(module, "SLOT_BLOCK", slot_block)
+    for new in range(1, 7):
+        table = PageTable.empty(1, 1, 8, 30, DEVICE)
+        table.page_of_slot[0, 0] = int32(range(8))
+        table.slot_of_page[0, 0, :8] = int32(range(8))
+        table.last_use[0, 0] = int32(stamps)
+        selection = int32([[[*range(10, 10 + new)]]])
+        out = run_and_check(selection, torch.ones(1, 1, dtype=torch.bool, device=DEVICE), table)
+        oldest = sorted(range(8), key=lambda slot: stamps[slot])[:new]
+        assert out.fetch_slots[0, 0].tolist() == sorted(oldest)
+
+
 def test_everything_hit_changes_nothing():
     table = PageTable.empty(3, 2, 8, 20, DEVICE)
     selection = random_selection(3, 2, 4, 20, 0)
