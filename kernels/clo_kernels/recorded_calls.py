@@ -29,10 +29,14 @@ def recorded(calls: Sequence[Call]) -> RecordedCalls:
             call()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+    finally:
+        # a capture that cannot be ended leaves its own stream current
+        torch.cuda.set_stream(before)
     return RecordedCalls(graph, calls)
 
 

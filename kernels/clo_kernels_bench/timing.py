@@ -17,6 +17,8 @@ from clo_kernels_bench.figures import scaled
 SLEEP_CYCLES = 400_000
 """About 0.2 ms: longer than launching a graph of SLEEP_CALLS calls takes."""
 SLEEP_CALLS = 128
+WARM_S = 0.05
+"""An idle device runs at a fraction of its clock, and takes some tens of milliseconds of work to raise it."""
 
 
 def graph_samples(calls: Sequence[Call], *, repeats: int = 20) -> tuple[float, ...]:
@@ -29,8 +31,7 @@ def event_samples(
     call: Call, *, repeats: int = 20, warmups: int = 3, sleep_cycles: int = SLEEP_CYCLES
 ) -> tuple[float, ...]:
     """Microseconds between two events around `call` on the current stream."""
-    for _ in range(warmups):
-        call()
+    _warm_up(call, warmups)
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     torch.cuda.synchronize()
     for start, end in pairs:
@@ -40,6 +41,15 @@ def event_samples(
         end.record()
     torch.cuda.synchronize()
     return tuple(start.elapsed_time(end) * 1e3 for start, end in pairs)
+
+
+def _warm_up(call: Call, warmups: int) -> None:
+    """Call it so many times, and until the device has been busy for a while: what was compiled before left it idle."""
+    end = time.perf_counter() + WARM_S
+    while warmups > 0 or time.perf_counter() < end:
+        call()
+        torch.cuda.synchronize()
+        warmups -= 1
 
 
 def host_samples(call: Call, *, calls: int, repeats: int = 20, after: Call = lambda: None) -> tuple[float, ...]:

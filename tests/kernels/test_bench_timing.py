@@ -60,6 +60,7 @@ def done(monkeypatch):
         "CUDAGraph": lambda: SimpleNamespace(replay=lambda: log.append("replay")),
         "graph": capture,
         "stream": lambda _: nullcontext(),
+        "set_stream": lambda _: log.append("stream"),
         "current_stream": lambda *_: stream,
         "synchronize": lambda *_: None,
         "_sleep": lambda cycles: log.append(cycles),
@@ -80,6 +81,7 @@ def done(monkeypatch):
         make = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *size, pin_memory=False, make=make, **rest: make(*size, **rest))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(timing, "WARM_S", 0.0)
     for module in (hit_test, ring_doorbell, wait_ready):
         # the interpreter would take minutes
         monkeypatch.setattr(module, "runs_kernel", lambda tensor: False)
@@ -91,8 +93,18 @@ def test_a_graph_is_timed_behind_a_sleep_that_hides_its_launch(done):
     samples = timing.graph_samples(calls, repeats=4)
     assert len(samples) == 4
     # once to compile, once to be recorded, three replays to warm up
-    assert done[:604] == ["call"] * 300 + ["capture"] + ["call"] * 300 + ["replay"] * 3
-    assert done[604:] == [3 * timing.SLEEP_CYCLES, "record", "replay", "record"] * 4
+    assert done[:605] == ["call"] * 300 + ["capture"] + ["call"] * 300 + ["stream"] + ["replay"] * 3
+    assert done[605:] == [3 * timing.SLEEP_CYCLES, "record", "replay", "record"] * 4
+
+
+def test_a_device_is_busy_for_a_while_before_it_is_timed(done, monkeypatch):
+    monkeypatch.setattr(timing, "WARM_S", 0.2)
+    began, called = time.perf_counter(), []
+    timing.event_samples(lambda: called.append(time.perf_counter()) or time.sleep(0.01), repeats=2)
+    *warm, first, second = called
+    assert first - began >= 0.2
+    assert len(warm) >= 3
+    assert second > first
 
 
 def test_copies_read_four_times_what_the_cache_holds(done):
