@@ -304,6 +304,8 @@ def bench_lines(bench: dict[str, list[dict[str, object]]]) -> list[str]:
     wrong = [f"{v['operation']} ({v['case']}): {v['detail']}" for v in bench["correctness"] if not v["passed"]]
     lines = [f"Correctness: {len(bench['correctness']) - len(wrong)} of {len(bench['correctness'])} agree."]
     lines += [f"- wrong: {line}" for line in wrong] + [f"- left out: {line}" for line in bench["left_out"]]
+    states = {True: "met", False: "MISSED", None: "not timed"}
+    lines += [f"- {states[goal['met']]}: {goal['goal']}: {goal['found']}" for goal in bench["goals"]]
     lines += ["", "| Operation | Case | Median us | Min | p90 | GB/s | Limit us | Share | Limit |", "|" + "---|" * 9]
     for figure in bench["figures"]:
         case = figure["case"]

@@ -137,10 +137,13 @@ def test_figures_reach_the_summary(gpu: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "kernels/bench.py", "--quick", "--out", str(tmp_path / "bench.json")]
     subprocess.run(command, cwd=SCRIPT.parent.parent, check=True, capture_output=True)
-    summary = gpu.summary({"device": "test"}, [], tmp_path)
     bench = json.loads((tmp_path / "bench.json").read_text())
+    bench["goals"] = [{"goal": "fast", "found": str(met), "met": met} for met in (True, False, None)]
+    (tmp_path / "bench.json").write_text(json.dumps(bench))
+    summary = gpu.summary({"device": "test"}, [], tmp_path)
     assert f"{bench['figures'][0]['median_us']:.2f}" in summary
     assert "39 of 39 agree" in summary
+    assert "- met: fast: True\n- MISSED: fast: False\n- not timed: fast: None\n" in summary
 
 
 def test_the_summary_orders_the_designs_that_offload(gpu: ModuleType) -> None:

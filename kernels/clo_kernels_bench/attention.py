@@ -12,14 +12,15 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from clo_kernels.layout import window_start
 from clo_kernels.recorded_calls import Call
-from clo_kernels.sparse_decode_attention import sparse_decode_attention
+from clo_kernels.sparse_decode_attention import MAX_SPLITS, default_splits, sparse_decode_attention
 from clo_kernels_bench import problems
 from clo_kernels_bench.figures import Figure
 from clo_kernels_bench.peaks import Peaks
 from clo_kernels_bench.problems import RECENT, SINKS, Sizes
 from clo_kernels_bench.timing import copies_beyond_cache, graph_samples
 
-SPLITS = (4, 16, 64)
+SHARES_OF_SPLITS = (1 / 3, 2 / 3, 4 / 3)
+"""One and two programs of a multiprocessor in place of three; and more than run at once."""
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 
 
@@ -44,6 +45,13 @@ def attention_calls(sizes: Sizes, copies: int, num_splits: int | None = None) ->
         return lambda: sparse_decode_attention(query, kv, selected, lengths, num_splits=num_splits, out=out)
 
     return [call() for _ in range(copies)]
+
+
+def other_splits(sizes: Sizes) -> list[int]:
+    """Numbers of splits to be tried beside the one that is used."""
+    usual = default_splits(problems.random_query(sizes), problems.device_kv(sizes), problems.random_slots(sizes))
+    tried = {min(MAX_SPLITS, max(1, round(share * usual))) for share in SHARES_OF_SPLITS}
+    return sorted(tried - {usual})
 
 
 def dense_calls(sizes: Sizes, backend: SDPBackend, copies: int, *, packed: bool) -> list[Call]:
@@ -94,7 +102,7 @@ def attention_figures(
             limit=f"device memory, {peaks.hbm / 1e12:.2f} TB/s in this run",
         )
         yield replace(base, samples_us=graph_samples(attention_calls(sizes, copies)))
-        for splits in () if quick else SPLITS:
+        for splits in () if quick else other_splits(sizes):
             calls = attention_calls(sizes, copies, splits)
             yield replace(base, case=case | {"splits": splits}, samples_us=graph_samples(calls))
         for backend, packed in itertools.product(BACKENDS, (True, False)):

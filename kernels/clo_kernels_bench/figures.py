@@ -90,6 +90,7 @@ class Report:
     correctness: list[Verdict] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
     kernels: list[Mapping[str, Any]] = field(default_factory=list)
+    goals: list[Mapping[str, Any]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     """Sections that failed or for which no time was left, each with the reason."""
 
@@ -113,6 +114,7 @@ class Report:
                 for v in self.correctness
             ],
             "kernels": [dict(kernel) for kernel in self.kernels],
+            "goals": [dict(goal) for goal in self.goals],
             "figures": [figure.as_json() for figure in self.figures],
             "left_out": list(self.left_out),
             "failed": list(self.failed),

@@ -20,6 +20,7 @@ from clo_kernels_bench import on_cpu
 from clo_kernels_bench.attention import attention_figures
 from clo_kernels_bench.correctness import verdicts
 from clo_kernels_bench.figures import Figure, Report
+from clo_kernels_bench.goals import goals
 from clo_kernels_bench.host_costs import flag_figures, host_figures
 from clo_kernels_bench.peaks import Peaks, measure_peaks, sheet_bytes_per_s
 from clo_kernels_bench.selection import resolve_figures, selection_figures
@@ -80,7 +81,10 @@ def run(report: Report, say: Say, *, quick: bool, seconds: float, save: Callable
             else:
                 _run_section(report, name, section, end, say)
         finally:  # an interrupt loses nothing either
+            report.goals = [goal.as_json() for goal in goals(report.figures)] if device.type == "cuda" else []
             save()
+    if device.type == "cuda":
+        say("\n".join(["", *(goal.line() for goal in goals(report.figures))]))
 
 
 def _run_section(report: Report, name: str, section: Section, end: float, say: Say) -> None:

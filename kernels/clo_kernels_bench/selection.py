@@ -24,6 +24,8 @@ from clo_kernels_bench.timing import copies_beyond_cache, graph_samples
 
 LAYERS = 32
 GOAL_US = 10.0
+WARPS = (4, 16)
+"""Of a program of `resolve_pages`, tried beside those that are used: fewer do less twice, more wait less."""
 MAX_INDEXED_PAGES = 16 * 1024
 """An index of single tokens is made from all of its keys at once."""
 
@@ -52,9 +54,12 @@ class _Residency:
         self.table, self.chain, self.missed = problems.page_table(sizes), problems.selection_cycle(sizes), missed
         self.out = Resolved.like(self.chain[0])
 
-    def calls(self) -> list[Call]:
+    def calls(self, num_warps: int | None = None) -> list[Call]:
         """One for each selection."""
-        return [partial(resolve_pages, selection, self.missed, self.table, out=self.out) for selection in self.chain]
+        return [
+            partial(resolve_pages, selection, self.missed, self.table, out=self.out, num_warps=num_warps)
+            for selection in self.chain
+        ]
 
     def fetched(self) -> int:
         """Pages that a head that missed fetched in the last step. None, or room to spare, make a figure worthless."""
@@ -70,7 +75,12 @@ def resolve_figures(device: torch.device, *, quick: bool) -> Iterator[Figure]:
     for batch in (1,) if quick else (1, 16):
         sizes = Sizes(device=device, batch=batch)
         for share in (0.25,) if quick else (0.0, 0.25, 1.0):
-            case = {"batch": batch, "missed": share, "budget": sizes.budget, "slots": sizes.slots}
+            case: dict[str, int | float] = {
+                "batch": batch,
+                "missed": share,
+                "budget": sizes.budget,
+                "slots": sizes.slots,
+            }
             gated = [_Gate(sizes, share) for _ in range(LAYERS)]
             tables = [_Residency(sizes, gate.missed) for gate in gated]
             steps = len(tables[0].chain)
@@ -88,8 +98,10 @@ def resolve_figures(device: torch.device, *, quick: bool) -> Iterator[Figure]:
             mask = problems.everyone(sizes, missed=False)
             mask[:, : round(share * sizes.kv_heads)] = True
             tables = [_Residency(sizes, mask) for _ in range(LAYERS)]
-            samples = graph_samples([call for table in tables for call in table.calls()])
-            yield Figure(operation="resolve_pages", case=case | {"fetched": tables[0].fetched()}, samples_us=samples)
+            for warps in (None,) if quick or not share else (None, *WARPS):
+                samples = graph_samples([call for table in tables for call in table.calls(warps)])
+                tried = case | {"fetched": tables[0].fetched()} | ({} if warps is None else {"warps": warps})
+                yield Figure(operation="resolve_pages", case=tried, samples_us=samples)
 
 
 def selection_figures(device: torch.device, peaks: Peaks, *, quick: bool) -> Iterator[Figure]:

@@ -15,6 +15,7 @@ from clo_kernels.page_index import IndexKind
 from clo_kernels.recorded_calls import RecordedCalls
 from clo_kernels_bench import attention, correctness, problems, run, selection, transfers
 from clo_kernels_bench.figures import Figure, Report, Verdict
+from clo_kernels_bench.goals import PAIR, goals
 from clo_kernels_bench.peaks import Peaks
 from tests.kernels.helpers import DEVICE
 
@@ -42,7 +43,18 @@ def test_a_run_without_a_gpu_says_so_and_writes_every_operation(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "no CUDA device" in done.stdout
     found = json.loads((tmp_path / "bench.json").read_text())
-    names = {"schema", "environment", "quick", "note", "correctness", "kernels", "figures", "left_out", "failed"}
+    names = {
+        "schema",
+        "environment",
+        "quick",
+        "note",
+        "correctness",
+        "kernels",
+        "goals",
+        "figures",
+        "left_out",
+        "failed",
+    }
     assert set(found) == names
     assert found["environment"]["device"] == "cpu"
     assert {"date", "torch", "triton", "python"} <= set(found["environment"])
@@ -143,6 +155,64 @@ def test_the_compiler_gets_the_time_that_is_left(monkeypatch):
     assert report.left_out[0].startswith("registers and shared memory: not done after ")
 
 
+def figure(operation, microseconds, limit_us=None, num_bytes=None, **case):
+    return Figure(
+        operation=operation, case=case, samples_us=(microseconds,), limit_us=limit_us, num_bytes=num_bytes, limit="x"
+    )
+
+
+def gathered(microseconds, page=8, programs=16, launch=64):
+    return figure("gather_pages", microseconds, 90.0, page_KiB=page, programs=programs, MiB=launch)
+
+
+@pytest.mark.parametrize(
+    ("figures", "met"),
+    [
+        ([], [None] * 4),
+        ([gathered(100.0), gathered(200.0, programs=8), gathered(99.0, page=64)], [True, None, None, None]),
+        ([gathered(100.0), gathered(101.0, page=64)], [False, None, None, None]),
+        # more programs, smaller pages and short launches are no goal
+        ([gathered(95.0, programs=32), gathered(500.0, page=4), gathered(95.0, launch=1)], [None] * 4),
+        (
+            [
+                figure("sparse_decode_attention", 100.0, 80.0, 5e8, batch=1),
+                figure("sparse_decode_attention", 90.0, 80.0, 5e8, batch=1, splits=3),
+                figure("torch sdpa (flash, gqa)", 120.0, 80.0, 5e8, batch=1),
+                figure("torch sdpa (cudnn, gqa)", 100.0, 80.0, 5e8, batch=1),
+                figure("sparse_decode_attention", 10.0, 5.0, 5e7, batch=2),
+            ],
+            [None, True, True, None],
+        ),
+        (
+            [
+                figure("sparse_decode_attention", 101.0, 80.0, 5e8, batch=1),
+                figure("torch sdpa (flash, gqa)", 120.0, 80.0, 5e8, batch=1),
+                figure("torch sdpa (cudnn, gqa)", 100.0, 80.0, 5e8, batch=1),
+            ],
+            [None, False, False, None],
+        ),
+        (
+            [figure(PAIR, 9.0, 10.0), figure(PAIR, 99.0)],
+            [None] * 3 + [True],
+        ),
+        ([figure(PAIR, us, 10.0) for us in (9.0, 10.1)], [None] * 3 + [False]),
+    ],
+    ids=["none", "gather", "gather-missed", "gather-other", "attention", "attention-missed", "pair", "pair-missed"],
+)
+def test_goals(figures, met):
+    found = list(goals(figures))
+    assert [goal.met for goal in found] == met
+    assert all((goal.found == "-") == (goal.met is None) for goal in found)
+
+
+def test_an_average_that_is_not_there_is_noticed():
+    """Over thousands of tokens attention is smaller than what single elements may be off."""
+    wanted = torch.full((8, 128), 0.01)
+    correctness._compare("out", wanted.clone(), wanted)
+    with pytest.raises(AssertionError, match="out: the difference has a norm of"):
+        correctness._compare("out", torch.zeros(8, 128).bfloat16(), wanted.bfloat16())
+
+
 def test_what_changes_a_result_is_noticed():
     sizes = problems.Sizes(
         device=torch.device(DEVICE), batch=2, kv_heads=2, head_dim=64, num_pages=64, budget=12, slots=20,
@@ -227,17 +297,20 @@ class TestSections:
         assert all(f.limit_us == pytest.approx(2**20 / 5e10 * 1e6) for f in figures)
         assert len(list(transfers.interference_figures(storage, device, quick=False))) == 7
 
-    def test_attention(self):
+    def test_attention(self, monkeypatch):
+        monkeypatch.setattr(attention, "default_splits", lambda *_: 6)
         notes = []
         figures = list(
             attention.attention_figures(torch.device("cpu"), Peaks(h2d=1, hbm=1), quick=False, note=notes.append)
         )
-        assert sum(f.operation == "sparse_decode_attention" for f in figures) == 5 * 4
+        ours = [f for f in figures if f.operation == "sparse_decode_attention"]
+        assert [f.case.get("splits") for f in ours] == [None, 2, 4, 8] * 5
         assert len(figures) + len(notes) == 5 * (4 + 2 * len(attention.BACKENDS))
 
     def test_gate_and_resolve(self):
         figures = list(selection.resolve_figures(torch.device("cpu"), quick=False))
-        assert len(figures) == 2 * 3 * 3
+        # others than the usual warps only where pages are fetched
+        assert len(figures) == 2 * (3 * 3 + 2 * len(selection.WARPS))
         assert [f.limit_us for f in figures if f.operation == "hit_test + resolve_pages"] == [10.0] * 3 + [None] * 3
 
     @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
