@@ -46,7 +46,13 @@ def folded_cosine(
 
 
 def resolve_pages(
-    selection: torch.Tensor, missed: torch.Tensor, table: PageTable, *, replace: bool = False, out: Resolved
+    selection: torch.Tensor,
+    missed: torch.Tensor,
+    table: PageTable,
+    *,
+    replace: bool = False,
+    out: Resolved,
+    num_warps: int | None = None,
 ) -> Resolved:
     """See `clo_kernels.resolve_pages`."""
     out.fetch_pages.fill_(NO_PAGE)
