@@ -15,7 +15,15 @@ from tests.kernels.helpers import DEVICE, cases
 
 MARKER = -12345
 # batch, heads, budget, slots, pages, repeats
-LARGE = (4, 8, 3000, 5000, 16384, 100) if DEVICE == "cuda" else (1, 2, 300, 500, 1600, 1)
+LARGE = (4, 8, 3000, 4000, 16384, 100) if DEVICE == "cuda" else (1, 2, 300, 500, 1600, 1)
+
+
+def in_blocks(monkeypatch, size):
+    """Slots and pages in blocks of this size and none in registers; None: as usual."""
+    if size is not None:
+        monkeypatch.setattr(module, "SLOT_BLOCK", 0)
+        for name in ("LOOK_BLOCK", "REPLACE_BLOCK", "BUDGET_BLOCK"):
+            monkeypatch.setattr(module, name, size)
 
 
 def int32(values):
@@ -93,9 +101,9 @@ def run_and_check(selection, missed, table):
     (1, 2, 40, 100, 300, 0.5),
     (2, 2, 6, 9, 30, 1),
 )
-@pytest.mark.parametrize("slot_block", [4, 4096], ids=["blocks-of-4", "one-block"])
-def test_histories(batch, heads, budget, slots, pages, padding, slot_block, monkeypatch):
-    monkeypatch.setattr(module, "SLOT_BLOCK", slot_block)
+@pytest.mark.parametrize("block", [4, None], ids=["blocks-of-4", "registers"])
+def test_histories(batch, heads, budget, slots, pages, padding, block, monkeypatch):
+    in_blocks(monkeypatch, block)
     table = PageTable.empty(batch, heads, slots, pages, DEVICE)
     for step in range(8):
         missed = torch.rand(batch, heads, device=DEVICE) < (1.0 if step % 3 == 0 else 0.5)
@@ -109,11 +117,11 @@ def test_histories(batch, heads, budget, slots, pages, padding, slot_block, monk
     (1, 3, 7, 20, 33, 0),
     (2, 2, 6, 9, 30, 1),
 )
-@pytest.mark.parametrize("slot_block", [4, 4096], ids=["blocks-of-4", "one-block"])
+@pytest.mark.parametrize("block", [4, None], ids=["blocks-of-4", "registers"])
 @pytest.mark.parametrize("resolve", [resolve_pages, reference.resolve_pages], ids=["kernel", "reference"])
-def test_replacing_whole_sets(resolve, batch, heads, budget, slots, pages, padding, slot_block, monkeypatch):
+def test_replacing_whole_sets(resolve, batch, heads, budget, slots, pages, padding, block, monkeypatch):
     """Of a head that missed nothing is left but its selection, in slots 0, 1, 2, ..., all of it fetched."""
-    monkeypatch.setattr(module, "SLOT_BLOCK", slot_block)
+    in_blocks(monkeypatch, block)
     table = PageTable.empty(batch, heads, slots, pages, DEVICE)
     resolve_pages(
         random_selection(batch, heads, budget, pages, 0), torch.rand(batch, heads, device=DEVICE) < 0.8, table
@@ -165,11 +173,11 @@ def test_rules_hold_for_any_history(data):
         run_and_check(int32([[padded]]), torch.tensor([[data.draw(st.booleans())]], device=DEVICE), table)
 
 
-@pytest.mark.parametrize("slot_block", [256, module.SLOT_BLOCK], ids=["many-blocks", "usual-blocks"])
+@pytest.mark.parametrize("block", [256, None], ids=["many-blocks", "registers"])
 @pytest.mark.parametrize("replace", [False, True], ids=["differences", "whole-sets"])
-def test_large_tables_come_out_the_same_again_and_again(replace, slot_block, monkeypatch):
+def test_large_tables_come_out_the_same_again_and_again(replace, block, monkeypatch):
     """Threads exchange page tables through memory: a missing barrier shows only now and then, at many slots."""
-    monkeypatch.setattr(module, "SLOT_BLOCK", slot_block)
+    in_blocks(monkeypatch, block)
     batch, heads, budget, slots, pages, repeats = LARGE
     table = PageTable.empty(batch, heads, slots, pages, DEVICE)
     for _ in range(4):
@@ -202,7 +210,7 @@ def test_least_recently_used_leaves_by_hand():
     assert out.slots.tolist() == [[[NO_SLOT, slot_of_5]]]
 
 
-@pytest.mark.parametrize("slot_block", [4, 4096], ids=["blocks-of-4", "one-block"])
+@pytest.mark.parametrize("block", [4, None], ids=["blocks-of-4", "registers"])
 @pytest.mark.parametrize(
     "stamps",
     [
@@ -213,9 +221,9 @@ def test_least_recently_used_leaves_by_hand():
     ],
     ids=["both-ends", "one-far-off", "dense", "sparse"],
 )
-def test_the_oldest_are_found_whatever_the_stamps(stamps, slot_block, monkeypatch):
+def test_the_oldest_are_found_whatever_the_stamps(stamps, block, monkeypatch):
     """Of a full table the oldest slots leave, as many as there are pages to fetch: every number of them."""
-    monkeypatch.setattr(module, "SLOT_BLOCK", slot_block)
+    in_blocks(monkeypatch, block)
     for new in range(1, 7):
         table = PageTable.empty(1, 1, 8, 30, DEVICE)
         table.page_of_slot[0, 0] = int32(range(8))
