@@ -61,7 +61,8 @@ def _gathers(figures: Iterable[Figure]) -> Goal:
 
 def _is_meant(gather: Figure) -> bool:
     page_kib, programs, mib = (int(gather.case[name]) for name in ("page_KiB", "programs", "MiB"))
-    return page_kib >= PAGE_KIB and programs <= FEW_PROGRAMS and mib == LAUNCH_MIB
+    is_random = "pages" not in gather.case
+    return is_random and page_kib >= PAGE_KIB and programs <= FEW_PROGRAMS and mib == LAUNCH_MIB
 
 
 def _share(figure: Figure) -> float:

@@ -40,9 +40,16 @@ def paged(storage: torch.Tensor, page_kib: int, device: torch.device) -> tuple[S
 
 
 def gather_calls(
-    storage: torch.Tensor, device: torch.device, page_kib: int, programs: int, launch_bytes: int, lists: int = 4
+    storage: torch.Tensor,
+    device: torch.device,
+    page_kib: int,
+    programs: int,
+    launch_bytes: int,
+    *,
+    lists: int = 4,
+    in_order: bool = False,
 ) -> list[Call]:
-    """Launches of `launch_bytes` each, every one with random pages of its own."""
+    """Launches of `launch_bytes` each, every one with random pages of its own; `in_order`: pages side by side."""
     sizes, pages = paged(storage, page_kib, device)
     per_head = max(1, launch_bytes // (sizes.kv_heads * sizes.page_bytes))
     slots = torch.empty((*sizes.rows, per_head, *pages.shape[3:]), dtype=pages.dtype, device=device)
@@ -50,23 +57,31 @@ def gather_calls(
     def call(seed: int) -> Call:
         torch.manual_seed(seed)
         fetch = problems.fetch_list(sizes, per_head)
+        if in_order:
+            fetch.fetch_pages.copy_(torch.arange(seed * per_head, (seed + 1) * per_head) % sizes.num_pages)
         return lambda: gather_pages(pages, slots, fetch, num_programs=programs)
 
     return [call(seed) for seed in range(lists)]
 
 
 def gather_figures(storage: torch.Tensor, device: torch.device, peaks: Peaks, *, quick: bool) -> Iterator[Figure]:
-    """Pages and programs; then the bytes of a launch, at 8 KiB and 16 programs."""
-    shapes = [(page, programs, LAUNCH_BYTES) for page in PAGE_KIB for programs in PROGRAMS]
+    """Pages and programs; then the bytes of a launch, at 8 KiB and 16 programs; then pages side by side.
+
+    Where the last are faster, it is not the kernel that limits random pages but the translation of their addresses.
+    """
+    shapes = [(page, programs, LAUNCH_BYTES, False) for page in PAGE_KIB for programs in PROGRAMS]
     if quick:
-        shapes = [(page, programs, LAUNCH_BYTES) for page in (8, 64) for programs in (4, 16)]
-    shapes += [(8, 16, num_bytes) for num_bytes in (SMALLER_BYTES[::3] if quick else SMALLER_BYTES)]
-    for page_kib, programs, launch_bytes in shapes:
+        shapes = [(page, programs, LAUNCH_BYTES, False) for page in (8, 64) for programs in (4, 16)]
+    shapes += [(8, 16, num_bytes, False) for num_bytes in (SMALLER_BYTES[::3] if quick else SMALLER_BYTES)]
+    shapes += [(8, 16, LAUNCH_BYTES, True)]
+    for page_kib, programs, launch_bytes, in_order in shapes:
         num_bytes = launch_bytes if programs >= 4 else launch_bytes // 4
+        calls = gather_calls(storage, device, page_kib, programs, num_bytes, in_order=in_order)
+        case: dict[str, int | str] = {"page_KiB": page_kib, "programs": programs, "MiB": num_bytes >> 20}
         yield Figure(
             operation="gather_pages",
-            case={"page_KiB": page_kib, "programs": programs, "MiB": num_bytes >> 20},
-            samples_us=graph_samples(gather_calls(storage, device, page_kib, programs, num_bytes), repeats=10),
+            case=case | ({"pages": "side by side"} if in_order else {}),
+            samples_us=graph_samples(calls, repeats=10),
             num_bytes=float(num_bytes),
             limit_us=peaks.copy_us(num_bytes),
             limit=f"pinned copy, {peaks.h2d / 1e9:.1f} GB/s in this run",

@@ -161,8 +161,8 @@ def figure(operation, microseconds, limit_us=None, num_bytes=None, **case):
     )
 
 
-def gathered(microseconds, page=8, programs=16, launch=64):
-    return figure("gather_pages", microseconds, 90.0, page_KiB=page, programs=programs, MiB=launch)
+def gathered(microseconds, page=8, programs=16, launch=64, **case):
+    return figure("gather_pages", microseconds, 90.0, page_KiB=page, programs=programs, MiB=launch, **case)
 
 
 @pytest.mark.parametrize(
@@ -171,8 +171,9 @@ def gathered(microseconds, page=8, programs=16, launch=64):
         ([], [None] * 4),
         ([gathered(100.0), gathered(200.0, programs=8), gathered(99.0, page=64)], [True, None, None, None]),
         ([gathered(100.0), gathered(101.0, page=64)], [False, None, None, None]),
-        # more programs, smaller pages and short launches are no goal
-        ([gathered(95.0, programs=32), gathered(500.0, page=4), gathered(95.0, launch=1)], [None] * 4),
+        # more programs, pages side by side, smaller pages and short launches are no goal
+        ([gathered(95.0, programs=32), gathered(95.0, pages="side by side")], [None] * 4),
+        ([gathered(500.0, page=4), gathered(95.0, launch=1)], [None] * 4),
         (
             [
                 figure("sparse_decode_attention", 100.0, 80.0, 5e8, batch=1),
@@ -197,7 +198,17 @@ def gathered(microseconds, page=8, programs=16, launch=64):
         ),
         ([figure(PAIR, us, 10.0) for us in (9.0, 10.1)], [None] * 3 + [False]),
     ],
-    ids=["none", "gather", "gather-missed", "gather-other", "attention", "attention-missed", "pair", "pair-missed"],
+    ids=[
+        "none",
+        "gather",
+        "gather-missed",
+        "gather-other",
+        "gather-small",
+        "attention",
+        "attention-missed",
+        "pair",
+        "pair-missed",
+    ],
 )
 def test_goals(figures, met):
     found = list(goals(figures))
@@ -293,7 +304,8 @@ class TestSections:
         device, peaks = torch.device("cpu"), Peaks(h2d=5e10, hbm=4e12)
         storage = transfers.pinned_storage(device)
         figures = [f for f in transfers.gather_figures(storage, device, peaks, quick=False) if f.num_bytes == 1 << 20]
-        assert len(figures) == len(transfers.PAGE_KIB) * 4
+        assert len(figures) == len(transfers.PAGE_KIB) * 4 + 1
+        assert [f.case.get("pages") for f in figures][-2:] == [None, "side by side"]
         assert all(f.limit_us == pytest.approx(2**20 / 5e10 * 1e6) for f in figures)
         assert len(list(transfers.interference_figures(storage, device, quick=False))) == 7
 
