@@ -107,12 +107,13 @@ def attend_split_kernel(
 
     selected += row * num_selected
     entry = (split * BLOCK + lane) // PAGE
-    next_slot = tl.load(selected + entry, mask=entry < num_listed, other=-1)
+    # of pinned heads too, whose slots are of no use: whether a head is pinned is still on its way
+    next_slot = tl.load(selected + entry, mask=entry < num_selected, other=-1)
     for block in range(split, last_block, num_splits):
         # slots are loaded a block ahead: keys and values of later blocks can then be under way
         slot = next_slot.to(tl.int64)
         entry = ((block + num_splits) * BLOCK + lane) // PAGE
-        next_slot = tl.load(selected + entry, mask=entry < num_listed, other=-1)
+        next_slot = tl.load(selected + entry, mask=entry < num_selected, other=-1)
 
         of_slots = block < ring_block
         of_sinks = block >= sinks_block
@@ -156,18 +157,18 @@ def merge_splits_kernel(
     dim = tl.arange(0, DIM_PAD)
     inside = split < num_splits
     lse = tl.load(partial_lse + head * num_splits + split, mask=inside, other=float("-inf"))
+    at = (head * num_splits + split)[:, None] * DIM + dim[None, :]
+    share = tl.load(partial + at, mask=inside[:, None] & (dim < DIM)[None, :], other=0.0)
     peak = tl.max(lse, 0)
     if WITH_SINKS:
         sink = tl.load(sink_logits + head % num_query_heads)
         peak = tl.maximum(peak, sink)
     finite = tl.where(peak == float("-inf"), 0.0, peak)
     weight = tl.exp2(lse - finite)
-    at = (head * num_splits + split)[:, None] * DIM + dim[None, :]
-    share = tl.load(partial + at, mask=inside[:, None] & (dim < DIM)[None, :], other=0.0) * weight[:, None]
     total = tl.sum(weight, 0)
     if WITH_SINKS:
         total += tl.exp2(sink - finite)
-    merged = tl.sum(share, 0) / tl.where(total > 0, total, 1.0)
+    merged = tl.sum(share * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(out + head * DIM + dim, merged.to(out.dtype.element_ty), mask=dim < DIM)
 
 
@@ -184,7 +185,7 @@ def sparse_decode_attention(
 ) -> torch.Tensor:
     """Attention output [batch, num_query_heads, head_dim] of `query`, of the same shape and dtype.
 
-    `selected` is int32 [batch, num_kv_heads, budget]: slots of full pages, no slot twice, NO_SLOT anywhere; not read
+    `selected` is int32 [batch, num_kv_heads, budget]: slots of full pages, no slot twice, NO_SLOT anywhere; of no use
     for pinned heads. `lengths` is int32 [batch], the new token included; a sequence of length 0 gives zeros. `scale` is
     1 / sqrt(head_dim) by default. `sink_logits`, one of each query head, take their share of the softmax, and have no
     value.

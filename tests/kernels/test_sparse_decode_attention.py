@@ -134,6 +134,15 @@ def test_no_tokens_give_zeros():
     assert not out[1].any()
 
 
+@pytest.mark.parametrize("splits", [1, 5])
+def test_slots_of_pinned_heads_are_of_no_use(splits):
+    """They are read, since whether a head is pinned is known later, and lead nowhere whatever they are."""
+    query, kv, selected, lengths, *_ = problem((150, 7), 3, 2, 64, 16, budget=3, pinned=(1,))
+    expected = sparse_decode_attention(query, kv, selected, lengths, num_splits=splits)
+    selected[:, 1] = torch.tensor([2**31 - 1, -(2**31), 2**30], dtype=torch.int32)
+    assert torch.equal(sparse_decode_attention(query, kv, selected, lengths, num_splits=splits), expected)
+
+
 def test_reference_agrees_with_float64():
     query, kv, selected, lengths, full, tokens = problem((150, 7), 3, 2, 64, 16, budget=3, pinned=(1,))
     out = reference.sparse_decode_attention(query, kv, selected, lengths, scale=0.125, out=torch.empty_like(query))
