@@ -79,6 +79,13 @@ time.sleep(60)
     assert (tmp_path / "found").read_text() == "so far"
 
 
+def test_a_step_ends_by_itself_as_long_before_its_limit_as_it_says(gpu: ModuleType, tmp_path: Path) -> None:
+    for last_s, seconds in ((30.0, "70"), (18.0, "82")):
+        step = gpu.Step("step", ("-c", "open(r'{out}/seconds', 'w').write('{seconds}')"), 20, last_s=last_s)
+        assert gpu.run_step(step, tmp_path, 100).result == "passed"
+        assert (tmp_path / "seconds").read_text() == seconds
+
+
 def test_minutes_scale_every_limit_and_what_is_left_goes_on(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

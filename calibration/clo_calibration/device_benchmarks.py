@@ -31,6 +31,8 @@ PROGRAMS = (1, 4, 16, 32)
 GATHER_BYTES = 32 * MIB
 NODES = 200
 WARM_UP = 3
+WARM_S = 0.05
+"""An idle device runs at a fraction of its clock, and takes some tens of milliseconds of work to raise it."""
 DELAY_CYCLES = 400_000
 """Longer than submitting one operation takes."""
 MOST_DELAY_CYCLES = 100_000_000
@@ -52,8 +54,9 @@ def device_benchmarks(device: torch.device, threads: tuple[int, ...], repetition
 
 def device_seconds(call: Call, repetitions: int, *, before: Call = lambda: None) -> tuple[float, ...]:
     """Between two events around `call` on the current stream, which is busy until all of it has been submitted."""
-    samples, cycles = [], delay_cycles(call, before)
-    for repetition in range(WARM_UP + repetitions):
+    samples, cycles = list[float](), delay_cycles(call, before)
+    warm_ups, warm_at = WARM_UP, time.perf_counter() + WARM_S
+    while len(samples) < repetitions:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         before()
@@ -62,7 +65,9 @@ def device_seconds(call: Call, repetitions: int, *, before: Call = lambda: None)
         call()
         end.record()
         torch.cuda.synchronize()
-        if repetition >= WARM_UP:
+        if warm_ups > 0 or time.perf_counter() < warm_at:
+            warm_ups -= 1
+        else:
             samples.append(start.elapsed_time(end) / 1e3)
     return tuple(samples)
 

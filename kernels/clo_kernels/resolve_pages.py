@@ -129,6 +129,7 @@ def resolve_held_kernel(
     tl.store(tl.max_contiguous(fetch_pages + rank, 1), tl.full([BUDGET_BLOCK], -1, tl.int32), mask=unused)
     tl.store(tl.max_contiguous(fetch_slots + rank, 1), tl.full([BUDGET_BLOCK], -1, tl.int32), mask=unused)
     if selects != 0:
+        tl.debug_barrier()  # all stamps are read: of few slots each warp reads all, and waits for no other
         stamp = newest + budget - rank  # the first of the selection leaves last
         tl.store(last_use + slot, stamp, mask=wanted & (slot >= 0))
         if num_absent > 0:

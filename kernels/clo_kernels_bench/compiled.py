@@ -61,6 +61,7 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
         1,
     ),
     "resolve_pages": resolve(819, 1638),
+    "resolve_pages_few": resolve(5, 9),
     "resolve_pages_aligned": resolve(1024, 2048),
     "resolve_pages_replace": resolve(819, 1638, replace=True),
     "resolve_pages_replace_aligned": resolve(1024, 2048, replace=True),

@@ -67,6 +67,7 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
         "CUDAGraph": Graph,
         "graph": capture,
         "stream": lambda _: nullcontext(),
+        "set_stream": lambda _: None,
         "current_stream": lambda *_: Stream(),
         "synchronize": lambda *_: None,
         "_sleep": lambda _: None,
@@ -122,6 +123,21 @@ def test_what_compiles_or_fills_its_stream_is_not_delayed_for_longer_each_time(m
     monkeypatch.setattr(torch.cuda, "_sleep", sleep)
     assert len(benchmarks.device_seconds(call, 10)) == 10
     assert delays == pytest.approx([0.02] * (10 + benchmarks.WARM_UP))
+
+
+@pytest.mark.usefixtures("no_device")
+def test_a_device_is_busy_for_a_while_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short calls are warm-ups for as long as the device takes to raise its clock."""
+    now, called = [0.0], list[float]()
+
+    def call() -> None:
+        called.append(now[0])
+        now[0] += 0.001
+
+    monkeypatch.setattr(benchmarks.time, "perf_counter", lambda: now[0])
+    assert len(benchmarks.device_seconds(call, 5)) == 5
+    submitted = 2  # to see how long that takes
+    assert called[-5] + 0.001 - called[submitted] == pytest.approx(benchmarks.WARM_S)
 
 
 @pytest.mark.usefixtures("no_device")

@@ -16,6 +16,7 @@ from tests.kernels.helpers import DEVICE, cases
 MARKER = -12345
 # batch, heads, budget, slots, pages, repeats
 LARGE = (4, 8, 3000, 4000, 16384, 100) if DEVICE == "cuda" else (1, 2, 300, 500, 1600, 1)
+FEW = (64, 8, 5, 9, 17, 100) if DEVICE == "cuda" else (2, 2, 5, 9, 17, 1)
 
 
 def in_blocks(monkeypatch, size):
@@ -173,12 +174,13 @@ def test_rules_hold_for_any_history(data):
         run_and_check(int32([[padded]]), torch.tensor([[data.draw(st.booleans())]], device=DEVICE), table)
 
 
+@pytest.mark.parametrize("sizes", [LARGE, FEW], ids=["large", "few"])
 @pytest.mark.parametrize("block", [256, None], ids=["many-blocks", "registers"])
 @pytest.mark.parametrize("replace", [False, True], ids=["differences", "whole-sets"])
-def test_large_tables_come_out_the_same_again_and_again(replace, block, monkeypatch):
-    """Threads exchange page tables through memory: a missing barrier shows only now and then, at many slots."""
+def test_tables_come_out_the_same_again_and_again(replace, block, sizes, monkeypatch):
+    """Threads exchange page tables through memory: a missing barrier shows only now and then, at many slots and few."""
     in_blocks(monkeypatch, block)
-    batch, heads, budget, slots, pages, repeats = LARGE
+    batch, heads, budget, slots, pages, repeats = sizes
     table = PageTable.empty(batch, heads, slots, pages, DEVICE)
     for _ in range(4):
         selection = random_selection(batch, heads, budget, pages, 0.1)
