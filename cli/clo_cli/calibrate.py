@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from clo_cli.options import kept
+
 if TYPE_CHECKING:
     from clo.operation_costs import OperationProfile
 
@@ -62,11 +64,8 @@ def calibrate(
     if rounds < 1:
         raise SpecError(f"--rounds = {rounds}: must be at least 1")
     samples = samples or out.with_suffix(".samples")
-    try:
+    with kept(samples):
         profile = _calibrated(device, out, model, layers, settings, designs, rounds, samples, again)
-    except KeyboardInterrupt:
-        click.echo(f"what was measured is in {samples}: the same command goes on from there", err=True)
-        raise
     write_text(out, profile.model_dump_json(indent=1))
     if figure is not None:
         from clo_plots.fits import plot_fits

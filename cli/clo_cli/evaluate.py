@@ -99,21 +99,39 @@ def _variants(options: dict[str, Any]) -> list[Any]:
     variants: list[Any] = [design_from(name, overrides) for name in names]
     if options["pools"] is not None:
         pools = _numbers("--pools", options["pools"])
-        variants = _spread(variants, lambda design: design.cache in ("lru", "head_reuse"), "slot_budgets", pools, "x")
+        keeps = _fitting("--pools", "keeps pages", variants, lambda design: design.cache in ("lru", "head_reuse"))
+        variants = _spread(variants, keeps, "slot_budgets", pools, "x")
     if options["taus"] is not None:
         taus = _numbers("--taus", options["taus"])
-        variants = _spread(variants, lambda design: design.gated, "tau", taus, " tau=")
+        reuses = _fitting("--taus", "reuses heads", variants, lambda design: design.gated)
+        variants = _spread(variants, reuses, "tau", taus, " tau=")
     for given in options["varied"]:
-        field, _, values = given.partition("=")
+        field, _, values = given.removeprefix("design.").partition("=")
         if not values:
             raise SpecError(f"--vary = {given!r}: FIELD=A,B is expected")
-        variants = _spread(variants, lambda design: design.selects, field, values.split(","), f" {field}=")
+        selects = _fitting("--vary", "selects pages", variants, lambda design: design.selects)
+        variants = _spread(variants, selects, field, values.split(","), f" {field}=")
     for option in ("against", "controls"):
         chosen = options[option]
         if chosen is not None and chosen not in [design.name for design in variants]:
             known = ", ".join(design.name for design in variants)
             raise SpecError(f"--{option} = {chosen!r}: none of the designs ({known})")
+    gated = [design.name for design in variants if design.cache == "head_reuse"]
+    if options["controls"] is not None and options["controls"] not in gated:
+        raise SpecError(f"--controls = {options['controls']!r}: it reuses no heads, which is what they are to compare")
     return variants
+
+
+Fits = Callable[[Any], bool]
+
+
+def _fitting(option: str, does: str, designs: list[Any], fits: Fits) -> Fits:
+    """`fits`; raises `SpecError` where an option would change nothing."""
+    from clo.errors import SpecError
+
+    if not any(map(fits, designs)):
+        raise SpecError(f"{option}: none of the designs ({', '.join(design.name for design in designs)}) {does}")
+    return fits
 
 
 def _numbers(option: str, given: str) -> list[float]:
@@ -138,7 +156,7 @@ def _contexts(options: dict[str, Any]) -> list[int]:
     return contexts
 
 
-def _spread(designs: list[Any], fits: Callable[[Any], bool], field: str, values: list[Any], mark: str) -> list[Any]:
+def _spread(designs: list[Any], fits: Fits, field: str, values: list[Any], mark: str) -> list[Any]:
     """Those that fit at each value of a field, named by it; the others as they are."""
     tried: list[Any] = []
     for design in designs:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from clo_cli.options import claim_folder
+from clo_cli.options import claim_folder, kept
 
 
 @click.command()
@@ -63,7 +63,7 @@ def validate(
     from clo_plots.verdicts import Judged, plot_ablation, plot_verdict
 
     device = device_of(profile.fingerprint.get("device", "cpu"))
-    with half_the_cores(), phases() as progress:
+    with kept(out / "samples"), half_the_cores(), phases() as progress:
         verdict = run(
             profile,
             samples=out / "samples",

@@ -123,6 +123,23 @@ class TestEndToEnd:
                 clo, [*arguments, "--out", str(tmp_path / "p.json")], catch_exceptions=False, standalone_mode=False
             )
 
+    @pytest.mark.parametrize("command", ["calibrate", "validate"])
+    def test_who_interrupts_is_told_where_the_samples_are(
+        self, command: str, profile: OperationProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupt(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(f"clo_calibration.{command}.{command}", interrupt)
+        path = tmp_path / "here.json"
+        path.write_text(profile.model_dump_json())
+        where = (
+            ["--out", str(path)] if command == "calibrate" else ["--profile", str(path), "--out", str(tmp_path / "v")]
+        )
+        done = CliRunner().invoke(clo, [command, *where])
+        samples = path.with_suffix(".samples") if command == "calibrate" else tmp_path / "v" / "samples"
+        assert f"what was measured is in {samples}: the same command goes on from there" in done.stderr
+
     def test_a_profile_of_rates_is_no_profile_of_timed_operations(self, tmp_path: Path) -> None:
         path = tmp_path / "x.json"
         path.write_text(json.dumps({"name": "h200"}))
