@@ -27,6 +27,7 @@ from clo.schedule import Lane, record_step
 from clo.schedule.ops import price_name
 from clo.timeline import load_chrome_trace
 from clo_calibration.calibrate import calibrate, network_of
+from clo_calibration.comparison import price_run
 from clo_calibration.probes import (
     CPU_GRID,
     Grid,
@@ -38,6 +39,7 @@ from clo_cli.calibration_tables import print_calibration
 from clo_cli.main import clo
 from clo_cli.real_machine import measure_here
 from clo_sim import make_scene, simulate
+from clo_sim.intervals import predict
 from clo_sim.serving.prefill import prefill_prices
 from tests.engine.calibration.calibrated import BATCH, BUDGET, CONTEXT, SHAPE
 
@@ -154,6 +156,9 @@ class TestEndToEnd:
         )
         found = point_of(profile, probe, runs["clo"][1], disturbed_s=1.0)
         assert found.low_s <= found.simulated_s <= found.high_s
+        # of the median step, as the real run is judged by its median step
+        median = predict(price_run(profile, runs["clo"][1])).intervals["tpot_p50_s"]
+        assert (found.low_s, found.high_s) == (median.low, median.high)
         assert found.lanes["main stream"].real_s > 0
         assert found.operations["attention"].simulated_s > 0
 
