@@ -157,4 +157,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except CloError as error:
+        sys.exit(f"decode_designs: {error}")

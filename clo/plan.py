@@ -196,22 +196,26 @@ def make_plan(
     workload: Workload,
     *,
     kv_memory_bytes: float | None = None,
+    most_tokens: int | None = None,
 ) -> DecodePlan:
     """Check the four against each other and fix the cache size.
 
-    `kv_memory_bytes` is the device memory that the KV cache may take (default: what weights and reserve leave). Raises
-    `SpecError` that says what is needed, what there is, and which field to change.
+    `kv_memory_bytes` is the device memory that the KV cache may take (default: what weights and reserve leave). No
+    budget or cache is larger than the pages of `most_tokens`, what a sequence may come to (default: the context).
+    Raises `SpecError` that says what is needed, what there is, and which field to change.
     """
     _check_context(model, workload)
     _check_coding(model, design)
     model, sequences = part_of(model, machine), machine.own_sequences(workload.batch)
-    budget = _budget_pages(design, workload)
+    most_pages = math.ceil((most_tokens or workload.context_tokens) / design.page_size)
+    budget = _budget_pages(design, workload, most_pages)
     pinned = pinned_heads(model, design)
     room = _room(model, machine, kv_memory_bytes)
     fixed = _fixed_memory(model, machine, design, workload, pinned)
     room -= fixed.kv
     page_row_bytes = _slot_row_bytes(model, design, sequences, pinned)
-    slots = _slot_pages(design, workload, budget, room, page_row_bytes)
+    pages = _num_pages(design, workload)
+    slots = _slot_pages(design, most_pages, budget, room, page_row_bytes) if design.offloads else pages
     memory = replace(fixed, slots=slots * page_row_bytes)
     _check_device(model, machine, design, memory, room, slots * page_row_bytes)
     host_bytes = _host_bytes(model, machine, design, workload.context_tokens * sequences)
@@ -220,7 +224,7 @@ def make_plan(
         machine=machine,
         design=design,
         workload=workload,
-        num_pages=_num_pages(design, workload),
+        num_pages=pages,
         budget_pages=budget,
         slot_pages=slots,
         pinned_heads_per_layer=pinned,
@@ -257,17 +261,17 @@ def _num_pages(design: Design, workload: Workload) -> int:
     return math.ceil(workload.context_tokens / design.page_size)
 
 
-def _budget_pages(design: Design, workload: Workload) -> int:
+def _budget_pages(design: Design, workload: Workload, most_pages: int) -> int:
     pages = _num_pages(design, workload)
     if design.attend is Attend.FULL:
         return pages
-    if design.budget_pages is not None and design.budget_pages > pages:
+    if design.budget_pages is not None and design.budget_pages > most_pages:
         raise SpecError(
-            f"design.budget_pages = {design.budget_pages}: the context holds only {pages} pages of "
-            f"{design.page_size} tokens (workload.context_tokens = {workload.context_tokens})"
+            f"design.budget_pages = {design.budget_pages}: the context holds only {most_pages} pages of "
+            f"{design.page_size} tokens (workload.context_tokens = {workload.context_tokens}, and what is generated)"
         )
     share = max(design.min_budget_pages, round(design.budget_fraction * pages))
-    return design.budget_pages or min(pages, share)
+    return design.budget_pages or min(most_pages, share)
 
 
 def part_of(model: ModelSpec, machine: MachineSpec) -> ModelSpec:
@@ -326,10 +330,7 @@ def _slot_row_bytes(model: ModelSpec, design: Design, sequences: int, pinned: in
     return heads * design.page_size * model.head_token_values * page_bytes_per_value(model, design)
 
 
-def _slot_pages(design: Design, workload: Workload, budget: int, room: float, row_bytes: float) -> int:
-    pages = _num_pages(design, workload)
-    if not design.offloads:
-        return pages
+def _slot_pages(design: Design, pages: int, budget: int, room: float, row_bytes: float) -> int:
     # a buffer, or a set that is replaced as a whole, has no use for more than the budget
     if design.cache is Cache.NONE or design.replaces_sets:
         return budget

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from clo.files import write_text
-from clo_cli.options import check_outputs
+from clo_cli.options import check_outputs, kept
 
 if TYPE_CHECKING:
     from clo.operation_costs import OperationProfile
@@ -60,11 +60,8 @@ def calibrate(
     """
     check_outputs(out, figure=figure)
     samples = samples or out.with_suffix(".samples")
-    try:
+    with kept(samples):
         profile = _calibrated(device, out, model, layers, settings, designs, rounds, samples, again)
-    except KeyboardInterrupt:
-        click.echo(f"what was measured is in {samples}: the same command goes on from there", err=True)
-        raise
     write_text(out, profile.model_dump_json(indent=1))
     if figure is not None:
         from clo_plots import plot_fits, save_figure

@@ -16,6 +16,8 @@ from clo_cli.options import check_outputs, check_seed, design_from, names_from, 
 if TYPE_CHECKING:
     from clo.specs import Design
 
+    Fits = Callable[[Design], bool]
+
 
 @click.command()
 @click.option("--model", default="smollm2-135m", show_default=True, help="smollm2-135m, a model folder or a hub name.")
@@ -84,21 +86,34 @@ def _variants(options: dict[str, Any]) -> list[Design]:
     variants = [design_from(name, overrides) for name in names_from("--designs", options["designs"])]
     if options["pools"] is not None:
         pools = _numbers("--pools", options["pools"])
-        variants = _spread(variants, lambda design: design.cache in ("lru", "head_reuse"), "slot_budgets", pools, "x")
+        keeps = _fitting("--pools", "keeps pages", variants, lambda design: design.cache in ("lru", "head_reuse"))
+        variants = _spread(variants, keeps, "slot_budgets", pools, "x")
     if options["taus"] is not None:
         taus = _numbers("--taus", options["taus"])
-        variants = _spread(variants, lambda design: design.gated, "tau", taus, " tau=")
+        reuses = _fitting("--taus", "reuses heads", variants, lambda design: design.gated)
+        variants = _spread(variants, reuses, "tau", taus, " tau=")
     for given in options["varied"]:
-        field, _, values = given.partition("=")
+        field, _, values = given.removeprefix("design.").partition("=")
         if not values:
             raise SpecError(f"--vary = {given!r}: FIELD=A,B is expected")
-        variants = _spread(variants, lambda design: design.selects, field, values.split(","), f" {field}=")
+        selects = _fitting("--vary", "selects pages", variants, lambda design: design.selects)
+        variants = _spread(variants, selects, field, values.split(","), f" {field}=")
     for option in ("against", "controls"):
         chosen = options[option]
         if chosen is not None and chosen not in [design.name for design in variants]:
             known = ", ".join(design.name for design in variants)
             raise SpecError(f"--{option} = {chosen!r}: none of the designs ({known})")
+    gated = [design.name for design in variants if design.cache == "head_reuse"]
+    if options["controls"] is not None and options["controls"] not in gated:
+        raise SpecError(f"--controls = {options['controls']!r}: it reuses no heads, which is what they are to compare")
     return variants
+
+
+def _fitting(option: str, does: str, designs: list[Design], fits: Fits) -> Fits:
+    """`fits`; raises `SpecError` where an option would change nothing."""
+    if not any(map(fits, designs)):
+        raise SpecError(f"{option}: none of the designs ({', '.join(design.name for design in designs)}) {does}")
+    return fits
 
 
 def _numbers(option: str, given: str) -> list[float]:
@@ -119,9 +134,7 @@ def _contexts(options: dict[str, Any]) -> list[int]:
     return contexts
 
 
-def _spread(
-    designs: list[Design], fits: Callable[[Design], bool], field: str, values: Sequence[float | str], mark: str
-) -> list[Design]:
+def _spread(designs: list[Design], fits: Fits, field: str, values: Sequence[float | str], mark: str) -> list[Design]:
     """Those that fit at each value of a field, named by it; the others as they are."""
     tried: list[Design] = []
     for design in designs:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +123,16 @@ def claim_folder(out: Path) -> None:
     """A folder for results, this run's alone until the command ends. Raises `CloError` if it cannot be, before work."""
     check_target(out, folder=True)
     click.get_current_context().with_resource(sole_writer(out))
+
+
+@contextmanager
+def kept(samples: Path) -> Iterator[None]:
+    """Whoever interrupts a measurement is told where it left off."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"what was measured is in {samples}: the same command goes on from there", err=True)
+        raise
 
 
 def check_seed(seed: int) -> None:

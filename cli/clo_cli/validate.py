@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from clo.files import write_text
-from clo_cli.options import claim_folder
+from clo_cli.options import claim_folder, kept
 
 
 @click.command()
@@ -61,7 +61,7 @@ def validate(
     from clo_plots import Judged, plot_ablation, plot_verdict, save_figure
 
     device = device_of(profile.fingerprint.get("device", "cpu"))
-    with half_the_cores(), phases() as progress:
+    with kept(out / "samples"), half_the_cores(), phases() as progress:
         verdict = run(
             profile,
             samples=out / "samples",

@@ -272,7 +272,12 @@ class Decoder:
         check_weights(model, self.network.device)
         workload = Workload(context_tokens=max(lengths), batch=len(lengths))
         plan = make_plan(
-            model, local_machine(self.network.device), self.design, workload, kv_memory_bytes=self._kv_memory_bytes
+            model,
+            local_machine(self.network.device),
+            self.design,
+            workload,
+            kv_memory_bytes=self._kv_memory_bytes,
+            most_tokens=needed,
         )
         check_memory(plan, self.network.device, needed)
         return plan

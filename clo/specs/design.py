@@ -109,7 +109,9 @@ class Design(Spec):
         default=1,
         description="the least that budget_fraction comes to: a share of a short prompt is little for a long answer",
     )
-    num_sink_tokens: NonNegativeInt = Field(default=4, description="first tokens, always resident")
+    num_sink_tokens: NonNegativeInt = Field(
+        default=4, description="first tokens, always resident; the real decoder keeps and attends their whole page"
+    )
     recent_window_tokens: PositiveInt = Field(default=64, description="last tokens, always resident")
 
     cache: Cache = Field(default=Cache.HEAD_REUSE, description="what becomes of fetched pages")

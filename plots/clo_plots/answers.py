@@ -43,10 +43,14 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """What `clo evaluate` wrote: designs that attend to a part, in order, and where they were measured."""
+    """What `clo evaluate` wrote: designs that attend to a part, in order, and where they were measured.
+
+    `still` have moved nothing, which a logarithmic scale has no place for.
+    """
 
     title: str
     points: tuple[Answer, ...]
+    still: tuple[str, ...] = ()
 
 
 def parse_answers(data: Any, *, where: str) -> Answers:
@@ -55,11 +59,12 @@ def parse_answers(data: Any, *, where: str) -> Answers:
         about = data["evaluation"]
         title = f"{about['model']}, {about['context_tokens']} tokens, {about['num_texts']} texts ({about['text']})"
         points = [_answer(row) for row in data["answers"] if row["refetch_bytes_per_step"]]
+        moving = tuple(point for point in points if point.share > 0)
     except (KeyError, TypeError, ValueError) as problem:
         raise CloError(f"{where}: not what clo evaluate --out writes: {problem!r}") from None
     if isinstance(about["context_tokens"], list):
         raise CloError(f"{where}: answers at {len(about['context_tokens'])} contexts, a figure shows one")
-    return Answers(title=title, points=tuple(points))
+    return Answers(title=title, points=moving, still=tuple(point.name for point in points if point.share == 0))
 
 
 def _answer(row: dict[str, Any]) -> Answer:
@@ -78,7 +83,8 @@ def plot_answers(answers: Answers) -> Figure:
             xlabel="bytes moved per step, share of fetching all that is attended (log scale)",
             ylabel="change of NLL (nats per token)",
         )
-        axes.set_title(f"{answers.title}; against full attention, ± one standard error")
+        left_out = f"\nmoved nothing, not shown: {', '.join(answers.still)}" if answers.still else ""
+        axes.set_title(f"{answers.title}; against full attention, ± one standard error{left_out}")
         axes.grid(True)
         axes.axhline(0.0, color=INK, linewidth=0.9)
         for number, (family, members) in enumerate(_families(answers.points).items()):

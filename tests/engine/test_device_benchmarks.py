@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -184,3 +186,17 @@ def test_a_design_s_row_adds_up(decode_designs: ModuleType, monkeypatch: pytest.
     assert (row["h2d_bytes_per_step"] > 0) is (name != "resident")
     assert row["timed_tpot_s"] == pytest.approx(sum(row["busy_s"].values()) + sum(row["stalls_s"].values()))
     assert name in decode_designs.line(row)
+
+
+def test_without_a_device_one_line_says_so(tmp_path: Path) -> None:
+    script = str(ROOT / "benchmarks" / "decode_designs.py")
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, script, "--out", str(tmp_path / "x.json")],
+        env=hidden,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert done.stderr == "decode_designs: --device cuda: torch sees no CUDA device on this machine\n"

@@ -258,6 +258,21 @@ class TestAnotherConversation:
             assert greedy(model, text, cache).shape[1] == text.shape[1] + 3
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 10, 11, 14])
+def test_a_budget_may_hold_more_than_a_short_prompt(tokens: int) -> None:
+    """What is generated has room in it: else a prompt within a page would be attended by a page for ever."""
+    model, text = small_model(), prompt(tokens)[None]
+    wanted = model.generate(text, max_new_tokens=60, do_sample=False)
+    for fields in ({"min_budget_pages": 99}, {"budget_pages": 18 if tokens > 8 else 15, "slot_budgets": 1.0}):
+        with offload(model, design("clo", tau=2.0, **fields), max_new_tokens=60) as cache:
+            assert torch.equal(greedy(model, text, cache, 60), wanted)
+    with (
+        offload(model, design("clo", budget_pages=99), max_new_tokens=60) as cache,
+        pytest.raises(SpecError, match=r"holds only 1\d pages of 4 tokens .* and what is generated"),
+    ):
+        greedy(model, text, cache, 60)
+
+
 def test_the_room_ends_where_the_models_positions_do() -> None:
     """The room that is the default is no reason to refuse a long prompt."""
     model, text = small_model(), prompt(250)[None]

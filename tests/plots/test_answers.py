@@ -39,6 +39,15 @@ def test_answers_are_placed_by_the_share_of_bytes_and_the_change() -> None:
     assert (point.family, point.setting) == ("clo", "0.8")
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_design_that_moved_nothing_is_named_and_has_no_place() -> None:
+    record = answers_record()
+    record["answers"].append(record["answers"][1] | {"design": "clo, by clock", "h2d_bytes_per_step": 0.0})
+    answers = parse_answers(record, where="here")
+    assert [point.name for point in answers.points] == ["clo tau=0.8"]
+    assert "moved nothing, not shown: clo, by clock" in plot_answers(answers).axes[0].get_title(loc="left")
+
+
 def test_a_narrow_range_has_several_numbers_on_its_axis() -> None:
     points = tuple(Answer(name=str(share), share=share, delta_nll=0.1, delta_nll_se=0.0) for share in (0.08, 0.12))
     figure = plot_answers(Answers(title="narrow", points=points))

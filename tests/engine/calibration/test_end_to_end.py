@@ -28,6 +28,7 @@ from clo.schedule import Lane, record_step
 from clo.schedule.ops import price_name
 from clo.timeline import load_chrome_trace
 from clo_calibration.calibrate import calibrate, network_of
+from clo_calibration.comparison import price_run
 from clo_calibration.probes import (
     CPU_GRID,
     Grid,
@@ -39,6 +40,7 @@ from clo_cli.calibration_tables import print_calibration
 from clo_cli.main import clo
 from clo_cli.real_machine import measure_here
 from clo_sim import make_scene, simulate
+from clo_sim.intervals import predict
 from clo_sim.serving.prefill import prefill_prices
 from tests.engine.calibration.calibrated import BATCH, BUDGET, CONTEXT, SHAPE
 
@@ -125,6 +127,23 @@ class TestEndToEnd:
                 clo, [*arguments, "--out", str(tmp_path / "p.json")], catch_exceptions=False, standalone_mode=False
             )
 
+    @pytest.mark.parametrize("command", ["calibrate", "validate"])
+    def test_who_interrupts_is_told_where_the_samples_are(
+        self, command: str, profile: OperationProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupt(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(f"clo_calibration.{command}.{command}", interrupt)
+        path = tmp_path / "here.json"
+        path.write_text(profile.model_dump_json())
+        where = (
+            ["--out", str(path)] if command == "calibrate" else ["--profile", str(path), "--out", str(tmp_path / "v")]
+        )
+        done = CliRunner().invoke(clo, [command, *where])
+        samples = path.with_suffix(".samples") if command == "calibrate" else tmp_path / "v" / "samples"
+        assert f"what was measured is in {samples}: the same command goes on from there" in done.stderr
+
     def test_a_profile_of_rates_is_no_profile_of_timed_operations(self, tmp_path: Path) -> None:
         path = tmp_path / "x.json"
         path.write_text(json.dumps({"name": "h200"}))
@@ -139,6 +158,9 @@ class TestEndToEnd:
         )
         found = point_of(profile, probe, runs["clo"][1], disturbed_s=1.0)
         assert found.low_s <= found.simulated_s <= found.high_s
+        # of the median step, as the real run is judged by its median step
+        median = predict(price_run(profile, runs["clo"][1])).intervals["tpot_p50_s"]
+        assert (found.low_s, found.high_s) == (median.low, median.high)
         assert found.lanes["main stream"].real_s > 0
         assert found.operations["attention"].simulated_s > 0
 
