@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from pydantic import field_validator
 from scipy.stats import spearmanr
 
-from clo.files import read_json
 from clo.specs.base import Spec, check_version
 
 SCHEMA_VERSION = 2
@@ -189,11 +187,6 @@ def is_restless(summary: Mapping[str, float]) -> bool:
 def known(value: float, form: str) -> str:
     """For people: one design alone has neither order nor regret."""
     return format(value, form) if math.isfinite(value) else "not known"
-
-
-def load_verdict(path: Path) -> Verdict:
-    """Read a verdict. Raises `CloError` naming the file and the problem."""
-    return Verdict.parse(read_json(path), where=str(path))
 
 
 def _rounds(verdict: Verdict) -> str:

@@ -41,7 +41,9 @@ if TYPE_CHECKING:
     help="The part of the text that is read: the first 40%, the rest, or all.",
 )
 @click.option("--seed", default=0, show_default=True, help="Chooses places and keys.")
-@click.option("--heads", "trace_path", help="A trace of the model, from which head thresholds and weights are taken.")
+@click.option(
+    "--trace", "trace_path", help="Trace of the model that says what its heads need.  [default: the shipped one]"
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Write settings and records as JSON.")
 @click.option("--figure", type=click.Path(path_type=Path), help="Draw answers against bytes moved: .png, .svg or .pdf.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON.")
@@ -87,17 +89,17 @@ def _variants(options: dict[str, Any]) -> list[Design]:
     if options["pools"] is not None:
         pools = _numbers("--pools", options["pools"])
         keeps = _fitting("--pools", "keeps pages", variants, lambda design: design.cache in ("lru", "head_reuse"))
-        variants = _spread(variants, keeps, "slot_budgets", pools, "x")
+        variants = _spread(variants, keeps, "slot_budgets", pools, "{}x")
     if options["taus"] is not None:
         taus = _numbers("--taus", options["taus"])
         reuses = _fitting("--taus", "reuses heads", variants, lambda design: design.gated)
-        variants = _spread(variants, reuses, "tau", taus, " tau=")
+        variants = _spread(variants, reuses, "tau", taus, "tau={}")
     for given in options["varied"]:
         field, _, values = given.removeprefix("design.").partition("=")
         if not values:
             raise SpecError(f"--vary = {given!r}: FIELD=A,B is expected")
         selects = _fitting("--vary", "selects pages", variants, lambda design: design.selects)
-        variants = _spread(variants, selects, field, values.split(","), f" {field}=")
+        variants = _spread(variants, selects, field, values.split(","), f"{field}={{}}")
     for option in ("against", "controls"):
         chosen = options[option]
         if chosen is not None and chosen not in [design.name for design in variants]:
@@ -135,7 +137,7 @@ def _contexts(options: dict[str, Any]) -> list[int]:
 
 
 def _spread(designs: list[Design], fits: Fits, field: str, values: Sequence[float | str], mark: str) -> list[Design]:
-    """Those that fit at each value of a field, named by it; the others as they are."""
+    """Those that fit at each value of a field, named by `mark` with the value in it; the others as they are."""
     tried: list[Design] = []
     for design in designs:
         if not fits(design):
@@ -144,7 +146,7 @@ def _spread(designs: list[Design], fits: Fits, field: str, values: Sequence[floa
         others = {"tau": {"target_hit_rate": None}, "slot_budgets": {"slot_pages": None}}.get(field, {})
         for value in values:
             shown = f"{value:g}" if isinstance(value, float) else str(value)
-            name = f"{design.name} {shown}x" if mark == "x" else f"{design.name}{mark}{shown}"
+            name = f"{design.name} {mark}".replace("{}", shown)
             tried.append(design.with_fields(**others, **{field: value}, name=name))
     return tried
 
