@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from clo_kernels.coded_pages import coded_width
 from clo_kernels.layout import window_start
 from clo_kernels.recorded_calls import Call
 from clo_kernels.sparse_decode_attention import MAX_SPLITS, default_splits, sparse_decode_attention
@@ -32,8 +33,10 @@ def attended_tokens(sizes: Sizes) -> int:
 
 def attended_bytes(sizes: Sizes) -> float:
     """Keys and values that one call reads."""
-    rows = sizes.batch * sizes.kv_heads
-    return float(rows * attended_tokens(sizes) * 2 * sizes.head_dim * sizes.dtype.itemsize)
+    rows, in_pages = sizes.batch * sizes.kv_heads, sizes.budget * sizes.page_size
+    plain = sizes.head_dim * sizes.dtype.itemsize
+    kept = coded_width(sizes.head_dim) if sizes.coded else plain
+    return float(rows * 2 * (in_pages * kept + (attended_tokens(sizes) - in_pages) * plain))
 
 
 def attention_calls(sizes: Sizes, copies: int, num_splits: int | None = None) -> list[Call]:
@@ -76,7 +79,7 @@ def dense_calls(sizes: Sizes, backend: SDPBackend, copies: int, *, packed: bool)
 def attention_figures(
     device: torch.device, peaks: Peaks, *, quick: bool, note: Callable[[str], None]
 ) -> Iterator[Figure]:
-    """A tenth and all of 131,072 tokens; 1 and 16 sequences; pages of 16 and 64 tokens."""
+    """A tenth and all of 131,072 tokens; 1 and 16 sequences; pages of 16 and 64 tokens; slots of coded pages."""
     shapes = [
         Sizes(device=device, slots=819),
         Sizes(device=device, batch=16, slots=819),
@@ -85,26 +88,12 @@ def attention_figures(
         Sizes(device=device, batch=4, page_size=64, num_pages=2048, budget=205, slots=205),
     ]
     for sizes in shapes[:2] if quick else shapes:
-        num_bytes = attended_bytes(sizes)
-        copies = copies_beyond_cache(num_bytes, device)
-        case = {
-            "batch": sizes.batch,
-            "group": sizes.group,
-            "page_size": sizes.page_size,
-            "tokens": attended_tokens(sizes),
-        }
-        base = Figure(
-            operation="sparse_decode_attention",
-            case=case,
-            samples_us=(),
-            num_bytes=num_bytes,
-            limit_us=peaks.memory_us(num_bytes),
-            limit=f"device memory, {peaks.hbm / 1e12:.2f} TB/s in this run",
-        )
+        copies = copies_beyond_cache(attended_bytes(sizes), device)
+        base = _untimed("sparse_decode_attention", sizes, peaks)
         yield replace(base, samples_us=graph_samples(attention_calls(sizes, copies)))
         for splits in () if quick else other_splits(sizes):
             calls = attention_calls(sizes, copies, splits)
-            yield replace(base, case=case | {"splits": splits}, samples_us=graph_samples(calls))
+            yield replace(base, case={**base.case, "splits": splits}, samples_us=graph_samples(calls))
         for backend, packed in itertools.product(BACKENDS, (True, False)):
             name = backend.name.lower().removesuffix("_attention") + (", packed" if packed else ", gqa")
             try:
@@ -113,3 +102,30 @@ def attention_figures(
                 note(f"torch sdpa ({name}): {str(error).splitlines()[0]}")
             else:
                 yield replace(base, operation=f"torch sdpa ({name})", samples_us=samples)
+    yield from _coded_figures(device, peaks)
+
+
+def _coded_figures(device: torch.device, peaks: Peaks) -> Iterator[Figure]:
+    """A tenth of 131,072 tokens; the goals are those of pages as computed."""
+    for batch in (1, 16):
+        sizes = Sizes(device=device, batch=batch, slots=819, coded=True)
+        calls = attention_calls(sizes, copies_beyond_cache(attended_bytes(sizes), device))
+        yield replace(_untimed("attention over coded pages", sizes, peaks), samples_us=graph_samples(calls))
+
+
+def _untimed(operation: str, sizes: Sizes, peaks: Peaks) -> Figure:
+    """A figure without samples."""
+    num_bytes = attended_bytes(sizes)
+    return Figure(
+        operation=operation,
+        case={
+            "batch": sizes.batch,
+            "group": sizes.group,
+            "page_size": sizes.page_size,
+            "tokens": attended_tokens(sizes),
+        },
+        samples_us=(),
+        num_bytes=num_bytes,
+        limit_us=peaks.memory_us(num_bytes),
+        limit=f"device memory, {peaks.hbm / 1e12:.2f} TB/s in this run",
+    )

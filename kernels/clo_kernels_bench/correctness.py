@@ -174,7 +174,7 @@ def cases(sizes: Sizes) -> dict[str, tuple[Callable[..., Any], Arguments]]:
 
 
 def variants(sizes: Sizes) -> Iterator[tuple[str, str, Callable[..., Any], Arguments]]:
-    """Operation, variant, and the call: indexes of single tokens, and whole-set replacement."""
+    """Operation, variant, and the call: indexes of single tokens, whole-set replacement, coded pages."""
     given = cases(sizes)
     keys = torch.randn((*sizes.rows, sizes.num_pages, sizes.page_size, sizes.head_dim))
     for kind in (IndexKind.KEY_4BIT, IndexKind.SIGN_HASH):
@@ -187,6 +187,12 @@ def variants(sizes: Sizes) -> Iterator[tuple[str, str, Callable[..., Any], Argum
     index = torch.full((*sizes.rows, sizes.num_pages, *entry), -7, dtype=torch.int32, device=sizes.device)
     yield "append_kv", str(IndexKind.KEY_4BIT), append_kv, {**given["append_kv"][1], "index": index}
     yield "resolve_pages", "replace", resolve_pages, {**given["resolve_pages"][1], "replace": True}
+    coded = dataclasses.replace(sizes, coded=True)
+    for operation in (append_kv, sparse_decode_attention):
+        known = {"kv": problems.device_kv(coded)}
+        if operation is append_kv:
+            known["host_pages"] = problems.host_pages(coded)
+        yield operation.__name__, "coded", operation, {**given[operation.__name__][1], **known}
 
 
 def _hit_test_arguments(sizes: Sizes) -> Arguments:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from clo_kernels.coded_pages import encode
 from clo_kernels.layout import INT32, NO_PAGE, DeviceKV, PageTable, Resolved, ring_rows
 
 SINKS, RECENT = 4, 64
@@ -25,6 +26,7 @@ class Sizes:
     budget: int = 819
     slots: int = 1638
     dtype: torch.dtype = torch.bfloat16
+    coded: bool = False
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -98,10 +100,11 @@ def device_kv(sizes: Sizes) -> DeviceKV:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn((*sizes.rows, *shape), device=sizes.device, dtype=sizes.dtype)
 
+    slots = random(sizes.slots, 2, sizes.page_size, sizes.head_dim)
     return DeviceKV(
         sinks=random(2, SINKS, sizes.head_dim),
         window=random(2, ring_rows(RECENT, sizes.page_size), sizes.head_dim),
-        slots=random(sizes.slots, 2, sizes.page_size, sizes.head_dim),
+        slots=encode(slots) if sizes.coded else slots,
         pinned=torch.empty((sizes.batch, 0, 2, 1, sizes.head_dim), device=sizes.device, dtype=sizes.dtype),
         pinned_row=torch.full((sizes.kv_heads,), -1, dtype=INT32, device=sizes.device),
         recent_tokens=RECENT,
@@ -134,9 +137,10 @@ def fetch_list(sizes: Sizes, per_head: int) -> Resolved:
 
 
 def host_pages(sizes: Sizes) -> torch.Tensor:
-    """Random pages [batch, num_pages, num_kv_heads, 2, page_size, head_dim], pinned where there is a GPU."""
+    """Random pages [batch, num_pages, num_kv_heads, 2, page_size, row width], pinned where there is a GPU."""
     shape = (sizes.batch, sizes.num_pages, sizes.kv_heads, 2, sizes.page_size, sizes.head_dim)
     pages = torch.randn(shape).to(sizes.dtype)
+    pages = encode(pages) if sizes.coded else pages
     return pages.pin_memory() if sizes.device.type == "cuda" else pages
 
 

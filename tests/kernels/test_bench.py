@@ -317,7 +317,14 @@ class TestSections:
         )
         ours = [f for f in figures if f.operation == "sparse_decode_attention"]
         assert [f.case.get("splits") for f in ours] == [None, 2, 4, 8] * 5
-        assert len(figures) + len(notes) == 5 * (4 + 2 * len(attention.BACKENDS))
+        coded = [f for f in figures if f.operation == "attention over coded pages"]
+        assert [f.case["batch"] for f in coded] == [1, 16]
+        assert len(figures) + len(notes) == 5 * (4 + 2 * len(attention.BACKENDS)) + 2
+
+    def test_bytes_of_coded_pages(self):
+        sizes = problems.Sizes(device=torch.device("cpu"), coded=True)
+        # 819 pages of 16 tokens in 1.125 bytes a value, four sinks and a window of 64 in 2
+        assert attention.attended_bytes(sizes) == 8 * 2 * 128 * (819 * 16 * 1.125 + 68 * 2)
 
     def test_gate_and_resolve(self):
         figures = list(selection.resolve_figures(torch.device("cpu"), quick=False))
