@@ -5,7 +5,10 @@ Knows nothing about what the samples are for.
 
 from __future__ import annotations
 
+import json
 import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,11 @@ import numpy as np
 
 from clo.engine.measure import MachineRun
 from clo.errors import CloError
-from clo.files import write_whole
+from clo.files import read_json, write_text, write_whole
 from clo.plan import DecodePlan
 from clo.timeline import Span, Timeline
 from clo.traffic import Traffic
+from clo_calibration.host_benchmarks import HostBenchmark
 
 COUNTS = (
     "spec_heads",
@@ -52,6 +56,19 @@ def load_run(path: Path, plan: DecodePlan) -> MachineRun:
             arrays = {name: held[name] for name in held.files}
         return _run_of(arrays, plan)
     except (OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile):
+        raise CloError(f"{path}: no samples that clo wrote, or cut short: delete it") from None
+
+
+def save_benchmarks(path: Path, benchmarks: Sequence[HostBenchmark]) -> None:
+    """Every repetition of every microbenchmark, as JSON."""
+    write_text(path, json.dumps([asdict(benchmark) for benchmark in benchmarks], indent=1))
+
+
+def load_benchmarks(path: Path) -> list[HostBenchmark]:
+    """Read back what `save_benchmarks` wrote. Raises `CloError` naming the file."""
+    try:
+        return [HostBenchmark(**row | {"seconds": tuple(row["seconds"])}) for row in read_json(path)]
+    except (TypeError, KeyError):
         raise CloError(f"{path}: no samples that clo wrote, or cut short: delete it") from None
 
 
