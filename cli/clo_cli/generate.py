@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from clo_cli.options import check_seed, design_from, overrides_from
+
+READING = "reading the prompt"
+Token = TypeVar("Token")
 
 UNFINISHED = "\ufffd"
 """What tokenizers decode bytes to that are not, or not yet, a character."""
@@ -113,6 +118,15 @@ def _show(text: str, shown: str) -> str:
     return max(shown, whole, key=len)
 
 
+def _read(generation: Iterator[Token]) -> Token:
+    """The first token: most of the wait for it is the prompt."""
+    from clo_cli.bars import phases
+
+    with phases() as tell:
+        tell(READING, 0, None)
+        return next(generation)
+
+
 def _generate(
     name: str,
     design: Any,
@@ -136,8 +150,10 @@ def _generate(
     said: list[int] = []
     seconds, moved, hits, shown = [], 0.0, 0.0, ""
     with Decoder(model, design, max_new_tokens=count, heads=heads) as decoder:
+        generation = decoder.generate([ids], sampler=sampler_of(temperature, seed))
+        first = _read(generation)
         began = time.perf_counter()
-        for token in decoder.generate([ids], sampler=sampler_of(temperature, seed)):
+        for token in chain([first], generation):
             if said:
                 seconds.append(time.perf_counter() - began)
                 moved, hits = moved + decoder.traffic.h2d_bytes, hits + decoder.traffic.hit_rate
