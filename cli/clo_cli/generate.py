@@ -96,10 +96,15 @@ def _check_steps(tokens: int) -> None:
 def _prompt(given: str) -> str:
     from clo.errors import SpecError
 
-    if not given.startswith("@"):
-        if not given:
-            raise SpecError("PROMPT: empty")
-        return given
+    words = _text_of(given) if given.startswith("@") else given
+    if not words:
+        raise SpecError(f"PROMPT{given and f' {given}'}: empty")
+    return words
+
+
+def _text_of(given: str) -> str:
+    from clo.errors import SpecError
+
     try:
         return Path(given[1:]).read_text(encoding="utf-8")
     except OSError as error:

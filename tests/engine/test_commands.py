@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from clo_cli.main import clo
     [
         (["generate", ""], "PROMPT: empty"),
         (["generate", "@nosuch.txt"], "PROMPT @nosuch.txt: No such file"),
+        (["generate", f"@{os.devnull}"], f"PROMPT @{os.devnull}: empty"),
         (["generate", "a", "--tokens", "0"], "--tokens = 0: must be at least 1"),
         (["generate", "a", "--temperature", "-1"], "--temperature = -1.0"),
         (["generate", "a", "--seed", "-1"], "--seed = -1: must be from 0"),
