@@ -37,7 +37,10 @@ from clo_calibration.operation_fit import (
     predicted_s,
 )
 from clo_calibration.probes import DESIGNS, STEPS, Probe, calibration_probes, grid_of, local_design, plan_of, run_probe
-from clo_calibration.run_files import load_run, save_run
+from clo_calibration.run_files import load_benchmarks, load_run, save_benchmarks, save_run
+
+MICROBENCHMARKS = "microbenchmarks.json"
+"""Beside the samples of decode steps."""
 
 
 def network_of(model: ModelSpec, device: torch.device) -> Network:
@@ -70,7 +73,7 @@ def calibrate(
     claim_samples(samples, here, network.spec, again=again)
     probes = calibration_probes(designs, steps=steps, grid=grid_of(device))
     progress("microbenchmarks", 0, 1)
-    benchmarks = _microbenchmarks(device)
+    benchmarks = _microbenchmarks(device, samples / MICROBENCHMARKS)
     progress("microbenchmarks", 1, 1)
     runs = measure(network, probes, samples, progress, rounds=rounds)
     profile = fit_profile(list(zip(probes, runs, strict=True)), benchmarks, name=name, here=here, network=network)
@@ -85,7 +88,14 @@ def _check_layers(model: ModelSpec, designs: Sequence[str]) -> None:
         raise SpecError(f"model.num_layers = {model.num_layers}: designs keep {dense} of them dense: take more")
 
 
-def _microbenchmarks(device: torch.device) -> list[Benchmark]:
+def _microbenchmarks(device: torch.device, path: Path) -> list[Benchmark]:
+    """Unless that was done before."""
+    if not path.exists():
+        save_benchmarks(path, _run_microbenchmarks(device))
+    return load_benchmarks(path)
+
+
+def _run_microbenchmarks(device: torch.device) -> list[Benchmark]:
     threads = tuple(sorted({1, torch.get_num_threads(), 2}))
     if device.type != "cuda":
         return host_benchmarks(threads)
@@ -100,8 +110,8 @@ def claim_samples(folder: Path, here: dict[str, str], model: ModelSpec, *, again
     if claim.exists() and read_json(claim) != wanted:
         raise CloError(f"{folder}: holds samples of another machine, model or version: choose another folder")
     if again and claim.exists():
-        for old in folder.glob("*.npz"):
-            old.unlink()
+        for old in (*folder.glob("*.npz"), folder / MICROBENCHMARKS):
+            old.unlink(missing_ok=True)
     write_json(claim, wanted)
 
 

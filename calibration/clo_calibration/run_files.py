@@ -6,6 +6,8 @@ Knows nothing about what the samples are for.
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ import numpy as np
 
 from clo.engine.measure import MachineRun
 from clo.errors import CloError
-from clo.files import write_whole
+from clo.files import read_json, write_json, write_whole
 from clo.plan import DecodePlan
 from clo.timeline import Span, Timeline
 from clo.traffic import COUNTS, Traffic
+from clo_calibration.host_benchmarks import Benchmark
 
 
 def save_run(path: Path, run: MachineRun) -> None:
@@ -42,6 +45,19 @@ def load_run(path: Path, plan: DecodePlan) -> MachineRun:
             arrays = {name: held[name] for name in held.files}
         return _run_of(arrays, plan)
     except (OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile):
+        raise CloError(f"{path}: no samples that clo wrote, or cut short: delete it") from None
+
+
+def save_benchmarks(path: Path, benchmarks: Sequence[Benchmark]) -> None:
+    """Every repetition of every microbenchmark, as JSON."""
+    write_json(path, [asdict(benchmark) for benchmark in benchmarks])
+
+
+def load_benchmarks(path: Path) -> list[Benchmark]:
+    """Read back what `save_benchmarks` wrote. Raises `CloError` naming the file."""
+    try:
+        return [Benchmark(**row | {"seconds": tuple(row["seconds"])}) for row in read_json(path)]
+    except (TypeError, KeyError):
         raise CloError(f"{path}: no samples that clo wrote, or cut short: delete it") from None
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -15,6 +17,9 @@ from clo_cli.options import check_outputs, check_seed, design_from, overrides_fr
 
 if TYPE_CHECKING:
     from clo.specs import Design
+
+READING = "reading the prompt"
+Token = TypeVar("Token")
 
 UNFINISHED = "\ufffd"
 """What tokenizers decode bytes to that are not, or not yet, a character."""
@@ -84,10 +89,13 @@ def _check_steps(tokens: int) -> None:
 
 
 def _prompt(given: str) -> str:
-    if not given.startswith("@"):
-        if not given:
-            raise SpecError("PROMPT: empty")
-        return given
+    words = _text_of(given) if given.startswith("@") else given
+    if not words:
+        raise SpecError(f"PROMPT{given and f' {given}'}: empty")
+    return words
+
+
+def _text_of(given: str) -> str:
     try:
         return Path(given[1:]).read_text(encoding="utf-8")
     except OSError as error:
@@ -104,6 +112,15 @@ def _show(text: str, shown: str) -> str:
     whole = text.rstrip(UNFINISHED)
     click.echo(whole[len(shown) :], nl=False)
     return max(shown, whole, key=len)
+
+
+def _read(generation: Iterator[Token]) -> Token:
+    """The first token: most of the wait for it is the prompt."""
+    from clo_cli.bars import phases
+
+    with phases() as tell:
+        tell(READING, 0, None)
+        return next(generation)
 
 
 def _generate(
@@ -129,8 +146,10 @@ def _generate(
     said: list[int] = []
     seconds, moved, hits, shown = [], 0.0, 0.0, ""
     with Decoder(model, design, max_new_tokens=count, heads=heads) as decoder:
+        generation = decoder.generate([ids], sampler=sampler_of(temperature, seed))
+        first = _read(generation)
         began = time.perf_counter()
-        for token in decoder.generate([ids], sampler=sampler_of(temperature, seed)):
+        for token in chain([first], generation):
             if said:
                 seconds.append(time.perf_counter() - began)
                 moved, hits = moved + decoder.traffic.h2d_bytes, hits + decoder.traffic.hit_rate

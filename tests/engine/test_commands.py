@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -26,6 +29,7 @@ from clo_cli.main import clo
     [
         (["generate", ""], "PROMPT: empty"),
         (["generate", "@nosuch.txt"], "PROMPT @nosuch.txt: No such file"),
+        (["generate", f"@{os.devnull}"], f"PROMPT @{os.devnull}: empty"),
         (["generate", "a", "--tokens", "0"], "0 is not in the range x>=1"),
         (["generate", "a", "--temperature", "-1"], "--temperature = -1.0"),
         (["generate", "a", "--seed", "-1"], "--seed = -1: must be from 0"),
@@ -96,6 +100,19 @@ def test_characters_of_several_tokens_are_shown_once_they_are_whole(
     monkeypatch.setattr(sampling, "sampler_of", lambda *_: lambda _: torch.tensor([next(coming)]))
     assert len(tokens) > 5
     assert run("generate", "Say", "--tokens", len(said)) == tokenizer.decode(said)
+
+
+@pytest.mark.model
+def test_who_waits_for_a_prompt_sees_that_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, int, int | None]] = []
+
+    @contextmanager
+    def phases() -> Iterator[Callable[[str, int, int | None], None]]:
+        yield lambda *now: told.append(now)
+
+    monkeypatch.setattr("clo_cli.bars.phases", phases)
+    run("generate", "Water boils at", "--tokens", "2")
+    assert told == [("reading the prompt", 0, None)]
 
 
 @pytest.mark.model

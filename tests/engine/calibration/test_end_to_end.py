@@ -29,12 +29,14 @@ from clo.schedule.ops import price_name
 from clo.timeline import load_chrome_trace
 from clo_calibration.calibrate import calibrate, network_of
 from clo_calibration.comparison import price_run
+from clo_calibration.host_benchmarks import Benchmark
 from clo_calibration.probes import (
     CPU_GRID,
     Grid,
     Probe,
     local_design,
 )
+from clo_calibration.run_files import load_benchmarks, save_benchmarks
 from clo_calibration.validate import point_of, validate
 from clo_cli.calibration_tables import print_calibration
 from clo_cli.main import clo
@@ -64,8 +66,8 @@ class TestEndToEnd:
 
         with pytest.raises(StopError):
             calibrate(shape, samples=samples, name="t", designs=chosen, steps=2, rounds=1, progress=stop)
-        kept = {path: path.stat().st_mtime_ns for path in samples.glob("*.npz")}
-        assert len(kept) == 4
+        kept = {path: path.stat().st_mtime_ns for path in (*samples.glob("*.npz"), samples / "microbenchmarks.json")}
+        assert len(kept) == 5
         found = calibrate(shape, samples=samples, name="t", designs=chosen, steps=2, rounds=1)
         assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
         calibrate(shape, samples=samples, name="t", designs=chosen, steps=2, rounds=1, again=True)
@@ -83,6 +85,15 @@ class TestEndToEnd:
         assert [point.differences for point in judged.points] == [()] * len(judged.points)
         assert {"tpot_error_median", "regret", "interval_coverage"} <= judged.summary().keys()
         assert [timeline.title.endswith("(simulated)") for timeline in load_chrome_trace(step)] == [False, True]
+
+    @pytest.mark.parametrize("text", ["[{}]", "{", "[3]"])
+    def test_microbenchmarks_that_are_none_are_named(self, text: str, tmp_path: Path) -> None:
+        path = tmp_path / "microbenchmarks.json"
+        save_benchmarks(path, [Benchmark("copy", {"threads": 2.0}, "bytes", 3.0, (0.1, 0.2))])
+        assert load_benchmarks(path) == [Benchmark("copy", {"threads": 2.0}, "bytes", 3.0, (0.1, 0.2))]
+        path.write_text(text)
+        with pytest.raises(CloError, match=r"microbenchmarks\.json: no"):
+            load_benchmarks(path)
 
     @pytest.mark.parametrize(
         ("apart", "spreads", "quiet"),
