@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from clo.errors import SpecError
 from clo.files import write_json
 from clo_cli.options import check_outputs, check_seed, design_from, names_from, overrides_from
+
+if TYPE_CHECKING:
+    from clo.specs import Design
 
 
 @click.command()
@@ -75,10 +78,10 @@ def _draw(answers: dict[str, Any], path: Path) -> None:
     save_figure(plot_answers(parse_answers(answers, where="clo evaluate")), path)
 
 
-def _variants(options: dict[str, Any]) -> list[Any]:
+def _variants(options: dict[str, Any]) -> list[Design]:
     """Every design at every value asked for. Raises `SpecError`."""
     overrides = overrides_from(options["settings"], ("design",))
-    variants: list[Any] = [design_from(name, overrides) for name in names_from("--designs", options["designs"])]
+    variants = [design_from(name, overrides) for name in names_from("--designs", options["designs"])]
     if options["pools"] is not None:
         pools = _numbers("--pools", options["pools"])
         variants = _spread(variants, lambda design: design.cache in ("lru", "head_reuse"), "slot_budgets", pools, "x")
@@ -116,9 +119,11 @@ def _contexts(options: dict[str, Any]) -> list[int]:
     return contexts
 
 
-def _spread(designs: list[Any], fits: Callable[[Any], bool], field: str, values: list[Any], mark: str) -> list[Any]:
+def _spread(
+    designs: list[Design], fits: Callable[[Design], bool], field: str, values: Sequence[float | str], mark: str
+) -> list[Design]:
     """Those that fit at each value of a field, named by it; the others as they are."""
-    tried: list[Any] = []
+    tried: list[Design] = []
     for design in designs:
         if not fits(design):
             tried.append(design)
@@ -131,7 +136,7 @@ def _spread(designs: list[Any], fits: Callable[[Any], bool], field: str, values:
     return tried
 
 
-def _evaluate(designs: list[Any], options: dict[str, Any]) -> dict[str, Any]:
+def _evaluate(designs: list[Design], options: dict[str, Any]) -> dict[str, Any]:
     from clo_cli.models import heads_from, load_for_decoding, need_engine
 
     need_engine("decoding")

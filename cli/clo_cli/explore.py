@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from clo.specs.overrides import Overrides
     from clo_sim.explore import Exploration
     from clo_sim.goals import Goals
+    from clo_sim.record import Record
     from clo_sim.scene import Scene
     from clo_sim.workers import Workers
 
@@ -183,7 +184,7 @@ def _goals(objectives: tuple[str, ...], bounds: tuple[str, ...]) -> Goals:
         raise SpecError(f"--require: {error}") from None
 
 
-def _record(path: Path) -> Any:
+def _record(path: Path) -> Record:
     from clo_sim.record import Record
 
     return Record(path)

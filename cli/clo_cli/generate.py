@@ -6,12 +6,15 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from clo.errors import SpecError
 from clo_cli.options import check_outputs, check_seed, design_from, overrides_from
+
+if TYPE_CHECKING:
+    from clo.specs import Design
 
 
 @click.command()
@@ -83,7 +86,7 @@ def _prompt(given: str) -> str:
 
 def _generate(
     name: str,
-    design: Any,
+    design: Design,
     words: str,
     count: int,
     temperature: float,

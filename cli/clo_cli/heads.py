@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from clo.errors import SpecError
+
+if TYPE_CHECKING:
+    from clo.engine.heads import HeadStatistics
 
 
 @click.command()
@@ -33,7 +37,7 @@ def heads(trace: str | None, budget: float, as_json: bool) -> None:
         _print(recorded.header.model, found)
 
 
-def _records(model: str, found: Any) -> dict[str, Any]:
+def _records(model: str, found: HeadStatistics) -> dict[str, Any]:
     layers, heads = found.similarity.shape
     group = found.importance.shape[1] // heads
     return {
@@ -52,7 +56,7 @@ def _records(model: str, found: Any) -> dict[str, Any]:
     }
 
 
-def _print(model: str, found: Any) -> None:
+def _print(model: str, found: HeadStatistics) -> None:
     from rich.table import Table
 
     from clo_cli.tables import console
@@ -72,5 +76,5 @@ def _print(model: str, found: Any) -> None:
     console().print(table)
 
 
-def _numbers(values: Any, form: str) -> str:
+def _numbers(values: Iterable[float], form: str) -> str:
     return "  ".join(format(float(value), form) for value in values)

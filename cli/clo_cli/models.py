@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clo.errors import NotFoundError, SpecError
+
+if TYPE_CHECKING:
+    from clo.engine.heads import HeadProfile
+    from clo.specs import Design, ModelSpec
 
 
 def need_engine(doing: str, extra: str = "models", also: tuple[str, ...] = ()) -> None:
@@ -28,7 +32,7 @@ def load_for_decoding(name: str) -> tuple[Any, Any]:
     return load_model(name)
 
 
-def first_layers(shape: Any, layers: int | None) -> Any:
+def first_layers(shape: ModelSpec, layers: int | None) -> ModelSpec:
     """The shape with so many of its layers. Raises `SpecError` for more than it has."""
     if layers is not None and layers > shape.num_layers:
         raise SpecError(f"--layers {layers}: {shape.name} has {shape.num_layers}")
@@ -37,7 +41,7 @@ def first_layers(shape: Any, layers: int | None) -> Any:
     return shape.with_fields(num_layers=layers)
 
 
-def heads_from(design: Any, model: Any, trace_path: str | None) -> Any:
+def heads_from(design: Design, model: Any, trace_path: str | None) -> HeadProfile | None:
     """The head profile that a design needs of a loaded model, or none; from a trace, or the shipped one."""
     from clo import presets
     from clo.engine.heads import heads_for

@@ -13,9 +13,10 @@ from clo.errors import SpecError
 from clo.files import check_target, sole_writer
 
 if TYPE_CHECKING:
-    from clo.specs import Design
+    from clo.specs import Design, Workload
     from clo.specs.overrides import Overrides
     from clo_sim.scene import Scene
+    from clo_sim.stand_in import TrafficSource
 
 FITTING = "fitting a workload to the trace"
 MOST_SEED = 2**63 - 1
@@ -137,14 +138,14 @@ def design_from(name: str, overrides: Overrides) -> Design:
     return apply(presets.load_design(name), overrides["design"], "design")
 
 
-def _workload(options: dict[str, Any]) -> Any:
+def _workload(options: dict[str, Any]) -> Workload:
     from clo.specs import Workload
 
     names = ("context_tokens", "batch", "steps", "warmup_steps", "seed")
     return Workload.parse({name: options[name] for name in names if options[name] is not None})
 
 
-def _source(options: dict[str, Any], workload: Any) -> Any:
+def _source(options: dict[str, Any], workload: Workload) -> TrafficSource:
     from clo import presets
     from clo_sim.scene import shipped_source
     from clo_sim.stand_in import DISTINCT_STEPS, TrafficSource

@@ -15,6 +15,7 @@ from clo.files import write_json, write_whole
 if TYPE_CHECKING:
     from clo.results import Result
     from clo.timeline import Timeline
+    from clo_plots import DesignPoint
     from clo_sim.evaluation import Evaluation
     from clo_sim.explore import Exploration
     from clo_sim.laboratory import Finished
@@ -150,7 +151,7 @@ def draw_figures(out: Path, scene: Scene, found: Exploration, best: Result, time
         save_figure(plot_choices(found.choices), out / "choices.png")
 
 
-def _points(found: Exploration) -> list[Any]:
+def _points(found: Exploration) -> list[DesignPoint]:
     from clo_plots import DesignPoint
 
     roles = (("candidate", found.candidates), ("finalist", found.finalists), ("named", found.named))

@@ -5,11 +5,12 @@ Knows nothing about which designs are worth it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from clo.errors import SpecError
 
 if TYPE_CHECKING:
+    from clo.engine.models.network import Network
     from clo.results import Result
     from clo.specs import Design
     from clo_sim.evaluation import Measure
@@ -50,7 +51,7 @@ def measure_here(scene: Scene) -> Measure:
     return run
 
 
-def _decode(network: Any, scene: Scene, design: Design) -> Result:
+def _decode(network: Network, scene: Scene, design: Design) -> Result:
     from clo.engine.decoder import Decoder
     from clo.engine.measure import run_steps
     from clo.engine.random_weights import random_prompt

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +12,7 @@ from clo_cli.options import check_outputs, design_from, overrides_from
 
 if TYPE_CHECKING:
     from clo.engine.measure import MachineRun
+    from clo.engine.models.network import Network
     from clo.specs import Design
 
 LARGEST_BATCH = 65536
@@ -116,7 +117,7 @@ def _measured(
             return run_steps(decoder, prompts, steps=steps, progress=progress)
 
 
-def _network(model: str, weights: str | None, layers: int | None, device: str) -> Any:
+def _network(model: str, weights: str | None, layers: int | None, device: str) -> Network:
     from clo import presets
     from clo.engine.models.network import Network
     from clo.engine.random_weights import checked, dtype_on, need_device, random_model

@@ -12,7 +12,12 @@ from clo_cli.options import check_outputs, design_from, overrides_from, scene_fr
 
 if TYPE_CHECKING:
     from clo.results import Result
+    from clo.specs import Design
     from clo_cli.bars import Tell
+    from clo_sim.contention import Contention
+    from clo_sim.priced import PricedStep
+    from clo_sim.scene import Scene
+    from clo_sim.step_times import StepTimes
 
 
 @click.command()
@@ -77,12 +82,12 @@ def simulate(
             click.echo(f"timeline of step {timeline_step}: {timeline} (open in https://ui.perfetto.dev)")
 
 
-def _with_intervals(result: Result, scene: Any, design: Any, executor: str, tell: Tell) -> Result:
+def _with_intervals(result: Result, scene: Scene, design: Design, executor: str, tell: Tell) -> Result:
     from clo_sim.clock import run_clock
     from clo_sim.intervals import with_intervals
     from clo_sim.simulator import run_simpy
 
-    def run(priced: Any, contention: Any = None) -> Any:
+    def run(priced: PricedStep, contention: Contention | None = None) -> StepTimes:
         return run_clock(priced) if executor == "clock" else run_simpy(priced, contention=contention)
 
     def progress(done: int, total: int) -> None:
@@ -96,7 +101,7 @@ def _check_step(step: int, steps: int) -> None:
         raise SpecError(f"--timeline-step = {step}: must be from 0 to {steps - 1} (workload.steps = {steps})")
 
 
-def _write_timeline(path: Path, scene: Any, design: Any, executor: str, step: int) -> None:
+def _write_timeline(path: Path, scene: Scene, design: Design, executor: str, step: int) -> None:
     from clo.timeline import save_chrome_trace
     from clo_sim.unfold import clock_timeline, simulated_timeline
 

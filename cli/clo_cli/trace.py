@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @click.command(name="trace")
@@ -47,7 +50,7 @@ def _about(described: dict[str, Any]) -> str:
     )
 
 
-def _cosine_table(described: dict[str, Any]) -> Any:
+def _cosine_table(described: dict[str, Any]) -> Table:
     table = _table("Queries of a KV head", ["measure", "value"])
     for lag, value in described["cosine_at_lag"].items():
         table.add_row(f"cosine, {lag} step{'s' if lag != '1' else ''} apart", _number(value))
@@ -58,7 +61,7 @@ def _cosine_table(described: dict[str, Any]) -> Any:
     return table
 
 
-def _overlap_table(described: dict[str, Any]) -> Any:
+def _overlap_table(described: dict[str, Any]) -> Table:
     rows = []
     for selector, values in described["adjacent_overlap"].items():
         rows.append((f"{selector}: adjacent steps", values))
@@ -73,7 +76,7 @@ def _overlap_table(described: dict[str, Any]) -> Any:
     return table
 
 
-def _layer_table(layers: list[dict[str, Any]]) -> Any:
+def _layer_table(layers: list[dict[str, Any]]) -> Table:
     # approximate queries of every distance and selector would not fit a terminal: the JSON has them
     columns = [name for name in layers[0] if "_ahead_" not in name or name.startswith("exact_ahead_1")]
     table = _table("Layers", [name.replace("_", " ") for name in columns])
@@ -82,7 +85,7 @@ def _layer_table(layers: list[dict[str, Any]]) -> Any:
     return table
 
 
-def _table(title: str, columns: list[str]) -> Any:
+def _table(title: str, columns: list[str]) -> Table:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
