@@ -280,11 +280,10 @@ def test_hooks_are_gone_afterwards(recorded: Recorded) -> None:
 
 class TestBadInput:
     @pytest.fixture(autouse=True)
-    def _tiny(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-        if "real_loading" not in request.keywords:
-            monkeypatch.setattr(
-                "clo.engine.recording.record.load_model", lambda *_, **__: (tiny_model("llama"), Characters())
-            )
+    def _tiny(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(
+            "clo.engine.recording.record.load_model", lambda *_, **__: (tiny_model("llama"), Characters())
+        )
 
     def test_text_too_short(self) -> None:
         with pytest.raises(SpecError, match=r"text: 50 tokens, but .* need 209"):

@@ -29,7 +29,6 @@ from clo_sim.serving.prefill import prefill_prices
 
 DESIGNS = sorted(presets.names("designs"))
 MODEL = presets.load_model("llama-3-8b")
-AROUND_ATTENTION = ("input_norm", "qkv_proj", "append_kv", "attention", "out_proj", "post_norm", "final_norm")
 
 
 @cache

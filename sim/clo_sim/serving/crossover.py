@@ -35,11 +35,6 @@ class Cell:
     e2e_s: float | None
     state: str
 
-    @property
-    def serves(self) -> bool:
-        """Whether the design keeps up here."""
-        return self.e2e_s is not None
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CrossoverMap:

@@ -118,11 +118,6 @@ class DecodePrices:
         tables = (prices.gemm(fp8), experts, sums, latent)
         return all(measured_on(table, machine.gpu) for table in tables if table is not None)
 
-    @property
-    def num_priced(self) -> int:
-        """Grid points priced so far."""
-        return sum(len(contexts) for contexts, _ in self._columns.values())
-
     def _interpolated(self, batch: int) -> StepClock:
         high = bisect_left(BATCHES, batch)
         if high == len(BATCHES):

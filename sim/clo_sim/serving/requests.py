@@ -59,11 +59,6 @@ class RequestTrace:
         return (len(self) - 1) / self.duration_s if self.duration_s else math.inf
 
     @cached_property
-    def mean_input_tokens(self) -> float:
-        """Mean prompt length."""
-        return sum(request.input_tokens for request in self.requests) / len(self)
-
-    @cached_property
     def mean_output_tokens(self) -> float:
         """Mean answer length."""
         return sum(request.output_tokens for request in self.requests) / len(self)
