@@ -11,8 +11,8 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from tiny import random_trace, tiny_design
 
-from clo.thresholds import tau_by_importance
-from clo_sim.similarity import Fold, anchored_hit_rate, stepwise, tau_for_hit_rate
+from clo.similarity import Fold, stepwise
+from clo.thresholds import anchored_hit_rate, tau_by_importance, tau_for_hit_rate
 
 
 class TestThresholds:

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from clo import presets
 from clo.errors import SpecError
-from clo.specs import Design, GqaFold, ModelSpec
-from clo.thresholds import tau_by_importance
+from clo.similarity import Fold, stepwise
+from clo.specs import Design, ModelSpec
+from clo.thresholds import tau_by_importance, tau_for_hit_rate
 from clo.trace import AttentionTrace
 from clo.trace_stats import overlap
 
@@ -96,10 +97,14 @@ def head_profile(trace: AttentionTrace, design: Design, model: ModelSpec) -> Hea
 
 
 def _thresholds(trace: AttentionTrace, design: Design, importance: Floats) -> Floats | None:
+    """`[layers, kv_heads]`, those that the simulator replays with; none where all heads have the design's own."""
+    header = trace.header
     if design.target_hit_rate is not None:
-        return tau_for_hit_rate(trace, design, design.target_hit_rate)
+        queries, fold = stepwise(trace.queries, header.num_kv_heads), Fold(trace, design.gqa_fold)
+        tau = tau_for_hit_rate(queries, fold, design.target_hit_rate)
+        return tau.reshape(header.num_layers, header.num_kv_heads).astype(np.float64)
     if design.tau_by_head:
-        return tau_by_importance(design.tau, design.tau_importance_power, importance, trace.header.num_kv_heads)
+        return tau_by_importance(design.tau, design.tau_importance_power, importance, header.num_kv_heads)
     return None
 
 
@@ -108,38 +113,6 @@ def heads_for(design: Design, model: ModelSpec, trace: AttentionTrace | None = N
     if not (design.tau_by_head or design.folds_by_importance or design.pinned_head_fraction):
         return None
     return head_profile(trace or presets.load_trace(), design, model)
-
-
-def tau_for_hit_rate(trace: AttentionTrace, design: Design, target: float) -> Floats:
-    """The largest tau, `[layers, kv_heads]`, whose anchored hit rate on the recorded queries reaches `target`."""
-    header = trace.header
-    unit = _unit(trace.queries)
-    steps, layers, heads, _ = unit.shape
-    grouped = unit.reshape(steps, layers, header.num_kv_heads, heads // header.num_kv_heads, -1)
-    weights = np.asarray(trace.head_importance, dtype=np.float64).reshape(grouped.shape[1:4])
-    low, high = np.full(grouped.shape[1:3], -1.0), np.full(grouped.shape[1:3], 1.0)
-    for _ in range(12):
-        middle = (low + high) / 2
-        reached = _hit_rate(grouped, middle, weights, design.gqa_fold) >= target
-        low, high = np.where(reached, middle, low), np.where(reached, high, middle)
-    return low
-
-
-def _hit_rate(queries: Floats, tau: Floats, weights: Floats, fold: GqaFold) -> Floats:
-    anchor, hits = queries[0].copy(), np.zeros(tau.shape)
-    for query in queries[1:]:
-        hit = _folded((query * anchor).sum(-1), weights, fold) >= tau
-        hits += hit
-        anchor[~hit] = query[~hit]
-    return hits / (len(queries) - 1)
-
-
-def _folded(cosine: Floats, weights: Floats, fold: GqaFold) -> Floats:
-    if fold is GqaFold.MIN:
-        return np.asarray(cosine.min(axis=-1))
-    if fold is GqaFold.IMPORTANCE:
-        return np.asarray((cosine * weights).sum(axis=-1) / weights.sum(axis=-1))
-    return np.asarray(cosine.mean(axis=-1))
 
 
 def _unit(queries: NDArray[np.float32]) -> Floats:

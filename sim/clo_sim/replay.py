@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from clo.errors import SpecError, TraceError
 from clo.plan import DecodePlan
+from clo.similarity import Fold, Vectors, stepwise
 from clo.specs import Cache, Design, GqaFold, OnMiss
-from clo.thresholds import tau_by_importance
+from clo.thresholds import tau_by_importance, tau_for_hit_rate
 from clo.trace import NO_PAGE, AttentionTrace
-from clo_sim.similarity import Fold, Vectors, stepwise, tau_for_hit_rate
 
 ABSENT = -(2**62)
 """Stamp of a page that is not on the device: older than any other."""

@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clo.errors import SpecError
+from clo.similarity import unit_queries
 from clo.trace import NO_PAGE, AttentionTrace, TraceHeader
 from clo.trace_stats import overlap
-from clo_sim.similarity import unit_queries
 
 LAGS = (1, 2, 4, 8, 16, 32, 64)
 """Distances in steps at which a trace is measured."""

@@ -20,7 +20,7 @@ from clo.engine.answers.fidelity import Fidelity, against_full, whole_cache
 from clo.engine.answers.quality import Quality
 from clo.engine.answers.tasks import EvaluationSettings, Passkey
 from clo.engine.decoder import Decoder
-from clo.engine.heads import HeadProfile, head_profile, heads_for, measure_heads, tau_for_hit_rate
+from clo.engine.heads import HeadProfile, head_profile, heads_for, measure_heads
 from clo.engine.inline_decoder import InlineDecoder
 from clo.engine.layers import OffloadedLayer
 from clo.engine.models.network import Network
@@ -296,7 +296,8 @@ class TestHeads:
     def test_thresholds_reach_the_target_and_hardly_exceed_it(self, fold: GqaFold) -> None:
         trace = presets.load_trace()
         chosen = design("clo", target_hit_rate=0.6, gqa_fold=fold)
-        tau = tau_for_hit_rate(trace, chosen, 0.6)
+        tau = head_profile(trace, chosen, presets.load_model("smollm2-135m")).tau
+        assert tau is not None
         unit = np.asarray(trace.queries, dtype=np.float64)
         unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
         for layer, head in ((0, 0), (7, 2), (24, 2), (29, 1)):

@@ -45,26 +45,3 @@ class Fold:
         if self._kind is GqaFold.MEAN:
             return np.asarray(per_query_head.mean(axis=1))
         return np.asarray((per_query_head * self._shares[heads]).sum(axis=1), dtype=np.float32)
-
-
-def anchored_hit_rate(queries: Vectors, fold: Fold, tau: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Hit rate per KV head when the anchor moves only on a miss. `queries` as from `stepwise`; `tau` is `[heads]`."""
-    anchors = queries[0].copy()
-    hits = np.zeros(queries.shape[1])
-    for query in queries[1:]:
-        hit = fold.cosine(query, anchors) >= tau
-        hits += hit
-        anchors[~hit] = query[~hit]
-    return hits / (len(queries) - 1)
-
-
-def tau_for_hit_rate(queries: Vectors, fold: Fold, target: float) -> NDArray[np.float32]:
-    """The largest tau per KV head (to 1/4096) whose anchored hit rate reaches `target`, by bisection."""
-    low = np.full(queries.shape[1], -1.0, dtype=np.float32)
-    high = np.full(queries.shape[1], 1.0, dtype=np.float32)
-    for _ in range(13):
-        middle = np.asarray((low + high) / 2, dtype=np.float32)
-        reached = anchored_hit_rate(queries, fold, middle) >= target
-        low = np.where(reached, middle, low).astype(np.float32)
-        high = np.where(reached, high, middle).astype(np.float32)
-    return low
