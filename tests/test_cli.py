@@ -81,7 +81,7 @@ def test_help_lists_every_command() -> None:
         (["simulate", "--set", "machine.link.h2d_bytes_per_s=1e-300"], ["ZeroCopy", "machine.*"]),
         (
             ["simulate", "--out", "same.json", "--timeline", "./same.json"],
-            ["--out same.json", "same file as --timeline"],
+            ["same.json: asked for twice"],
         ),
         (["trace", "nothing"], ["trace 'nothing' is unknown", "smollm2-135m-4k"]),
         (["explore", "--out", "/proc/none"], ["/proc/none", "cannot be written"]),

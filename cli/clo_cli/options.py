@@ -105,9 +105,11 @@ def check_outputs(*files: Path | None, figure: Path | None = None) -> None:
         from clo_plots.style import check_suffix
 
         check_suffix(figure)
-    for path in (*files, figure):
-        if path is not None:
-            check_target(path)
+    wanted = [path for path in (*files, figure) if path is not None]
+    for number, path in enumerate(wanted):
+        if path.resolve() in [other.resolve() for other in wanted[:number]]:
+            raise SpecError(f"{path}: asked for twice: each output is a file of its own")
+        check_target(path)
 
 
 def names_from(option: str, given: str) -> list[str]:
