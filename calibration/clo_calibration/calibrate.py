@@ -7,7 +7,7 @@ about commands or figures.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from clo.engine.random_weights import checked, dtype_on, random_model
 from clo.errors import CloError, SpecError
 from clo.files import read_json, write_json
 from clo.operation_costs import BenchmarkRow, FitPoint, OperationCost, OperationProfile
+from clo.progress import PhaseProgress, nobody
 from clo.specs import MachineSpec, ModelSpec
 from clo_calibration.comparison import price_run, simulated_s
 from clo_calibration.fingerprint import fingerprint
@@ -38,8 +39,6 @@ from clo_calibration.operation_fit import (
 from clo_calibration.probes import DESIGNS, STEPS, Probe, calibration_probes, grid_of, local_design, plan_of, run_probe
 from clo_calibration.run_files import load_run, save_run
 
-Progress = Callable[[str, int, int], None]
-
 
 def network_of(model: ModelSpec, device: torch.device) -> Network:
     """Random weights in what models run in there. Raises `SpecError` where the machine cannot hold them."""
@@ -56,7 +55,7 @@ def calibrate(
     steps: int = STEPS,
     rounds: int = 3,
     again: bool = False,
-    progress: Progress = lambda *_: None,
+    progress: PhaseProgress = nobody,
 ) -> OperationProfile:
     """Measure, fit, and return the profile; raw samples go to the folder `samples` and are taken up from there, unless
     everything is to be measured `again`.
@@ -107,7 +106,7 @@ def claim_samples(folder: Path, here: dict[str, str], model: ModelSpec, *, again
 
 
 def measure(
-    network: Network, probes: Sequence[Probe], folder: Path, progress: Progress, *, rounds: int
+    network: Network, probes: Sequence[Probe], folder: Path, progress: PhaseProgress, *, rounds: int
 ) -> list[MachineRun]:
     """Run every probe once a round, unless that was done before; of each step the fastest round counts.
 

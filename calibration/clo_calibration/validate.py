@@ -12,8 +12,9 @@ import torch
 from clo.engine.measure import MachineRun
 from clo.errors import CloError
 from clo.operation_costs import OperationProfile
+from clo.progress import PhaseProgress, nobody
 from clo.timeline import save_chrome_trace
-from clo_calibration.calibrate import Progress, claim_samples, measure, network_of, rounds_of
+from clo_calibration.calibrate import claim_samples, measure, network_of, rounds_of
 from clo_calibration.comparison import ABLATIONS, Comparison, compare, price_run, simulated_s
 from clo_calibration.fingerprint import differences, fingerprint
 from clo_calibration.probes import DESIGNS, STEPS, Probe, grid_of, validation_probes
@@ -32,7 +33,7 @@ def validate(
     again: bool = False,
     any_machine: bool = False,
     timeline: Path | None = None,
-    progress: Progress = lambda *_: None,
+    progress: PhaseProgress = nobody,
 ) -> Verdict:
     """Real and simulated decode steps of a grid of designs and sizes; `sizes` limits it to the first so many of each.
 

@@ -130,7 +130,7 @@ def plan(
     fleets = _fleets(question, machine_names, list(chosen.values()), count, intervals=intervals)
     priced = [with_price(one, prices, machine) for machine, one in fleets]
     best = best_of(priced)
-    found = Plan(question=question, priced=priced, best=best)
+    found = FleetPlan(question=question, priced=priced, best=best)
     if best is not None and best.fleet.head_room is not None and out is not None:
         found = replace(found, curve=_curve(question, machine_names, best, chosen, count))
     if with_map:
@@ -141,7 +141,7 @@ def plan(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class FleetPlan:
     """Everything that was found: fleets with their prices, and the best's latencies by load and the map, if wanted."""
 
     question: Question
@@ -317,7 +317,7 @@ def _map(
     return replace(maps[0], cells=cells)
 
 
-def _report(found: Plan, out: Path | None, *, prices_given: bool, as_json: bool) -> None:
+def _report(found: FleetPlan, out: Path | None, *, prices_given: bool, as_json: bool) -> None:
     from clo_cli.serve_tables import counted, print_fleets, print_map, rate
 
     data = found.as_dict()

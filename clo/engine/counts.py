@@ -15,7 +15,7 @@ def _by_stage() -> dict[Stage, int]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Counts:
+class LayerCounts:
     """Heads that missed and pages that moved in the last step, summed over the batch."""
 
     missed: dict[Stage, int] = field(default_factory=_by_stage)

@@ -5,7 +5,7 @@ Knows nothing about models of cost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,11 +16,10 @@ from clo.engine.layers import Layer, OffloadedLayer, StreamedLayer
 from clo.engine.prompts import Prompt
 from clo.errors import EngineError
 from clo.plan import DecodePlan
+from clo.progress import Progress, nobody
 from clo.schedule.ops import Stage
 from clo.timeline import Timeline
 from clo.traffic import Traffic
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +47,7 @@ def run_steps(
     *,
     steps: int,
     warmup_steps: int = 2,
-    progress: Progress = lambda *_: None,
+    progress: Progress = nobody,
 ) -> MachineRun:
     """Decode greedily; the first `warmup_steps` are not kept. Raises `EngineError` for no step to measure."""
     if steps < 1:
@@ -63,7 +62,7 @@ def go_on(
     *,
     steps: int,
     warmup_steps: int = 2,
-    progress: Progress = lambda *_: None,
+    progress: Progress = nobody,
 ) -> MachineRun:
     """Further steps of prompts that have been read, from `tokens` `[batch]` on.
 

@@ -21,6 +21,7 @@ from clo.engine.inline_decoder import InlineDecoder
 from clo.engine.models.network import Network
 from clo.errors import SpecError
 from clo.plan import DecodePlan
+from clo.progress import PhaseProgress, nobody
 from clo.schedule.ops import Stage
 from clo.specs import Design
 
@@ -29,8 +30,6 @@ WARMUP_STEPS = 8
 
 BASELINE = Contender(name="resident", design=Design(name="resident", attend="full", cache="resident"))
 
-Progress = Callable[[str, int, int], None]
-
 
 def evaluate(
     network: Network,
@@ -38,27 +37,27 @@ def evaluate(
     text: str,
     contenders: Iterable[Contender],
     settings: EvaluationSettings,
-    progress: Progress | None = None,
+    progress: PhaseProgress = nobody,
 ) -> list[Quality]:
     """One `Quality` per contender, in order. The baseline is full attention, decoded here too.
 
     Prompts are read once, `settings.batch_texts` at a time, and decoded by all contenders in turn. Raises `SpecError`
     for a text that is too short, for names that are not unique, and where a design does not fit.
     """
-    chosen, tell = list(contenders), progress or (lambda *_: None)
+    chosen = list(contenders)
     _check_names(chosen)
     check_text(tokenizer, text, settings)
     baseline = _Outcome()
     outcomes = {contender.name: _Outcome() for contender in chosen}
     groups = math.ceil(settings.num_texts / settings.batch_texts)
-    for group, tasks in enumerate(read_tasks(network, tokenizer, text, settings, tell)):
+    for group, tasks in enumerate(read_tasks(network, tokenizer, text, settings, progress)):
         rates: dict[str, float] = {}
         _decode(network, BASELINE, tasks, settings, baseline)
         for contender in chosen:
             rate = rates.get(contender.paced_by or "")
             paced = contender if rate is None else contender.paced(rate)
             rates[contender.name] = _decode(network, paced, tasks, settings, outcomes[contender.name])
-            tell(contender.name, group + 1, groups)
+            progress(contender.name, group + 1, groups)
     return [_quality(contender, outcomes[contender.name], baseline, settings) for contender in chosen]
 
 

@@ -6,7 +6,7 @@ Knows nothing about designs or about what an answer is worth.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from clo.engine.models.network import Network
 from clo.engine.prompts import Prompt, read_prompt
 from clo.engine.texts import Split
 from clo.errors import SpecError
+from clo.progress import PhaseProgress
 
 NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "\nThe pass key is"
@@ -73,7 +74,7 @@ def read_tasks(
     tokenizer: Any,
     text: str,
     settings: EvaluationSettings,
-    tell: Callable[[str, int, int], None],
+    progress: PhaseProgress,
 ) -> Iterator[Tasks]:
     """`num_texts` places that do not overlap, `batch_texts` at a time.
 
@@ -88,7 +89,7 @@ def read_tasks(
         for number in range(first, min(first + settings.batch_texts, settings.num_texts)):
             at, end = places[number], places[number] + settings.context_tokens
             prompt = read_prompt(network, ids[at:end])
-            tell("reading", number + 1, settings.num_texts)
+            progress("reading", number + 1, settings.num_texts)
             texts.append((prompt, ids[end : end + settings.decoded_tokens]))
             for key in range(number, settings.num_passkeys, settings.num_texts):
                 depth = (key + 0.5) / settings.num_passkeys

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from clo.engine.counts import Counts
+from clo.engine.counts import LayerCounts
 from clo.engine.layers.shape import LayerShape
 from clo_kernels.layout import INT32, NO_SLOT, DeviceKV
 
@@ -25,9 +25,9 @@ class DenseLayer:
         self._tokens: list[int] = []
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> LayerCounts:
         """Nothing moves."""
-        return Counts()
+        return LayerCounts()
 
     def begin(self, lengths: Sequence[int]) -> None:
         """A step begins in which each sequence has so many tokens, the new one included."""

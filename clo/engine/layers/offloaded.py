@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from clo.engine.counts import Counts
+from clo.engine.counts import LayerCounts
 from clo.engine.layers.gate import Gate
 from clo.engine.layers.residency import Residency
 from clo.engine.layers.selection import Selection
@@ -59,12 +59,12 @@ class OffloadedLayer:
         self._leaving: list[tuple[int, int]] = []
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> LayerCounts:
         """Reads the device."""
         moving = self._selected if self.design.offloads else set()
         chosen = None if self._attended is None else self.selection.chosen[self._attended]
         missed, fetched = self.gate.missed, self.residency.fetched_pages
-        return Counts(
+        return LayerCounts(
             missed={stage: int(missed[stage].sum()) if stage in self._selected else 0 for stage in Stage},
             fetched={stage: fetched(stage) if stage in moving else 0 for stage in Stage},
             requested=0 if chosen is None else int((chosen != NO_PAGE).sum()),

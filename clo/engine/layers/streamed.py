@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from clo.engine.counts import Counts
+from clo.engine.counts import LayerCounts
 from clo.engine.layers.dense import DenseLayer
 from clo.engine.layers.shape import LayerShape
 from clo.engine.words import wait_for_device
@@ -28,12 +28,12 @@ class StreamedLayer(DenseLayer):
         self._copied: Stage | None = None
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> LayerCounts:
         """Everything is asked for and moved."""
         if self._copied is None:
-            return Counts()
+            return LayerCounts()
         pages = self._copied_pages * self.shape.num_kv_heads
-        return Counts(fetched=dict.fromkeys(Stage, 0) | {self._copied: pages}, requested=pages)
+        return LayerCounts(fetched=dict.fromkeys(Stage, 0) | {self._copied: pages}, requested=pages)
 
     @property
     def copied_tokens(self) -> int:

@@ -13,31 +13,31 @@ IN_ANOTHER = ("gemma3",)
 """Kinds of model that read images too: their text decoder, and its config, lie one level deeper."""
 
 
-def text_decoder(network: Any) -> Any:
+def text_decoder(model: Any) -> Any:
     """What has embeddings, layers and final norm; `None` where there is no such thing."""
-    decoder: Any = getattr(network, "model", None)
-    return getattr(decoder, "language_model", None) if network.config.model_type in IN_ANOTHER else decoder
+    decoder: Any = getattr(model, "model", None)
+    return getattr(decoder, "language_model", None) if model.config.model_type in IN_ANOTHER else decoder
 
 
-def decoder_layers(network: Any, *, whole: bool = False) -> list[Any]:
+def decoder_layers(model: Any, *, whole: bool = False) -> list[Any]:
     """The decoder layers, checked to be built as the recorder needs. Raises `SpecError` naming the missing part.
 
     Layers that stay `whole`, as their library runs them, may norm behind attention only, and attention may have sinks.
     """
-    decoder = text_decoder(network) if whole else getattr(network, "model", None)
+    decoder = text_decoder(model) if whole else getattr(model, "model", None)
     layers = list(getattr(decoder, "layers", []))
     if not layers:
-        raise SpecError(f"model {type(network).__name__}: no decoder layers at model.layers")
+        raise SpecError(f"model {type(model).__name__}: no decoder layers at model.layers")
     for part in ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj"):
         for layer in layers:
             if not (has_part(layer, part) or (whole and part == "input_layernorm" and _norms_behind(layer))):
-                raise SpecError(f"model {type(network).__name__}: layers lack {part}: not a Llama or Qwen-style model")
+                raise SpecError(f"model {type(model).__name__}: layers lack {part}: not a Llama or Qwen-style model")
     for layer in layers:
         weights = (name for name, _ in layer.self_attn.named_parameters(recurse=False))
         own = ", ".join(name for name in weights if not (whole and name == SINKS))
         if own:
             raise SpecError(
-                f"model {type(network).__name__}: attention has weights of its own ({own}): not a Llama or Qwen-style "
+                f"model {type(model).__name__}: attention has weights of its own ({own}): not a Llama or Qwen-style "
                 "model"
             )
     return layers

@@ -34,7 +34,7 @@ def load_model(model: str | Path, *, attention: str = "sdpa") -> tuple[Any, Any]
     away = not folder and not _hub_answers()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=away)
-        network = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, attn_implementation=attention, local_files_only=away
         )
     except (OSError, ValueError) as error:
@@ -43,8 +43,8 @@ def load_model(model: str | Path, *, attention: str = "sdpa") -> tuple[Any, Any]
             reason = "the hub does not answer, and its cache here has no such model"
         raise NotFoundError(f"model {model}: no model folder, and no hub model that can be loaded: {reason}") from None
     if str(model) == MODEL_NAME:
-        network.config.name_or_path = MODEL_NAME  # not the folder that it was converted into
-    return network.eval(), tokenizer
+        loaded.config.name_or_path = MODEL_NAME  # not the folder that it was converted into
+    return loaded.eval(), tokenizer
 
 
 def check_packages(doing: str) -> None:

@@ -45,9 +45,9 @@ def register_attention() -> None:
 class AttentionRecorder:
     """Collects one decode step after another from a model's layers. Use `attached()` around the recorded steps."""
 
-    def __init__(self, network: Any, settings: RecordSettings) -> None:
+    def __init__(self, model: Any, settings: RecordSettings) -> None:
         self.settings = settings
-        self._layers = decoder_layers(network)
+        self._layers = decoder_layers(model)
         if max(settings.lookaheads, default=0) >= len(self._layers):
             raise SpecError(f"record.lookaheads = {settings.lookaheads}: the model has only {len(self._layers)} layers")
         attention = self._layers[0].self_attn

@@ -8,7 +8,6 @@ model's results are not changed. Knows nothing about offloading, machines or tim
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,10 @@ from clo.engine.recording.attention_recorder import ATTENTION_NAME, AttentionRec
 from clo.engine.recording.settings import SELECTORS, RecordSettings
 from clo.engine.versions import package_versions
 from clo.errors import SpecError
+from clo.progress import PhaseProgress, nobody
 from clo.trace import AttentionTrace
 
 PREFILL_CHUNK_TOKENS = 512
-
-Progress = Callable[[str, int, int], None]
 
 
 def record(
@@ -37,7 +35,7 @@ def record(
     selectors: tuple[str, ...] = SELECTORS,
     lookaheads: tuple[int, ...] = (1, 2),
     text_source: str = "given text",
-    progress: Progress | None = None,
+    progress: PhaseProgress = nobody,
 ) -> AttentionTrace:
     """Run `model` over `text` and return the trace of `num_steps` decode steps at `context_tokens` and beyond.
 
@@ -53,10 +51,10 @@ def record(
         selectors=tuple(selectors),
         lookaheads=tuple(lookaheads),
     )
-    network, tokenizer = _load(model)
-    token_ids = _token_ids(network, tokenizer, text, settings)
-    recorder = AttentionRecorder(network, settings)
-    nll = _run(network, recorder, token_ids, settings, progress or _no_progress)
+    loaded, tokenizer = _load(model)
+    token_ids = _token_ids(loaded, tokenizer, text, settings)
+    recorder = AttentionRecorder(loaded, settings)
+    nll = _run(loaded, recorder, token_ids, settings, progress)
     about = {
         "model": model if str(model) == MODEL_NAME else Path(model).name,
         "text_source": text_source,
@@ -75,9 +73,9 @@ def _load(model: str | Path) -> tuple[Any, Any]:
     return load_model(model, attention=ATTENTION_NAME)
 
 
-def _token_ids(network: Any, tokenizer: Any, text: str, settings: RecordSettings) -> Any:
+def _token_ids(model: Any, tokenizer: Any, text: str, settings: RecordSettings) -> Any:
     needed = settings.context_tokens + settings.num_steps - 1
-    limit = int(network.config.max_position_embeddings)
+    limit = int(model.config.max_position_embeddings)
     if needed > limit:
         raise SpecError(
             f"record.context_tokens = {settings.context_tokens} and num_steps = {settings.num_steps} need {needed} "
@@ -94,18 +92,18 @@ def _token_ids(network: Any, tokenizer: Any, text: str, settings: RecordSettings
 
 
 def _run(
-    network: Any, recorder: AttentionRecorder, token_ids: Any, settings: RecordSettings, progress: Progress
+    model: Any, recorder: AttentionRecorder, token_ids: Any, settings: RecordSettings, progress: PhaseProgress
 ) -> float:
     """Prefill all but the first recorded token, then one token a step. Returns the mean NLL of the decoded text."""
     import torch
 
     with torch.inference_mode():
-        cache = _prefill(network, token_ids[:, : settings.context_tokens - 1], progress)
+        cache = _prefill(model, token_ids[:, : settings.context_tokens - 1], progress)
         losses: list[float] = []
         with recorder.attached():
             for step in range(settings.num_steps):
                 at = settings.context_tokens - 1 + step
-                logits = network(token_ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits
+                logits = model(token_ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits
                 if step + 1 < settings.num_steps:
                     losses.append(-float(logits[0, -1].log_softmax(-1)[token_ids[0, at + 1]]))
                 recorder.next_step()
@@ -113,16 +111,12 @@ def _run(
     return sum(losses) / max(1, len(losses))
 
 
-def _prefill(network: Any, token_ids: Any, progress: Progress) -> Any:
+def _prefill(model: Any, token_ids: Any, progress: PhaseProgress) -> Any:
     from transformers import DynamicCache
 
     cache, total = DynamicCache(), token_ids.shape[1]
     for start in range(0, total, PREFILL_CHUNK_TOKENS):
         chunk = token_ids[:, start : start + PREFILL_CHUNK_TOKENS]
-        network(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
         progress("prefill", start + chunk.shape[1], total)
     return cache
-
-
-def _no_progress(phase: str, done: int, total: int) -> None:
-    """Show nothing."""
