@@ -1,0 +1,1 @@
+"""The `clo` command, a file for each subcommand. Nothing imports it."""

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     help="The part of the text that is read: the first 40%, the rest, or all.",
 )
 @click.option("--seed", default=0, show_default=True, help="Chooses places and keys.")
-@click.option("--heads", "trace_path", help="A trace of the model, from which head thresholds and weights are taken.")
+@click.option(
+    "--trace", "trace_path", help="Trace of the model that says what its heads need.  [default: the shipped one]"
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Write settings and records as JSON.")
 @click.option("--figure", type=click.Path(path_type=Path), help="Draw answers against bytes moved: .png, .svg or .pdf.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON.")

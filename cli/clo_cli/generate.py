@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 @click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens to generate.")
 @click.option("--temperature", default=0.0, show_default=True, help="0: the most likely token each time.")
 @click.option("--seed", default=0, show_default=True, help="For sampling.")
-@click.option("--heads", "trace_path", help="A trace of the model, from which head thresholds and weights are taken.")
+@click.option(
+    "--trace", "trace_path", help="Trace of the model that says what its heads need.  [default: the shipped one]"
+)
 @click.option("--timeline", type=click.Path(path_type=Path), help="Write the last step as Chrome trace JSON.")
 @click.option("--json", "as_json", is_flag=True, help="Print text and figures as JSON, nothing before the end.")
 def generate(
