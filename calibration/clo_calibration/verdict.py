@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from pydantic import field_validator
 from scipy.stats import spearmanr
 
-from clo.files import read_json
 from clo.specs.base import Spec, check_version
 
 SCHEMA_VERSION = 2
@@ -167,11 +165,6 @@ def _regret(points: Sequence[Point]) -> float:
     """How much slower the design that the simulation would choose is than the fastest."""
     chosen = min(points, key=lambda point: point.simulated_s)
     return chosen.real_s / min(point.real_s for point in points) - 1.0
-
-
-def load_verdict(path: Path) -> Verdict:
-    """Read a verdict. Raises `CloError` naming the file and the problem."""
-    return Verdict.parse(read_json(path), where=str(path))
 
 
 def _rounds(verdict: Verdict) -> str:
