@@ -86,15 +86,15 @@ def _variants(options: dict[str, Any]) -> list[Design]:
     variants = [design_from(name, overrides) for name in names_from("--designs", options["designs"])]
     if options["pools"] is not None:
         pools = _numbers("--pools", options["pools"])
-        variants = _spread(variants, lambda design: design.cache in ("lru", "head_reuse"), "slot_budgets", pools, "x")
+        variants = _spread(variants, lambda design: design.cache in ("lru", "head_reuse"), "slot_budgets", pools, "{}x")
     if options["taus"] is not None:
         taus = _numbers("--taus", options["taus"])
-        variants = _spread(variants, lambda design: design.gated, "tau", taus, " tau=")
+        variants = _spread(variants, lambda design: design.gated, "tau", taus, "tau={}")
     for given in options["varied"]:
         field, _, values = given.partition("=")
         if not values:
             raise SpecError(f"--vary = {given!r}: FIELD=A,B is expected")
-        variants = _spread(variants, lambda design: design.selects, field, values.split(","), f" {field}=")
+        variants = _spread(variants, lambda design: design.selects, field, values.split(","), f"{field}={{}}")
     for option in ("against", "controls"):
         chosen = options[option]
         if chosen is not None and chosen not in [design.name for design in variants]:
@@ -124,7 +124,7 @@ def _contexts(options: dict[str, Any]) -> list[int]:
 def _spread(
     designs: list[Design], fits: Callable[[Design], bool], field: str, values: Sequence[float | str], mark: str
 ) -> list[Design]:
-    """Those that fit at each value of a field, named by it; the others as they are."""
+    """Those that fit at each value of a field, named by `mark` with the value in it; the others as they are."""
     tried: list[Design] = []
     for design in designs:
         if not fits(design):
@@ -133,7 +133,7 @@ def _spread(
         others = {"tau": {"target_hit_rate": None}, "slot_budgets": {"slot_pages": None}}.get(field, {})
         for value in values:
             shown = f"{value:g}" if isinstance(value, float) else str(value)
-            name = f"{design.name} {shown}x" if mark == "x" else f"{design.name}{mark}{shown}"
+            name = f"{design.name} {mark}".replace("{}", shown)
             tried.append(design.with_fields(**others, **{field: value}, name=name))
     return tried
 
