@@ -72,7 +72,7 @@ class Evaluation:
 def evaluate(scene: Scene, task: Task) -> Evaluation:
     """Run a task on its executor; a design that does not fit the scene is an evaluation with a problem, no error."""
     if task.level == "machine":
-        raise SpecError("level = machine: a design is run here by whoever explores: give `measure`")
+        raise SpecError("level = machine: no real machine is known here: give `measure`")
     try:
         varied = scene_with(scene, task.changes)
         if task.level == "simpy":
