@@ -171,6 +171,19 @@ def test_attention_computes_while_the_next_block_is_copied(compiled, arch):
         assert 3 * 4 * 32 * kernel["registers"] <= 2**16
 
 
+@pytest.mark.parametrize(("arch", "programs"), [(80, 2), (90, 3)])
+def test_attention_over_coded_pages_loads_ahead_too(compiled, arch, programs):
+    """Codes 16 bytes and steps 8 bytes at a time, three of the next block's four copies under way at the first wait."""
+    kernel = compiled[f"attend_split_coded:{arch}"]
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+)", kernel["ptx"])
+    assert set(copies) == {"0x10", "0x8"}
+    assert re.findall(r"cp\.async\.wait_group\s+(?:0x)?(\d+)", kernel["ptx"])[0] == "3"
+    assert kernel["shared_bytes"] <= PROGRAM_BYTES
+    # as many programs as `resident_programs` counts on: an A100 has shared memory for two
+    if kernel["registers"] is not None:
+        assert programs * 4 * 32 * kernel["registers"] <= 2**16
+
+
 def test_registers_and_shared_memory_are_reported_and_nothing_spills(compiled):
     if all(kernel["registers"] is None for kernel in compiled.values()):
         pytest.skip("needs ptxas")
