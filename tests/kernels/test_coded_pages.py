@@ -19,6 +19,10 @@ from tests.kernels.test_append_kv import grow, pinned
 from tests.kernels.test_sparse_decode_attention import check, problem
 
 
+SMALLEST = torch.finfo(torch.float32).tiny
+"""What is smaller may be flushed to zero, or have fewer digits."""
+
+
 def with_coded_slots(kv):
     return replace(kv, slots=encode(kv.slots))
 
@@ -38,7 +42,7 @@ def test_a_value_is_known_to_half_a_step(values, scale):
     step = row.abs().max() / 127
     error = (decode(encode(row.float()), torch.float64) - row.float().double()).abs()
     # the step is rounded to bfloat16, by 2**-9 of itself at most: the largest code is a little more or less than 127
-    assert (error <= 0.5 * step * (1 + 2**-9)).all()
+    assert (error <= 0.5 * step * (1 + 2**-9) + SMALLEST).all()
 
 
 def test_outliers_cost_only_their_neighbours():
