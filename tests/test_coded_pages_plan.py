@@ -15,7 +15,7 @@ from toy_service import trace_of
 import clo_sim
 from clo import presets
 from clo.errors import SpecError
-from clo.plan import CODED_BYTES_PER_VALUE, STEP_VALUES
+from clo.placement import CODED_BYTES_PER_VALUE, STEP_VALUES
 from clo.schedule.ops import StepOps
 from clo.schedule.work import DecodeAttention, LatentAttention
 from clo.specs import Design, PageCoding, Workload

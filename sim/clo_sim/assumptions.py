@@ -5,7 +5,8 @@ from __future__ import annotations
 from clo.kernel_scaling import measured_on
 from clo.kernel_tables import BYTES_PER_VALUE, LatentAttentionTable, LatentMapTable
 from clo.operation_costs import OperationProfile
-from clo.plan import DecodePlan, pinned_heads
+from clo.placement import pinned_heads
+from clo.plan import DecodePlan
 from clo.table_prices import FP8_BYTES, TablePrices
 from clo_sim.priced import PricedStep
 from clo_sim.scene import Scene

@@ -18,7 +18,6 @@ from tests.kernels.sequences import empty_kv
 from tests.kernels.test_append_kv import grow, pinned
 from tests.kernels.test_sparse_decode_attention import check, problem
 
-
 SMALLEST = torch.finfo(torch.float32).tiny
 """What is smaller may be flushed to zero, or have fewer digits."""
 

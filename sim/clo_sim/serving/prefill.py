@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clo.kernel_scaling import measured_on
-from clo.plan import hosted_token_bytes, paged_layer_token_bytes, pinned_heads, sparse_layers
+from clo.placement import hosted_token_bytes, paged_layer_token_bytes, pinned_heads, sparse_layers
 from clo.pricing import Pricer
 from clo.profile import ArithmeticCost
 from clo.schedule.decode import BEST_TOKEN_VALUES

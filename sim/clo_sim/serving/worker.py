@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from clo.errors import SpecError
-from clo.plan import hosted_token_bytes
+from clo.placement import hosted_token_bytes
 from clo.specs import Design
 from clo_sim.intervals import CostDraw
 from clo_sim.run import Executor

@@ -1,0 +1,70 @@
+"""Which layers and heads of a model's KV cache a design keeps where, and in how many bytes. Knows no machine."""
+
+from __future__ import annotations
+
+import math
+
+from clo.specs import Attend, Design, ModelSpec, PageCoding, Selector, Workload
+
+STEP_VALUES = 16
+"""Values of a coded page that share a step of two bytes."""
+CODED_BYTES_PER_VALUE = {PageCoding.INT8: 1.0 + 2.0 / STEP_VALUES}
+
+
+def dense_layers(model: ModelSpec, design: Design) -> int:
+    """All layers of a design that attends in full on the device, none of a streamed one, else `design.dense_layers`."""
+    if design.attend is Attend.FULL:
+        return 0 if design.offloads else model.num_layers
+    return min(design.dense_layers, model.num_layers)
+
+
+def is_sparse(model: ModelSpec, design: Design, layer: int) -> bool:
+    """Whether pages of a layer are selected, or come from the host; there is no such layer past the last."""
+    return dense_layers(model, design) <= layer < model.num_layers and layer not in model.windowed_layers
+
+
+def sparse_layers(model: ModelSpec, design: Design) -> tuple[int, ...]:
+    """All such layers, ascending."""
+    return tuple(layer for layer in range(model.num_layers) if is_sparse(model, design, layer))
+
+
+def page_bytes_per_value(model: ModelSpec, design: Design) -> float:
+    """Bytes of a key or value element in a page, on the host and in slots."""
+    return CODED_BYTES_PER_VALUE.get(design.page_coding, model.kv_bytes_per_value)
+
+
+def paged_layer_token_bytes(model: ModelSpec, design: Design) -> float:
+    """Key and value of one token in one layer as pages keep them, bytes."""
+    return model.num_kv_heads * model.head_token_values * page_bytes_per_value(model, design)
+
+
+def hosted_token_bytes(model: ModelSpec, design: Design) -> float:
+    """KV cache of one more token if all of it is kept on the host: of offloaded layers as pages keep it, bytes."""
+    paged = len(sparse_layers(model, design)) if design.offloads else 0
+    return model.kv_bytes_per_token - paged * (model.layer_token_bytes - paged_layer_token_bytes(model, design))
+
+
+def pinned_heads(model: ModelSpec, design: Design) -> int:
+    """KV heads of a layer whose KV stays on the device whole."""
+    return round(design.pinned_head_fraction * model.num_kv_heads) if design.offloads else 0
+
+
+def index_bytes_per_head(model: ModelSpec, design: Design, workload: Workload) -> float:
+    """Device bytes of the selector's index for one KV head of one sequence.
+
+    Page min/max holds two vectors a page, page mean one; 4-bit keys half a byte a key element, and a step and an offset
+    of two bytes a token; sign-hash codes 128 bits a token; the exact selector is an oracle that keeps every key on the
+    device.
+    """
+    if not design.selects:
+        return 0.0
+    tokens, vector = workload.context_tokens, model.head_dim * model.kv_bytes_per_value
+    pages = math.ceil(tokens / design.page_size)
+    sizes = {
+        Selector.EXACT: tokens * vector,
+        Selector.PAGE_MINMAX: pages * 2 * vector,
+        Selector.PAGE_MEAN: pages * vector,
+        Selector.KEY_4BIT: tokens * (model.head_dim / 2 + 4),
+        Selector.SIGN_HASH: tokens * 16.0,
+    }
+    return sizes[design.selector]
