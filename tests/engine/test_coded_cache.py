@@ -146,6 +146,21 @@ class TestAnswers:
         error = (found - exact).norm() / exact.norm()
         assert 1e-6 < error < 0.02
 
+    def test_of_a_prompt_read_in_chunks_the_device_keeps_what_was_computed(self) -> None:
+        model, tokens = small_model(), prompt(70)
+        source = Sparse(small_model(), tokens).cache.layers[0]
+        computed = torch.stack([source.keys[0], source.values[0]], 1).float()
+        chosen = coded("clo", budget_pages=1, dense_layers=0, pinned_head_fraction=0.5, selector="exact")
+        with Decoder(model, chosen, max_new_tokens=2, prefill_chunk_tokens=32) as decoder:
+            decoder.prefill([tokens])
+            layer = decoder.layers[0]
+            assert isinstance(layer, OffloadedLayer)
+            close = {"rtol": 1e-5, "atol": 1e-5}
+            (head,) = layer.heads.pinned
+            torch.testing.assert_close(layer.kv.sinks[0], computed[:, :, :PAGE], **close)
+            torch.testing.assert_close(layer.kv.pinned[0, 0, :, :70], computed[head], **close)
+            torch.testing.assert_close(layer.selection.keys[0, :, :70], computed[:, 0], **close)
+
     def test_batches_of_different_lengths(self) -> None:
         model, tokens = small_model(), prompt(120)
         chosen = coded("clo", budget_pages=2)
