@@ -154,7 +154,7 @@ def test_the_kernel_keeps_what_is_not_finite(bad):
     assert torch.isfinite(back[0, 1:]).all()
 
 
-@cases("page_size dim", (16, 64), (16, 128), (4, 16), (8, 80))
+@cases("page_size dim", (16, 64), (16, 128), (4, 16), (8, 80), (1, 16), (3, 80))
 def test_gathered_pages_are_the_hosts_bit_for_bit(page_size, dim):
     host = pinned(torch.randint(-128, 128, (1, 9, 2, 2, page_size, coded_width(dim)), dtype=torch.int8))
     slots = torch.zeros(1, 2, 4, 2, page_size, coded_width(dim), dtype=torch.int8, device=DEVICE)
