@@ -10,9 +10,13 @@ from sparse_oracle import Sparse
 from test_attended_pages import FETCHING, check_slots, second_layer
 
 from clo.engine import offload
+from clo.engine.answers.fidelity import Fidelity
 from clo.engine.decoder import Decoder
+from clo.engine.inline_decoder import InlineDecoder
 from clo.engine.layers import OffloadedLayer
 from clo.engine.memory import cache_bytes
+from clo.engine.models.network import Network
+from clo.engine.prompts import read_prompt
 from clo.errors import EngineError, SpecError
 from clo.specs import Cache, Design, PageCoding
 from clo_kernels.coded_pages import coded_width, decode, encode
@@ -183,6 +187,19 @@ class TestAnswers:
             layer.kv.slots[0, 1, :, 1, 0, DIM:] = -1
             with pytest.raises(EngineError, match=r"layer 2.*KV head 1"):
                 decoder.step(tokens[:1])
+
+
+class TestFidelity:
+    @pytest.mark.parametrize("name", ["resolve", "resident-sparse"])
+    def test_a_budget_of_everything_has_no_error(self, name: str) -> None:
+        """What sinks and window hold as computed is so in full attention, too."""
+        network, seen = Network(small_model()), Fidelity(every=1)
+        decoder = InlineDecoder(network, everything(name), max_new_tokens=20, observer=seen)
+        decoder.prefill([read_prompt(network, prompt(70))])
+        for token in prompt(20, 1):
+            decoder.step(token[None])
+        assert seen.output_error == pytest.approx(0.0, abs=1e-5)
+        assert seen.mass_recalled == pytest.approx(1.0)
 
 
 class TestMemory:
