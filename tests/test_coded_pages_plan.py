@@ -127,6 +127,7 @@ class TestPrices:
         assert (row.chosen, row.value) == ("none", "int8")
         assert row.tpot_s is not None
         assert row.note.startswith("changes the answers")
+        assert row.note.endswith("attention to them was not timed")
 
 
 class TestServices:

@@ -85,12 +85,18 @@ class TestStep:
         assert not any("a cache of" in note for note in result.assumptions)
 
     @pytest.mark.parametrize(
-        ("model", "machine", "width"),
-        [("llama-3-8b", "a100", 1.0), ("deepseek-v2-lite", "l40s", 1.0), ("llama-3-8b", "h200", 0.5)],
+        ("model", "machine", "width", "timed"),
+        [
+            ("llama-3-8b", "a100", 1.0, "bf16"),
+            ("deepseek-v2-lite", "l40s", 1.0, "bf16"),
+            ("llama-3-8b", "h200", 0.5, "bf16"),
+            ("llama-3-8b", "h200", 1.5, "fp8"),
+            ("deepseek-v2-lite", "h200", 1.5, "fp8"),
+        ],
     )
-    def test_what_was_not_timed_is_said(self, model: str, machine: str, width: float) -> None:
+    def test_what_was_not_timed_is_said(self, model: str, machine: str, width: float, timed: str) -> None:
         result = simulate(scene_of(model, machine, width), "resident")
-        expected = f"attention over a cache of {width:g} bytes a value takes as long as over as many bytes of bf16"
+        expected = f"attention over a cache of {width:g} bytes a value takes as long as over as many bytes of {timed}"
         assert expected in result.assumptions
         assert result.ops["attention"].source == "assumed"
         assert result.ops["out_proj"].source == "aiconfigurator"

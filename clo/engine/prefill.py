@@ -206,7 +206,7 @@ class _OffloadedPrompt(_HostedPrompt):
         self._stored = full
         self._rest = None if complete else kv[:, :, full * size :].clone()
         if complete:
-            self._layer.load_rest(self._sequence, kv[0], kv[1])
+            self._layer.load_rest(self._sequence, full, kv[:, :, full * size :])
 
     def part(self, first: int, end: int) -> str:
         return f"pages {first // self._layer.page_size} to {(end - 1) // self._layer.page_size}"

@@ -17,6 +17,7 @@ def encode_block(values, DIM_PAD: tl.constexpr):
     step = (((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16).to(tl.float32, bitcast=True)
     # a maximum leaves out what is no number, a sum does not
     spoilt = tl.sum((groups != groups).to(tl.int32), 2) > 0
+    step = tl.where(step < 1.1754943508222875e-38, 0.0, step)  # SMALLEST_STEP
     step = tl.where(spoilt, float("nan"), step)
     some = (step > 0) & (step < float("inf"))
     divisor = tl.broadcast_to(tl.where(some, step, 1.0)[:, :, None], groups.shape)

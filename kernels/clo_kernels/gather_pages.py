@@ -81,7 +81,7 @@ def gather_pages(
     check_host_tensor("host_pages", host_pages, slots.device)
     fetch.check((batch, heads), slots.device)
     page_bytes = 2 * page_size * head_dim * slots.element_size()
-    require(page_bytes % 16 == 0 and page_bytes > 0, f"a page is {page_bytes} bytes, expected a multiple of 16")
+    require(page_bytes % 4 == 0 and page_bytes > 0, f"a page is {page_bytes} bytes, expected a multiple of 4")
     for name, tensor in (("host_pages", host_pages), ("slots", slots)):
         require(tensor.data_ptr() % 16 == 0, f"{name}: starts at {tensor.data_ptr():#x}, expected a multiple of 16")
     require(batch * heads <= MAX_ROWS, f"batch * num_kv_heads = {batch * heads}, expected at most {MAX_ROWS}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from clo.kernel_scaling import measured_on
-from clo.kernel_tables import BYTES_PER_VALUE, LatentAttentionTable, LatentMapTable
+from clo.kernel_tables import BYTES_PER_VALUE, DecodeAttentionTable, LatentAttentionTable, LatentMapTable
 from clo.operation_costs import OperationProfile
 from clo.placement import pinned_heads
 from clo.plan import DecodePlan
@@ -36,8 +36,8 @@ def _coding_notes(scene: Scene, plan: DecodePlan) -> tuple[str, ...]:
         return (f"{coding} pages are coded and read in the time that their bytes take: {profile.name} timed none",)
     prices, width = TablePrices(profile, scene.machine), plan.attended_bytes_per_value
     table = prices.decode_attention(width) if scene.model.latent is None else prices.latent_attention(width)
-    like = "fp8" if table.kv_bytes == FP8_BYTES else "bf16"
-    return (f"attention over {coding} pages takes as long as over as many bytes of {like}; coding a page is free",)
+    timed = _width_name(table)
+    return (f"attention over {coding} pages takes as long as over as many bytes of {timed}; coding a page is free",)
 
 
 def _experts_notes(scene: Scene) -> tuple[str, ...]:
@@ -113,7 +113,13 @@ def _cache_notes(scene: Scene) -> tuple[str, ...]:
     table = prices.decode_attention(width) if scene.model.latent is None else prices.latent_attention(width)
     if table.kv_bytes == width:
         return ()
-    return (f"attention over a cache of {width:g} bytes a value takes as long as over as many bytes of bf16",)
+    timed = _width_name(table)
+    return (f"attention over a cache of {width:g} bytes a value takes as long as over as many bytes of {timed}",)
+
+
+def _width_name(table: DecodeAttentionTable | LatentAttentionTable) -> str:
+    """Over caches of what the table was timed."""
+    return "fp8" if table.kv_bytes == FP8_BYTES else "bf16"
 
 
 def _latent_notes(scene: Scene) -> tuple[str, ...]:

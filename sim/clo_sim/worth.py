@@ -88,7 +88,7 @@ def _quality_note(field: str, best: Result, other: Evaluation) -> str:
     if field == "selector":
         return "changes the answers: another index chooses the pages"
     if field == "page_coding":
-        how = "no longer rounded" if best.design.codes_pages else "rounded to 8 bits"
+        how = "no longer rounded" if best.design.codes_pages else "rounded to 8 bits; attention to them was not timed"
         return f"changes the answers: keys and values in pages are {how}"
     overlap = other.metrics["overlap"]
     if best.overlap is not None and abs(overlap - best.overlap) > 0.005:

@@ -10,9 +10,13 @@ from sparse_oracle import Sparse
 from test_attended_pages import FETCHING, check_slots, second_layer
 
 from clo.engine import offload
+from clo.engine.answers.fidelity import Fidelity
 from clo.engine.decoder import Decoder
+from clo.engine.inline_decoder import InlineDecoder
 from clo.engine.layers import OffloadedLayer
 from clo.engine.memory import cache_bytes
+from clo.engine.models.network import Network
+from clo.engine.prompts import read_prompt
 from clo.errors import EngineError, SpecError
 from clo.specs import Cache, Design, PageCoding
 from clo_kernels.coded_pages import coded_width, decode, encode
@@ -146,6 +150,21 @@ class TestAnswers:
         error = (found - exact).norm() / exact.norm()
         assert 1e-6 < error < 0.02
 
+    def test_of_a_prompt_read_in_chunks_the_device_keeps_what_was_computed(self) -> None:
+        model, tokens = small_model(), prompt(70)
+        source = Sparse(small_model(), tokens).cache.layers[0]
+        computed = torch.stack([source.keys[0], source.values[0]], 1).float()
+        chosen = coded("clo", budget_pages=1, dense_layers=0, pinned_head_fraction=0.5, selector="exact")
+        with Decoder(model, chosen, max_new_tokens=2, prefill_chunk_tokens=32) as decoder:
+            decoder.prefill([tokens])
+            layer = decoder.layers[0]
+            assert isinstance(layer, OffloadedLayer)
+            close = {"rtol": 1e-5, "atol": 1e-5}
+            (head,) = layer.heads.pinned
+            torch.testing.assert_close(layer.kv.sinks[0], computed[:, :, :PAGE], **close)
+            torch.testing.assert_close(layer.kv.pinned[0, 0, :, :70], computed[head], **close)
+            torch.testing.assert_close(layer.selection.keys[0, :, :70], computed[:, 0], **close)
+
     def test_batches_of_different_lengths(self) -> None:
         model, tokens = small_model(), prompt(120)
         chosen = coded("clo", budget_pages=2)
@@ -168,6 +187,19 @@ class TestAnswers:
             layer.kv.slots[0, 1, :, 1, 0, DIM:] = -1
             with pytest.raises(EngineError, match=r"layer 2.*KV head 1"):
                 decoder.step(tokens[:1])
+
+
+class TestFidelity:
+    @pytest.mark.parametrize("name", ["resolve", "resident-sparse"])
+    def test_a_budget_of_everything_has_no_error(self, name: str) -> None:
+        """What sinks and window hold as computed is so in full attention, too."""
+        network, seen = Network(small_model()), Fidelity(every=1)
+        decoder = InlineDecoder(network, everything(name), max_new_tokens=20, observer=seen)
+        decoder.prefill([read_prompt(network, prompt(70))])
+        for token in prompt(20, 1):
+            decoder.step(token[None])
+        assert seen.output_error == pytest.approx(0.0, abs=1e-5)
+        assert seen.mass_recalled == pytest.approx(1.0)
 
 
 class TestMemory:

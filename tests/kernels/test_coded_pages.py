@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from clo_kernels import reference
 from clo_kernels.append_kv import append_kv
-from clo_kernels.coded_pages import STEP_VALUES, coded_width, decode, encode, values_of
+from clo_kernels.coded_pages import SMALLEST_STEP, STEP_VALUES, coded_width, decode, encode, values_of
 from clo_kernels.gather_pages import gather_pages
 from clo_kernels.layout import Resolved, window_start
 from clo_kernels.sparse_decode_attention import sparse_decode_attention
@@ -17,9 +17,6 @@ from tests.kernels.helpers import DEVICE, TOLERANCE, by_dtype, cases
 from tests.kernels.sequences import empty_kv
 from tests.kernels.test_append_kv import grow, pinned
 from tests.kernels.test_sparse_decode_attention import check, problem
-
-SMALLEST = torch.finfo(torch.float32).tiny
-"""What is smaller may be flushed to zero, or have fewer digits."""
 
 
 def with_coded_slots(kv):
@@ -36,12 +33,18 @@ def as_stored(full, page_size):
     st.lists(st.floats(-1e4, 1e4, width=32), min_size=STEP_VALUES, max_size=STEP_VALUES),
     st.sampled_from([1.0, 1e-30, 1e20]),
 )
+@example([1.2e-7] + [0.0] * 15, 1e-30)
+@example([1e-9] + [0.0] * 15, 1e-30)
+@example([127 * (1 + 2**-8 + 2**-12), 0.5 * (1 + 2**-7) - 2**-20] + [0.0] * 14, 1.0)
 def test_a_value_is_known_to_half_a_step(values, scale):
     row = torch.tensor(values, dtype=torch.float64) * scale
     step = row.abs().max() / 127
     error = (decode(encode(row.float()), torch.float64) - row.float().double()).abs()
-    # the step is rounded to bfloat16, by 2**-9 of itself at most: the largest code is a little more or less than 127
-    assert (error <= 0.5 * step * (1 + 2**-9) + SMALLEST).all()
+    if step < SMALLEST_STEP * (1 - 2**-8):
+        assert torch.equal(error, row.float().double().abs())
+    else:
+        # the step is rounded to bfloat16, by 2**-8 of itself at most: the largest code is about 127
+        assert (error <= 0.5 * step * (1 + 2**-8)).all()
 
 
 def test_outliers_cost_only_their_neighbours():
@@ -143,6 +146,24 @@ def test_pages_that_leave_the_window_are_coded(page_size, recent, dim, append):
     torch.testing.assert_close(index[:, :, :gone], mean, **TOLERANCE[index.dtype])
 
 
+@pytest.mark.parametrize("dim", [16, 48, 80, 144, 256])
+@by_dtype
+def test_pages_are_coded_alike_at_any_magnitude(dim, dtype):
+    """Magnitudes whose steps are subnormal, ties between codes, zeros and outliers, bit for bit."""
+    full = torch.randn(1, 1, 2, 28, dim, dtype=torch.float64)
+    full[:, :, :, :20] *= torch.logspace(-40, 34, 20, dtype=torch.float64)[:, None]
+    full[:, :, :, 3, ::2] = 0.0
+    full[:, :, :, 9:12] = full[:, :, :, 9:12].sign() * torch.arange(dim) * 0.5
+    full[:, :, :, 12, 5] *= 1e4
+    full = full.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(DEVICE, dtype)
+    hosts = []
+    for append in (append_kv, reference.append_kv):
+        kv = with_coded_slots(empty_kv(1, 1, 1, 4, dim, sinks=1, recent=5, max_tokens=28, dtype=dtype))
+        hosts.append(pinned(torch.zeros(1, 8, 1, 2, 4, coded_width(dim), dtype=torch.int8)))
+        grow(append, full, range(28), kv, hosts[-1], torch.zeros(1, 1, 8, 1, dim, dtype=dtype, device=DEVICE))
+    assert torch.equal(*hosts)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_the_kernel_keeps_what_is_not_finite(bad):
     full = torch.randn(1, 1, 2, 40, 32).to(DEVICE)
@@ -157,7 +178,7 @@ def test_the_kernel_keeps_what_is_not_finite(bad):
     assert torch.isfinite(back[0, 1:]).all()
 
 
-@cases("page_size dim", (16, 64), (16, 128), (4, 16), (8, 80))
+@cases("page_size dim", (16, 64), (16, 128), (4, 16), (8, 80), (1, 16), (3, 80))
 def test_gathered_pages_are_the_hosts_bit_for_bit(page_size, dim):
     host = pinned(torch.randint(-128, 128, (1, 9, 2, 2, page_size, coded_width(dim)), dtype=torch.int8))
     slots = torch.zeros(1, 2, 4, 2, page_size, coded_width(dim), dtype=torch.int8, device=DEVICE)

@@ -69,12 +69,15 @@ def against_full(
 
 
 def whole_cache(layer: OffloadedLayer, sequence: int, length: int) -> torch.Tensor:
-    """Keys and values of every token `[kv_heads, 2, length, head_dim]`, from wherever they are; pages as kept."""
-    start = window_start(length, layer.kv.recent_tokens, layer.page_size)
+    """Keys and values of every token `[kv_heads, 2, length, head_dim]`, as attention has them: what the sinks and the
+    window hold from there, pages as kept."""
+    start = window_start(length, layer.attended_kv.recent_tokens, layer.page_size)
     pages = layer.format.restored(layer.host_pages[sequence, : start // layer.page_size].to(layer.shape.device))
     ring = torch.arange(start, length, device=layer.shape.device) % layer.kv.ring_tokens
     window = layer.kv.window[sequence][:, :, ring]
     whole = torch.cat([pages.permute(1, 2, 0, 3, 4).flatten(2, 3), window], 2)
+    if start:
+        whole[:, :, : layer.page_size] = layer.kv.sinks[sequence]
     for row, head in enumerate(layer.heads.pinned):
         whole[head] = layer.kv.pinned[sequence, row, :, :length]
     return whole

@@ -106,16 +106,19 @@ class OffloadedLayer:
 
     def load(self, sequence: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take in a prompt's rotated keys and values, `[kv_heads, tokens, head_dim]`; the last pages stay in slots."""
-        start = self.pages_of_prompt(keys.shape[1]) * self.page_size
-        self.load_pages(sequence, 0, torch.stack([keys[:, :start], values[:, :start]]))
-        self.load_rest(sequence, keys, values)
+        full, kv = self.pages_of_prompt(keys.shape[1]), torch.stack([keys, values])
+        self.load_pages(sequence, 0, kv[:, :, : full * self.page_size])
+        self.load_rest(sequence, full, kv[:, :, full * self.page_size :])
 
     def pages_of_prompt(self, tokens: int) -> int:
         """Pages of a prompt that are not in the window when it has been read."""
         return window_start(tokens, self.kv.recent_tokens, self.page_size) // self.page_size
 
     def load_pages(self, sequence: int, first: int, kv: torch.Tensor) -> None:
-        """Pages of a prompt from page `first` on, `[2, kv_heads, tokens, head_dim]`: to the host and indexed."""
+        """Pages of a prompt from page `first` on, `[2, kv_heads, tokens, head_dim]`: to the host and indexed.
+
+        What is kept of them besides is kept now, as computed: coded pages do not come back as they were.
+        """
         count = kv.shape[2] // self.page_size
         if not count:
             return
@@ -124,6 +127,7 @@ class OffloadedLayer:
         kept = self.format.kept(pages.permute(2, 1, 0, 3, 4))
         self.host_pages[sequence, first : first + count].copy_(kept)
         self.selection.index_pages(sequence, first, pages[0])
+        self._keep(sequence, first * self.page_size, kv)
 
     def fetch_pages(self, sequence: int, count: int, out: torch.Tensor) -> None:
         """The first `count` pages into `out` `[2, kv_heads, count * page_size, head_dim]`, on the device."""
@@ -137,21 +141,23 @@ class OffloadedLayer:
             restored = self.format.restored(arrived)
             rows.unflatten(2, (end - first, self.page_size)).copy_(restored.permute(2, 1, 0, 3, 4))
 
-    def load_rest(self, sequence: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """What of a whole prompt `[kv_heads, tokens, head_dim]` is on the device; its pages are on the host already."""
-        tokens = keys.shape[1]
-        for row, head in enumerate(self.heads.pinned):
-            self.kv.pinned[sequence, row, 0, :tokens] = keys[head]
-            self.kv.pinned[sequence, row, 1, :tokens] = values[head]
-        full = self.pages_of_prompt(tokens)
-        self.selection.remember_prompt(sequence, keys)
-        count = min(self.kv.sinks.shape[3], tokens)
-        kept = torch.arange(full * self.page_size, tokens, device=keys.device)
-        for part, of_prompt in enumerate((keys, values)):
-            self.kv.sinks[sequence, :, part, :count] = of_prompt[:, :count]
-            self.kv.window[sequence, :, part][:, kept % self.kv.ring_tokens] = of_prompt[:, kept]
+    def load_rest(self, sequence: int, full: int, kv: torch.Tensor) -> None:
+        """Tokens behind the `full` pages of a prompt, `[2, kv_heads, tokens, head_dim]`: it ends in the window."""
+        start = full * self.page_size
+        self._keep(sequence, start, kv)
+        rows = torch.arange(start, start + kv.shape[2], device=kv.device) % self.kv.ring_tokens
+        self.kv.window[sequence][:, :, rows] = kv.transpose(0, 1)
         if self.design.cache not in (Cache.RESIDENT, Cache.NONE):
             self._fill_slots(sequence, full)
+
+    def _keep(self, sequence: int, first: int, kv: torch.Tensor) -> None:
+        """What stays on the device of a prompt's tokens from `first` on: those of pinned heads, sinks, exact keys."""
+        end = first + kv.shape[2]
+        for row, head in enumerate(self.heads.pinned):
+            self.kv.pinned[sequence, row, :, first:end] = kv[:, head]
+        self.selection.remember_prompt(sequence, first, kv[0])
+        sinks = self.kv.sinks[sequence, :, :, first:end]
+        sinks.copy_(kv[:, :, : sinks.shape[2]].transpose(0, 1))
 
     def _fill_slots(self, sequence: int, full: int) -> None:
         """The pages computed last are on the device already: they begin in the slots, the newest used last."""

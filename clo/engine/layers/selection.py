@@ -50,14 +50,14 @@ class Selection:
         """Index whole pages from page `first` on, `[kv_heads, pages, page_size, head_dim]`."""
         self.index[sequence, :, first : first + keys.shape[1]] = page_index(keys, self.kind, self.planes)
 
-    def remember_prompt(self, sequence: int, keys: torch.Tensor) -> None:
-        """What the exact selector reads of a prompt, `[kv_heads, tokens, head_dim]`."""
+    def remember_prompt(self, sequence: int, first: int, keys: torch.Tensor) -> None:
+        """What the exact selector reads of a prompt's tokens from `first` on, `[kv_heads, tokens, head_dim]`."""
         if self._design.selector is not Selector.EXACT:
             return
         if not hasattr(self, "keys"):
             size = (*self._shape.rows, self._shape.max_tokens, self._shape.head_dim)
             self.keys = torch.zeros(size, dtype=self._shape.dtype, device=self._device)
-        self.keys[sequence, :, : keys.shape[1]] = keys
+        self.keys[sequence, :, first : first + keys.shape[1]] = keys
 
     def remember_token(self, key: torch.Tensor, lengths: torch.Tensor) -> None:
         """What the exact selector reads of the new token of each sequence, `[batch, kv_heads, head_dim]`."""
