@@ -33,9 +33,14 @@ def page_bytes_per_value(model: ModelSpec, design: Design) -> float:
     return CODED_BYTES_PER_VALUE.get(design.page_coding, model.kv_bytes_per_value)
 
 
+def paged_head_token_bytes(model: ModelSpec, design: Design) -> float:
+    """Key and value of one token in one KV head as pages keep them, bytes."""
+    return model.head_token_values * page_bytes_per_value(model, design)
+
+
 def paged_layer_token_bytes(model: ModelSpec, design: Design) -> float:
-    """Key and value of one token in one layer as pages keep them, bytes."""
-    return model.num_kv_heads * model.head_token_values * page_bytes_per_value(model, design)
+    """The same in all KV heads of a layer, bytes."""
+    return model.num_kv_heads * paged_head_token_bytes(model, design)
 
 
 def hosted_token_bytes(model: ModelSpec, design: Design) -> float:

@@ -16,6 +16,7 @@ from clo.placement import (
     index_bytes_per_head,
     is_sparse,
     page_bytes_per_value,
+    paged_head_token_bytes,
     paged_layer_token_bytes,
     pinned_heads,
     sparse_layers,
@@ -69,20 +70,15 @@ class DecodePlan:
     @property
     def page_bytes(self) -> float:
         """Keys and values of one page of one KV head, as it is kept and moved, bytes."""
-        return self.design.page_size * self.model.head_token_values * self.page_bytes_per_value
-
-    @property
-    def page_bytes_per_value(self) -> float:
-        """Bytes of a key or value element in a page."""
-        return page_bytes_per_value(self.model, self.design)
+        return self.design.page_size * paged_head_token_bytes(self.model, self.design)
 
     @property
     def attended_bytes_per_value(self) -> float:
-        """The same in the mean over what an offloaded head attends to: sinks and window are as computed."""
+        """Bytes of a key or value element in the mean over what an offloaded head attends to: windows are as computed."""
         if not self.design.codes_pages:
             return self.model.kv_bytes_per_value
         plain = self.window_tokens / self.attended_tokens
-        return plain * self.model.kv_bytes_per_value + (1 - plain) * self.page_bytes_per_value
+        return plain * self.model.kv_bytes_per_value + (1 - plain) * page_bytes_per_value(self.model, self.design)
 
     @property
     def sequences(self) -> int:
@@ -275,7 +271,7 @@ def _slot_row_bytes(model: ModelSpec, design: Design, sequences: int, pinned: in
     # without a cache the slots are a buffer that layers share in turn: one in use, the others being filled
     layers = min(sparse, design.prefetch_depth + 1) if design.cache is Cache.NONE else sparse
     heads = layers * (model.num_kv_heads - pinned) * sequences
-    return heads * design.page_size * model.head_token_values * page_bytes_per_value(model, design)
+    return heads * design.page_size * paged_head_token_bytes(model, design)
 
 
 def _slot_pages(design: Design, pages: int, budget: int, room: float, row_bytes: float) -> int:

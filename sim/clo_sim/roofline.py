@@ -36,8 +36,7 @@ def roofline(plan: DecodePlan, source: TrafficSource, moved_bytes: float) -> Roo
 
 def attended_bytes(plan: DecodePlan) -> float:
     """Keys and values that attention reads in a step, bytes."""
-    sparse = [layer for layer in range(plan.model.num_layers) if plan.is_sparse(layer)]
-    coded = len(sparse) * plan.attended_tokens * (plan.model.num_kv_heads - plan.pinned_heads_per_layer)
+    coded = len(plan.sparse_layers) * plan.attended_tokens * (plan.model.num_kv_heads - plan.pinned_heads_per_layer)
     saved = coded * (plan.model.kv_bytes_per_value - plan.attended_bytes_per_value) * plan.model.head_token_values
     return (sum(_attended_tokens(plan)) * plan.model.head_token_bytes - saved) * plan.sequences
 

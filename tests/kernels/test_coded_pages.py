@@ -16,7 +16,7 @@ from clo_kernels.sparse_decode_attention import sparse_decode_attention
 from tests.kernels.helpers import DEVICE, TOLERANCE, by_dtype, cases
 from tests.kernels.sequences import empty_kv
 from tests.kernels.test_append_kv import grow, pinned
-from tests.kernels.test_sparse_decode_attention import check, problem
+from tests.kernels.test_sparse_decode_attention import SHAPES, check, problem
 
 
 def with_coded_slots(kv):
@@ -88,15 +88,7 @@ def test_rows_that_cannot_be(call):
 
 
 @by_dtype
-@cases(
-    "lengths heads group dim page_size budget splits",
-    ((131,), 1, 1, 64, 16, 3, 1),
-    ((97, 5, 300), 2, 3, 64, 16, 5, 3),
-    ((150, 41, 77), 1, 7, 128, 1, 11, 2),
-    ((401,), 2, 8, 128, 64, 3, 4),
-    ((140, 30), 2, 3, 80, 16, 3, 2),
-    ((133, 90, 1), 2, 1, 64, 3, 7, 20),
-)
+@SHAPES
 @pytest.mark.parametrize("share", [1.0, 0.3])
 def test_attention_over_coded_slots(lengths, heads, group, dim, page_size, budget, splits, share, dtype):
     query, kv, selected, length, full, tokens = problem(
@@ -110,9 +102,16 @@ def test_attention_over_coded_slots(lengths, heads, group, dim, page_size, budge
             if kv.pinned_row[h] < 0:
                 first = kv.sinks.shape[3]
                 attended[b, h, :, first:start] = as_stored(full, page_size)[b, h, :, first:start]
-    for chosen in (tokens[key] for key in tokens):
-        assert len(set(chosen)) == len(chosen)
     check(query, with_coded_slots(kv), selected, length, attended, tokens, num_splits=splits)
+
+
+def test_programs_without_a_block_of_slots():
+    """More splits than blocks: some programs begin behind the slots, some have nothing at all."""
+    query, kv, selected, lengths, *_ = problem((133, 90, 1), 2, 1, 64, 3, budget=7)
+    few, many = (
+        sparse_decode_attention(query, with_coded_slots(kv), selected, lengths, num_splits=splits) for splits in (1, 20)
+    )
+    torch.testing.assert_close(many, few, **TOLERANCE[query.dtype])
 
 
 def test_kernel_and_reference_agree_on_coded_slots():

@@ -49,8 +49,7 @@ def check(query, kv, selected, lengths, full, tokens, num_splits=None, scale=Non
     torch.testing.assert_close(out.double(), expected, **TOLERANCE[query.dtype])
 
 
-@by_dtype
-@cases(
+SHAPES = cases(
     "lengths heads group dim page_size budget splits",
     ((131,), 1, 1, 64, 16, 3, 1),
     ((97, 5, 300), 2, 3, 64, 16, 5, 3),
@@ -61,6 +60,10 @@ def check(query, kv, selected, lengths, full, tokens, num_splits=None, scale=Non
     ((140, 30), 2, 3, 80, 16, 3, 2),
     ((90,), 1, 4, 96, 4, 5, 1),
 )
+
+
+@by_dtype
+@SHAPES
 def test_agrees_with_full_attention_over_the_attended_tokens(
     lengths, heads, group, dim, page_size, budget, splits, dtype
 ):
