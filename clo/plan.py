@@ -74,7 +74,10 @@ class DecodePlan:
 
     @property
     def attended_bytes_per_value(self) -> float:
-        """Bytes of a key or value element in the mean over what an offloaded head attends to: windows are as computed."""
+        """Bytes of a key or value element in the mean over what an offloaded head attends to.
+
+        Sinks and window are as computed.
+        """
         if not self.design.codes_pages:
             return self.model.kv_bytes_per_value
         plain = self.window_tokens / self.attended_tokens

@@ -7,6 +7,7 @@ from clo.kernel_tables import BYTES_PER_VALUE, DecodeAttentionTable, LatentAtten
 from clo.operation_costs import OperationProfile
 from clo.placement import pinned_heads
 from clo.plan import DecodePlan
+from clo.profile import Profile
 from clo.table_prices import FP8_BYTES, TablePrices
 from clo_sim.priced import PricedStep
 from clo_sim.scene import Scene
@@ -34,9 +35,7 @@ def _coding_notes(scene: Scene, plan: DecodePlan) -> tuple[str, ...]:
         return ()
     if isinstance(profile, OperationProfile):
         return (f"{coding} pages are coded and read in the time that their bytes take: {profile.name} timed none",)
-    prices, width = TablePrices(profile, scene.machine), plan.attended_bytes_per_value
-    table = prices.decode_attention(width) if scene.model.latent is None else prices.latent_attention(width)
-    timed = _width_name(table)
+    timed = _width_name(_attention_table(scene, profile, plan.attended_bytes_per_value))
     return (f"attention over {coding} pages takes as long as over as many bytes of {timed}; coding a page is free",)
 
 
@@ -109,12 +108,17 @@ def _cache_notes(scene: Scene) -> tuple[str, ...]:
     width, profile = scene.model.kv_bytes_per_value, scene.profile
     if width == BYTES_PER_VALUE or isinstance(profile, OperationProfile):
         return ()
-    prices = TablePrices(profile, scene.machine)
-    table = prices.decode_attention(width) if scene.model.latent is None else prices.latent_attention(width)
+    table = _attention_table(scene, profile, width)
     if table.kv_bytes == width:
         return ()
     timed = _width_name(table)
     return (f"attention over a cache of {width:g} bytes a value takes as long as over as many bytes of {timed}",)
+
+
+def _attention_table(scene: Scene, profile: Profile, width: float) -> DecodeAttentionTable | LatentAttentionTable:
+    """Times of the model's attention over a cache of so many bytes a value."""
+    prices = TablePrices(profile, scene.machine)
+    return prices.decode_attention(width) if scene.model.latent is None else prices.latent_attention(width)
 
 
 def _width_name(table: DecodeAttentionTable | LatentAttentionTable) -> str:
@@ -128,7 +132,7 @@ def _latent_notes(scene: Scene) -> tuple[str, ...]:
     if latent is None or isinstance(profile, OperationProfile):
         return ()
     notes = []
-    table = TablePrices(profile, scene.machine).latent_attention(scene.model.kv_bytes_per_value)
+    table = _attention_table(scene, profile, scene.model.kv_bytes_per_value)
     if table.framework_version != profile.gemm.framework_version:
         whose = f"{table.framework_version}, GEMMs with {profile.gemm.framework_version}"
         notes.append(f"latent attention was timed with kernels of {whose}")
