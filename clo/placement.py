@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from clo.specs import Attend, Design, ModelSpec, PageCoding, Selector, Workload
+from clo.errors import SpecError
+from clo.specs import Attend, Design, IndexerSpec, ModelSpec, PageCoding, Selector, Workload
 
 STEP_VALUES = 16
 """Values of a coded page that share a step of two bytes."""
@@ -26,6 +27,24 @@ def is_sparse(model: ModelSpec, design: Design, layer: int) -> bool:
 def sparse_layers(model: ModelSpec, design: Design) -> tuple[int, ...]:
     """All such layers, ascending."""
     return tuple(layer for layer in range(model.num_layers) if is_sparse(model, design, layer))
+
+
+def own_indexer(model: ModelSpec) -> IndexerSpec:
+    """The model's indexer. Raises `SpecError` for a model that has none."""
+    if model.indexer is None:
+        raise SpecError(
+            f"design.selector = indexer: {model.name} has no indexer (model.indexer): choose a selector of pages"
+        )
+    return model.indexer
+
+
+def choosing_layers(model: ModelSpec, design: Design) -> tuple[int, ...]:
+    """Layers whose pages are scored and selected: of the sparse ones those that share no other layer's indexer."""
+    layers = sparse_layers(model, design)
+    if design.selector is not Selector.INDEXER:
+        return layers
+    shared = own_indexer(model).shared_layers
+    return tuple(layer for layer in layers if layer not in shared)
 
 
 def page_bytes_per_value(model: ModelSpec, design: Design) -> float:
@@ -59,10 +78,12 @@ def index_bytes_per_head(model: ModelSpec, design: Design, workload: Workload) -
 
     Page min/max holds two vectors a page, page mean one; 4-bit keys half a byte a key element, and a step and an offset
     of two bytes a token; sign-hash codes 128 bits a token; the exact selector is an oracle that keeps every key on the
-    device.
+    device; a model's own indexer has a key of its own for every token.
     """
     if not design.selects:
         return 0.0
+    if design.selector is Selector.INDEXER:
+        return workload.context_tokens * own_indexer(model).key_bytes
     tokens, vector = workload.context_tokens, model.head_dim * model.kv_bytes_per_value
     pages = math.ceil(tokens / design.page_size)
     sizes = {

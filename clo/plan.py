@@ -12,16 +12,18 @@ from clo.errors import SpecError
 from clo.placement import (
     CODED_BYTES_PER_VALUE,
     STEP_VALUES,
+    choosing_layers,
     dense_layers,
     index_bytes_per_head,
     is_sparse,
+    own_indexer,
     page_bytes_per_value,
     paged_head_token_bytes,
     paged_layer_token_bytes,
     pinned_heads,
     sparse_layers,
 )
-from clo.specs import Attend, Cache, Design, MachineSpec, ModelSpec, Workload
+from clo.specs import Attend, Cache, Design, MachineSpec, ModelSpec, Selector, Workload
 from clo.specs.machine import MOST_GPUS
 from clo.units import format_bytes
 
@@ -130,6 +132,10 @@ class DecodePlan:
         """All such layers, ascending."""
         return sparse_layers(self.model, self.design)
 
+    def shares_choice(self, layer: int) -> bool:
+        """Whether a layer attends to what a layer before it chose."""
+        return layer in self.sparse_layers and layer not in choosing_layers(self.model, self.design)
+
     @property
     def index_bytes_per_head(self) -> float:
         """Bytes that scoring all pages of one KV head of one sequence reads."""
@@ -153,6 +159,7 @@ def make_plan(
     """
     _check_context(model, workload)
     _check_coding(model, design)
+    _check_indexer(model, design)
     model, sequences = part_of(model, machine), machine.own_sequences(workload.batch)
     most_pages = math.ceil((most_tokens or workload.context_tokens) / design.page_size)
     budget = _budget_pages(design, workload, most_pages)
@@ -204,6 +211,23 @@ def _check_coding(model: ModelSpec, design: Design) -> None:
         )
 
 
+def _check_indexer(model: ModelSpec, design: Design) -> None:
+    """A model with an indexer attends to what that chooses, in every layer."""
+    if model.indexer is not None and design.attend is Attend.FULL:
+        raise SpecError(
+            f"design {design.name}: attend = full is not what {model.name} does, which attends to the "
+            f"{model.indexer.top_tokens} tokens that its indexer chooses: choose a design with attend = sparse "
+            "(resident-sparse keeps everything on the GPU)"
+        )
+    if design.selector is not Selector.INDEXER or not design.selects:
+        return
+    chooses = f"{model.name} attends to the {own_indexer(model).top_tokens} tokens that its indexer chooses everywhere"
+    if design.dense_layers:
+        raise SpecError(f"design.dense_layers = {design.dense_layers}: {chooses}: set it to 0")
+    if design.pinned_head_fraction:
+        raise SpecError(f"design.pinned_head_fraction = {design.pinned_head_fraction:g}: {chooses}: set it to 0")
+
+
 def _num_pages(design: Design, workload: Workload) -> int:
     return math.ceil(workload.context_tokens / design.page_size)
 
@@ -212,6 +236,8 @@ def _budget_pages(design: Design, workload: Workload, most_pages: int) -> int:
     pages = _num_pages(design, workload)
     if design.attend is Attend.FULL:
         return pages
+    if design.budget_pages is not None and design.budget_pages > most_pages and design.selector is Selector.INDEXER:
+        return pages  # an indexer that may choose more tokens than there are chooses all
     if design.budget_pages is not None and design.budget_pages > most_pages:
         raise SpecError(
             f"design.budget_pages = {design.budget_pages}: the context holds only {most_pages} pages of "
@@ -257,13 +283,14 @@ def _fixed_memory(
     layer_bytes = sequences * workload.context_tokens * model.layer_token_bytes
     window = min(workload.context_tokens, design.num_sink_tokens + design.recent_window_tokens + design.page_size)
     offloaded_heads = sparse * (model.num_kv_heads - pinned) * sequences
+    indexed_heads = len(choosing_layers(model, design)) * (model.num_kv_heads - pinned) * sequences
     return DeviceMemory(
         weights=model.weight_bytes,
         reserve=machine.reserve_bytes,
         window=offloaded_heads * window * model.head_token_bytes,
         dense_layers=sequences * kept_tokens * model.layer_token_bytes,
         pinned_heads=sparse * layer_bytes * pinned / model.num_kv_heads,
-        index=offloaded_heads * index_bytes_per_head(model, design, workload),
+        index=indexed_heads * index_bytes_per_head(model, design, workload),
         slots=0.0,
     )
 

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from clo.kernel_scaling import measured_on
 from clo.kernel_tables import BYTES_PER_VALUE
 from clo.profile import Cost, InterferenceCost, Profile, Source, StreamCost
 from clo.schedule.machine import Lane
@@ -27,6 +28,7 @@ from clo.schedule.work import (
     Gemm,
     HostAction,
     HostGather,
+    IndexTokens,
     KernelWork,
     LatentAttention,
     LatentMap,
@@ -118,7 +120,7 @@ def hbm_bytes(work: Work, traffic: Traffic) -> Seconds:
     if isinstance(work, LatentMap):
         weights = work.head_dim * work.kv_rank
         return float(BYTES_PER_VALUE * work.num_heads * (weights + work.rows * (work.head_dim + work.kv_rank)))
-    if isinstance(work, StreamKernel):
+    if isinstance(work, StreamKernel | IndexTokens):
         return value_of(work.num_bytes, traffic)
     if isinstance(work, AllReduce):
         return 2.0 * BYTES_PER_VALUE * work.num_values
@@ -189,7 +191,8 @@ class Pricer:
         """How the price of `work` is known."""
         if isinstance(work, Timed):
             return Source(self.tables.table(work).source) if self.tables.measured_here(work) else Source.ASSUMED
-        return Source(self._entry_cost(work).source)
+        source = Source(self._entry_cost(work).source)
+        return Source.ASSUMED if source is Source.AICONFIGURATOR and not self._on_measured_gpu else source
 
     def uncertainty(self, work: Work, name: str = "") -> tuple[str, float]:
         """The profile's entry and its spread; fitted tables know theirs from points held out of the fit.
@@ -199,7 +202,13 @@ class Pricer:
         if isinstance(work, Timed):
             error = self.tables.table(work).p90_abs_relative_error
             return type(work).__name__, error / NORMAL_P95 if self.tables.measured_here(work) else 0.0
-        return self._entry(work), self._entry_cost(work).spread
+        known = self.source(work) is Source(self._entry_cost(work).source)
+        return self._entry(work), self._entry_cost(work).spread if known else 0.0
+
+    @property
+    def _on_measured_gpu(self) -> bool:
+        """Whether this machine's GPU is the one whose published measurements the profile has."""
+        return measured_on(self.profile.gemm, self.machine.gpu)
 
     @property
     def common_spread(self) -> float:
@@ -300,6 +309,13 @@ class Pricer:
         return seconds + value_of(work.host_store_bytes, traffic) / self.machine.link.d2h_bytes_per_s
 
     @_seconds.register
+    def _(self, work: IndexTokens, traffic: Traffic) -> Seconds:
+        cost, num_bytes = self.profile.indexer, value_of(work.num_bytes, traffic)
+        scanned = num_bytes / (cost.efficiency * self.machine.gpu.hbm_bytes_per_s)
+        # where no sequence selects its kernels start, see so, and end
+        return cost.latency_s + _where_any(num_bytes, work.tokens * cost.per_token_s + scanned, 0.0)
+
+    @_seconds.register
     def _(self, work: ZeroCopy, traffic: Traffic) -> Seconds:
         num_bytes = value_of(work.num_bytes, traffic)
         moving = self.profile.zero_copy.latency_s + num_bytes / self.zero_copy_rate(work.num_ctas)
@@ -350,6 +366,7 @@ class Pricer:
 
 
 _COST_FIELD: dict[type, str] = {
+    IndexTokens: "indexer",
     ZeroCopy: "zero_copy",
     Submit: "submit",
     HostGather: "host_gather",

@@ -74,6 +74,18 @@ class ArithmeticCost(Cost):
     efficiency: PositiveFloat = Field(le=1.0, description="share of the datasheet bf16 rate")
 
 
+class IndexerCost(Cost):
+    """A model's own indexer in a decode step: `latency_s + tokens * per_token_s + bytes / (efficiency * bandwidth)`.
+
+    `tokens` are those of one sequence, which are ranked one after the other, and `bytes` the keys of all sequences;
+    `latency_s` is that of everything around: projections and small kernels.
+    """
+
+    latency_s: NonNegativeFloat
+    per_token_s: NonNegativeFloat
+    efficiency: PositiveFloat = Field(le=1.0, description="share of the datasheet HBM bandwidth")
+
+
 PREFILL_ATTENTION = ArithmeticCost(
     source=Source.LITERATURE,
     note="causal prefill attention: FlashAttention-2 reports 50 to 73% on A100, FlashAttention-3 up to 75% on H100",
@@ -81,6 +93,21 @@ PREFILL_ATTENTION = ArithmeticCost(
     spread=0.12,
 )
 """Where nobody measured it. Its spread is that of shares of 0.5 to 0.75, all as likely."""
+
+
+PREFILL_INDEXER = ArithmeticCost(
+    source=Source.ASSUMED, note="scores of an indexer, as on H200: its fp8 products count as bf16 ones", efficiency=0.87
+)
+PREFILL_CHOSEN = ArithmeticCost(
+    source=Source.ASSUMED, note="latent attention of a prompt to what an indexer chose, as on H200", efficiency=0.58
+)
+INDEXER = IndexerCost(
+    source=Source.ASSUMED,
+    note="an indexer in a decode step, as on H200",
+    latency_s=4.1e-5,
+    per_token_s=2.6e-11,
+    efficiency=0.71,
+)
 
 
 class CopyCost(Cost):
@@ -193,6 +220,9 @@ class Profile(Spec):
     interference: InterferenceCost
     prefill_attention: ArithmeticCost = PREFILL_ATTENTION
     prefill_latent_attention: ArithmeticCost = PREFILL_ATTENTION
+    prefill_indexer: ArithmeticCost = PREFILL_INDEXER
+    prefill_chosen_attention: ArithmeticCost = PREFILL_CHOSEN
+    indexer: IndexerCost = INDEXER
 
     @field_validator("schema_version")
     @classmethod

@@ -28,7 +28,8 @@ from clo_sim.run import simulate
 from clo_sim.scene import Scene
 from clo_sim.serving import ServiceSettings, serve, worker_costs
 from clo_sim.serving.memory import memory_need, smallest_plan
-from clo_sim.serving.prefill import pairs_in_window, pairs_of, prefill_prices
+from clo_sim.serving.prefill import prefill_prices
+from clo_sim.serving.prefill_attention import pairs_in_window, pairs_of
 from clo_sim.simulator import run_simpy
 from clo_sim.worth import worth_of_choices
 

@@ -29,7 +29,7 @@ from clo_cli.real_machine import measure_here
 from clo_cli.space import check_conflicts, space_from
 
 if TYPE_CHECKING:
-    from clo.specs import Design
+    from clo.specs import Design, ModelSpec
     from clo.specs.overrides import Overrides
     from clo_sim.explore import Exploration
     from clo_sim.goals import Goals
@@ -135,7 +135,8 @@ def explore(
     from clo_sim.explore import explore as run
 
     overrides = overrides_from(settings)
-    scene, named = scene_from(options, overrides), _named(designs, overrides)
+    scene = scene_from(options, overrides)
+    named = _named(designs, overrides, scene.model)
     if no_sweep and (vary or evaluations is not None):
         raise SpecError("--no-sweep: compares the named designs only, without --vary and --evaluations")
     space = {} if no_sweep else space_from(vary, scene) or DEFAULT_GRID
@@ -150,7 +151,7 @@ def explore(
         found = run(
             scene,
             named=named,
-            base=design_from(base, overrides),
+            base=design_from(base, overrides, scene.model),
             space=space,
             num_finalists=finalists,
             budget=evaluations,
@@ -204,16 +205,16 @@ def _workers(scene: Scene, count: int | None, cluster: str | None) -> Workers:
     return Workers(scene, LocalPool(scene, count) if count > 1 else None)
 
 
-def _named(designs: str | None, overrides: Overrides) -> list[Design]:
+def _named(designs: str | None, overrides: Overrides, model: ModelSpec) -> list[Design]:
     """The designs to compare, with `--set design.*` applied; presets that it contradicts are left out."""
     from clo import presets
 
     if designs is not None:
-        return [design_from(name, overrides) for name in names_from("--designs", designs)]
+        return [design_from(name, overrides, model) for name in names_from("--designs", designs)]
     found = []
     for name in presets.names("designs"):
         try:
-            found.append(design_from(name, overrides))
+            found.append(design_from(name, overrides, model))
         except SpecError:
             continue
     return found

@@ -14,7 +14,7 @@ from clo.errors import SpecError
 from clo.files import check_target, sole_writer
 
 if TYPE_CHECKING:
-    from clo.specs import Design, Workload
+    from clo.specs import Design, ModelSpec, Workload
     from clo.specs.overrides import Overrides
     from clo_sim.scene import Scene
     from clo_sim.stand_in import TrafficSource
@@ -143,12 +143,12 @@ def check_seed(seed: int) -> None:
         raise SpecError(f"--seed = {seed}: must be from 0 to 2^63 - 1")
 
 
-def design_from(name: str, overrides: Overrides) -> Design:
-    """A named design or TOML file with the `design.*` settings applied."""
+def design_from(name: str, overrides: Overrides, model: ModelSpec | None = None) -> Design:
+    """A named design or TOML file, for a model that it is simulated with, with the `design.*` settings applied."""
     from clo import presets
     from clo.specs.overrides import apply
 
-    return apply(presets.load_design(name), overrides["design"], "design")
+    return apply(presets.load_design(name, model), overrides["design"], "design")
 
 
 def _workload(options: dict[str, Any]) -> Workload:

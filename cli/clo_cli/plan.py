@@ -109,8 +109,9 @@ def plan(
     overrides, slo = overrides_from(settings), parse_slo(slo_text)
     machine_names = names_from("--machines", machines)
     prices = prices_from(price, machine_names)
-    chosen = {name: design_from(name, overrides) for name in names_from("--designs", designs)}
     scenes = {name: serving_scene(options, overrides, name) for name in machine_names}
+    model = scenes[machine_names[0]].model
+    chosen = {name: design_from(name, overrides, model) for name in names_from("--designs", designs)}
     _check_names("--machines", {name: scene.machine.name for name, scene in scenes.items()})
     _check_names("--designs", {name: design.name for name, design in chosen.items()})
     if map_machine:
@@ -299,14 +300,14 @@ def _map(
         return None
     served = best.fleet.result if best is not None else None
     answer = output_tokens or max(1, round(question.trace.mean_output_tokens))
-    longest = serving_scene(question.options, question.overrides, machine).model.max_positions - answer
+    model = serving_scene(question.options, question.overrides, machine).model
     jobs = [
         MapJob(
             question=question,
             machine=machine,
-            residents=tuple(presets.load_design(name) for name in RESIDENT),
+            residents=tuple(presets.load_design(name, model) for name in RESIDENT),
             designs=(design,),
-            contexts=contexts_up_to(min(262144, longest)),
+            contexts=contexts_up_to(min(262144, model.max_positions - answer)),
             output_tokens=answer,
             reused_share=reuse if reuse is not None else (served.prefix_hit_rate if served else 0.0),
         )

@@ -65,7 +65,8 @@ def serve_sim(
 
     overrides = overrides_from(settings)
     slo = None if slo_text is None else parse_slo(slo_text)
-    scene, design = serving_scene(options, overrides, machine, profile), design_from(design_name, overrides)
+    scene = serving_scene(options, overrides, machine, profile)
+    design = design_from(design_name, overrides, scene.model)
     gpus = scene.machine.tensor_parallel if gpus is None else gpus
     service = service_from(options, gpus=gpus, coalesce=not no_coalesce)
     check_outputs(out, figure=figure)

@@ -56,7 +56,8 @@ def simulate(
     from clo_sim.run import simulate as run
 
     overrides = overrides_from(settings)
-    scene, design = scene_from(options, overrides), design_from(design_name, overrides)
+    scene = scene_from(options, overrides)
+    design = design_from(design_name, overrides, scene.model)
     _check_step(timeline_step, scene.workload.steps)
     check_outputs(timeline, out)
     with phases() as tell:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -55,9 +56,9 @@ def load_machine(name: str) -> MachineSpec:
     return machine.with_fields(profile=str(Path(name).parent / machine.profile)) if given else machine
 
 
-def load_design(name: str) -> Design:
-    """A preset or a TOML file."""
-    return _load(Design, "designs", name)
+def load_design(name: str, model: ModelSpec | None = None) -> Design:
+    """A preset or a TOML file; of a `model` with an indexer what the file leaves open is as that model attends."""
+    return _load(Design, "designs", name, model.indexer.design_fields if model and model.indexer else None)
 
 
 def load_named_profile(name: str) -> Profile:
@@ -82,9 +83,11 @@ def _cached_profile(path: Path) -> Profile:
     return load_profile(path)
 
 
-def _load(cls: type[S], kind: Kind, name: str) -> S:
+def _load(cls: type[S], kind: Kind, name: str, left_open: Mapping[str, Any] | None = None) -> S:
     path = _find(kind, name)
-    return cls.parse(_read_toml(path), where=str(path) if Path(name) == path else f"{kind[:-1]} {name}")
+    return cls.parse(
+        {**(left_open or {}), **_read_toml(path)}, where=str(path) if Path(name) == path else f"{kind[:-1]} {name}"
+    )
 
 
 def _find(kind: Kind, name: str) -> Path:

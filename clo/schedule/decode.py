@@ -12,7 +12,7 @@ from clo.plan import DecodePlan
 from clo.schedule.machine import Cause, HostWait, Lane, Machine, Op, Step, Token
 from clo.schedule.ops import Stage, StepOps
 from clo.schedule.transfer import Arrival, fetch, needs_host, wait_for
-from clo.specs import Attend, Cache, ResolveOn, Sync
+from clo.specs import Attend, Cache, ResolveOn, Selector, Sync
 
 BEST_TOKEN_VALUES = 4
 """A GPU has a part of the vocabulary: of each sequence it sends its best token and that one's logit, 4 bytes each."""
@@ -165,15 +165,26 @@ def _demand(m: Machine, ops: StepOps, flight: _Flight, layer: int) -> Step:
 
 
 def _select(m: Machine, ops: StepOps, stage: Stage, layer: int, stream: Lane) -> Token:
-    """Hit test where there is a gate, then score, select and, on the GPU, resolve."""
+    """What to attend to: chosen here or, where layers share an indexer, before; then, on the GPU, resolved."""
     design = ops.plan.design
-    if design.gated and not (design.speculates_last_step and stage is Stage.PREFETCH):
-        m.launch(stream, ops.hit_test(stage, layer))
-    m.launch(stream, ops.score_pages(stage, layer))
-    chosen = m.launch(stream, ops.select_pages(stage, layer))
+    if ops.plan.shares_choice(layer):
+        chosen = m.launch(stream, ops.share_pages(stage, layer))
+    else:
+        chosen = _choose(m, ops, stage, layer, stream)
     if design.resolve_on is ResolveOn.GPU and design.cache in (Cache.LRU, Cache.HEAD_REUSE):
         chosen = m.launch(stream, ops.resolve_pages(stage, layer))
     return chosen
+
+
+def _choose(m: Machine, ops: StepOps, stage: Stage, layer: int, stream: Lane) -> Token:
+    """Hit test where there is a gate, then score and select: two kernels of ours, or the model's own indexer."""
+    design = ops.plan.design
+    if design.gated and not (design.speculates_last_step and stage is Stage.PREFETCH):
+        m.launch(stream, ops.hit_test(stage, layer))
+    if design.selector is Selector.INDEXER:
+        return m.launch(stream, ops.index_tokens(stage, layer))
+    m.launch(stream, ops.score_pages(stage, layer))
+    return m.launch(stream, ops.select_pages(stage, layer))
 
 
 def _choose_ahead(m: Machine, ops: StepOps, flight: _Flight, target: int, projected: Token) -> None:

@@ -21,6 +21,7 @@ from clo.schedule.work import (
     HostAction,
     HostActionName,
     HostGather,
+    IndexTokens,
     LatentAttention,
     LatentMap,
     StreamKernel,
@@ -115,7 +116,9 @@ class StepOps:
         Where the GPU moves pages by itself, the kernel also stores the page that leaves the window to the host.
         """
         model, sequences = self.plan.model, self.plan.sequences
-        num_bytes = sequences * (2 * model.query_width * 2.0 + 2 * model.layer_token_bytes)
+        indexer = model.indexer_in(layer)
+        keys = 2 * model.layer_token_bytes + (2 * indexer.key_bytes if indexer else 0.0)
+        num_bytes = sequences * (2 * model.query_width * 2.0 + keys)
         stores = self.plan.is_sparse(layer) and self.plan.design.offloads and not self.copies_back
         leaving = Amount("write_back_pages", self.plan.page_bytes) if stores else 0.0
         return Op("append_kv", layer, Part.MODEL, StreamKernel("elementwise", num_bytes, leaving))
@@ -145,6 +148,17 @@ class StepOps:
         """The budget's best pages of the heads that select."""
         work = StreamKernel("select_pages", Amount(stage.heads, self.plan.num_pages * INDEX_SCORE_BYTES))
         return Op(stage.op_name("select_pages"), layer, Part.SELECTION, work)
+
+    def index_tokens(self, stage: Stage, layer: int) -> Op:
+        """The model's own indexer, projections and all: in the sequences that select, the best of all tokens."""
+        index = Amount(stage.heads, self.plan.index_bytes_per_head)
+        work = IndexTokens(self.plan.workload.context_tokens, index)
+        return Op(stage.op_name("index_tokens"), layer, Part.SELECTION, work)
+
+    def share_pages(self, stage: Stage, layer: int) -> Op:
+        """The list of pages that the last layer with an indexer chose, taken over as it is (32-bit numbers)."""
+        work = StreamKernel("elementwise", Amount(stage.heads, 2 * 4.0 * self.plan.budget_pages))
+        return Op(stage.op_name("share_pages"), layer, Part.SELECTION, work)
 
     def resolve_pages(self, stage: Stage, layer: int) -> Op:
         """Page table look-up of the selection, eviction order of the slots."""

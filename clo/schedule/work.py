@@ -109,6 +109,14 @@ class StreamKernel:
 
 
 @dataclass(frozen=True, slots=True)
+class IndexTokens:
+    """A model's own indexer: its projections and small kernels, then `tokens` a sequence are scored and ranked."""
+
+    tokens: int
+    num_bytes: Quantity
+
+
+@dataclass(frozen=True, slots=True)
 class ZeroCopy:
     """`num_ctas` thread blocks read pinned host memory and write it to slots."""
 
@@ -172,6 +180,6 @@ class HostAction:
     count: int = 1
 
 
-KernelWork = Gemm | Experts | DecodeAttention | LatentAttention | LatentMap | StreamKernel
+KernelWork = Gemm | Experts | DecodeAttention | LatentAttention | LatentMap | StreamKernel | IndexTokens
 
 Work = KernelWork | AllReduce | ZeroCopy | Copy | Submit | HostGather | BarWrite | Bookkeeping | HostAction

@@ -16,6 +16,7 @@ from clo.specs.design import (
 )
 from clo.specs.experts import ExpertsSpec
 from clo.specs.hf_config import model_from_hf_config
+from clo.specs.indexer import IndexerSpec
 from clo.specs.latent import LatentSpec
 from clo.specs.machine import GpuSpec, HostSpec, LinkSpec, MachineSpec
 from clo.specs.model import ModelSpec, Projection
@@ -29,6 +30,7 @@ __all__ = [
     "GpuSpec",
     "GqaFold",
     "HostSpec",
+    "IndexerSpec",
     "LatentSpec",
     "LinkSpec",
     "MachineSpec",

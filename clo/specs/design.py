@@ -18,13 +18,14 @@ class Attend(StrEnum):
 
 
 class Selector(StrEnum):
-    """How pages are scored: what index of the keys stays on the device."""
+    """How pages are scored: what index of the keys stays on the device. `indexer`: the model's own."""
 
     EXACT = "exact"
     PAGE_MINMAX = "page_minmax"
     PAGE_MEAN = "page_mean"
     KEY_4BIT = "key_4bit"
     SIGN_HASH = "sign_hash"
+    INDEXER = "indexer"
 
 
 class PageCoding(StrEnum):

@@ -47,7 +47,9 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 _WITH_EXPERTS = (
     "deepseek_v2",
     "deepseek_v3",
+    "deepseek_v32",
     "glm4_moe",
+    "glm_moe_dsa",
     "gpt_oss",
     "kimi_k2",
     "minimax_m2",
@@ -60,7 +62,7 @@ _WITH_EXPERTS = (
 """Kinds of model whose fields about experts are known; others mean different things by the same names."""
 
 
-_LISTS = ("layer_types", "mlp_only_layers")
+_LISTS = ("layer_types", "mlp_only_layers", "indexer_types")
 _COUNTS = (
     "n_shared_experts",
     "moe_intermediate_size",
@@ -71,6 +73,9 @@ _COUNTS = (
     "qk_rope_head_dim",
     "qk_nope_head_dim",
     "v_head_dim",
+    "index_n_heads",
+    "index_head_dim",
+    "index_topk",
 )
 
 
@@ -95,8 +100,10 @@ def _not_modelled(config: dict[str, Any]) -> str:
     return _other_windows(config)
 
 
-_WITH_LATENT = ("deepseek_v2", "deepseek_v3", "kimi_k2")
-"""Kinds of model whose latent attention attends to all vectors alike."""
+_WITH_INDEXER = ("deepseek_v32", "glm_moe_dsa")
+"""Kinds of model whose latent attention is to what an indexer chooses."""
+_WITH_LATENT = ("deepseek_v2", "deepseek_v3", "kimi_k2", *_WITH_INDEXER)
+_INDEXER_FIELDS = {"num_heads": "index_n_heads", "head_dim": "index_head_dim", "top_tokens": "index_topk"}
 _LATENT_FIELDS = {
     "kv_rank": "kv_lora_rank",
     "rope_dim": "qk_rope_head_dim",
@@ -116,12 +123,39 @@ def _other_latent(config: dict[str, Any]) -> str:
             f"kv_lora_rank = {config['kv_lora_rank']!r}: latent attention of model_type = {kind!r} is not known "
             f"(known: {known})"
         )
-    if config.get("index_topk"):
-        return f"index_topk = {config['index_topk']!r}: an indexer of its own is not modelled"
     if "q_lora_rank" not in config:
         return "no field 'q_lora_rank': latent attention needs it (null: queries from the hidden state)"
+    if problem := _other_indexer(config):
+        return problem
     missing = [theirs for theirs in _LATENT_FIELDS.values() if config.get(theirs) is None]
     return f"no field {missing[0]!r}: latent attention needs it" if missing else ""
+
+
+def _other_indexer(config: dict[str, Any]) -> str:
+    """What about an indexer is beyond a `ModelSpec`, or not said."""
+    if config.get("model_type") not in _WITH_INDEXER:
+        topk = config.get("index_topk")
+        return f"index_topk = {topk!r}: known of model_type {', '.join(_WITH_INDEXER)} only" if topk else ""
+    missing = [theirs for theirs in _INDEXER_FIELDS.values() if config.get(theirs) is None]
+    if missing:
+        return f"no field {missing[0]!r}: an indexer needs it"
+    kinds = config.get("indexer_types")
+    if kinds is None:
+        unsaid = [name for name in ("index_topk_pattern", "index_topk_freq") if config.get(name) not in (None, 1)]
+        return f"{unsaid[0]} = {config[unsaid[0]]!r}: read from indexer_types only" if unsaid else ""
+    others = sorted(set(map(str, kinds)) - {"full", "shared"})
+    if others or len(kinds) != config["num_hidden_layers"]:
+        named = f" = {', '.join(others)}" if others else ""
+        return f"indexer_types{named}: full or shared is expected for each layer"
+    return ""
+
+
+def _indexer(config: dict[str, Any]) -> dict[str, Any]:
+    if config.get("model_type") not in _WITH_INDEXER:
+        return {}
+    shared = [layer for layer, kind in enumerate(config.get("indexer_types") or []) if kind == "shared"]
+    sizes = {ours: config[theirs] for ours, theirs in _INDEXER_FIELDS.items()}
+    return {"indexer": sizes | {"shared_layers": shared}}
 
 
 def _latent(config: dict[str, Any]) -> dict[str, Any]:
@@ -221,6 +255,7 @@ def _hf_values(config: dict[str, Any], file: Path) -> dict[str, Any]:
         }
         | _windows(config)
         | _latent(config)
+        | _indexer(config)
     )
 
 

@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from clo.errors import SpecError
 from clo.specs.base import Spec
 from clo.specs.experts import ExpertsSpec
+from clo.specs.indexer import IndexerSpec
 from clo.specs.latent import LatentSpec
 
 
@@ -47,6 +48,9 @@ class ModelSpec(Spec):
     kv_bytes_per_value: float = Field(default=2.0, gt=0, description="bytes a key or value element takes (bf16: 2)")
     experts: ExpertsSpec | None = Field(default=None, description="a mixture of experts; none: an MLP in every layer")
     latent: LatentSpec | None = Field(default=None, description="latent attention; none: keys and values in every head")
+    indexer: IndexerSpec | None = Field(
+        default=None, description="chooses the tokens that are attended to; none: attention is to all of them"
+    )
     window_tokens: PositiveInt | None = Field(
         default=None, description="tokens that windowed layers attend to, and keep"
     )
@@ -81,6 +85,16 @@ class ModelSpec(Spec):
         return self
 
     @model_validator(mode="after")
+    def _indexed(self) -> ModelSpec:
+        if self.indexer is None:
+            return self
+        if self.latent is None or not self.latent.query_rank:
+            raise ValueError("indexer needs latent attention with a query_rank: its queries are made from that")
+        if shared := [layer for layer in self.indexer.shared_layers if layer >= self.num_layers]:
+            raise ValueError(f"indexer.shared_layers: {shared[0]} must be less than num_layers = {self.num_layers}")
+        return self
+
+    @model_validator(mode="after")
     def _windows(self) -> ModelSpec:
         places = self.windowed_layers
         if bool(places) != (self.window_tokens is not None):
@@ -99,6 +113,7 @@ class ModelSpec(Spec):
         found = {
             "mixtures of experts are": self.experts is not None,
             "layers with a window are": bool(self.windowed_layers),
+            "a model's own indexer is": self.indexer is not None,
             "latent attention is": self.latent is not None,
         }
         return next((what for what, is_so in found.items() if is_so), "")
@@ -160,6 +175,25 @@ class ModelSpec(Spec):
             Projection("query_proj", queries, latent.query_rank),
         )
 
+    def indexer_in(self, layer: int) -> IndexerSpec | None:
+        """The indexer of a layer, if it has one of its own."""
+        return None if self.indexer is None or layer in self.indexer.shared_layers else self.indexer
+
+    @property
+    def num_indexers(self) -> int:
+        """Layers with an indexer of their own."""
+        return 0 if self.indexer is None else self.num_layers - len(self.indexer.shared_layers)
+
+    @property
+    def indexer_projections(self) -> tuple[Projection, ...]:
+        """Linear layers of one indexer: its queries, the key of a token with a weight for each head."""
+        if self.indexer is None or self.latent is None:
+            return ()
+        return (
+            Projection("index_query_proj", self.indexer.query_width, self.latent.query_rank),
+            Projection("index_key_proj", self.indexer.head_dim + self.indexer.num_heads, self.hidden_size),
+        )
+
     @property
     def out_projection(self) -> Projection:
         """Linear layer from what attention gives back to the hidden state."""
@@ -190,8 +224,16 @@ class ModelSpec(Spec):
         """Weights of a layer before and after its attention."""
         return sum(each.n * each.k for each in (*self.projections(), self.out_projection)) + self._map_values
 
+    @property
+    def indexer_weight_values(self) -> int:
+        """Weights of all indexers."""
+        return self.num_indexers * sum(each.n * each.k for each in self.indexer_projections)
+
     def layer_weight_values(self, layer: int, num_experts: float | None = None) -> float:
-        """Weights of a layer, or of it with `num_experts` of its experts only (norms are negligible), values."""
+        """Weights of a layer, or of it with `num_experts` of its experts only (norms are negligible), values.
+
+        All but those of an indexer.
+        """
         attention = self.attention_weight_values
         mlp = 3 * self.hidden_size * self.mlp_width(layer)
         experts = self.experts_in(layer)
@@ -242,10 +284,10 @@ class ModelSpec(Spec):
         return self._layers_values(num_experts) * self.weight_bytes_per_value + wider
 
     def _layers_values(self, num_experts: float | None) -> float:
-        """Weights of all layers; those with experts are alike, and so are the others."""
+        """Weights of all layers; those with experts are alike, and so are the others, but for the indexers."""
         mixed = self.num_expert_layers
         first, last = (self.layer_weight_values(layer, num_experts) for layer in (0, self.num_layers - 1))
-        return (self.num_layers - mixed) * first + mixed * last
+        return (self.num_layers - mixed) * first + mixed * last + self.indexer_weight_values
 
     def shard(self, num_gpus: int, *, whole_attention: bool = False) -> ModelSpec:
         """What each of `num_gpus` GPUs holds and computes: its heads, its part of each MLP and of the vocabulary.

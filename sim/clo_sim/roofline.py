@@ -67,7 +67,8 @@ def _bf16_flops(plan: DecodePlan) -> float:
     The maps of latent attention stay in bf16.
     """
     model, narrow = plan.model, 0.5 if plan.model.has_fp8_weights else 1.0
-    head, around = model.vocab_size * model.hidden_size, model.num_layers * model.attention_weight_values
+    head = model.vocab_size * model.hidden_size
+    around = model.num_layers * model.attention_weight_values + model.indexer_weight_values
     maps = 0 if model.latent is None else model.num_layers * model.latent.map_values(model.num_query_heads)
     others = head + narrow * (model.token_weight_values - head - around)
     attention = sum(_attended_tokens(plan)) * plan.model.group_size * plan.model.attention_flops

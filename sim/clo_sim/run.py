@@ -40,7 +40,7 @@ def simulate(
     """
     if executor not in get_args(Executor):
         raise SpecError(f"executor = {executor!r}: must be one of {', '.join(get_args(Executor))}")
-    plan = scene.plan(design_of(design))
+    plan = scene.plan(design_of(design, scene.model))
     priced = scene.priced(plan)
     times = run_clock(priced) if executor == "clock" else run_simpy(priced, contention=contention)
     return summarise(scene, plan, priced, times, executor)

@@ -149,6 +149,6 @@ def _name(given: object, what: str, record: type) -> str:
     return str(given)
 
 
-def design_of(given: str | Path | Design) -> Design:
-    """A design by preset name or TOML file, or as it is. Raises `SpecError` for anything else."""
-    return given if isinstance(given, Design) else presets.load_design(_name(given, "design", Design))
+def design_of(given: str | Path | Design, model: ModelSpec | None = None) -> Design:
+    """A design by preset name or TOML file, for a model, or as it is. Raises `SpecError` for anything else."""
+    return given if isinstance(given, Design) else presets.load_design(_name(given, "design", Design), model)

@@ -141,7 +141,8 @@ def _same_heads(plan: DecodePlan, header: TraceHeader) -> bool:
 def _draw_heads(plan: DecodePlan, header: TraceHeader) -> NDArray[np.intp]:
     """The recorded head behind each offloaded layer, KV head and sequence: `[sparse_layers, kv_heads, batch]`.
 
-    Of a model's own trace a GPU that shares the model has the first heads, as many as its part has.
+    Of a model's own trace a GPU that shares the model has the first heads, as many as its part has. Layers that share a
+    choice share the head.
     """
     model, batch = plan.model, plan.sequences
     layers = np.array(plan.sparse_layers, dtype=np.intp)
@@ -159,7 +160,11 @@ def _draw_heads(plan: DecodePlan, header: TraceHeader) -> NDArray[np.intp]:
     high = np.minimum(np.clip(depth + DEPTH_RADIUS, lowest, highest), last)
     shape = (len(layers), len(heads), batch)
     layer = rng.integers(low[:, None, None], high[:, None, None] + 1, size=shape)
-    return np.asarray(layer * header.num_kv_heads + rng.integers(0, header.num_kv_heads, size=shape), dtype=np.intp)
+    drawn = np.asarray(layer * header.num_kv_heads + rng.integers(0, header.num_kv_heads, size=shape), dtype=np.intp)
+    for place, sparse_layer in enumerate(plan.sparse_layers):
+        if plan.shares_choice(sparse_layer):
+            drawn[place] = drawn[place - 1]
+    return drawn
 
 
 def _unpredicted_layers(plan: DecodePlan) -> int:

@@ -85,8 +85,13 @@ def _change(scene: Scene, root: str, changes: dict[tuple[str, ...], Any]) -> Sce
     if root == "profile":
         return replace(scene, profile=with_costs(gpu_tables(scene.profile, "profile.*"), fields))
     if root == "model":
-        model = presets.load_model(str(changes[()])) if () in changes else scene.model
-        return replace(scene, model=apply(model, fields, root))
+        model = apply(presets.load_model(str(changes[()])) if () in changes else scene.model, fields, root)
+        if (model.indexer is None) != (scene.model.indexer is None):
+            raise SpecError(
+                f"model = {model.name}: with an indexer, or without, {scene.model.name} is attended to in another way: "
+                "explore them in runs of their own"
+            )
+        return replace(scene, model=model)
     machine, costs = machine_and_costs(str(changes[()])) if () in changes else (scene.machine, scene.profile)
     varied = apply(machine, fields, root)
     if varied.profile != machine.profile:

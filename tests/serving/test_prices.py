@@ -12,7 +12,7 @@ from clo import presets
 from clo_sim.serving import (
     worker_costs,
 )
-from clo_sim.serving.prefill import pairs_of
+from clo_sim.serving.prefill_attention import pairs_of
 
 
 class TestPrices:

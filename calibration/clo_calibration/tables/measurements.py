@@ -159,6 +159,36 @@ def read_latent_modules(gpu: str, data_root: Path | None = None, *, weights: Wei
     return _samples(columns, chosen, [columns["batch_size"], columns["num_heads"], tokens])
 
 
+def read_sparse_blocks(
+    gpu: str,
+    framework: str,
+    model: str,
+    data_root: Path | None = None,
+    *,
+    indexer: bool = True,
+    weights: Weights = FP8,
+    cache: Cache = BF16_CACHE,
+) -> Samples:
+    """Measured attention blocks of a decode step of a `model` with an indexer: points are (batch, heads, tokens).
+
+    From the hidden state to the hidden state, with all projections; without `indexer`, one that shares the choice of
+    another layer. Raises `ProfileError` where there are none.
+    """
+    columns = _read(_newest(gpu, "sparse_attention", data_root, framework) / "dsa_generation_module_perf.parquet")
+    kind = "dsa_generation_module" if indexer else "dsa_generation_module_skip_indexer"
+    chosen = (columns["model"] == model) & (columns["op_name"] == kind)
+    chosen &= np.isin(columns["gemm_type"].astype(str), weights) & (columns["kv_cache_dtype"] == cache)
+    tokens = columns["step"] + columns["isl"]
+    return _samples(columns, chosen, [columns["batch_size"], columns["num_heads"], tokens], framework)
+
+
+def read_sparse_prefill(gpu: str, kernel: str, data_root: Path | None = None) -> Samples:
+    """Measured kernels of GLM-5's prefill: points are (sequences, their new tokens, the tokens before those)."""
+    columns = _read(_newest(gpu, "sparse_attention", data_root, "sglang") / f"{kernel}_module_perf.parquet")
+    everything = np.ones(len(columns["latency"]), dtype=np.bool_)
+    return _samples(columns, everything, [columns["batch_size"], columns["isl"], columns["step"]], "sglang")
+
+
 def latent_attention_samples(columns: dict[str, NDArray[Any]], framework: str, cache: Cache = BF16_CACHE) -> Samples:
     """Select rows of such vectors; the cache holds `step` tokens and the `isl` new ones."""
     chosen = (columns["mla_dtype"] == "bfloat16") & (columns["kv_cache_dtype"] == cache)

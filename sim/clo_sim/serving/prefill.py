@@ -4,10 +4,8 @@ A simplification, with these parts:
 
 - dense layers: the profile's tables of GEMMs and experts at as many rows as the chunk has tokens (measured, or carried
   over to this GPU), the bytes of norms and activations over device memory, and all-reduces where GPUs share the model;
-- attention: 4 x query heads x head_dim flops for each pair of a new token and one before it, at the share of the
-  datasheet rate that the profile's `prefill_attention` says; in windowed layers, for each pair in a window;
-  with latent attention every chunk makes the keys and values of all tokens before it anew, at such a share, too;
-  where GPUs attend for sequences of their own, a chunk's tokens are taken to be dealt out to them evenly;
+- attention, by pairs of tokens (`prefill_attention.py`); where GPUs attend for sequences of their own, a chunk's tokens
+  are taken to be dealt out to them evenly;
 - link: offloaded layers read the prompt's earlier KV back from the host, layer by layer, chunk after chunk; what the
   prefix cache holds of the layers on the GPU comes once; new KV goes out. Both directions are taken to overlap with
   compute perfectly: a chunk takes the longest of compute, way in and way out.
@@ -24,10 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clo.kernel_scaling import measured_on
 from clo.placement import hosted_token_bytes, paged_layer_token_bytes, pinned_heads, sparse_layers
 from clo.pricing import Pricer
-from clo.profile import ArithmeticCost
 from clo.schedule.decode import BEST_TOKEN_VALUES
 from clo.schedule.ops import experts_work
 from clo.schedule.work import AllReduce, Gemm, Work
@@ -35,6 +31,7 @@ from clo.specs import Design, ModelSpec, Projection
 from clo.table_prices import TablePrices
 from clo_sim.intervals import CostDraw
 from clo_sim.scene import Scene, gpu_tables
+from clo_sim.serving.prefill_attention import pair_prices, pairs_in_window, pairs_of
 from clo_sim.serving.requests import NS_PER_S
 
 Floats = NDArray[np.float64]
@@ -44,8 +41,8 @@ Floats = NDArray[np.float64]
 class PrefillPrices:
     """Prices of a worker's chunks. `dense_ns[n]` is the time of the dense layers for n tokens; others are per token.
 
-    `pair_ns` is for one new token attending to one other in all layers without a window, and a pair within
-    `window_tokens` costs `window_share` of that again, in the others; `in_ns` is for a token read back by the offloaded
+    `pair_ns` is for a pair of tokens in all layers, and one within `window_tokens` costs `window_share` of that again
+    (see `prefill_attention.PairPrices`); `in_ns` is for a token read back by the offloaded
     layers, `cached_in_ns` for a token of a prefix hit that the other layers load; `out_ns` for a new token that leaves.
     `table_share` is that of GEMMs, experts and all-reduces, which measured tables price, in the dense layers of a full
     chunk, `known_share` that of costs with a known spread; `attention_measured` says whether attention was measured on
@@ -95,17 +92,6 @@ class PrefillPrices:
         return total
 
 
-def pairs_of(start: int, tokens: int) -> float:
-    """Pairs of a token in `[start, start + tokens)` and one not after it, half a pair for itself."""
-    return tokens * (start + 0.5 * tokens)
-
-
-def pairs_in_window(start: int, tokens: int, window_tokens: int) -> float:
-    """Those of them that are within `window_tokens` of each other."""
-    whole = min(tokens, max(0, window_tokens - start))
-    return pairs_of(start, whole) + window_tokens * (tokens - whole)
-
-
 def prefill_prices(
     scene: Scene, design: Design, *, chunk_tokens: int, keeps_prefixes: bool, draw: CostDraw | None = None
 ) -> PrefillPrices:
@@ -121,12 +107,7 @@ def prefill_prices(
     paged = sparse * paged_layer_token_bytes(model, design)
     offloaded, whole = paged * (1 - pinned), hosted_token_bytes(model, design)
     leaving = whole if keeps_prefixes else paged
-    entry = "prefill_attention" if model.latent is None else "prefill_latent_attention"
-    cost: ArithmeticCost = getattr(pricer.profile, entry)
-    attention = 1.0 if draw is None else draw.factor(entry, cost.spread)
-    flops_per_s = cost.efficiency * scene.machine.gpu.peak_flops_per_s
-    pair_s = share * attention * _pair_flops(model, chunk_tokens) / flops_per_s
-    windowed = len(model.windowed_layers)
+    attention = pair_prices(model, pricer, chunk_tokens=chunk_tokens, draw=draw)
     head, sharing = Gemm(m=1, n=model.vocab_size, k=model.hidden_size), scene.machine.tensor_parallel
     tables, small = (
         _table_seconds(scene, pricer.tables, chunk_tokens),
@@ -140,27 +121,16 @@ def prefill_prices(
     return PrefillPrices(
         dense_ns=_whole_ns(np.array(factors) @ parts),
         table_share=float(shares[:-1].sum()),
-        attention_measured=cost.source.is_measured and measured_on(pricer.profile.gemm, scene.machine.gpu),
+        attention_measured=attention.measured,
         known_share=float(sum(share for share, (_, spread) in zip(shares, errors, strict=True) if spread)),
         head_ns=round((factors[0] * pricer.tables.seconds(head) + best) * NS_PER_S),
-        pair_ns=(model.num_layers - windowed) * pair_s * NS_PER_S,
-        window_tokens=model.window_tokens or 0,
-        window_share=windowed / (model.num_layers - windowed),
+        pair_ns=share * attention.pair_s * NS_PER_S,
+        window_tokens=attention.window_tokens,
+        window_share=attention.window_share,
         in_ns=share * offloaded / link.h2d_bytes_per_s * NS_PER_S,
         cached_in_ns=share * (whole - offloaded) / link.h2d_bytes_per_s * NS_PER_S,
         out_ns=share * leaving / link.d2h_bytes_per_s * NS_PER_S,
     )
-
-
-def _pair_flops(model: ModelSpec, chunk_tokens: int) -> float:
-    """Attention of one layer, for a new token and one not after it, in chunks that are full.
-
-    Latent attention makes the keys and values of every earlier token anew in each chunk: a pair's share of that.
-    """
-    if (latent := model.latent) is None:
-        return 4.0 * model.num_query_heads * model.head_dim
-    again = 2.0 * latent.map_values(model.num_query_heads) / chunk_tokens
-    return 2.0 * model.num_query_heads * (latent.query_dim + latent.value_dim) + again
 
 
 def _table_seconds(scene: Scene, tables: TablePrices, chunk_tokens: int) -> dict[Work, Floats]:
@@ -191,7 +161,8 @@ def _gemm_seconds(scene: Scene, tables: TablePrices, tokens: Any) -> Floats:
         mlp = [(2 * width, model.hidden_size, fp8), (model.hidden_size, width, fp8)] if width else []
         others.update([*mlp, *([(experts.num_experts, model.hidden_size, False)] if experts else [])])
     behind = sum(count * tables.seconds(Gemm(tokens, n, k, narrow)) for (n, k, narrow), count in others.items())
-    return np.asarray(model.num_layers * attention + behind)
+    indexers = sum(tables.seconds(Gemm(own, each.n, each.k, fp8)) for each in model.indexer_projections)
+    return np.asarray(model.num_layers * attention + model.num_indexers * indexers + behind)
 
 
 def _around_attention(model: ModelSpec) -> list[Projection]:
