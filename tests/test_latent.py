@@ -387,9 +387,12 @@ class TestConfigs:
     @pytest.mark.parametrize(
         ("changes", "problem"),
         [
-            ({"model_type": "deepseek_v32"}, "kv_lora_rank = 512: latent attention of model_type = 'deepseek_v32' is"),
+            (
+                {"model_type": "glm4_moe"},
+                "kv_lora_rank = 512: latent attention of model_type = 'glm4_moe' is not known",
+            ),
             ({"kv_lora_rank": None}, "model_type = 'deepseek_v3': latent attention needs kv_lora_rank"),
-            ({"index_topk": 2048}, "index_topk = 2048: an indexer of its own is not modelled"),
+            ({"index_topk": 2048}, "index_topk = 2048: known of model_type deepseek_v32, glm_moe_dsa only"),
             ({"v_head_dim": None}, "no field 'v_head_dim': latent attention needs it"),
             ({"kv_lora_rank": "512"}, "kv_lora_rank = '512': must be a whole number"),
             ({"moe_layer_freq": 2}, "moe_layer_freq = 2: every layer after the first must have experts"),

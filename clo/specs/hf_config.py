@@ -62,7 +62,7 @@ _WITH_EXPERTS = (
 """Kinds of model whose fields about experts are known; others mean different things by the same names."""
 
 
-_LISTS = ("layer_types", "mlp_only_layers", "indexer_types")
+_LISTS = ("layer_types", "mlp_only_layers", "mlp_layer_types", "indexer_types")
 _COUNTS = (
     "n_shared_experts",
     "moe_intermediate_size",
@@ -187,10 +187,20 @@ def _other_experts(config: dict[str, Any]) -> str:
         return f"decoder_sparse_step = {config['decoder_sparse_step']!r}: every layer after the first must have experts"
     if config.get("moe_layer_freq") not in (None, 1):
         return f"moe_layer_freq = {config['moe_layer_freq']!r}: every layer after the first must have experts"
-    dense = config.get("mlp_only_layers") or []
-    if dense != list(range(len(dense))):
-        return f"mlp_only_layers = {dense!r}: layers with a dense MLP must be the first ones"
+    for field, dense in _dense_layers(config).items():
+        if dense != list(range(len(dense))):
+            return f"{field} = {config[field]!r}: layers with a dense MLP must be the first ones"
     return ""
+
+
+def _dense_layers(config: dict[str, Any]) -> dict[str, list[int]]:
+    """Which layers have no experts, by the field that says so."""
+    found: dict[str, list[int]] = {}
+    if only := config.get("mlp_only_layers"):
+        found["mlp_only_layers"] = only
+    if kinds := config.get("mlp_layer_types"):
+        found["mlp_layer_types"] = [layer for layer, kind in enumerate(kinds) if kind == "dense"]
+    return found
 
 
 def _experts_field(config: dict[str, Any]) -> str | None:
@@ -204,6 +214,8 @@ WITH_WINDOWS = ("gemma2", "gemma3_text", "gpt_oss", "ministral", "olmo3", "qwen2
 def _other_windows(config: dict[str, Any]) -> str:
     """What about layers that keep less than the whole context is beyond a `ModelSpec`."""
     kinds, window = config.get("layer_types") or [], config.get("sliding_window")
+    if config.get("model_type") in _WITH_INDEXER:
+        kinds = [kind for kind in kinds if kind != INDEXED]
     others = sorted({str(kind) for kind in kinds} - {"full_attention", WINDOWED})
     if others:
         return f"layer_types: {', '.join(others)} is not modelled, full_attention and {WINDOWED} only"
@@ -224,7 +236,7 @@ def _other_windows(config: dict[str, Any]) -> str:
     return ""
 
 
-WINDOWED = "sliding_attention"
+WINDOWED, INDEXED = "sliding_attention", "indexed_attention"
 
 
 def _limits(window: Any, config: dict[str, Any]) -> bool:
@@ -276,7 +288,7 @@ def experts_of(config: dict[str, Any]) -> dict[str, Any] | None:
         "experts_per_token": config.get("num_experts_per_tok"),
         "intermediate_size": width,
         "shared_intermediate_size": config.get("shared_expert_intermediate_size") or shared,
-        "dense_layers": config.get("first_k_dense_replace") or len(config.get("mlp_only_layers") or []),
+        "dense_layers": config.get("first_k_dense_replace") or max(map(len, _dense_layers(config).values()), default=0),
     }
 
 
