@@ -119,10 +119,11 @@ class TestOwn:
     def test_further_tables_belong_to_a_model(self, here: Path) -> None:
         model = tomllib.loads((here / "model.toml").read_text(encoding="utf-8"))
         further = re.findall(r"```toml\n(?!# \S+\n)(.*?)```", self.TEXT, re.DOTALL)
-        assert len(further) == 3
-        for block in further:
-            fields = tomllib.loads(block)
-            spec = ModelSpec.parse(model | fields)
+        assert len(further) == 4
+        tables = [tomllib.loads(block) for block in further]
+        latent = next(fields for fields in tables if "latent" in fields)
+        for fields in tables:
+            spec = ModelSpec.parse(model | (latent if "indexer" in fields else {}) | fields)
             assert all(getattr(spec, field) for field in fields)
 
     def test_commands_run(self, here: Path) -> None:
