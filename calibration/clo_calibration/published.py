@@ -162,8 +162,8 @@ def _served_steps() -> Claim:
         f"TPOT of GLM-5 with fp8 weights, all on the GPUs, under SGLang: {where}",
         ", ".join(f"{each.tpot_s * 1e3:.1f} ms" for each in SERVED),
         ", ".join(f"{tpot_s * 1e3:.1f} ms" for tpot_s in ours),
-        "ours is the sum of what was timed alone: what else an engine launches around experts and GEMMs (activations "
-        "to fp8, routing, gathering the batch) is priced as nothing, or as little",
+        "ours is the sum of what was timed alone: what else an engine launches around experts and GEMMs (routing, "
+        "gathering the batch, gaps between kernels) is priced as nothing, or as little",
     )
 
 

@@ -60,7 +60,7 @@ def _weight_notes(scene: Scene) -> tuple[str, ...]:
         return (f"weights of {width:g} bytes take as long as bf16 ones: {profile.name} has no times for them",)
     if scene.model.experts is not None and profile.experts_fp8 is None:
         return (f"experts with fp8 weights take as long as bf16 ones: {profile.name} has no times for them",)
-    return ("fp8 weights take the fastest fp8 kernels that were timed, and activations are brought to fp8 in no time",)
+    return ("fp8 weights take the fastest fp8 kernels that were timed, whatever scales they need",)
 
 
 def _sharing_notes(scene: Scene, plan: DecodePlan) -> tuple[str, ...]:
