@@ -135,11 +135,12 @@ class CopyCost(Cost):
 
 
 class ZeroCopyCost(Cost):
-    """A kernel over pinned host memory: `min(link, ctas * in_flight / round_trip)` after `latency_s`."""
+    """A kernel over pinned host memory: `min(link_share * link, ctas * in_flight / round_trip)` after `latency_s`."""
 
     latency_s: NonNegativeFloat
     in_flight_bytes_per_cta: PositiveFloat
     round_trip_s: PositiveFloat
+    link_share: PositiveFloat = Field(default=1.0, le=1.0, description="share of the link that kernels' reads can reach")
 
     def rate(self, num_ctas: int) -> float:
         """Bytes/s that `num_ctas` thread blocks can keep in flight."""
