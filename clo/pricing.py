@@ -271,8 +271,7 @@ class Pricer:
 
     def zero_copy_rate(self, num_ctas: int) -> float:
         """Bytes/s of a zero-copy kernel: the link, or what its thread blocks keep in flight."""
-        cost = self.profile.zero_copy
-        return min(cost.link_share * self._into_device, cost.rate(num_ctas))
+        return min(self._into_device, self.profile.zero_copy.rate(num_ctas))
 
     def copy_rate(self, work: Copy) -> float:
         """Bytes/s of a copy engine for pieces of this size."""

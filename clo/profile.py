@@ -135,16 +135,19 @@ class CopyCost(Cost):
 
 
 class ZeroCopyCost(Cost):
-    """A kernel over pinned host memory: `min(link_share * link, ctas * in_flight / round_trip)` after `latency_s`."""
+    """A kernel over pinned host memory: `min(link, most, ctas * in_flight / round_trip)` after `latency_s`."""
 
     latency_s: NonNegativeFloat
     in_flight_bytes_per_cta: PositiveFloat
     round_trip_s: PositiveFloat
-    link_share: PositiveFloat = Field(default=1.0, le=1.0, description="share of the link that kernels' reads can reach")
+    most_bytes_per_s: PositiveFloat | None = Field(
+        default=None, description="what kernels of this GPU can read at all, however fast the link; none: not known"
+    )
 
     def rate(self, num_ctas: int) -> float:
-        """Bytes/s that `num_ctas` thread blocks can keep in flight."""
-        return num_ctas * self.in_flight_bytes_per_cta / self.round_trip_s
+        """Bytes/s that `num_ctas` thread blocks can read from the host over a link that is fast enough."""
+        in_flight = num_ctas * self.in_flight_bytes_per_cta / self.round_trip_s
+        return in_flight if self.most_bytes_per_s is None else min(self.most_bytes_per_s, in_flight)
 
 
 class ThreadCost(Cost):

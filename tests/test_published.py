@@ -19,8 +19,8 @@ def test_gains_grow_with_reuse(monkeypatch: pytest.MonkeyPatch) -> None:
         assert gains == sorted(gains)
         assert gains[1] > 0
         below_zero.append(gains[0] < 0)
-    # on the slower link reusing half of the sets already pays, on the faster one it does not
-    assert below_zero == [False, False, True]
+    # at this context reusing half of the sets already pays
+    assert not any(below_zero)
     for at_context in found[3].ours.split("; "):
         rates = [float(rate) for rate in re.findall(r"([\d.]+)%", at_context)]
         assert len(rates) == 3

@@ -46,7 +46,7 @@ class TestShow:
         costs = json.loads(run("show", "profiles", "h200", "--json"))["profiles"]["h200"]
         assert "log_latency" not in json.dumps(costs)  # packed tables say nothing to a reader
         assert costs["gemm"]["source"] == "aiconfigurator"
-        assert costs["zero_copy"]["source"] == "assumed"
+        assert costs["zero_copy"]["source"] == "literature"
         known = [cost for cost in costs.values() if isinstance(cost, dict) and "source" in cost]
         assert sum(costs["sources"].values()) == len(known) > 25
 
