@@ -22,6 +22,7 @@ LAUNCH_BYTES = 64 << 20
 SMALLER_BYTES = tuple(mib << 20 for mib in (1, 2, 4, 8, 16, 32))
 PAGE_KIB = (4, 8, 16, 32, 64)
 PROGRAMS = (1, 2, 4, 8, 16, 32)
+ALL_PROGRAMS = 128
 
 
 def pinned_storage(device: torch.device) -> torch.Tensor:
@@ -68,12 +69,13 @@ def gather_figures(storage: torch.Tensor, device: torch.device, peaks: Peaks, *,
     """Pages and programs; then the bytes of a launch, at 8 KiB and 16 programs; then pages side by side.
 
     Where the last are faster, it is not the kernel that limits random pages but the translation of their addresses.
+    The very last, by more programs than there is any use for, are what kernels can read of the host at all.
     """
     shapes = [(page, programs, LAUNCH_BYTES, False) for page in PAGE_KIB for programs in PROGRAMS]
     if quick:
         shapes = [(page, programs, LAUNCH_BYTES, False) for page in (8, 64) for programs in (4, 16)]
     shapes += [(8, 16, num_bytes, False) for num_bytes in (SMALLER_BYTES[::3] if quick else SMALLER_BYTES)]
-    shapes += [(8, 16, LAUNCH_BYTES, True)]
+    shapes += [(8, 16, LAUNCH_BYTES, True), (PAGE_KIB[-1], ALL_PROGRAMS, LAUNCH_BYTES, True)]
     for page_kib, programs, launch_bytes, in_order in shapes:
         num_bytes = launch_bytes if programs >= 4 else launch_bytes // 4
         calls = gather_calls(storage, device, page_kib, programs, num_bytes, in_order=in_order)
