@@ -304,8 +304,8 @@ class TestSections:
         device, peaks = torch.device("cpu"), Peaks(h2d=5e10, hbm=4e12)
         storage = transfers.pinned_storage(device)
         figures = [f for f in transfers.gather_figures(storage, device, peaks, quick=False) if f.num_bytes == 1 << 20]
-        assert len(figures) == len(transfers.PAGE_KIB) * 4 + 1
-        assert [f.case.get("pages") for f in figures][-2:] == [None, "side by side"]
+        assert len(figures) == len(transfers.PAGE_KIB) * 4 + 2
+        assert [f.case.get("pages") for f in figures][-3:] == [None, "side by side", "side by side"]
         assert all(f.limit_us == pytest.approx(2**20 / 5e10 * 1e6) for f in figures)
         assert len(list(transfers.interference_figures(storage, device, quick=False))) == 7
 
