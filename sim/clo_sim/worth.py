@@ -12,7 +12,7 @@ from clo.specs import Design
 from clo_sim.evaluation import Evaluation
 from clo_sim.laboratory import Laboratory
 from clo_sim.scene import Scene
-from clo_sim.variation import Changes, Grid, Task, vary
+from clo_sim.variation import Changes, Grid, Task, shown, vary
 from clo_sim.workers import Workers
 
 ALTERNATIVES: Grid = {
@@ -103,4 +103,4 @@ def _quality_note(field: str, best: Result, other: Evaluation) -> str:
 
 
 def _value_name(field: str, value: Any) -> str:
-    return "all memory" if field == "slot_budgets" and value is None else str(value)
+    return "all memory" if field == "slot_budgets" and value is None else shown(field, value)
