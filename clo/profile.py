@@ -35,7 +35,6 @@ class Source(StrEnum):
 
     MEASURED = "measured"
     AICONFIGURATOR = "aiconfigurator"
-    DATASHEET = "datasheet"
     LITERATURE = "literature"
     ASSUMED = "assumed"
 

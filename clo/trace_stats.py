@@ -73,7 +73,9 @@ def describe(trace: AttentionTrace) -> dict[str, Any]:
     """Plain data: header, cosines by lag, overlaps by budget in pages, hit rates by tau, and a table by layer."""
     header = trace.header
     steps = header.num_steps
-    budgets = [budget for budget in BUDGETS_PAGES if budget <= header.max_budget_pages]
+    # a list of all candidates is no choice
+    most = min(header.max_budget_pages, header.num_candidate_pages(0) - 1)
+    budgets = [budget for budget in BUDGETS_PAGES if budget <= most]
     return {
         "header": header.model_dump(mode="json"),
         "candidate_pages": [header.num_candidate_pages(0), header.num_candidate_pages(steps - 1)],

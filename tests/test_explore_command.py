@@ -9,7 +9,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from commands import SMALL, run, simulate
+
+from clo_cli.main import clo
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,13 @@ class TestExplore:
         assert "resident does not run" in text
         assert "275 GB" in text
         assert text.index("Roofline") < text.index("Designs with the same device memory")
+
+    def test_what_a_setting_contradicts_is_named(self) -> None:
+        arguments = ["explore", *SMALL, "--no-sweep", "--set", "design.page_coding=int8"]
+        done = CliRunner().invoke(clo, arguments, catch_exceptions=False)
+        told = [line for line in done.stderr.splitlines() if "left out" in line]
+        assert [line.split()[1] for line in told] == ["resident", "streamed"]
+        assert all("page_coding must be none" in line for line in told)
 
     def test_the_winner_is_named_with_what_it_was_chosen_for(self) -> None:
         vary = ["--vary", "workload.batch=1,2", "--objective", "tokens_per_s", "--steps", "4", "--designs", "clo"]

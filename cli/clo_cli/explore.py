@@ -136,6 +136,7 @@ def explore(
 
     overrides = overrides_from(settings)
     scene = scene_from(options, overrides)
+    around = design_from(base, overrides, scene.model)
     named = _named(designs, overrides, scene.model)
     if no_sweep and (vary or evaluations is not None):
         raise SpecError("--no-sweep: compares the named designs only, without --vary and --evaluations")
@@ -151,7 +152,7 @@ def explore(
         found = run(
             scene,
             named=named,
-            base=design_from(base, overrides, scene.model),
+            base=around,
             space=space,
             num_finalists=finalists,
             budget=evaluations,
@@ -206,7 +207,7 @@ def _workers(scene: Scene, count: int | None, cluster: str | None) -> Workers:
 
 
 def _named(designs: str | None, overrides: Overrides, model: ModelSpec) -> list[Design]:
-    """The designs to compare, with `--set design.*` applied; presets that it contradicts are left out."""
+    """The designs to compare, with `--set design.*` applied; presets that it contradicts are left out, and named."""
     from clo import presets
 
     if designs is not None:
@@ -215,8 +216,8 @@ def _named(designs: str | None, overrides: Overrides, model: ModelSpec) -> list[
     for name in presets.names("designs"):
         try:
             found.append(design_from(name, overrides, model))
-        except SpecError:
-            continue
+        except SpecError as error:
+            click.echo(f"clo: {name} is left out: {error}", err=True)
     return found
 
 

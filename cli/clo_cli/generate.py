@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
@@ -16,6 +15,7 @@ from clo.errors import SpecError
 from clo_cli.options import check_outputs, check_seed, design_from, overrides_from
 
 if TYPE_CHECKING:
+    from clo.engine.decoder import Decoder
     from clo.specs import Design
 
 READING = "reading the prompt"
@@ -23,6 +23,14 @@ Token = TypeVar("Token")
 
 UNFINISHED = "\ufffd"
 """What tokenizers decode bytes to that are not, or not yet, a character."""
+
+
+class Step(NamedTuple):
+    """What one decode step took and moved."""
+
+    seconds: float
+    h2d_bytes: float
+    hit_rate: float
 
 
 @click.command()
@@ -143,40 +151,47 @@ def _generate(
     model, tokenizer = load_for_decoding(name)
     heads = heads_from(design, model, trace_path)
     ids = tokenizer(words, return_tensors="pt", verbose=False).input_ids[0]
-    said: list[int] = []
-    seconds, moved, hits, shown = [], 0.0, 0.0, ""
     with Decoder(model, design, max_new_tokens=count, heads=heads) as decoder:
         generation = decoder.generate([ids], sampler=sampler_of(temperature, seed))
-        first = _read(generation)
-        began = time.perf_counter()
-        for token in chain([first], generation):
-            if said:
-                seconds.append(time.perf_counter() - began)
-                moved, hits = moved + decoder.traffic.h2d_bytes, hits + decoder.traffic.hit_rate
-            began = time.perf_counter()
-            said.append(int(token))
-            if not as_json:
-                shown = _show(tokenizer.decode(said), shown)
-            if said[-1] == tokenizer.eos_token_id:
-                break
-        if not as_json:
-            click.echo(tokenizer.decode(said)[len(shown) :], nl=False)
+        said, steps = _decode(decoder, generation, tokenizer, silent=as_json)
         if timeline is not None and decoder.timeline is not None:
             from clo.timeline import save_chrome_trace
 
             save_chrome_trace(timeline, [decoder.timeline])
         plan = decoder.plan
         assert plan is not None
-    steps = len(seconds)
     return {
         "text": tokenizer.decode(said),
         "model": plan.model.name,
         "design": plan.design.name,
         "prompt_tokens": len(ids),
         "tokens": len(said),
-        "tpot_s": sum(seconds) / steps if steps else None,
-        "hit_rate": hits / steps if steps else None,
-        "h2d_bytes_per_step": moved / steps if steps else None,
+        "tpot_s": _mean([step.seconds for step in steps]),
+        "hit_rate": _mean([step.hit_rate for step in steps]),
+        "h2d_bytes_per_step": _mean([step.h2d_bytes for step in steps]),
         "kv_device_bytes": plan.memory.kv,
         "host_bytes": plan.host_bytes,
     }
+
+
+def _decode(
+    decoder: Decoder, generation: Iterator[Any], tokenizer: Any, *, silent: bool
+) -> tuple[list[int], list[Step]]:
+    """Tokens up to the end of the text, shown as they come unless `silent`; the first comes with the prompt."""
+    said, steps, shown = [int(_read(generation))], [], ""
+    while True:
+        if not silent:
+            shown = _show(tokenizer.decode(said), shown)
+        began = time.perf_counter()
+        token = None if said[-1] == tokenizer.eos_token_id else next(generation, None)
+        if token is None:
+            break
+        steps.append(Step(time.perf_counter() - began, decoder.traffic.h2d_bytes, decoder.traffic.hit_rate))
+        said.append(int(token))
+    if not silent:
+        click.echo(tokenizer.decode(said)[len(shown) :], nl=False)
+    return said, steps
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

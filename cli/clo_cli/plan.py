@@ -314,8 +314,8 @@ def _map(
         for design in offloading
     ]
     maps = _run(run_map, jobs, workers, "map")
-    cells = {name: rows for one in maps for name, rows in one.cells.items()}
-    return replace(maps[0], cells=cells)
+    e2e_s = {name: rows for one in maps for name, rows in one.e2e_s.items()}
+    return replace(maps[0], e2e_s=e2e_s)
 
 
 def _report(found: FleetPlan, out: Path | None, *, prices_given: bool, as_json: bool) -> None:

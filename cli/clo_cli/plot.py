@@ -40,7 +40,7 @@ _KEYS = {
 @click.command()
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write: .png, .svg or .pdf.")
-@click.option("--kind", type=click.Choice(KINDS), help="What to draw.  [default: what the first file holds]")
+@click.option("--kind", type=click.Choice(KINDS), help="What to draw.  [default: what the files hold]")
 def plot(paths: Paths, out: Path, kind: str | None) -> None:
     """Draw one figure from the files given.
 
@@ -54,7 +54,7 @@ def plot(paths: Paths, out: Path, kind: str | None) -> None:
     from clo_plots import save_figure
 
     check_outputs(figure=out)
-    chosen = kind or detect(paths[0])
+    chosen = kind or _kind_of(paths)
     data = _LOADERS[chosen](paths)
     try:
         figure = _draw(chosen, data, paths)
@@ -62,6 +62,14 @@ def plot(paths: Paths, out: Path, kind: str | None) -> None:
         raise CloError(f"{', '.join(str(path) for path in paths)}: {error}") from None
     save_figure(figure, out)
     click.echo(f"{out}: {chosen} figure of {', '.join(str(path) for path in paths)}")
+
+
+def _kind_of(paths: Paths) -> str:
+    kind = detect(paths[0])
+    for path in paths[1:]:
+        if (other := detect(path)) != kind:
+            raise CloError(f"{path}: is for a {other} figure, {paths[0]} for a {kind} figure: give files of one kind")
+    return kind
 
 
 def detect(path: Path) -> str:

@@ -73,7 +73,7 @@ def run(
 
     \b
     clo run --design resolve --context 4096 --timeline step.json
-    clo run --model llama-3-8b --layers 2 --design clo
+    clo run --model llama-3-8b --layers 4 --design clo
     """
     design = design_from(design_name, overrides_from(settings, ("design",)))
     if weights and model:

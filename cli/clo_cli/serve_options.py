@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from clo_sim.scene import Scene
     from clo_sim.serving import RequestTrace, ServiceSettings
 
-GENERATED = "Such as --load poisson:2 --input-tokens 32768 --output-tokens 512 generates them"
+GENERATED = "To generate them: --load poisson:2 --input-tokens 32768 --output-tokens 512"
 
 _OPTIONS = (
     click.option(

@@ -150,11 +150,13 @@ def print_fleets(fleets: Sequence[Priced], slo: str, title: str, *, prices_given
     table = Table(title=title, title_justify="left")
     for name in ("machine", "design"):
         table.add_column(name, no_wrap=True)
-    for name in ("GPUs", f"{slo}\nworst term at", "head-room", "$/h", "$ per million\noutput tokens"):
+    costs = ("$/h", "$ per million\noutput tokens") if prices_given else ()
+    for name in ("GPUs", f"{slo}\nworst term at", "head-room", *costs):
         table.add_column(name, justify="right")
     table.add_column("note", overflow="fold")
     for one in fleets:
-        table.add_row(*_fleet_row(one))
+        *numbers, note = _fleet_row(one)
+        table.add_row(*numbers, *(_costs(one) if prices_given else ()), note)
     out.print(table)
     if any(one.fleet.gpus_interval is not None for one in fleets):
         out.print(
@@ -167,7 +169,7 @@ def print_fleets(fleets: Sequence[Priced], slo: str, title: str, *, prices_given
             "need more GPUs."
         )
     if not prices_given:
-        out.print("No prices given: no costs. Give yours, in $ per GPU and hour: --price h200=... --price l40s=...")
+        out.print("For costs give prices, in $ per GPU and hour: --price h200=... --price l40s=...")
 
 
 def _one(gpus: int) -> str:
@@ -177,7 +179,7 @@ def _one(gpus: int) -> str:
 def _fleet_row(one: Priced) -> list[str]:
     fleet = one.fleet
     if fleet.gpus is None:
-        return [fleet.machine, fleet.design, "-", "", "", "", "", fleet.problem]
+        return [fleet.machine, fleet.design, "-", "", "", fleet.problem]
     values = ", ".join(f"{name} {format_seconds(value)}" for name, value in fleet.values.items())
     # beyond the largest multiple that was tried nothing is known
     head = "" if fleet.head_room is None else f"{fleet.head_room:.2f}x{'' if fleet.breaks_by else ' or more'}"
@@ -189,10 +191,15 @@ def _fleet_row(one: Priced) -> list[str]:
         str(fleet.gpus) + _count_span(fleet.gpus_interval),
         f"{fleet.margin:.0%}",
         head,
-        "" if one.cost_per_hour is None else f"{one.cost_per_hour:.2f}",
-        "" if one.cost_per_million is None else f"{one.cost_per_million:.3g}",
         f"{best}{_in_replicas(fleet)}{values}{breaks}{_chance(fleet)}{_rejected(fleet)}",
     ]
+
+
+def _costs(one: Priced) -> tuple[str, str]:
+    return (
+        "" if one.cost_per_hour is None else f"{one.cost_per_hour:.2f}",
+        "" if one.cost_per_million is None else f"{one.cost_per_million:.3g}",
+    )
 
 
 def _in_replicas(fleet: Fleet) -> str:

@@ -31,7 +31,9 @@ def _print(described: dict[str, Any]) -> None:
 
     out = console()
     out.print(_about(described), highlight=False)
-    out.print(_cosine_table(described), _overlap_table(described))
+    out.print(_cosine_table(described))
+    if described["attention_mass"]["best_pages"]:
+        out.print(_overlap_table(described))
     if described["layers"]:
         out.print(_layer_table(described["layers"]))
 
@@ -39,14 +41,15 @@ def _print(described: dict[str, Any]) -> None:
 def _about(described: dict[str, Any]) -> str:
     header, (first, last) = described["header"], described["candidate_pages"]
     mass = described["attention_mass"]
-    best = ", ".join(f"{budget}: {_number(share)}" for budget, share in mass["best_pages"].items())
+    best = ", ".join(f"{budget} pages {_number(share)}" for budget, share in mass["best_pages"].items())
     return (
         f"{header['model']}: {header['num_layers']} layers, {header['num_query_heads']} query heads, "
         f"{header['num_kv_heads']} KV heads, head_dim {header['head_dim']}\n"
         f"{header['num_steps']} decode steps from {header['context_tokens']} tokens of {header['text_source']}, "
         f"recorded {header['recorded_at']}\n"
         f"pages of {header['page_size']} tokens, {first} to {last} candidates, best {header['max_budget_pages']} kept\n"
-        f"attention mass: {_number(mass['resident'])} on resident tokens; on the best pages {best}"
+        f"attention mass: {_number(mass['resident'])} on resident tokens"
+        f"{best and f'; on the best {best}'}"
     )
 
 
@@ -55,7 +58,7 @@ def _cosine_table(described: dict[str, Any]) -> Table:
     for lag, value in described["cosine_at_lag"].items():
         table.add_row(f"cosine, {lag} step{'s' if lag != '1' else ''} apart", _number(value))
     for ahead, value in described["lookahead_cosine"].items():
-        table.add_row(f"cosine, approximated {ahead} layer{'s' if ahead != '1' else ''} ahead", _number(value))
+        table.add_row(f"cosine, approximated {_layers(ahead)} ahead", _number(value))
     for tau, value in described["hit_rate_at_tau"].items():
         table.add_row(f"steps within tau = {tau} of the anchor", _number(value))
     return table
@@ -66,7 +69,7 @@ def _overlap_table(described: dict[str, Any]) -> Table:
     for selector, values in described["adjacent_overlap"].items():
         rows.append((f"{selector}: adjacent steps", values))
     for selector, by_distance in described["lookahead_overlap"].items():
-        rows += [(f"{selector}: {ahead} ahead", values) for ahead, values in by_distance.items()]
+        rows += [(f"{selector}: {_layers(ahead)} ahead", values) for ahead, values in by_distance.items()]
     for selector, values in described["overlap_with_exact"].items():
         rows.append((f"{selector}: with exact", values))
     budgets = list(rows[0][1]) if rows else []
@@ -79,7 +82,8 @@ def _overlap_table(described: dict[str, Any]) -> Table:
 def _layer_table(layers: list[dict[str, Any]]) -> Table:
     # approximate queries of every distance and selector would not fit a terminal: the JSON has them
     columns = [name for name in layers[0] if "_ahead_" not in name or name.startswith("exact_ahead_1")]
-    table = _table("Layers", [name.replace("_", " ") for name in columns])
+    named = [name.replace("_", " ") + (" pages" if "_overlap_" in name else "") for name in columns]
+    table = _table("Layers", named)
     for row in layers:
         table.add_row(str(row["layer"]), *(_number(row[name]) for name in columns[1:]))
     return table
@@ -92,6 +96,10 @@ def _table(title: str, columns: list[str]) -> Table:
     for index, name in enumerate(columns):
         table.add_column(name, justify="right" if index else "left")
     return table
+
+
+def _layers(count: str) -> str:
+    return "1 layer" if count == "1" else f"{count} layers"
 
 
 def _number(value: float | None) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from clo.errors import CloError
 from clo_plots.labels import label_markers
@@ -58,6 +59,7 @@ def plot_fleets(fleets: Sequence[Mapping[str, Any]]) -> Figure:
         axes.step(corners[:, 0], corners[:, 1], where="post", color=ACCENT, linewidth=1.2, label="front")
         axes.plot(corners[:, 0], corners[:, 1], ".", color=SLOWER, markersize=5)
         axes.margins(0.12)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=not priced))
         axes.grid(True)
         figure.legend(loc="outside lower center", ncols=5)
         figure.draw_without_rendering()

@@ -20,6 +20,9 @@ from clo_plots.style import ACCENT, FAINT, FONT_PT, INK, SLOWER, SMALL_PT, new_f
 LEGEND_CHARS = 44
 """Two columns of the legend fit the figure with names of so many characters a line."""
 
+FAR = 2.0
+"""A limit so many times above what any design needs is told, not drawn."""
+
 _MARKERS = "osD^vP*Xp<>h"
 
 
@@ -54,9 +57,12 @@ def pareto_front(points: Iterable[DesignPoint]) -> tuple[DesignPoint, ...]:
 
 
 def plot_pareto(points: Sequence[DesignPoint], *, title: str, memory_bytes: float | None = None) -> Figure:
-    """TPOT against GPU memory for KV; `memory_bytes`, what there is, is marked by a vertical line."""
+    """TPOT against GPU memory for KV; `memory_bytes`, what there is, is marked by a vertical line unless it is far."""
     with new_figure(3.9, what="pareto", empty=not points) as figure:
         axes = figure.add_subplot(xlabel="GPU memory for KV (GB)", ylabel="TPOT (ms, log scale)")
+        if memory_bytes is not None and memory_bytes > FAR * max(point.kv_device_bytes for point in points):
+            axes.set_xlabel(f"GPU memory for KV (GB, of {memory_bytes / GB:.0f})")
+            memory_bytes = None
         # above the name of the memory line
         axes.set_title(title, pad=6 if memory_bytes is None else 14)
         front = pareto_front([point for point in points if point.allowed] or points)

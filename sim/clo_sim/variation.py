@@ -54,9 +54,10 @@ def vary(base: Design, changes: Mapping[str, Any]) -> Design:
     """`base` with some fields changed and a name that says which."""
     if "slot_budgets" in changes:
         changes = {"slot_pages": None, **changes}
-    named = [(field, value) for field, value in changes.items() if getattr(base, field) != value]
+    varied = base.with_fields(**changes, description="")
+    named = [(field, getattr(varied, field)) for field in changes if getattr(varied, field) != getattr(base, field)]
     texts = [f"{field}={shown(field, value)}" for field, value in named if (field, value) != ("slot_pages", None)]
-    return base.with_fields(**changes, name=" ".join([base.name, *texts]), description="")
+    return varied.with_fields(name=" ".join([base.name, *texts]))
 
 
 def shown(field: str, value: Any) -> str:

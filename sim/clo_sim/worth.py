@@ -12,7 +12,7 @@ from clo.specs import Design
 from clo_sim.evaluation import Evaluation
 from clo_sim.laboratory import Laboratory
 from clo_sim.scene import Scene
-from clo_sim.variation import Changes, Grid, Task, vary
+from clo_sim.variation import Changes, Grid, Task, shown, vary
 from clo_sim.workers import Workers
 
 ALTERNATIVES: Grid = {
@@ -42,7 +42,7 @@ def worth(laboratory: Laboratory, best: Result, changes: Changes, alternatives: 
     """The same in a laboratory, of a scene with `changes`."""
     neighbours: list[tuple[dict[str, str], Task | str]] = []
     for field, values in alternatives.items():
-        if field == "tau" and not best.design.gated:
+        if not _matters(field, best.design):
             continue
         chosen = getattr(best.design, field)
         for value in values:
@@ -64,6 +64,10 @@ def worth(laboratory: Laboratory, best: Result, changes: Changes, alternatives: 
     )
 
 
+def _matters(field: str, design: Design) -> bool:
+    return {"tau": design.gated, "selector": design.selects}.get(field, True)
+
+
 def _neighbour(design: Design, field: str, value: Any, changes: Changes) -> Task | str:
     try:
         return Task(design=vary(design, {field: value}), changes=changes, level="simpy")
@@ -82,7 +86,9 @@ def _quality_note(field: str, best: Result, other: Evaluation) -> str:
         if field == "pinned_head_fraction":
             return "pins as many heads, after rounding"
         if field == "dense_layers":
-            return "offloads the same layers: the others have a window"
+            return "offloads the same layers"
+    if not other.design.selects:
+        return ""
     if field in ("dense_layers", "pinned_head_fraction"):
         return "changes the answers: another share of the heads attends in full"
     if field == "selector":
@@ -97,4 +103,4 @@ def _quality_note(field: str, best: Result, other: Evaluation) -> str:
 
 
 def _value_name(field: str, value: Any) -> str:
-    return "all memory" if field == "slot_budgets" and value is None else str(value)
+    return "all memory" if field == "slot_budgets" and value is None else shown(field, value)

@@ -59,3 +59,11 @@ def test_the_best_is_in_the_legend() -> None:
     assert "best: clo tau=0.5, 40 ms" in [text.get_text() for text in figure.legends[0].get_texts()]
     [ring] = [line for line in figure.axes[0].lines if "best:" in str(line.get_label())]
     assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([5], [pytest.approx(40)])
+
+
+def test_a_limit_far_above_every_design_takes_no_room() -> None:
+    points = make_points()
+    most_gb = max(point.kv_device_bytes for point in points) / 1e9
+    axes = plot_pareto(points, title="small", memory_bytes=50 * most_gb * 1e9).axes[0]
+    assert axes.get_xlim()[1] < 2 * most_gb
+    assert f"of {50 * most_gb:.0f}" in axes.get_xlabel()

@@ -139,6 +139,9 @@ def test_missing_files_and_wrong_kinds_are_errors(files: dict[str, Path], tmp_pa
         assert message == f"{gone}: No such file or directory"
     assert str(files["stalls"]) in failure(files["stalls"], "--out", out, "--kind", "pareto")
     assert str(files["choices"]) in failure(files["choices"], files["choices"], "--out", out)
+    message = failure(files["stalls"], files["choices"], "--out", out)
+    assert "choices figure" in message
+    assert "stalls figure" in message
     assert "suffix" in failure(gone, "--out", tmp_path / "figure.gif")
 
 

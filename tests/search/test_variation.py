@@ -12,7 +12,7 @@ from questions import CLO
 from clo import presets
 from clo_sim.evaluation import evaluate
 from clo_sim.scene import Scene
-from clo_sim.variation import expand, scene_with, task_at
+from clo_sim.variation import expand, scene_with, task_at, vary
 
 
 class TestVariation:
@@ -50,6 +50,10 @@ class TestVariation:
             ("lru", "previous_step"),
             ("head_reuse", "layer_ahead"),
         }
+
+    def test_names_say_what_differs_however_it_was_written(self) -> None:
+        given = {"slot_budgets": "none", "tau": str(CLO.tau), "page_size": "32"}
+        assert vary(CLO.with_fields(slot_budgets=None), given).name == f"{CLO.name} page_size=32"
 
     @pytest.mark.parametrize(
         ("field", "slow", "fast"),

@@ -247,7 +247,7 @@ class TestMap:
             chunk_tokens=16384,
         )
         # 262,144 tokens of KV (34 GB) do not fit the 28 GB that weights leave
-        assert found.cells["resident"][0][1].state == "too_large"
+        assert found.e2e_s["resident"][0][1] is None
         assert found.ratio(0, 1) == 0.0
         assert found.ratio(0, 0) > 1.0
         assert math.isnan(found.ratio(1, 0))
@@ -371,13 +371,15 @@ class TestCommands:
     def test_without_prices_no_costs(self) -> None:
         text = run("plan", "--requests", AZURE, "--first", 10, "--slo", "e2e_p95<60s", "--machines", "h200",
                    "--designs", "resident", "--workers", 1, "--no-map")  # fmt: skip
-        assert "No prices given" in text
+        assert "For costs give prices" in text
+        assert "$/h" not in text
 
     def test_prices_of_fleets_that_cannot_be_are_not_asked_for_again(self) -> None:
         text = run("plan", "--requests", AZURE, "--first", 10, "--slo", "e2e_p95<1us", "--machines", "h200",
                    "--designs", "resident", "--price", "h200=3.5", "--workers", 1, "--no-map")  # fmt: skip
         assert re.search(r"\d (ms|us) even for requests alone on an idle", " ".join(text.split()))
-        assert "No prices given" not in text
+        assert "For costs give prices" not in text
+        assert "$/h" in text
 
     @pytest.mark.parametrize(
         ("arguments", "names"),

@@ -48,3 +48,9 @@ class TestStatistics:
         described = describe(AttentionTrace.from_arrays(header, **random_arrays(header)))
         assert described["cosine_at_lag"] == {}
         assert described["layers"] == []
+
+    def test_lists_of_all_pages_are_not_compared(self) -> None:
+        header = make_header(max_budget_pages=16)
+        described = describe(AttentionTrace.from_arrays(header, **random_arrays(header)))
+        assert header.num_candidate_pages(0) < 16
+        assert described["adjacent_overlap"]["exact"].keys() == {"8"}

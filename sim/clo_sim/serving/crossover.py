@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from clo.specs import Design
@@ -25,20 +26,13 @@ RATES = 12
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    """One design at one context and load. `e2e_s` is the mean time of a request; none where it does not keep up
-    (`unstable`) or cannot hold a single request (`too_large`)."""
-
-    context_tokens: int
-    rate_per_s: float
-    e2e_s: float | None
-    state: str
+Rows = tuple[tuple[float | None, ...], ...]
+"""Mean time of a request, `[rate][context]`: none where the design does not keep up or cannot hold a single request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CrossoverMap:
-    """Cells by design, `[rate][context]`; `residents` keep everything on the GPU, the first of them is exact."""
+    """Mean times of requests by design; `residents` keep everything on the GPU, the first of them is exact."""
 
     machine: str
     gpus: int
@@ -48,12 +42,12 @@ class CrossoverMap:
     reused_share: float
     contexts: tuple[int, ...]
     rates_per_s: tuple[float, ...]
-    cells: dict[str, tuple[tuple[Cell, ...], ...]]
+    e2e_s: dict[str, Rows]
 
     @property
     def offloading(self) -> tuple[str, ...]:
         """The designs that are held against the resident ones."""
-        return tuple(name for name in self.cells if name not in self.residents)
+        return tuple(name for name in self.e2e_s if name not in self.residents)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: mean times by design, `[rate][context]` (none: does not keep up), and ratios to `residents`.
@@ -71,7 +65,7 @@ class CrossoverMap:
             "reused_share": self.reused_share,
             "contexts": list(self.contexts),
             "rates_per_s": list(self.rates_per_s),
-            "e2e_s": {name: [[cell.e2e_s for cell in row] for row in rows] for name, rows in self.cells.items()},
+            "e2e_s": {name: [list(row) for row in rows] for name, rows in self.e2e_s.items()},
             "best": [[self.best(*place) for place in row] for row in places],
             "ratio": {
                 name: [[_plain(self.ratio(*at, name)) for at in row] for row in places] for name in self.residents
@@ -80,16 +74,16 @@ class CrossoverMap:
 
     def best(self, row: int, column: int) -> str:
         """The design with the least mean time there; empty where none keeps up."""
-        serving = {name: rows[row][column].e2e_s for name, rows in self.cells.items()}
+        serving = {name: rows[row][column] for name, rows in self.e2e_s.items()}
         known = {name: seconds for name, seconds in serving.items() if seconds is not None}
         return min(known, key=lambda name: known[name]) if known else ""
 
     def ratio(self, row: int, column: int, resident: str = "") -> float:
         """Best offloading design's mean time over that of a resident one (the first, if none is named): 0 where only
         the former keeps up, infinite where only the latter does, NaN where neither."""
-        ours = [self.cells[name][row][column].e2e_s for name in self.offloading]
+        ours = [self.e2e_s[name][row][column] for name in self.offloading]
         least = min((seconds for seconds in ours if seconds is not None), default=None)
-        theirs = self.cells[resident or self.residents[0]][row][column].e2e_s
+        theirs = self.e2e_s[resident or self.residents[0]][row][column]
         if least is None:
             return math.nan if theirs is None else math.inf
         return 0.0 if theirs is None else least / theirs
@@ -130,15 +124,15 @@ def crossover_map(
         for name, design in every.items()
     }
     rates = tuple(rates_per_s or _rates(priced[residents[0].name], contexts, output_tokens, reused_share))
-    cells: dict[str, tuple[tuple[Cell, ...], ...]] = {}
+    e2e_s: dict[str, Rows] = {}
     for number, (name, costs) in enumerate(priced.items()):
         columns = []
         for place, context in enumerate(contexts):
             loads = [_load(context, output_tokens, reused_share, rate, num_requests, seed) for rate in rates]
-            columns.append(_column(costs, context, rates, loads, chosen))
+            columns.append(_column(costs, loads, chosen))
             if progress is not None:
                 progress(number * len(contexts) + place + 1, len(every) * len(contexts))
-        cells[name] = tuple(zip(*columns, strict=True))
+        e2e_s[name] = tuple(zip(*columns, strict=True))
     return CrossoverMap(
         machine=scene.machine.name,
         gpus=chosen.gpus,
@@ -148,7 +142,7 @@ def crossover_map(
         reused_share=reused_share,
         contexts=tuple(contexts),
         rates_per_s=rates,
-        cells=cells,
+        e2e_s=e2e_s,
     )
 
 
@@ -167,24 +161,15 @@ def _load(context: int, output_tokens: int, reused_share: float, rate: float, co
     return replace(drawn, requests=tuple(one._replace(prefix_blocks=blocks) for one in drawn.requests))
 
 
-def _column(
-    costs: WorkerCosts, context: int, rates: Sequence[float], loads: Sequence[RequestTrace], settings: ServiceSettings
-) -> list[Cell]:
-    """One context under rising load; beyond the first rate that is too much, all are."""
-    cells, state = [], ""
-    for rate, load in zip(rates, loads, strict=True):
-        seconds = None
-        if not state:
-            seconds, state = _serve_cell(load, costs, settings)
-        cells.append(Cell(context_tokens=context, rate_per_s=rate, e2e_s=seconds, state=state or "serves"))
-    return cells
+def _column(costs: WorkerCosts, loads: Sequence[RequestTrace], settings: ServiceSettings) -> tuple[float | None, ...]:
+    """One context under rising load; beyond the first that is too much, all are."""
+    times = list(takewhile(lambda seconds: seconds is not None, (_mean_e2e_s(load, costs, settings) for load in loads)))
+    return (*times, *[None] * (len(loads) - len(times)))
 
 
-def _serve_cell(load: RequestTrace, costs: WorkerCosts, settings: ServiceSettings) -> tuple[float | None, str]:
+def _mean_e2e_s(load: RequestTrace, costs: WorkerCosts, settings: ServiceSettings) -> float | None:
     result = summarise_service(serve(load, costs, settings))
-    if result.rejected:
-        return None, "too_large"
-    return (None, "unstable") if result.unstable else (result.e2e_s.mean, "")
+    return None if result.rejected or result.unstable else result.e2e_s.mean
 
 
 def contexts_up_to(longest: int, *, shortest: int = 4096) -> tuple[int, ...]:

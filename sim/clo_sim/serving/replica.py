@@ -335,7 +335,7 @@ class Replica:
         left, newest = max(self._running, key=lambda item: item[1].order)
         if self._partial is not None and self._partial.order > newest.order:
             newest, self._partial = self._partial, None
-            self._release(newest, newest.target + 1)
+            self._release(newest.target + 1)
         else:
             self._running.remove((left, newest))
             heapify(self._running)
@@ -345,13 +345,13 @@ class Replica:
             newest.emitted = newest.request.output_tokens - remaining
             newest.last_ns = self.now_ns
             newest.target = newest.request.input_tokens + newest.emitted
-            self._release(newest, tokens)
+            self._release(tokens)
         newest.prefilled = 0
         self.waiting_tokens += newest.target
         self._waiting.appendleft(newest)
         self.tally.preemptions += 1
 
-    def _release(self, sequence: Sequence, tokens: int) -> None:
+    def _release(self, tokens: int) -> None:
         self._device_used -= self.costs.need.device(tokens)
         self._host_used -= self.costs.need.host(tokens)
 

@@ -100,7 +100,7 @@ def read_requests(path: Path) -> RequestTrace:
             first = file.readline()
             file.seek(0)
             rows = _mooncake(file) if first.lstrip().startswith("{") else _azure(file)
-            requests = _in_order(rows, path)
+            requests = _in_order(rows)
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
@@ -118,7 +118,7 @@ class _BadLineError(Exception):
         self.line, self.problem = line, problem
 
 
-def _in_order(rows: Iterator[tuple[int, Request]], path: Path) -> tuple[Request, ...]:
+def _in_order(rows: Iterator[tuple[int, Request]]) -> tuple[Request, ...]:
     """Check that time does not go backwards, and count it from the first arrival."""
     requests: list[Request] = []
     for line, request in rows:

@@ -30,20 +30,19 @@ class Stability:
 
     unstable: bool | None
     excess_share: float
-    backlog: tuple[float, ...]
 
 
 def judge(arrival_ns: Nanoseconds, finish_ns: Nanoseconds) -> Stability:
     """From arrivals in order, and completions (past the end for those that never came), both of served requests."""
     if len(arrival_ns) < MIN_REQUESTS or arrival_ns[-1] == arrival_ns[0]:
-        return Stability(unstable=None, excess_share=0.0, backlog=())
+        return Stability(unstable=None, excess_share=0.0)
     edges = np.linspace(arrival_ns[0], arrival_ns[-1], WINDOWS + 1)
     backlog = mean_in_system(arrival_ns, finish_ns, edges)
     slope, error = _trend(backlog[1:])
     rise = slope * (WINDOWS - 1)
     share = max(0.0, slope * WINDOWS / len(arrival_ns))
     grows = share > MIN_SHARE and rise > backlog[1:].mean() and slope > MIN_T * error
-    return Stability(unstable=bool(grows), excess_share=share, backlog=tuple(backlog.tolist()))
+    return Stability(unstable=bool(grows), excess_share=share)
 
 
 def mean_in_system(arrival_ns: Nanoseconds, finish_ns: Nanoseconds, edges: NDArray[np.float64]) -> NDArray[np.float64]:
