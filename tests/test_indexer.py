@@ -17,7 +17,7 @@ from tiny import NO_TRAFFIC, tiny_model
 
 import clo_sim
 from clo import presets
-from clo.errors import SpecError
+from clo.errors import SpecError, TraceError
 from clo.placement import choosing_layers
 from clo.pricing import Pricer
 from clo.profile import IndexerCost, Source
@@ -227,6 +227,42 @@ class TestStep:
         assert kept.ops["index_tokens"].seconds < fresh.ops["index_tokens"].seconds
 
 
+class TestShortContexts:
+    """The trace records the best quarter of a context: what a model chooses of a short one is more."""
+
+    @pytest.mark.parametrize("tokens", [2, 128, 2048, 8000])
+    @pytest.mark.parametrize("name", ["resolve", "clo", "staged", "recall"])
+    def test_every_context_has_traffic(self, name: str, tokens: int) -> None:
+        scene = scene_of(context_tokens=tokens)
+        plan = scene.plan(design_for(name))
+        traffic = scene.source.traffic(plan)
+        assert np.all(traffic.demand_pages + traffic.spec_pages <= (traffic.spec_heads + 2) * min(tokens, 2048))
+        assert any("recorded pages stand for all that an indexer chooses" in note for note in traffic.assumptions)
+
+    @pytest.mark.parametrize("tokens", [128, 2048, 4096])
+    def test_a_cache_of_all_misses_only_what_is_new(self, tokens: int) -> None:
+        found = simulate(scene_of(context_tokens=tokens), design_for("resolve"))
+        assert found.slot_pages == tokens
+        assert 0.995 < found.hit_rate < 1.0
+
+    def test_without_a_cache_all_that_is_chosen_moves(self) -> None:
+        scene = scene_of(context_tokens=1024)
+        plan = scene.plan(design_for("staged", prefetch_depth=0))
+        assert scene.source.traffic(plan).demand_pages == pytest.approx(2 * 1024)
+
+    def test_other_selectors_need_what_was_recorded(self) -> None:
+        design = design_for("resolve", selector="key_4bit")
+        with pytest.raises(
+            TraceError, match=r"design\.budget_pages = 2048, 0\.5 of the context: the trace records only"
+        ):
+            simulate(scene_of(context_tokens=4096), design)
+
+    def test_one_token_is_nothing_to_select(self) -> None:
+        with pytest.raises(SpecError, match=r"take more tokens, or a design that keeps all on the GPU"):
+            simulate(scene_of(context_tokens=1), "resolve")
+        assert simulate(scene_of(context_tokens=1), "resident-sparse").tpot_s > 0
+
+
 class TestPrice:
     COST = IndexerCost(source=Source.MEASURED, latency_s=1.0, per_token_s=0.5, efficiency=0.25)
 
@@ -324,6 +360,12 @@ class TestCommands:
         args = ["explore", "--model", "glm-5.1", "--set", "machine.tensor_parallel=8", "--context", "32768"]
         args += ["--set", "machine.attention_by=sequences", "--no-sweep", "--no-figures", "--workers", "1", "--json"]
         assert "attends to the 2048 tokens that its indexer chooses" in run(*args, "--designs", "resident,resolve")
+
+    def test_a_service_of_short_requests(self) -> None:
+        args = ["serve-sim", "--model", "glm-5.1", "--set", "machine.tensor_parallel=8", "--gpus", "8", "--json"]
+        args += ["--set", "machine.attention_by=sequences", "--set", "design.slot_pages=4096", "--load", "fixed:1"]
+        args += ["--input-tokens", "3000", "--output-tokens", "20", "--num-requests", "4", "--design", "resolve"]
+        assert json.loads(run(*args))["completed"] == 4
 
     def test_models_of_both_kinds_are_not_explored_together(self) -> None:
         with pytest.raises(SpecError, match="model = llama-3-8b: with an indexer, or without"):

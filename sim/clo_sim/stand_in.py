@@ -311,6 +311,12 @@ def assumptions(plan: DecodePlan, header: TraceHeader) -> tuple[str, ...]:
             f"page choices recorded at {header.context_tokens} tokens are scaled to {plan.workload.context_tokens}: "
             "equal shares of the context are assumed to overlap equally"
         )
+    share, recorded = plan.budget_pages / plan.num_pages, header.context_tokens // header.page_size
+    if round(share * recorded) > header.max_budget_pages:
+        notes.append(
+            f"the best {header.max_budget_pages} of {recorded} recorded pages stand for all that an indexer chooses, "
+            f"{share:.0%} of the context: sets that change less are not known"
+        )
     distinct = _measured(plan, header)
     if distinct.stop - distinct.start < plan.workload.steps:
         notes.append(f"{distinct.stop - distinct.start} steps are told apart, the others repeat them")
