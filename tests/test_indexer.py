@@ -29,7 +29,7 @@ from clo_sim.run import simulate
 from clo_sim.scene import Scene
 from clo_sim.serving.memory import memory_need
 from clo_sim.serving.prefill import prefill_prices
-from clo_sim.variation import scene_with
+from clo_sim.variation import scene_with, vary
 
 INDEXER = {"num_heads": 3, "head_dim": 2, "top_tokens": 8, "key_bytes": 3.0}
 DEEPSEEK, GLM = presets.load_model("deepseek-v3.2"), presets.load_model("glm-5.2")
@@ -124,6 +124,16 @@ class TestDesigns:
         design = presets.load_design(str(tmp_path / "mine.toml"), DEEPSEEK)
         assert (design.selector, design.page_size) == ("page_mean", 64)
 
+    def test_pages_of_another_selector_hold_as_many_tokens(self, tmp_path: Path) -> None:
+        (tmp_path / "mine.toml").write_text('cache = "lru"\nselector = "page_mean"\npage_size = 48\n')
+        design = presets.load_design(str(tmp_path / "mine.toml"), DEEPSEEK)
+        assert design.budget_pages == 43  # of 2,064 tokens
+
+    def test_a_share_of_the_context_that_a_file_says_counts(self, tmp_path: Path) -> None:
+        (tmp_path / "mine.toml").write_text('cache = "lru"\nprefetch_depth = 0\nbudget_fraction = 0.03125\n')
+        design = presets.load_design(str(tmp_path / "mine.toml"), DEEPSEEK)
+        assert scene_of().plan(design).budget_pages == 1024
+
     @pytest.mark.parametrize("name", presets.names("designs"))
     def test_other_models_change_nothing(self, name: str) -> None:
         assert presets.load_design(name, presets.load_model("deepseek-v3")) == presets.load_design(name)
@@ -150,6 +160,12 @@ class TestPlan:
             ("resident", {}, "attend = full is not what deepseek-v3.2 does, which attends to the 2048 tokens"),
             ("streamed", {}, "attend = full is not what deepseek-v3.2 does"),
             ("clo", {"dense_layers": 2}, "design.dense_layers = 2: deepseek-v3.2 attends to the 2048 tokens"),
+            (
+                "clo",
+                {"page_size": 16},
+                "page_size = 16: the indexer of deepseek-v3.2 chooses single tokens: set it to 1",
+            ),
+            ("resident-sparse", {"page_size": 2}, "page_size = 2: the indexer of deepseek-v3.2 chooses single tokens"),
             ("clo", {"pinned_head_fraction": 1.0}, "design.pinned_head_fraction = 1: deepseek-v3.2 attends"),
         ],
     )
@@ -366,6 +382,33 @@ class TestCommands:
         args += ["--set", "machine.attention_by=sequences", "--set", "design.slot_pages=4096", "--load", "fixed:1"]
         args += ["--input-tokens", "3000", "--output-tokens", "20", "--num-requests", "4", "--design", "resolve"]
         assert json.loads(run(*args))["completed"] == 4
+
+    @pytest.mark.parametrize(
+        ("settings", "pages"),
+        [
+            (["design.budget_fraction=0.03125"], 1024),
+            (["design.selector=page_mean", "design.page_size=64"], 32),
+            (["design.budget_pages=100", "design.budget_fraction=0.5"], 100),
+        ],
+    )
+    def test_what_is_set_counts(self, settings: list[str], pages: int) -> None:
+        args = ["simulate", "--model", "glm-5.1", "--context", "32768", "--design", "resolve", "--steps", "4", "--json"]
+        dealt = ["machine.tensor_parallel=8", "machine.attention_by=sequences"]
+        found = json.loads(run(*args, *(part for each in [*dealt, *settings] for part in ("--set", each))))
+        assert found["budget_pages"] == pages
+
+    def test_a_share_that_is_varied_counts(self) -> None:
+        varied = vary(design_for("resolve"), {"budget_fraction": 0.0625})
+        assert varied.name == "resolve budget_fraction=0.0625"
+        assert scene_of().plan(varied).budget_pages == 2048
+        assert scene_of(context_tokens=65536).plan(varied).budget_pages == 4096
+
+    def test_designs_are_made_for_as_many_tokens(self) -> None:
+        with pytest.raises(
+            SpecError, match=r"top_tokens = 1024: designs are made for the 2048 tokens of deepseek-v3.2"
+        ):
+            scene_with(scene_of(), [("model.indexer.top_tokens", 1024)])
+        assert scene_with(scene_of(), [("model", "glm-5.2")]).model == GLM
 
     def test_models_of_both_kinds_are_not_explored_together(self) -> None:
         with pytest.raises(SpecError, match="model = llama-3-8b: with an indexer, or without"):
