@@ -13,22 +13,24 @@ from commands import run
 from hypothesis import given
 from hypothesis import strategies as st
 from test_latent import LATENT
-from tiny import NO_TRAFFIC, tiny_model
+from tiny import NO_TRAFFIC, random_trace, tiny_machine, tiny_model
 
 import clo_sim
 from clo import presets
 from clo.errors import SpecError, TraceError
-from clo.placement import choosing_layers
+from clo.placement import choosing_layers, hosted_token_bytes
+from clo.plan import make_plan
 from clo.pricing import Pricer
 from clo.profile import IndexerCost, Source
 from clo.schedule import Lane, record_step
 from clo.schedule.work import Amount, IndexTokens
-from clo.specs import Design, IndexerSpec, ModelSpec, model_from_hf_config
+from clo.specs import Design, IndexerSpec, ModelSpec, Workload, model_from_hf_config
 from clo.traffic import Traffic
 from clo_sim.run import simulate
 from clo_sim.scene import Scene
 from clo_sim.serving.memory import memory_need
 from clo_sim.serving.prefill import prefill_prices
+from clo_sim.stand_in import TrafficSource
 from clo_sim.variation import scene_with, vary
 
 INDEXER = {"num_heads": 3, "head_dim": 2, "top_tokens": 8, "key_bytes": 3.0}
@@ -238,6 +240,18 @@ class TestStep:
             assert np.array_equal(traffic.demand_pages[:, layer], traffic.demand_pages[:, 6])
         assert not np.array_equal(traffic.demand_pages[:, 10], traffic.demand_pages[:, 6])
 
+    @pytest.mark.parametrize("name", ["resolve", "clo"])
+    def test_they_do_in_a_trace_of_the_model_itself(self, name: str) -> None:
+        trace = random_trace(0, layers=3, heads=1)
+        indexer = {"top_tokens": 16, "shared_layers": (1,)}
+        model = indexed_model(num_layers=3, num_query_heads=1, indexer=indexer, kv_bytes_per_value=2.0)
+        design = design_for(name, model, slot_pages=16, tau=0.9)
+        plan = make_plan(model, tiny_machine(), design, Workload(context_tokens=64, batch=2, steps=6, warmup_steps=0))
+        traffic = TrafficSource(trace, resample_heads=False).traffic(plan)
+        assert np.array_equal(traffic.demand_pages[:, 1], traffic.demand_pages[:, 0])
+        assert np.array_equal(traffic.demand_heads[:, 1], traffic.demand_heads[:, 0])
+        assert not np.array_equal(traffic.demand_pages[:, 2], traffic.demand_pages[:, 0])
+
     def test_reuse_spares_the_indexer(self) -> None:
         fresh, kept = (simulate(scene_of(), design_for(name)) for name in ("resolve", "clo"))
         assert kept.ops["index_tokens"].seconds < fresh.ops["index_tokens"].seconds
@@ -324,6 +338,17 @@ class TestPrefill:
         found = prefill_prices(scene_of(), design_for("resolve"), chunk_tokens=2048, keeps_prefixes=False)
         grown = found.pairs(32768, 1) - found.pairs(16384, 1)
         assert grown == pytest.approx(16384)
+
+    @pytest.mark.parametrize("name", ["resolve", "resident-sparse"])
+    def test_a_kept_prefix_has_its_keys(self, name: str) -> None:
+        scene, design = scene_of(GLM), design_for(name, GLM)
+        vectors, keys = 78 * 576 * 2, 21 * 132
+        found = prefill_prices(scene, design, chunk_tokens=64, keeps_prefixes=True)
+        link = scene.machine.link
+        assert found.out_ns == pytest.approx(1e9 * (vectors + keys) / 8 / link.d2h_bytes_per_s)
+        loaded = keys if design.offloads else vectors + keys
+        assert found.cached_in_ns == pytest.approx(1e9 * loaded / 8 / link.h2d_bytes_per_s)
+        assert hosted_token_bytes(GLM, design.with_fields(selector="key_4bit")) == vectors
 
     def test_the_projections_of_indexers_are_priced(self) -> None:
         alone = DEEPSEEK.with_fields(indexer=DEEPSEEK.indexer.with_fields(shared_layers=range(1, 61)).model_dump())  # type: ignore[union-attr]
