@@ -350,6 +350,12 @@ class TestPrefill:
         assert found.cached_in_ns == pytest.approx(1e9 * loaded / 8 / link.h2d_bytes_per_s)
         assert hosted_token_bytes(GLM, design.with_fields(selector="key_4bit")) == vectors
 
+    @pytest.mark.parametrize(("machine", "known"), [("h200", True), ("a100", False)])
+    def test_intervals_count_what_was_borrowed_as_unknown(self, machine: str, known: bool) -> None:
+        scene = clo_sim.make_scene(GLM, presets.load_machine(machine).with_fields(tensor_parallel=8))
+        found = prefill_prices(scene, design_for("resolve", GLM), chunk_tokens=64, keeps_prefixes=False)
+        assert found.attention_known == known
+
     def test_the_projections_of_indexers_are_priced(self) -> None:
         alone = DEEPSEEK.with_fields(indexer=DEEPSEEK.indexer.with_fields(shared_layers=range(1, 61)).model_dump())  # type: ignore[union-attr]
         more, less = (
