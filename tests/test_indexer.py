@@ -382,8 +382,10 @@ class TestConfigs:
         (folder / "config.json").write_text(json.dumps(config))
         return model_from_hf_config(folder)
 
-    def test_the_config_of_a_preset_is_the_preset(self, tmp_path: Path) -> None:
-        assert self.read(tmp_path, self.GLM_FIELDS).with_fields(name="glm-5.2", source=GLM.source) == GLM
+    @pytest.mark.parametrize("kind", [None, "deepseek_sparse_attention", "indexed_attention"])
+    def test_the_config_of_a_preset_is_the_preset(self, tmp_path: Path, kind: str | None) -> None:
+        kinds = {"layer_types": [kind] * 78} if kind else {}
+        assert self.read(tmp_path, self.GLM_FIELDS | kinds).with_fields(name="glm-5.2", source=GLM.source) == GLM
 
     @pytest.mark.parametrize(
         ("changes", "problem"),
