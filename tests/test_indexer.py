@@ -443,6 +443,23 @@ class TestCommands:
             scene_with(scene_of(), [("model.indexer.top_tokens", 1024)])
         assert scene_with(scene_of(), [("model", "glm-5.2")]).model == GLM
 
+    def test_a_map_compares_with_the_resident_design_that_can_run(self) -> None:
+        args = ["plan", "--model", "glm-5.2", "--set", "machine.tensor_parallel=8", "--machines", "h200", "--workers"]
+        args += [
+            1,
+            "--set",
+            "machine.attention_by=sequences",
+            "--set",
+            "model.max_positions=9000",
+            "--designs",
+            "resolve",
+        ]
+        args += ["--slo", "ttft_p95<60s", "--load", "fixed:1", "--input-tokens", 4096, "--output-tokens", 8]
+        text = " ".join(run(*args, "--num-requests", 4).split())
+        assert "mean E2E of the best of resolve over that of resident-sparse" in text
+        assert "only: resident-sparse does not keep up" in text
+        assert "*" not in text
+
     def test_models_of_both_kinds_are_not_explored_together(self) -> None:
         with pytest.raises(SpecError, match="model = llama-3-8b: with an indexer, or without"):
             scene_with(scene_of(), [("model", "llama-3-8b")])
