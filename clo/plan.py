@@ -358,6 +358,8 @@ def _remedy(design: Design) -> str:
         return "offload (any other design), or lower workload.batch or workload.context_tokens"
     if design.attend is Attend.FULL:
         return "lower design.prefetch_depth, workload.batch or workload.context_tokens"
+    if design.selector is Selector.INDEXER:
+        return "lower design.slot_pages or design.slot_budgets if set, workload.batch or workload.context_tokens"
     return (
         "lower design.budget_fraction, design.slot_budgets, design.dense_layers, design.pinned_head_fraction or "
         "workload.batch, or take a smaller selector index"

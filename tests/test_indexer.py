@@ -175,6 +175,10 @@ class TestPlan:
         with pytest.raises(SpecError, match=problem):
             scene_of().plan(design_for(name, **changes))
 
+    def test_what_does_not_fit_names_what_helps(self) -> None:
+        with pytest.raises(SpecError, match=r"left for KV: lower design\.slot_pages or .*, workload\.batch or"):
+            scene_of(batch=8192).plan(design_for("resolve", slot_pages=4096))
+
     def test_a_model_without_one_cannot_use_it(self) -> None:
         design = presets.load_design("clo").with_fields(selector="indexer")
         with pytest.raises(SpecError, match=r"selector = indexer: llama-3-8b has no indexer \(model.indexer\)"):
