@@ -63,9 +63,15 @@ def paged_layer_token_bytes(model: ModelSpec, design: Design) -> float:
 
 
 def hosted_token_bytes(model: ModelSpec, design: Design) -> float:
-    """KV cache of one more token if all of it is kept on the host: of offloaded layers as pages keep it, bytes."""
+    """KV cache of one more token if all of it is kept on the host: of offloaded layers as pages keep it, bytes.
+
+    With the keys of a model's own indexer, which nothing else could make anew.
+    """
     paged = len(sparse_layers(model, design)) if design.offloads else 0
-    return model.kv_bytes_per_token - paged * (model.layer_token_bytes - paged_layer_token_bytes(model, design))
+    coded = paged * (model.layer_token_bytes - paged_layer_token_bytes(model, design))
+    if not design.selects or design.selector is not Selector.INDEXER:
+        return model.kv_bytes_per_token - coded
+    return model.kv_bytes_per_token - coded + len(choosing_layers(model, design)) * own_indexer(model).key_bytes
 
 
 def pinned_heads(model: ModelSpec, design: Design) -> int:

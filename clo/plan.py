@@ -221,7 +221,13 @@ def _check_indexer(model: ModelSpec, design: Design) -> None:
         )
     if design.selector is not Selector.INDEXER or not design.selects:
         return
-    chooses = f"{model.name} attends to the {own_indexer(model).top_tokens} tokens that its indexer chooses everywhere"
+    chosen = own_indexer(model).top_tokens
+    if design.page_size != 1:
+        raise SpecError(
+            f"design.page_size = {design.page_size}: the indexer of {model.name} chooses single tokens: set it to 1, "
+            "or choose pages by another selector (design.selector)"
+        )
+    chooses = f"{model.name} attends to the {chosen} tokens that its indexer chooses everywhere"
     if design.dense_layers:
         raise SpecError(f"design.dense_layers = {design.dense_layers}: {chooses}: set it to 0")
     if design.pinned_head_fraction:
@@ -352,6 +358,8 @@ def _remedy(design: Design) -> str:
         return "offload (any other design), or lower workload.batch or workload.context_tokens"
     if design.attend is Attend.FULL:
         return "lower design.prefetch_depth, workload.batch or workload.context_tokens"
+    if design.selector is Selector.INDEXER:
+        return "lower design.slot_pages or design.slot_budgets if set, workload.batch or workload.context_tokens"
     return (
         "lower design.budget_fraction, design.slot_budgets, design.dense_layers, design.pinned_head_fraction or "
         "workload.batch, or take a smaller selector index"

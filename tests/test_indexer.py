@@ -13,23 +13,25 @@ from commands import run
 from hypothesis import given
 from hypothesis import strategies as st
 from test_latent import LATENT
-from tiny import NO_TRAFFIC, tiny_model
+from tiny import NO_TRAFFIC, random_trace, tiny_machine, tiny_model
 
 import clo_sim
 from clo import presets
-from clo.errors import SpecError
-from clo.placement import choosing_layers
+from clo.errors import SpecError, TraceError
+from clo.placement import choosing_layers, hosted_token_bytes
+from clo.plan import make_plan
 from clo.pricing import Pricer
 from clo.profile import IndexerCost, Source
 from clo.schedule import Lane, record_step
 from clo.schedule.work import Amount, IndexTokens
-from clo.specs import Design, IndexerSpec, ModelSpec, model_from_hf_config
+from clo.specs import Design, IndexerSpec, ModelSpec, Workload, model_from_hf_config
 from clo.traffic import Traffic
 from clo_sim.run import simulate
 from clo_sim.scene import Scene
 from clo_sim.serving.memory import memory_need
 from clo_sim.serving.prefill import prefill_prices
-from clo_sim.variation import scene_with
+from clo_sim.stand_in import TrafficSource
+from clo_sim.variation import scene_with, vary
 
 INDEXER = {"num_heads": 3, "head_dim": 2, "top_tokens": 8, "key_bytes": 3.0}
 DEEPSEEK, GLM = presets.load_model("deepseek-v3.2"), presets.load_model("glm-5.2")
@@ -124,6 +126,16 @@ class TestDesigns:
         design = presets.load_design(str(tmp_path / "mine.toml"), DEEPSEEK)
         assert (design.selector, design.page_size) == ("page_mean", 64)
 
+    def test_pages_of_another_selector_hold_as_many_tokens(self, tmp_path: Path) -> None:
+        (tmp_path / "mine.toml").write_text('cache = "lru"\nselector = "page_mean"\npage_size = 48\n')
+        design = presets.load_design(str(tmp_path / "mine.toml"), DEEPSEEK)
+        assert design.budget_pages == 43  # of 2,064 tokens
+
+    def test_a_share_of_the_context_that_a_file_says_counts(self, tmp_path: Path) -> None:
+        (tmp_path / "mine.toml").write_text('cache = "lru"\nprefetch_depth = 0\nbudget_fraction = 0.03125\n')
+        design = presets.load_design(str(tmp_path / "mine.toml"), DEEPSEEK)
+        assert scene_of().plan(design).budget_pages == 1024
+
     @pytest.mark.parametrize("name", presets.names("designs"))
     def test_other_models_change_nothing(self, name: str) -> None:
         assert presets.load_design(name, presets.load_model("deepseek-v3")) == presets.load_design(name)
@@ -150,12 +162,22 @@ class TestPlan:
             ("resident", {}, "attend = full is not what deepseek-v3.2 does, which attends to the 2048 tokens"),
             ("streamed", {}, "attend = full is not what deepseek-v3.2 does"),
             ("clo", {"dense_layers": 2}, "design.dense_layers = 2: deepseek-v3.2 attends to the 2048 tokens"),
+            (
+                "clo",
+                {"page_size": 16},
+                "page_size = 16: the indexer of deepseek-v3.2 chooses single tokens: set it to 1",
+            ),
+            ("resident-sparse", {"page_size": 2}, "page_size = 2: the indexer of deepseek-v3.2 chooses single tokens"),
             ("clo", {"pinned_head_fraction": 1.0}, "design.pinned_head_fraction = 1: deepseek-v3.2 attends"),
         ],
     )
     def test_what_the_model_does_not_do_is_refused(self, name: str, changes: dict[str, Any], problem: str) -> None:
         with pytest.raises(SpecError, match=problem):
             scene_of().plan(design_for(name, **changes))
+
+    def test_what_does_not_fit_names_what_helps(self) -> None:
+        with pytest.raises(SpecError, match=r"left for KV: lower design\.slot_pages or .*, workload\.batch or"):
+            scene_of(batch=8192).plan(design_for("resolve", slot_pages=4096))
 
     def test_a_model_without_one_cannot_use_it(self) -> None:
         design = presets.load_design("clo").with_fields(selector="indexer")
@@ -222,9 +244,57 @@ class TestStep:
             assert np.array_equal(traffic.demand_pages[:, layer], traffic.demand_pages[:, 6])
         assert not np.array_equal(traffic.demand_pages[:, 10], traffic.demand_pages[:, 6])
 
+    @pytest.mark.parametrize("name", ["resolve", "clo"])
+    def test_they_do_in_a_trace_of_the_model_itself(self, name: str) -> None:
+        trace = random_trace(0, layers=3, heads=1)
+        indexer = {"top_tokens": 16, "shared_layers": (1,)}
+        model = indexed_model(num_layers=3, num_query_heads=1, indexer=indexer, kv_bytes_per_value=2.0)
+        design = design_for(name, model, slot_pages=16, tau=0.9)
+        plan = make_plan(model, tiny_machine(), design, Workload(context_tokens=64, batch=2, steps=6, warmup_steps=0))
+        traffic = TrafficSource(trace, resample_heads=False).traffic(plan)
+        assert np.array_equal(traffic.demand_pages[:, 1], traffic.demand_pages[:, 0])
+        assert np.array_equal(traffic.demand_heads[:, 1], traffic.demand_heads[:, 0])
+        assert not np.array_equal(traffic.demand_pages[:, 2], traffic.demand_pages[:, 0])
+
     def test_reuse_spares_the_indexer(self) -> None:
         fresh, kept = (simulate(scene_of(), design_for(name)) for name in ("resolve", "clo"))
         assert kept.ops["index_tokens"].seconds < fresh.ops["index_tokens"].seconds
+
+
+class TestShortContexts:
+    """The trace records the best quarter of a context: what a model chooses of a short one is more."""
+
+    @pytest.mark.parametrize("tokens", [2, 128, 2048, 8000])
+    @pytest.mark.parametrize("name", ["resolve", "clo", "staged", "recall"])
+    def test_every_context_has_traffic(self, name: str, tokens: int) -> None:
+        scene = scene_of(context_tokens=tokens)
+        plan = scene.plan(design_for(name))
+        traffic = scene.source.traffic(plan)
+        assert np.all(traffic.demand_pages + traffic.spec_pages <= (traffic.spec_heads + 2) * min(tokens, 2048))
+        assert any("recorded pages stand for all that an indexer chooses" in note for note in traffic.assumptions)
+
+    @pytest.mark.parametrize("tokens", [128, 2048, 4096])
+    def test_a_cache_of_all_misses_only_what_is_new(self, tokens: int) -> None:
+        found = simulate(scene_of(context_tokens=tokens), design_for("resolve"))
+        assert found.slot_pages == tokens
+        assert 0.995 < found.hit_rate < 1.0
+
+    def test_without_a_cache_all_that_is_chosen_moves(self) -> None:
+        scene = scene_of(context_tokens=1024)
+        plan = scene.plan(design_for("staged", prefetch_depth=0))
+        assert scene.source.traffic(plan).demand_pages == pytest.approx(2 * 1024)
+
+    def test_other_selectors_need_what_was_recorded(self) -> None:
+        design = design_for("resolve", selector="key_4bit")
+        with pytest.raises(
+            TraceError, match=r"design\.budget_pages = 2048, 0\.5 of the context: the trace records only"
+        ):
+            simulate(scene_of(context_tokens=4096), design)
+
+    def test_one_token_is_nothing_to_select(self) -> None:
+        with pytest.raises(SpecError, match=r"take more tokens, or a design that keeps all on the GPU"):
+            simulate(scene_of(context_tokens=1), "resolve")
+        assert simulate(scene_of(context_tokens=1), "resident-sparse").tpot_s > 0
 
 
 class TestPrice:
@@ -273,6 +343,23 @@ class TestPrefill:
         grown = found.pairs(32768, 1) - found.pairs(16384, 1)
         assert grown == pytest.approx(16384)
 
+    @pytest.mark.parametrize("name", ["resolve", "resident-sparse"])
+    def test_a_kept_prefix_has_its_keys(self, name: str) -> None:
+        scene, design = scene_of(GLM), design_for(name, GLM)
+        vectors, keys = 78 * 576 * 2, 21 * 132
+        found = prefill_prices(scene, design, chunk_tokens=64, keeps_prefixes=True)
+        link = scene.machine.link
+        assert found.out_ns == pytest.approx(1e9 * (vectors + keys) / 8 / link.d2h_bytes_per_s)
+        loaded = keys if design.offloads else vectors + keys
+        assert found.cached_in_ns == pytest.approx(1e9 * loaded / 8 / link.h2d_bytes_per_s)
+        assert hosted_token_bytes(GLM, design.with_fields(selector="key_4bit")) == vectors
+
+    @pytest.mark.parametrize(("machine", "known"), [("h200", True), ("a100", False)])
+    def test_intervals_count_what_was_borrowed_as_unknown(self, machine: str, known: bool) -> None:
+        scene = clo_sim.make_scene(GLM, presets.load_machine(machine).with_fields(tensor_parallel=8))
+        found = prefill_prices(scene, design_for("resolve", GLM), chunk_tokens=64, keeps_prefixes=False)
+        assert found.attention_known == known
+
     def test_the_projections_of_indexers_are_priced(self) -> None:
         alone = DEEPSEEK.with_fields(indexer=DEEPSEEK.indexer.with_fields(shared_layers=range(1, 61)).model_dump())  # type: ignore[union-attr]
         more, less = (
@@ -299,8 +386,10 @@ class TestConfigs:
         (folder / "config.json").write_text(json.dumps(config))
         return model_from_hf_config(folder)
 
-    def test_the_config_of_a_preset_is_the_preset(self, tmp_path: Path) -> None:
-        assert self.read(tmp_path, self.GLM_FIELDS).with_fields(name="glm-5.2", source=GLM.source) == GLM
+    @pytest.mark.parametrize("kind", [None, "deepseek_sparse_attention", "indexed_attention"])
+    def test_the_config_of_a_preset_is_the_preset(self, tmp_path: Path, kind: str | None) -> None:
+        kinds = {"layer_types": [kind] * 78} if kind else {}
+        assert self.read(tmp_path, self.GLM_FIELDS | kinds).with_fields(name="glm-5.2", source=GLM.source) == GLM
 
     @pytest.mark.parametrize(
         ("changes", "problem"),
@@ -324,6 +413,56 @@ class TestCommands:
         args = ["explore", "--model", "glm-5.1", "--set", "machine.tensor_parallel=8", "--context", "32768"]
         args += ["--set", "machine.attention_by=sequences", "--no-sweep", "--no-figures", "--workers", "1", "--json"]
         assert "attends to the 2048 tokens that its indexer chooses" in run(*args, "--designs", "resident,resolve")
+
+    def test_a_service_of_short_requests(self) -> None:
+        args = ["serve-sim", "--model", "glm-5.1", "--set", "machine.tensor_parallel=8", "--gpus", "8", "--json"]
+        args += ["--set", "machine.attention_by=sequences", "--set", "design.slot_pages=4096", "--load", "fixed:1"]
+        args += ["--input-tokens", "3000", "--output-tokens", "20", "--num-requests", "4", "--design", "resolve"]
+        assert json.loads(run(*args))["completed"] == 4
+
+    @pytest.mark.parametrize(
+        ("settings", "pages"),
+        [
+            (["design.budget_fraction=0.03125"], 1024),
+            (["design.selector=page_mean", "design.page_size=64"], 32),
+            (["design.budget_pages=100", "design.budget_fraction=0.5"], 100),
+        ],
+    )
+    def test_what_is_set_counts(self, settings: list[str], pages: int) -> None:
+        args = ["simulate", "--model", "glm-5.1", "--context", "32768", "--design", "resolve", "--steps", "4", "--json"]
+        dealt = ["machine.tensor_parallel=8", "machine.attention_by=sequences"]
+        found = json.loads(run(*args, *(part for each in [*dealt, *settings] for part in ("--set", each))))
+        assert found["budget_pages"] == pages
+
+    def test_a_share_that_is_varied_counts(self) -> None:
+        varied = vary(design_for("resolve"), {"budget_fraction": 0.0625})
+        assert varied.name == "resolve budget_fraction=0.0625"
+        assert scene_of().plan(varied).budget_pages == 2048
+        assert scene_of(context_tokens=65536).plan(varied).budget_pages == 4096
+
+    def test_designs_are_made_for_as_many_tokens(self) -> None:
+        with pytest.raises(
+            SpecError, match=r"top_tokens = 1024: designs are made for the 2048 tokens of deepseek-v3.2"
+        ):
+            scene_with(scene_of(), [("model.indexer.top_tokens", 1024)])
+        assert scene_with(scene_of(), [("model", "glm-5.2")]).model == GLM
+
+    def test_a_map_compares_with_the_resident_design_that_can_run(self) -> None:
+        args = ["plan", "--model", "glm-5.2", "--set", "machine.tensor_parallel=8", "--machines", "h200", "--workers"]
+        args += [
+            1,
+            "--set",
+            "machine.attention_by=sequences",
+            "--set",
+            "model.max_positions=9000",
+            "--designs",
+            "resolve",
+        ]
+        args += ["--slo", "ttft_p95<60s", "--load", "fixed:1", "--input-tokens", 4096, "--output-tokens", 8]
+        text = " ".join(run(*args, "--num-requests", 4).split())
+        assert "mean E2E of the best of resolve over that of resident-sparse" in text
+        assert "only: resident-sparse does not keep up" in text
+        assert "*" not in text
 
     def test_models_of_both_kinds_are_not_explored_together(self) -> None:
         with pytest.raises(SpecError, match="model = llama-3-8b: with an indexer, or without"):

@@ -148,7 +148,8 @@ def design_from(name: str, overrides: Overrides, model: ModelSpec | None = None)
     from clo import presets
     from clo.specs.overrides import apply
 
-    return apply(presets.load_design(name, model), overrides["design"], "design")
+    settings = {path[0]: value for path, value in overrides["design"].items()}
+    return apply(presets.load_design(name, model, settings), overrides["design"], "design")
 
 
 def _workload(options: dict[str, Any]) -> Workload:

@@ -301,11 +301,13 @@ def _map(
     served = best.fleet.result if best is not None else None
     answer = output_tokens or max(1, round(question.trace.mean_output_tokens))
     model = serving_scene(question.options, question.overrides, machine).model
+    # the last of them is exact where a model chooses by itself what it attends to, and the only one that it can run
+    residents = RESIDENT if model.indexer is None else RESIDENT[-1:]
     jobs = [
         MapJob(
             question=question,
             machine=machine,
-            residents=tuple(presets.load_design(name, model) for name in RESIDENT),
+            residents=tuple(presets.load_design(name, model) for name in residents),
             designs=(design,),
             contexts=contexts_up_to(min(262144, model.max_positions - answer)),
             output_tokens=answer,

@@ -229,13 +229,14 @@ def _count_span(ends: tuple[float, float] | None) -> str:
 
 def print_map(found: CrossoverMap) -> None:
     """Mean time of a request under the best offloading design, over that of the exact resident one, cell by cell."""
-    out = console()
+    out, exact = console(), found.residents[0]
+    others = [f"*: also faster than {name}; " for name in found.residents[1:]]
     table = Table(
         title=f"When offloading helps: {found.model} on {_one(found.gpus)} {found.machine}, "
         f"answers of {found.output_tokens} tokens, {found.reused_share:.0%} of a prompt cached",
         title_justify="left",
-        caption=f"mean E2E of the best of {', '.join(found.offloading)} over that of {found.residents[0]} (below 1: "
-        "offloading is faster); *: also faster than resident-sparse; only: resident does not keep up; -: neither does",
+        caption=f"mean E2E of the best of {', '.join(found.offloading)} over that of {exact} (below 1: "
+        f"offloading is faster); {''.join(others)}only: {exact} does not keep up; -: neither does",
         caption_justify="left",
     )
     table.add_column("requests/s \\ tokens", justify="right")
@@ -251,5 +252,5 @@ def _map_cell(found: CrossoverMap, row: int, column: int) -> str:
     ratio = found.ratio(row, column)
     if math.isnan(ratio):
         return "-"
-    text = "only" if ratio == 0 else "resident" if math.isinf(ratio) else f"{ratio:.2f}"
-    return text + ("*" if found.ratio(row, column, found.residents[-1]) < 1 else "")
+    text = "only" if ratio == 0 else found.residents[0] if math.isinf(ratio) else f"{ratio:.2f}"
+    return text + "".join("*" for name in found.residents[1:] if found.ratio(row, column, name) < 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -26,6 +26,9 @@ _OTHERS = {"models": "the path of a TOML file, config.json or model folder"}
 _SUFFIX = {"models": ".toml", "machines": ".toml", "designs": ".toml", "profiles": ".json", "traces": ".npz"}
 
 S = TypeVar("S", bound=Spec)
+
+LeftOpen = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""From what a file says to the fields that it leaves open."""
 
 
 def folder(kind: Kind) -> Path:
@@ -56,9 +59,16 @@ def load_machine(name: str) -> MachineSpec:
     return machine.with_fields(profile=str(Path(name).parent / machine.profile)) if given else machine
 
 
-def load_design(name: str, model: ModelSpec | None = None) -> Design:
-    """A preset or a TOML file; of a `model` with an indexer what the file leaves open is as that model attends."""
-    return _load(Design, "designs", name, model.indexer.design_fields if model and model.indexer else None)
+def load_design(name: str, model: ModelSpec | None = None, settings: Mapping[str, Any] | None = None) -> Design:
+    """A preset or a TOML file.
+
+    Of a `model` with an indexer what the file leaves open is as that model attends, and as suits the `settings` that
+    are to be applied to it.
+    """
+    if model is None or model.indexer is None:
+        return _load(Design, "designs", name)
+    indexer = model.indexer
+    return _load(Design, "designs", name, lambda said: indexer.design_fields({**said, **(settings or {})}))
 
 
 def load_named_profile(name: str) -> Profile:
@@ -83,11 +93,10 @@ def _cached_profile(path: Path) -> Profile:
     return load_profile(path)
 
 
-def _load(cls: type[S], kind: Kind, name: str, left_open: Mapping[str, Any] | None = None) -> S:
+def _load(cls: type[S], kind: Kind, name: str, left_open: LeftOpen = lambda _: {}) -> S:
     path = _find(kind, name)
-    return cls.parse(
-        {**(left_open or {}), **_read_toml(path)}, where=str(path) if Path(name) == path else f"{kind[:-1]} {name}"
-    )
+    said = _read_toml(path)
+    return cls.parse({**left_open(said), **said}, where=str(path) if Path(name) == path else f"{kind[:-1]} {name}")
 
 
 def _find(kind: Kind, name: str) -> Path:

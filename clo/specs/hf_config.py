@@ -215,7 +215,7 @@ def _other_windows(config: dict[str, Any]) -> str:
     """What about layers that keep less than the whole context is beyond a `ModelSpec`."""
     kinds, window = config.get("layer_types") or [], config.get("sliding_window")
     if config.get("model_type") in _WITH_INDEXER:
-        kinds = [kind for kind in kinds if kind != INDEXED]
+        kinds = [kind for kind in kinds if kind not in INDEXED]
     others = sorted({str(kind) for kind in kinds} - {"full_attention", WINDOWED})
     if others:
         return f"layer_types: {', '.join(others)} is not modelled, full_attention and {WINDOWED} only"
@@ -236,7 +236,9 @@ def _other_windows(config: dict[str, Any]) -> str:
     return ""
 
 
-WINDOWED, INDEXED = "sliding_attention", "indexed_attention"
+WINDOWED = "sliding_attention"
+INDEXED = ("indexed_attention", "deepseek_sparse_attention")
+"""What attention to the choice of an indexer is called: in Transformers, and in released configs."""
 
 
 def _limits(window: Any, config: dict[str, Any]) -> bool:

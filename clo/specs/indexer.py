@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
@@ -35,17 +37,24 @@ class IndexerSpec(Spec):
             raise ValueError("the first layer has nothing to share: no layer before it chooses")
         return value
 
-    @property
-    def design_fields(self) -> dict[str, Any]:
-        """What a `Design` says that attends as the model does: in all layers to these tokens and the newest, only."""
-        return {
+    def design_fields(self, said: Mapping[str, Any]) -> dict[str, Any]:
+        """What a `Design` that says so much leaves open, as the model attends: in all layers to these tokens, and one.
+
+        That is the newest. Larger pages, which another selector chooses, hold as many tokens; a `budget_fraction` that
+        is said counts.
+        """
+        fields = {
             "selector": "indexer",
             "page_size": 1,
-            "budget_pages": self.top_tokens,
             "num_sink_tokens": 0,
             "recent_window_tokens": 1,
             "dense_layers": 0,
         }
+        if "budget_fraction" in said:
+            return fields
+        page_size = said.get("page_size", 1)
+        valid = isinstance(page_size, int) and page_size > 0  # if not, an error of the design says so
+        return fields | {"budget_pages": math.ceil(self.top_tokens / page_size) if valid else self.top_tokens}
 
     @property
     def query_width(self) -> int:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from clo.errors import SpecError, TraceError
 from clo.plan import DecodePlan
 from clo.similarity import Fold, Vectors, stepwise
-from clo.specs import Cache, Design, GqaFold, OnMiss
+from clo.specs import Cache, Design, GqaFold, OnMiss, Selector
 from clo.thresholds import tau_by_importance, tau_for_hit_rate
 from clo.trace import NO_PAGE, AttentionTrace
 
@@ -68,13 +68,18 @@ def policy_of(plan: DecodePlan, trace: AttentionTrace) -> Policy:
     if plan.num_pages == 1:
         raise SpecError(
             f"workload.context_tokens = {plan.workload.context_tokens}: fits one page (design.page_size = "
-            f"{design.page_size}), of which there is nothing to select: take more tokens, or design resident"
+            f"{design.page_size}), of which there is nothing to select: take more tokens, or a design that keeps all "
+            "on the GPU (cache = resident)"
         )
     budget = max(1, round(plan.budget_pages / plan.num_pages * recorded))
-    if budget > header.max_budget_pages:
+    slots = max(budget, round(plan.slot_pages / plan.budget_pages * budget))
+    if budget > header.max_budget_pages and design.selector is not Selector.INDEXER:
+        share = f"{plan.budget_pages / plan.num_pages:.3g}"
+        pages = design.budget_pages
+        asked = f"budget_fraction = {share}" if pages is None else f"budget_pages = {pages}, {share} of the context"
         raise TraceError(
-            f"design.budget_fraction = {plan.budget_pages / plan.num_pages:.3g}: the trace records only the best "
-            f"{header.max_budget_pages} of {recorded} pages: lower the budget, or record with --max-budget-pages"
+            f"design.{asked}: the trace records only the best {header.max_budget_pages} of {recorded} pages: lower the "
+            "budget, or record with --max-budget-pages"
         )
     lookahead = design.prefetch_depth if design.prefetches_layers else 0
     if lookahead and lookahead not in header.lookaheads:
@@ -88,8 +93,9 @@ def policy_of(plan: DecodePlan, trace: AttentionTrace) -> Policy:
         target_hit_rate=design.target_hit_rate,
         tau_importance_power=design.tau_importance_power,
         gqa_fold=design.gqa_fold,
-        budget_pages=budget,
-        slot_pages=max(budget, round(plan.slot_pages / plan.budget_pages * budget)),
+        # how much of a short context a model chooses by itself is not a design's to lower: the best stand for all
+        budget_pages=min(budget, header.max_budget_pages),
+        slot_pages=slots,
         lookahead=lookahead,
         speculates_last_step=design.speculates_last_step,
     )

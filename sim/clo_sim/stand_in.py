@@ -147,9 +147,10 @@ def _draw_heads(plan: DecodePlan, header: TraceHeader) -> NDArray[np.intp]:
     model, batch = plan.model, plan.sequences
     layers = np.array(plan.sparse_layers, dtype=np.intp)
     heads = np.arange(model.num_kv_heads)
+    shape = (len(layers), len(heads), batch)
     if _same_heads(plan, header):
         own = layers[:, None] * header.num_kv_heads + heads
-        return np.broadcast_to(own[..., None], (len(layers), len(heads), batch)).astype(np.intp)
+        return _as_chosen(plan, np.broadcast_to(own[..., None], shape).astype(np.intp))
     rng = np.random.default_rng(plan.workload.seed)
     depth = np.rint(layers * (header.num_layers - 1) / max(1, model.num_layers - 1)).astype(np.intp)
     last, unpredicted = header.num_layers - 1, _unpredicted_layers(plan)
@@ -158,11 +159,14 @@ def _draw_heads(plan: DecodePlan, header: TraceHeader) -> NDArray[np.intp]:
     highest = np.where(layers < unpredicted, unpredicted - 1, last)
     low = np.minimum(np.clip(depth - DEPTH_RADIUS, lowest, highest), last)
     high = np.minimum(np.clip(depth + DEPTH_RADIUS, lowest, highest), last)
-    shape = (len(layers), len(heads), batch)
     layer = rng.integers(low[:, None, None], high[:, None, None] + 1, size=shape)
     drawn = np.asarray(layer * header.num_kv_heads + rng.integers(0, header.num_kv_heads, size=shape), dtype=np.intp)
-    for place, sparse_layer in enumerate(plan.sparse_layers):
-        if plan.shares_choice(sparse_layer):
+    return _as_chosen(plan, drawn)
+
+
+def _as_chosen(plan: DecodePlan, drawn: NDArray[np.intp]) -> NDArray[np.intp]:
+    for place, layer in enumerate(plan.sparse_layers):
+        if plan.shares_choice(layer):
             drawn[place] = drawn[place - 1]
     return drawn
 
@@ -310,6 +314,12 @@ def assumptions(plan: DecodePlan, header: TraceHeader) -> tuple[str, ...]:
         notes.append(
             f"page choices recorded at {header.context_tokens} tokens are scaled to {plan.workload.context_tokens}: "
             "equal shares of the context are assumed to overlap equally"
+        )
+    share, recorded = plan.budget_pages / plan.num_pages, header.context_tokens // header.page_size
+    if round(share * recorded) > header.max_budget_pages:
+        notes.append(
+            f"the best {header.max_budget_pages} of {recorded} recorded pages stand for all that an indexer chooses, "
+            f"{share:.0%} of the context: sets that change less are not known"
         )
     distinct = _measured(plan, header)
     if distinct.stop - distinct.start < plan.workload.steps:

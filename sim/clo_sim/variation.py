@@ -13,7 +13,7 @@ from typing import Any, Literal
 from clo import presets
 from clo.errors import SpecError
 from clo.profile import with_costs
-from clo.specs import Design, ResolveOn, Sync
+from clo.specs import Design, ModelSpec, ResolveOn, Sync
 from clo.specs.overrides import apply
 from clo_sim.scene import Scene, gpu_tables, machine_and_costs
 
@@ -54,9 +54,12 @@ def vary(base: Design, changes: Mapping[str, Any]) -> Design:
     """`base` with some fields changed and a name that says which."""
     if "slot_budgets" in changes:
         changes = {"slot_pages": None, **changes}
+    if "budget_fraction" in changes:
+        changes = {"budget_pages": None, **changes}
     varied = base.with_fields(**changes, description="")
     named = [(field, getattr(varied, field)) for field in changes if getattr(varied, field) != getattr(base, field)]
-    texts = [f"{field}={shown(field, value)}" for field, value in named if (field, value) != ("slot_pages", None)]
+    overridden = (("slot_pages", None), ("budget_pages", None))
+    texts = [f"{field}={shown(field, value)}" for field, value in named if (field, value) not in overridden]
     return varied.with_fields(name=" ".join([base.name, *texts]))
 
 
@@ -87,11 +90,7 @@ def _change(scene: Scene, root: str, changes: dict[tuple[str, ...], Any]) -> Sce
         return replace(scene, profile=with_costs(gpu_tables(scene.profile, "profile.*"), fields))
     if root == "model":
         model = apply(presets.load_model(str(changes[()])) if () in changes else scene.model, fields, root)
-        if (model.indexer is None) != (scene.model.indexer is None):
-            raise SpecError(
-                f"model = {model.name}: with an indexer, or without, {scene.model.name} is attended to in another way: "
-                "explore them in runs of their own"
-            )
+        _check_alike(scene.model, model)
         return replace(scene, model=model)
     machine, costs = machine_and_costs(str(changes[()])) if () in changes else (scene.machine, scene.profile)
     varied = apply(machine, fields, root)
@@ -100,6 +99,21 @@ def _change(scene: Scene, root: str, changes: dict[tuple[str, ...], Any]) -> Sce
     # costs that were changed by hand stay while they are those of the same machine
     kept = scene.profile if varied.profile == scene.machine.profile else costs
     return replace(scene, machine=varied, profile=kept)
+
+
+def _check_alike(model: ModelSpec, varied: ModelSpec) -> None:
+    """Designs are made for one way to attend: what a model with an indexer chooses is in their fields."""
+    one, other = model.indexer, varied.indexer
+    if (one is None) != (other is None):
+        raise SpecError(
+            f"model = {varied.name}: with an indexer, or without, {model.name} is attended to in another way: "
+            "explore them in runs of their own"
+        )
+    if one is not None and other is not None and one.top_tokens != other.top_tokens:
+        raise SpecError(
+            f"model.indexer.top_tokens = {other.top_tokens}: designs are made for the {one.top_tokens} tokens of "
+            f"{model.name}: vary design.budget_pages, or explore them in runs of their own"
+        )
 
 
 def check_field(scene: Scene, field: str, values: Iterable[Any]) -> None:

@@ -292,8 +292,11 @@ def known_spread_share(run: ServiceRun) -> float | None:
     tallies, prices = [replica.tally for replica in run.replicas], run.costs.decode_prices
     if prices is None:
         return None
-    unknown_ns = (1 - run.costs.prefill.known_share) * _total(tallies, "computed_dense_ns")
-    return _share(tallies, _total(tallies, "computed_prefill_ns") - unknown_ns, prices.known_share)
+    computed_ns, dense_ns = _total(tallies, "computed_prefill_ns"), _total(tallies, "computed_dense_ns")
+    unknown_ns = (1 - run.costs.prefill.known_share) * dense_ns
+    if not run.costs.prefill.attention_known:
+        unknown_ns += computed_ns - dense_ns
+    return _share(tallies, computed_ns - unknown_ns, prices.known_share)
 
 
 def _share(tallies: list[Tally], of_prefill_ns: float, of_decode: Callable[[int, int], float]) -> float | None:

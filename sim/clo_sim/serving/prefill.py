@@ -46,12 +46,13 @@ class PrefillPrices:
     layers, `cached_in_ns` for a token of a prefix hit that the other layers load; `out_ns` for a new token that leaves.
     `table_share` is that of GEMMs, experts and all-reduces, which measured tables price, in the dense layers of a full
     chunk, `known_share` that of costs with a known spread; `attention_measured` says whether attention was measured on
-    this GPU.
+    this GPU, `attention_known` whether its costs have a spread that is known.
     """
 
     dense_ns: Sequence[int]
     table_share: float = 1.0
     attention_measured: bool = False
+    attention_known: bool = True
     known_share: float = 1.0
     head_ns: int = 0
     pair_ns: float = 0.0
@@ -122,6 +123,7 @@ def prefill_prices(
         dense_ns=_whole_ns(np.array(factors) @ parts),
         table_share=float(shares[:-1].sum()),
         attention_measured=attention.measured,
+        attention_known=attention.known,
         known_share=float(sum(share for share, (_, spread) in zip(shares, errors, strict=True) if spread)),
         head_ns=round((factors[0] * pricer.tables.seconds(head) + best) * NS_PER_S),
         pair_ns=share * attention.pair_s * NS_PER_S,

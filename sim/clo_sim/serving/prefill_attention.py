@@ -26,13 +26,14 @@ from clo_sim.intervals import CostDraw
 class PairPrices:
     """Of all layers together: `pair_s` for a pair, and of that `window_share` for a pair within `window_tokens`, again.
 
-    `measured` says whether these costs were measured on this GPU.
+    `measured` says whether these costs were measured on this GPU, `known` whether they have a spread that is known.
     """
 
     pair_s: float
     window_tokens: int = 0
     window_share: float = 0.0
     measured: bool = False
+    known: bool = True
 
 
 def pairs_of(start: int, tokens: int) -> float:
@@ -61,6 +62,7 @@ def pair_prices(model: ModelSpec, pricer: Pricer, *, chunk_tokens: int, draw: Co
         window_tokens=model.window_tokens or 0,
         window_share=windowed / whole,
         measured=rates.measured(entry),
+        known=rates.known(entry),
     )
 
 
@@ -81,6 +83,11 @@ class _Rates:
         """Whether that share was measured on this GPU."""
         cost: ArithmeticCost = getattr(self.pricer.profile, entry)
         return cost.source.is_measured and measured_on(self.pricer.profile.gemm, self.pricer.machine.gpu)
+
+    def known(self, entry: str) -> bool:
+        """Whether that share varies in draws."""
+        cost: ArithmeticCost = getattr(self.pricer.profile, entry)
+        return cost.spread > 0
 
 
 def _pair_flops(model: ModelSpec, chunk_tokens: int) -> float:
@@ -105,4 +112,5 @@ def _chosen(model: ModelSpec, indexer: IndexerSpec, latent: LatentSpec, rates: _
         window_tokens=indexer.top_tokens,
         window_share=chosen_s / pair_s,
         measured=rates.measured("prefill_indexer") and rates.measured("prefill_chosen_attention"),
+        known=rates.known("prefill_indexer") and rates.known("prefill_chosen_attention"),
     )
