@@ -8,10 +8,13 @@ import torch
 import transformers
 
 from clo import presets
-from clo.specs import Design
+from clo.specs import Design, Selector
 
 PAGE, SINKS, WINDOW = 4, 2, 10
 LAYERS, KV_HEADS, GROUP, DIM, VOCABULARY = 4, 2, 3, 16, 61
+
+SELECTORS = [selector for selector in Selector if selector is not Selector.INDEXER]
+"""What pages of every model can be scored by: an indexer comes with the model's weights."""
 
 
 EXPERTS: dict[str, dict[str, int]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from forced import CLOSE, forced_logits
-from small import PAGE, WINDOW, dense_logits, design, prompt, small_model
+from small import PAGE, SELECTORS, WINDOW, dense_logits, design, prompt, small_model
 from sparse_oracle import Sparse
 
 from clo import presets
@@ -113,7 +113,7 @@ class TestWhatIsAttended:
                     selection.keys[:, :, 90] = 100 * operations._real[2][:, ::3]
         assert torch.equal(*scores) == same
 
-    @pytest.mark.parametrize("selector", [s for s in Selector if s is not Selector.EXACT])
+    @pytest.mark.parametrize("selector", [s for s in SELECTORS if s is not Selector.EXACT])
     @pytest.mark.parametrize("transfer", ["gpu_zero_copy", "cpu_zero_copy"])
     def test_the_index_grows_as_if_read_at_once(self, transfer: str, selector: Selector) -> None:
         """Pages that left the window while decoding are indexed as those of a prompt, by whoever stores them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from forced import CLOSE, forced_logits
-from small import PAGE, WINDOW, dense_logits, design, prompt, small_model
+from small import PAGE, SELECTORS, WINDOW, dense_logits, design, prompt, small_model
 
 from clo import presets
 from clo.engine.decoder import Decoder
@@ -26,7 +26,7 @@ class TestFullAttention:
         found = forced_logits(model, chosen, tokens, 70)
         torch.testing.assert_close(found, dense_logits(model, tokens)[69:], rtol=1e-4, atol=1e-4)
 
-    @pytest.mark.parametrize("selector", Selector)
+    @pytest.mark.parametrize("selector", SELECTORS)
     @pytest.mark.parametrize("name", ["clo", "clo-v1", "resident-sparse"])
     def test_with_every_selector(self, name: str, selector: Selector) -> None:
         model, tokens = small_model(), prompt(90)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from deferred import DeferredMachine
 from fake_device import FakeDevice
-from small import DIM, KV_HEADS, design, prompt, small_model
+from small import DIM, KV_HEADS, SELECTORS, design, prompt, small_model
 
 from clo import presets
 from clo.engine import memory
@@ -56,7 +56,7 @@ class TestNeed:
     def test_is_what_the_layers_take(self, name: str) -> None:
         assert_it_is_known(name=name)
 
-    @pytest.mark.parametrize("selector", Selector)
+    @pytest.mark.parametrize("selector", SELECTORS)
     def test_with_every_selector_and_pinned_heads(self, selector: Selector) -> None:
         assert_it_is_known(selector=selector, pinned_head_fraction=0.5)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import DIM, KV_HEADS, LAYERS, PAGE, WINDOW, design, prompt, small_model
+from small import DIM, KV_HEADS, LAYERS, PAGE, SELECTORS, WINDOW, design, prompt, small_model
 
 from clo import presets
 from clo.engine.decoder import Decoder
@@ -100,7 +100,7 @@ class TestSameBits:
     def test_a_batch_of_different_lengths(self, name: str) -> None:
         assert_prefill_is_load(small_model(), sparse(name), [CHUNK * 3 + 5, 3, CHUNK * 2, CHUNK + WINDOW + 1])
 
-    @pytest.mark.parametrize("selector", Selector)
+    @pytest.mark.parametrize("selector", SELECTORS)
     @pytest.mark.parametrize("name", ["clo", "resident-sparse", "staged"])
     def test_every_selector(self, name: str, selector: Selector) -> None:
         assert_prefill_is_load(small_model(), sparse(name, selector=selector), [CHUNK * 4 + 7, CHUNK])
