@@ -79,6 +79,13 @@ class TestExplore:
         assert "do not run" in text
         assert "roofline ┃ stalls on" not in text
 
+    def test_a_winner_that_answers_differently_is_no_winner_by_time_alone(self) -> None:
+        vary = [*SMALL, "--designs", "clo", "--vary", "design.budget_fraction=0.02,0.1"]
+        found = json.loads(run("explore", *vary, "--json"))
+        text = " ".join(run("explore", *vary).split())
+        assert found["answers_differ_by"] == ["budget_fraction"]
+        assert "its answers are not those of clo (budget_fraction): time alone does not decide" in text
+
     def test_one_sequence_stays_on_the_gpu(self) -> None:
         found = json.loads(run("explore", "--batch", "1", "--no-sweep", "--steps", "8", "--json"))
         assert found["best"]["design"]["cache"] == "resident"

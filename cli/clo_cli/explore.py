@@ -165,7 +165,7 @@ def explore(
         )
         if intervals and not found.interrupted:
             found = with_intervals(found, scene, partial(tell, "prediction intervals"))
-    _report(found, scene, searched=evaluations is not None, as_json=as_json)
+    _report(found, scene, around, searched=evaluations is not None, as_json=as_json)
     _write(found, scene, out, parquet, figures)
     if out is not None and not as_json:
         click.echo(f"results{' and figures' if figures and not found.interrupted else ''} are in {out}/")
@@ -221,17 +221,17 @@ def _named(designs: str | None, overrides: Overrides, model: ModelSpec) -> list[
     return found
 
 
-def _report(found: Exploration, scene: Scene, *, searched: bool, as_json: bool) -> None:
+def _report(found: Exploration, scene: Scene, base: Design, *, searched: bool, as_json: bool) -> None:
     """Print what was found; of an interrupted run, what there is."""
     if found.interrupted and not found.front:
         click.echo(f"interrupted after {len(found.finished)} evaluations, before any design was simulated", err=True)
     elif as_json:
-        click.echo(json.dumps(_as_json(found), indent=1))
+        click.echo(json.dumps(_as_json(found, base), indent=1))
     else:
-        _print(scene, found, searched)
+        _print(scene, found, base, searched)
 
 
-def _print(scene: Scene, found: Exploration, searched: bool) -> None:
+def _print(scene: Scene, found: Exploration, base: Design, searched: bool) -> None:
     from clo_cli.tables import (
         console,
         print_choices,
@@ -263,7 +263,7 @@ def _print(scene: Scene, found: Exploration, searched: bool) -> None:
         print_measured(found)
     if found.candidates:
         console().print(f"Best of {_swept(found)}: {found.winner.task.label}: {_choices_of(found)}")
-        for note in _notes(found):
+        for note in _notes(found, base):
             console().print(f"  {note}")
     if found.finalists and (searched or elsewhere or found.goals.bounds or len(found.goals.objectives) > 1):
         print_trials(found)
@@ -280,8 +280,16 @@ def _swept(found: Exploration) -> str:
     return f"{tried} swept ({ran} can run, the best simulated) and {len(found.named_results)} named"
 
 
-def _notes(found: Exploration) -> Iterator[str]:
+def _notes(found: Exploration, base: Design) -> Iterator[str]:
     """What else a reader should know about the sweep."""
+    from clo_sim.worth import answers_differ_by
+
+    fields = answers_differ_by(base, found.winner.task.design)
+    if fields:
+        yield (
+            f"its answers are not those of {base.name} ({', '.join(fields)}): time alone does not decide, "
+            "clo evaluate compares answers"
+        )
     if found.goals.bounds:
         kept = sum(found.goals.allows(one) for one in found.candidates)
         yield f"{kept} of the swept keep {' and '.join(str(bound) for bound in found.goals.bounds)} on the clock"
@@ -307,10 +315,13 @@ def _choices_of(found: Exploration) -> str:
     )
 
 
-def _as_json(found: Exploration) -> dict[str, Any]:
+def _as_json(found: Exploration, base: Design) -> dict[str, Any]:
+    from clo_sim.worth import answers_differ_by
+
     return {
         "best": found.best.model_dump(mode="json"),
         "best_changes": dict(found.winner.task.changes),
+        "answers_differ_by": answers_differ_by(base, found.winner.task.design),
         "front": [
             {"name": one.task.label, "executor": one.task.level, "metrics": _known(one.metrics)} for one in found.front
         ],

@@ -32,6 +32,41 @@ ALTERNATIVES: Grid = {
 }
 """Single changes that are tried on the best design, one at a time, by the design's field."""
 
+ATTENDED = (
+    "selector",
+    "page_size",
+    "page_coding",
+    "budget_fraction",
+    "budget_pages",
+    "min_budget_pages",
+    "num_sink_tokens",
+    "recent_window_tokens",
+    "dense_layers",
+    "pinned_head_fraction",
+)
+"""What decides which keys and values a sparse design attends to, and with how many bits."""
+
+STALENESS = (
+    "cache",
+    "tau",
+    "target_hit_rate",
+    "tau_importance_power",
+    "gqa_fold",
+    "prefetch_depth",
+    "prefetch_query",
+)
+"""What decides, where a gate lets heads reuse their sets, how old those are."""
+
+
+def answers_differ_by(base: Design, other: Design) -> tuple[str, ...]:
+    """Fields by which two designs attend to different things: time alone does not decide between them."""
+    if base.attend is not other.attend:
+        return ("attend",)
+    if not base.selects:
+        return ()
+    deciding = (*ATTENDED, *(STALENESS if base.gated or other.gated else ()))
+    return tuple(field for field in deciding if getattr(base, field) != getattr(other, field))
+
 
 def worth_of_choices(scene: Scene, best: Result, alternatives: Grid = ALTERNATIVES) -> Choices:
     """Change one choice of the best design at a time and simulate."""
