@@ -86,6 +86,18 @@ class TestExplore:
         assert found["answers_differ_by"] == ["budget_fraction"]
         assert "its answers are not those of clo (budget_fraction): time alone does not decide" in text
 
+    def test_a_question_that_the_trace_cannot_answer_is_refused(self) -> None:
+        question = ["explore", *SMALL, "--steps", "5000"]
+        for arguments in (question, [*question, "--no-sweep", "--designs", "clo,resolve"]):
+            done = CliRunner().invoke(clo, arguments)
+            assert done.exit_code == 1
+            assert "5000" in str(done.exception)
+            assert "recorded steps" in str(done.exception)
+        found = json.loads(run(*question, "--no-sweep", "--designs", "streamed", "--json"))
+        assert found["best"]["design"]["name"] == "streamed"
+        partly = run(*question, "--designs", "clo", "--vary", "workload.steps=4,5000", "--json")
+        assert json.loads(partly)["best_changes"] == {"workload.steps": 4}
+
     def test_one_sequence_stays_on_the_gpu(self) -> None:
         found = json.loads(run("explore", "--batch", "1", "--no-sweep", "--steps", "8", "--json"))
         assert found["best"]["design"]["cache"] == "resident"

@@ -137,6 +137,19 @@ def check_space(scene: Scene, space: Space) -> None:
         check_field(scene, field, values.ends if isinstance(values, Range) else values)
 
 
+def _check_trace(scene: Scene, designs: Iterable[Design]) -> None:
+    """Whether the trace has what is asked of it, as far as any of the designs can be planned."""
+    for design in designs:
+        if not design.selects:
+            return
+        try:
+            plan = scene.plan(design)
+        except SpecError:
+            continue
+        scene.source.check(plan)
+        return
+
+
 def explore(
     scene: Scene,
     *,
@@ -156,10 +169,13 @@ def explore(
 
     Without a `budget` all of the space is tried, else an optimiser spends so many evaluations on it. `workers` must be
     of this `scene` (default: this process). With `measure` the finalists also run on a real machine. An interrupt
-    (Ctrl-C) ends it early, with what there is so far. Raises `CloError` for bad fields and values, before any work.
+    (Ctrl-C) ends it early, with what there is so far. Raises `CloError` for bad fields and values and for a question
+    that the trace cannot answer, before any work.
     """
-    goals = goals or Goals()
+    goals, named = goals or Goals(), tuple(named)
     check_space(scene, space)
+    if not any(field.startswith(("workload.", "model", "machine")) for field in space):
+        _check_trace(scene, [base] if space else named)
     if budget is None:
         _values_of(space)
     else:
