@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from clo_kernels.append_kv import append_kv_kernel
+from clo_kernels.bulk_gather import ROW_WORDS, STAGES, bulk_gather_kernel
 from clo_kernels.gather_pages import gather_pages_kernel
 from clo_kernels.hit_test import hit_test_kernel
 from clo_kernels.resolve_pages import MAX_BUDGET, variant
@@ -80,6 +81,12 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
         gather_pages_kernel,
         "*i32/16 *i32/16 *i32/16 *i32/16 *i32/16 i32 i32 i32 i32 i32",
         {"PAGE_WORDS": 8192, "CHUNK": 4096, "ITEMS": 2, "ROWS_PAD": 128},
+        8,
+    ),
+    "bulk_gather": (
+        bulk_gather_kernel,
+        f"tensordesc<i32[8,{ROW_WORDS}]> *i32/16 *i32/16 *i32/16 *i32/16 i32 i32 i32 i32 i32",
+        {"PAGE_WORDS": 2048, "ROWS": 8, "WORDS": ROW_WORDS, "ROWS_PAD": 8, "UNDER_WAY": STAGES},
         8,
     ),
     "attend_split": (attend_split_kernel, ATTEND.format(*PLAIN), ATTENDED, 4),

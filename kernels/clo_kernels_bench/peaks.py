@@ -24,6 +24,11 @@ class Peaks:
         """A copy of pinned host memory by a copy engine."""
         return num_bytes / self.h2d * 1e6
 
+    @property
+    def copy_limit(self) -> str:
+        """What figures that `copy_us` limits say of it."""
+        return f"pinned copy, {self.h2d / 1e9:.1f} GB/s in this run"
+
     def memory_us(self, num_bytes: float) -> float:
         """Reading device memory."""
         return num_bytes / self.hbm * 1e6

@@ -29,6 +29,7 @@ from clo_kernels_bench.transfers import gather_figures, interference_figures, pi
 Say = Callable[[str], None]
 Section = Callable[[], Iterator[Figure]]
 COMPILER = Path(__file__).with_name("compiled.py")
+BULK_READER = Path(__file__).with_name("bulk_reads.py")
 
 
 def environment() -> dict[str, Any]:
@@ -136,6 +137,7 @@ def _sections(report: Report, device: torch.device, end: float, *, quick: bool, 
         "gate and resolve, 32 layers in one graph": lambda: resolve_figures(device, quick=quick),
         "attention": lambda: attention_figures(device, limits(), quick=quick, note=note),
         "attention beside a transfer": lambda: interference_figures(storage(), device, quick=quick),
+        "pages from the host by bulk reads": lambda: _bulk_reads(limits(), end, note),
         "flags": lambda: flag_figures(device, quick=quick),
         "launches and synchronisation": lambda: host_figures(device, quick=quick),
         "scores and selection": lambda: selection_figures(device, limits(), quick=quick),
@@ -163,16 +165,42 @@ def _compiled(report: Report, end: float, say: Say) -> Iterator[Figure]:
     yield from ()
 
 
+def _bulk_reads(peaks: Peaks, end: float, note: Say) -> Iterator[Figure]:
+    """What another way to read the host would reach. That it is refused is a finding, not a failure of the bench."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        note("pages from the host by bulk reads: need compute capability 9.0")
+        return
+    try:
+        figures = json.loads(_of_its_own(BULK_READER, limit_s=max(1.0, end - time.monotonic())))
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        note(f"pages from the host by bulk reads: {error}")
+        return
+    for figure in figures:
+        yield Figure(
+            operation=figure["operation"],
+            case=figure["case"],
+            samples_us=tuple(figure["samples_us"]),
+            num_bytes=figure["num_bytes"],
+            limit_us=peaks.copy_us(figure["num_bytes"]),
+            limit=peaks.copy_limit,
+        )
+
+
 def compiled_kernels(architecture: int, *, limit_s: float) -> list[dict[str, Any]]:
     """Registers, shared memory and spills of every kernel for sm_`architecture`.
 
     Raises `RuntimeError`, or `subprocess.TimeoutExpired` after `limit_s`.
     """
+    kernels: dict[str, dict[str, Any]] = json.loads(_of_its_own(COMPILER, str(architecture), limit_s=limit_s))
+    return [{"kernel": name} | {k: v for k, v in entry.items() if k != "ptx"} for name, entry in kernels.items()]
+
+
+def _of_its_own(script: Path, *arguments: str, limit_s: float) -> str:
+    """What a script prints in a process of its own, without the interpreter. Raises as `compiled_kernels` does."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    command = [sys.executable, str(COMPILER), str(architecture)]
+    command = [sys.executable, str(script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit_s)
     if done.returncode:
         raise RuntimeError(done.stderr[-500:])
-    kernels: dict[str, dict[str, Any]] = json.loads(done.stdout)
-    return [{"kernel": name} | {k: v for k, v in entry.items() if k != "ptx"} for name, entry in kernels.items()]
+    return done.stdout

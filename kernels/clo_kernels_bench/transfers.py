@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -49,6 +49,7 @@ def gather_calls(
     *,
     lists: int = 4,
     in_order: bool = False,
+    gather: Callable[..., torch.Tensor] = gather_pages,
 ) -> list[Call]:
     """Launches of `launch_bytes` each, every one with random pages of its own; `in_order`: pages side by side."""
     sizes, pages = paged(storage, page_kib, device)
@@ -60,7 +61,7 @@ def gather_calls(
         fetch = problems.fetch_list(sizes, per_head)
         if in_order:
             fetch.fetch_pages.copy_(torch.arange(seed * per_head, (seed + 1) * per_head) % sizes.num_pages)
-        return lambda: gather_pages(pages, slots, fetch, num_programs=programs)
+        return lambda: gather(pages, slots, fetch, num_programs=programs)
 
     return [call(seed) for seed in range(lists)]
 
@@ -86,7 +87,7 @@ def gather_figures(storage: torch.Tensor, device: torch.device, peaks: Peaks, *,
             samples_us=graph_samples(calls, repeats=10),
             num_bytes=float(num_bytes),
             limit_us=peaks.copy_us(num_bytes),
-            limit=f"pinned copy, {peaks.h2d / 1e9:.1f} GB/s in this run",
+            limit=peaks.copy_limit,
         )
 
 

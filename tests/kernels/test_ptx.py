@@ -60,6 +60,13 @@ def test_pages_are_read_and_written_16_bytes_at_a_time(compiled, kernel, arch):
     assert len(re.findall(r"st\.global[.\w:]*\.v(?:4\.b32|2\.b64)", ptx)) == 8
 
 
+def test_bulk_reads_leave_no_load_of_pages_to_threads(compiled):
+    ptx = compiled["bulk_gather:90"]["ptx"]
+    assert "cp.async.bulk.tensor" in ptx
+    assert not wide_loads(ptx)
+    assert re.search(r"st\.global[.\w:]*\.v(?:4\.b32|2\.b64)", ptx)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_doorbell_is_released_to_the_system_after_a_barrier(compiled, arch):
     ptx = compiled[f"ring_doorbell:{arch}"]["ptx"]
