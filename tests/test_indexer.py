@@ -400,6 +400,10 @@ class TestConfigs:
             ({"indexer_types": ["full"] * 5}, "indexer_types: full or shared is expected for each layer"),
             ({"indexer_types": ["full"] * 77 + ["half"]}, "indexer_types = half: full or shared is expected"),
             ({"indexer_types": ["shared"] * 78}, "the first layer has nothing to share"),
+            (
+                {"layer_types": ["full_attention"] + ["indexed_attention"] * 77},
+                "full_attention beside layers with an indexer is not modelled",
+            ),
             ({"mlp_layer_types": ["sparse"] * 77 + ["dense"]}, "layers with a dense MLP must be the first ones"),
         ],
     )

@@ -214,8 +214,11 @@ WITH_WINDOWS = ("gemma2", "gemma3_text", "gpt_oss", "ministral", "olmo3", "qwen2
 def _other_windows(config: dict[str, Any]) -> str:
     """What about layers that keep less than the whole context is beyond a `ModelSpec`."""
     kinds, window = config.get("layer_types") or [], config.get("sliding_window")
-    if config.get("model_type") in _WITH_INDEXER:
-        kinds = [kind for kind in kinds if kind not in INDEXED]
+    if config.get("model_type") in _WITH_INDEXER and set(kinds) & set(INDEXED):
+        if not set(kinds) <= set(INDEXED):
+            beside = ", ".join(sorted({str(kind) for kind in kinds} - set(INDEXED)))
+            return f"layer_types: {beside} beside layers with an indexer is not modelled"
+        kinds = []
     others = sorted({str(kind) for kind in kinds} - {"full_attention", WINDOWED})
     if others:
         return f"layer_types: {', '.join(others)} is not modelled, full_attention and {WINDOWED} only"
