@@ -140,7 +140,7 @@ def explore(
     named = _named(designs, overrides, scene.model)
     if no_sweep and (vary or evaluations is not None):
         raise SpecError("--no-sweep: compares the named designs only, without --vary and --evaluations")
-    space = {} if no_sweep else space_from(vary, scene) or DEFAULT_GRID
+    space = {} if no_sweep else space_from(vary, scene, around) or DEFAULT_GRID
     check_conflicts(space, overrides, options["profile"])
     goals = _goals(objectives, bounds)
     real = measure_here(scene) if measure else None
