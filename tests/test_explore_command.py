@@ -95,6 +95,10 @@ class TestExplore:
             assert "recorded steps" in str(done.exception)
         found = json.loads(run(*question, "--no-sweep", "--designs", "streamed", "--json"))
         assert found["best"]["design"]["name"] == "streamed"
+        for designs in ("clo,resident-sparse", "resident-sparse,clo"):
+            found = json.loads(run(*question, "--no-sweep", "--designs", designs, "--json"))
+            assert found["best"]["design"]["name"] == "resident-sparse"
+            assert "5000" in found["not_run"]["clo"]
         partly = run(*question, "--designs", "clo", "--vary", "workload.steps=4,5000", "--json")
         assert json.loads(partly)["best_changes"] == {"workload.steps": 4}
 

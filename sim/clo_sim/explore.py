@@ -6,7 +6,7 @@ last word. Knows nothing about files, figures or commands.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -145,11 +145,14 @@ def check_space(scene: Scene, space: Space, base: Design) -> None:
             vary(base, {choices[0].removeprefix("design."): value})
 
 
-def _check_trace(scene: Scene, designs: Iterable[Design]) -> None:
-    """Whether the trace has what is asked of it, as far as any of the designs can be planned."""
+def _check_trace(scene: Scene, designs: Sequence[Design]) -> None:
+    """Whether the trace has what is asked of it, as far as any of the designs can be planned.
+
+    What keeps everything on the device or attends to all runs without a trace: with it there is an answer.
+    """
+    if not all(design.offloads and design.selects for design in designs):
+        return
     for design in designs:
-        if not design.selects:
-            return
         try:
             plan = scene.plan(design)
         except SpecError:
@@ -183,7 +186,7 @@ def explore(
     goals, named = goals or Goals(), tuple(named)
     check_space(scene, space, base)
     if not any(field.startswith(("workload.", "model", "machine")) for field in space):
-        _check_trace(scene, [base] if space else named)
+        _check_trace(scene, (base,) if space else named)
     if budget is None:
         _values_of(space)
     else:
