@@ -268,7 +268,8 @@ def _room(model: ModelSpec, machine: MachineSpec, kv_memory_bytes: float | None)
     if free <= 0:
         count = machine.tensor_parallel
         gpus, each = (f"{count} GPUs", " on each") if count > 1 else ("one GPU", "")
-        more = f": simulated, up to {MOST_GPUS} may share it (machine.tensor_parallel)" if count < MOST_GPUS else ""
+        most = f"up to {MOST_GPUS} may share it where all-reduces of so many were timed (machine.tensor_parallel)"
+        more = f": simulated, {most}" if count < MOST_GPUS else ""
         whole = ", with attention's weights whole on each (machine.attention_by = heads shares those too)"
         raise SpecError(
             f"model {model.name}: weights take {format_bytes(model.weight_bytes)}{each} and the reserve "

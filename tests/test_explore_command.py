@@ -86,6 +86,20 @@ class TestExplore:
         assert found["answers_differ_by"] == ["budget_fraction"]
         assert "its answers are not those of clo (budget_fraction): time alone does not decide" in text
 
+    def test_a_winner_on_another_model_answers_differently(self) -> None:
+        vary = [*SMALL, "--designs", "clo", "--vary", "model.kv_bytes_per_value=1,2"]
+        found = json.loads(run("explore", *vary, "--json"))
+        text = " ".join(run("explore", *vary).split())
+        assert found["best_changes"] == {"model.kv_bytes_per_value": 1}
+        assert found["answers_differ_by"] == ["model.kv_bytes_per_value"]
+        assert "its answers are not those of clo (model.kv_bytes_per_value)" in text
+        given = json.loads(run("explore", *vary[:-1], "model.kv_bytes_per_value=2", "--json"))
+        assert given["answers_differ_by"] == []
+
+    def test_nothing_differs_from_a_base_that_was_not_asked_for(self) -> None:
+        found = json.loads(run("explore", *SMALL, "--designs", "resolve", "--no-sweep", "--json"))
+        assert found["answers_differ_by"] == []
+
     def test_a_question_that_the_trace_cannot_answer_is_refused(self) -> None:
         question = ["explore", *SMALL, "--steps", "5000"]
         for arguments in (question, [*question, "--no-sweep", "--designs", "clo,resolve"]):
@@ -95,6 +109,10 @@ class TestExplore:
             assert "recorded steps" in str(done.exception)
         found = json.loads(run(*question, "--no-sweep", "--designs", "streamed", "--json"))
         assert found["best"]["design"]["name"] == "streamed"
+        for designs in ("clo,resident-sparse", "resident-sparse,clo"):
+            found = json.loads(run(*question, "--no-sweep", "--designs", designs, "--json"))
+            assert found["best"]["design"]["name"] == "resident-sparse"
+            assert "5000" in found["not_run"]["clo"]
         partly = run(*question, "--designs", "clo", "--vary", "workload.steps=4,5000", "--json")
         assert json.loads(partly)["best_changes"] == {"workload.steps": 4}
 

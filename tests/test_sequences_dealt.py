@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import run
 from hypothesis import given
 from hypothesis import strategies as st
 from shared_models import free_and_paid, shared, with_all_reduce
@@ -186,6 +187,14 @@ class TestServices:
         per_token = MODEL.kv_bytes_per_token
         assert longest[1] == longest[8] == pytest.approx(4e9 / per_token, rel=0.01)
         assert longest[16] == pytest.approx(2e9 / per_token, rel=0.01)
+
+    def test_reports_say_that_memory_is_a_mean(self) -> None:
+        load = ["--load", "fixed:1", "--input-tokens", "4096", "--output-tokens", "8", "--num-requests", "2"]
+        dealt = ["--set", "machine.tensor_parallel=4", "--set", "machine.attention_by=sequences"]
+        said = "on a GPU, in the mean of 4 with sequences of their own,"
+        command = ["serve-sim", "--design", "resident", *load]
+        assert said in " ".join(run(*command, *dealt).split())
+        assert "in the mean of" not in run(*command, *dealt[:2])
 
     def test_a_service_runs(self) -> None:
         scene = dealt(whole_scene(), 4)

@@ -95,6 +95,9 @@ class TestParts:
             SpecError, match=r"70\.6 GB on each .* does not fit 2 GPUs: .* \(machine.tensor_parallel\)$"
         ):
             kv_room(large, machine.with_fields(tensor_parallel=2))
+        # of GB200 only 2 and 4 were: 8, which are refused, are not simply proposed
+        with pytest.raises(SpecError, match="up to 8 may share it where all-reduces of so many were timed"):
+            kv_room(presets.load_model("glm-5.2"), presets.load_machine("gb200").with_fields(tensor_parallel=4))
 
     @pytest.mark.parametrize(("name", "what"), [("resident", "device"), ("streamed", "pinned")])
     def test_what_does_not_fit_is_said_of_each_gpu(self, name: str, what: str) -> None:

@@ -140,7 +140,7 @@ def explore(
     named = _named(designs, overrides, scene.model)
     if no_sweep and (vary or evaluations is not None):
         raise SpecError("--no-sweep: compares the named designs only, without --vary and --evaluations")
-    space = {} if no_sweep else space_from(vary, scene) or DEFAULT_GRID
+    space = {} if no_sweep else space_from(vary, scene, around) or DEFAULT_GRID
     check_conflicts(space, overrides, options["profile"])
     goals = _goals(objectives, bounds)
     real = measure_here(scene) if measure else None
@@ -226,7 +226,7 @@ def _report(found: Exploration, scene: Scene, base: Design, *, searched: bool, a
     if found.interrupted and not found.front:
         click.echo(f"interrupted after {len(found.finished)} evaluations, before any design was simulated", err=True)
     elif as_json:
-        click.echo(json.dumps(_as_json(found, base), indent=1))
+        click.echo(json.dumps(_as_json(found, scene, base), indent=1))
     else:
         _print(scene, found, base, searched)
 
@@ -263,7 +263,7 @@ def _print(scene: Scene, found: Exploration, base: Design, searched: bool) -> No
         print_measured(found)
     if found.candidates:
         console().print(f"Best of {_swept(found)}: {found.winner.task.label}: {_choices_of(found)}")
-        for note in _notes(found, base):
+        for note in _notes(found, scene, base):
             console().print(f"  {note}")
     if found.finalists and (searched or elsewhere or found.goals.bounds or len(found.goals.objectives) > 1):
         print_trials(found)
@@ -280,11 +280,11 @@ def _swept(found: Exploration) -> str:
     return f"{tried} swept ({ran} can run, the best simulated) and {len(found.named_results)} named"
 
 
-def _notes(found: Exploration, base: Design) -> Iterator[str]:
+def _notes(found: Exploration, scene: Scene, base: Design) -> Iterator[str]:
     """What else a reader should know about the sweep."""
-    from clo_sim.worth import answers_differ_by
+    from clo_sim.worth import task_differs_by
 
-    fields = answers_differ_by(base, found.winner.task.design)
+    fields = task_differs_by(scene, base, found.winner.task)
     if fields:
         yield (
             f"its answers are not those of {base.name} ({', '.join(fields)}): time alone does not decide, "
@@ -315,13 +315,14 @@ def _choices_of(found: Exploration) -> str:
     )
 
 
-def _as_json(found: Exploration, base: Design) -> dict[str, Any]:
-    from clo_sim.worth import answers_differ_by
+def _as_json(found: Exploration, scene: Scene, base: Design) -> dict[str, Any]:
+    from clo_sim.worth import task_differs_by
 
     return {
         "best": found.best.model_dump(mode="json"),
         "best_changes": dict(found.winner.task.changes),
-        "answers_differ_by": answers_differ_by(base, found.winner.task.design),
+        # without a sweep there is no base
+        "answers_differ_by": task_differs_by(scene, base, found.winner.task) if found.candidates else (),
         "front": [
             {"name": one.task.label, "executor": one.task.level, "metrics": _known(one.metrics)} for one in found.front
         ],

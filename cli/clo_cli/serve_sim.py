@@ -86,7 +86,7 @@ def serve_sim(
     else:
         from clo_cli.serve_tables import print_service
 
-        print_service(result)
+        print_service(result, owners=scene.machine.num_owners)
 
 
 def _timed(trace: RequestTrace, costs: WorkerCosts, service: ServiceSettings) -> tuple[ServiceRun, float]:

@@ -38,12 +38,12 @@ def _replicas(result: ServiceResult) -> str:
     return f"{count} replica{'' if count == 1 else 's'} of {result.replica_gpus}"
 
 
-def print_service(result: ServiceResult) -> None:
-    """One service in full."""
+def print_service(result: ServiceResult, owners: int = 1) -> None:
+    """One service in full. `owners`: GPUs of a replica that have sequences of their own."""
     out = console()
     gpus = f"{result.gpus} x {result.machine}{_of_replicas(result)}"
     out.print(f"{result.design} on {gpus}: {result.model}, {counted(result.requests)} of {result.trace}")
-    for line in _lines(result):
+    for line in _lines(result, owners):
         out.print(line)
     table = Table(title="Latency", title_justify="left")
     table.add_column("")
@@ -94,7 +94,9 @@ def _print_intervals(result: ServiceResult) -> None:
     )
 
 
-def _lines(result: ServiceResult) -> list[str]:
+def _lines(result: ServiceResult, owners: int) -> list[str]:
+    # memory is taken to fill evenly: with few sequences a GPU that has one needs more
+    gpu = "GPU" if owners == 1 else f"GPU, in the mean of {owners} with sequences of their own"
     lines = [
         f"completed {result.completed}, rejected {result.rejected}{_reasons(result)}; arriving "
         f"{rate(result.rate_per_s)}, completing {result.completed_per_s:.3g}/s, "
@@ -103,8 +105,8 @@ def _lines(result: ServiceResult) -> list[str]:
         f"{result.mean_running:.1f} on average, {result.peak_running} at most, of "
         f"{result.mean_context_tokens:.0f} tokens each",
         f"KV needs at most {format_bytes(result.peak_device_bytes)} of {format_bytes(result.room_device_bytes)} on a "
-        f"GPU, {format_bytes(result.peak_host_bytes)} of {format_bytes(result.room_host_bytes)} on its host, prefixes "
-        f"{format_bytes(result.peak_prefix_bytes)} in what that leaves; "
+        f"{gpu}, {format_bytes(result.peak_host_bytes)} of {format_bytes(result.room_host_bytes)} on its host, "
+        f"prefixes {format_bytes(result.peak_prefix_bytes)} in what that leaves; "
         f"preemptions {result.preemptions}; prefix hits {result.prefix_hit_rate:.1%} of prompt tokens",
     ]
     if result.unstable:

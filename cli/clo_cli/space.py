@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 from clo.errors import CloError, SpecError
 
 if TYPE_CHECKING:
+    from clo.specs import Design
     from clo.specs.overrides import Overrides
     from clo_sim.scene import Scene
     from clo_sim.search import Range, Space
 
 
-def space_from(vary: tuple[str, ...], scene: Scene) -> Space:
+def space_from(vary: tuple[str, ...], scene: Scene, base: Design) -> Space:
     """`("design.tau=0.7,0.8", "workload.batch=1..64:log")` -> values and ranges by dotted field.
 
     A field without a root is a design's. Raises `CloError` naming the option, or the field, value and rule.
@@ -34,7 +35,7 @@ def space_from(vary: tuple[str, ...], scene: Scene) -> Space:
         if field in space:
             raise SpecError(f"--vary {text}: {field} is varied twice: give all its values to one --vary")
         space[field] = _values(text, values)
-    check_space(scene, space)
+    check_space(scene, space, base)
     return space
 
 

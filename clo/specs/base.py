@@ -31,6 +31,16 @@ class Spec(BaseModel):
         except ValidationError as error:
             raise SpecError(_prefix(where) + explain(cls, error)) from None
 
+    @classmethod
+    def check_value(cls, field: str, value: Any) -> None:
+        """Whether a field takes a value, whatever the others are. Raises `SpecError` as `parse`."""
+        try:
+            cls.model_validate({field: value})
+        except ValidationError as error:
+            # what has no place contradicts another field, here one's default
+            if error.errors()[0]["loc"]:
+                raise SpecError(explain(cls, error)) from None
+
     def with_fields(self, **changes: Any) -> Self:
         """A validated copy with some fields replaced (`model_copy` would skip validation)."""
         return type(self).parse(self.model_dump() | changes)

@@ -6,7 +6,7 @@ last word. Knows nothing about files, figures or commands.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -23,7 +23,7 @@ from clo_sim.laboratory import Finished, Laboratory, Progress, Role
 from clo_sim.record import Record
 from clo_sim.scene import Scene
 from clo_sim.search import Range, Space, check_optimiser, search
-from clo_sim.variation import Grid, Task, check_field, expand, scene_with
+from clo_sim.variation import Grid, Task, check_field, expand, scene_with, vary
 from clo_sim.workers import Workers
 from clo_sim.worth import worth
 
@@ -131,17 +131,28 @@ def sweep(scene: Scene, designs: Iterable[Design], progress: Progress | None = N
     return tuple(laboratory.run("candidate", tasks))
 
 
-def check_space(scene: Scene, space: Space) -> None:
-    """Whether every field exists and takes its values. Raises `CloError` that names field, value and rule."""
-    for field, values in space.items():
-        check_field(scene, field, values.ends if isinstance(values, Range) else values)
+def check_space(scene: Scene, space: Space, base: Design) -> None:
+    """Whether every field exists and takes its values. Raises `CloError` that names field, value and rule.
+
+    What contradicts `base` is refused where no other choice is varied that could agree with it.
+    """
+    tried = {field: values.ends if isinstance(values, Range) else values for field, values in space.items()}
+    for field, values in tried.items():
+        check_field(scene, field, values)
+    choices = [field for field in tried if field.startswith("design.")]
+    if len(choices) == 1:
+        for value in tried[choices[0]]:
+            vary(base, {choices[0].removeprefix("design."): value})
 
 
-def _check_trace(scene: Scene, designs: Iterable[Design]) -> None:
-    """Whether the trace has what is asked of it, as far as any of the designs can be planned."""
+def _check_trace(scene: Scene, designs: Sequence[Design]) -> None:
+    """Whether the trace has what is asked of it, as far as any of the designs can be planned.
+
+    What keeps everything on the device or attends to all runs without a trace: with it there is an answer.
+    """
+    if not all(design.offloads and design.selects for design in designs):
+        return
     for design in designs:
-        if not design.selects:
-            return
         try:
             plan = scene.plan(design)
         except SpecError:
@@ -173,9 +184,9 @@ def explore(
     that the trace cannot answer, before any work.
     """
     goals, named = goals or Goals(), tuple(named)
-    check_space(scene, space)
+    check_space(scene, space, base)
     if not any(field.startswith(("workload.", "model", "machine")) for field in space):
-        _check_trace(scene, [base] if space else named)
+        _check_trace(scene, (base,) if space else named)
     if budget is None:
         _values_of(space)
     else:

@@ -117,7 +117,7 @@ def _check_alike(model: ModelSpec, varied: ModelSpec) -> None:
 
 
 def check_field(scene: Scene, field: str, values: Iterable[Any]) -> None:
-    """Whether a field exists and takes each value, alone. Raises `CloError` that names field, value and rule."""
+    """Whether a field exists and takes each value beside some other. Raises `CloError` naming field, value and rule."""
     root, _, rest = field.partition(".")
     if root not in ROOTS or not (rest or root in ("machine", "model")):
         fields = ", ".join(f"{name}.*" for name in ROOTS)
@@ -126,8 +126,7 @@ def check_field(scene: Scene, field: str, values: Iterable[Any]) -> None:
         raise SpecError(f"{field}: no choice of a design (fields: clo show designs clo)")
     for value in values:
         if root == "design":
-            # previous_step is valid with an LRU cache only
-            Design.parse({rest: value} | ({"cache": "lru"} if value == "previous_step" else {}))
+            Design.check_value(rest, value)
         else:
             scene_with(scene, [(field, value)])
 

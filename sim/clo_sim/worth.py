@@ -12,7 +12,7 @@ from clo.specs import Design
 from clo_sim.evaluation import Evaluation
 from clo_sim.laboratory import Laboratory
 from clo_sim.scene import Scene
-from clo_sim.variation import Changes, Grid, Task, shown, vary
+from clo_sim.variation import Changes, Grid, Task, scene_with, shown, vary
 from clo_sim.workers import Workers
 
 ALTERNATIVES: Grid = {
@@ -66,6 +66,13 @@ def answers_differ_by(base: Design, other: Design) -> tuple[str, ...]:
         return ()
     deciding = (*ATTENDED, *(STALENESS if base.gated or other.gated else ()))
     return tuple(field for field in deciding if getattr(base, field) != getattr(other, field))
+
+
+def task_differs_by(scene: Scene, base: Design, task: Task) -> tuple[str, ...]:
+    """The same of a task, which may change the scene's model too: fewer bits of its keys and values, another one."""
+    models = (change for change in task.changes if change[0].partition(".")[0] == "model")
+    changed = tuple(change[0] for change in models if scene_with(scene, [change]).model != scene.model)
+    return (*answers_differ_by(base, task.design), *changed)
 
 
 def worth_of_choices(scene: Scene, best: Result, alternatives: Grid = ALTERNATIVES) -> Choices:

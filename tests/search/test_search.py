@@ -126,7 +126,7 @@ class TestSearch:
             return clo_sim.simulate(its_scene, design).model_copy(update={"executor": "machine", "overlap": None})
 
         found = explore(scene, named=[], base=CLO, space={"design.slot_budgets": [1]}, num_finalists=1, measure=run)
-        said = json.loads(json.dumps(_as_json(found, CLO), allow_nan=False))
+        said = json.loads(json.dumps(_as_json(found, scene, CLO), allow_nan=False))
         assert said["front"][0]["metrics"]["overlap"] is None
         assert said["front"][0]["metrics"]["tpot_s"] == found.best.tpot_s
 

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from questions import CLO
 
 from clo import presets
+from clo.errors import SpecError
 from clo_sim.evaluation import evaluate
+from clo_sim.explore import check_space
 from clo_sim.scene import Scene
 from clo_sim.variation import expand, scene_with, task_at, vary
 
@@ -54,6 +56,16 @@ class TestVariation:
     def test_names_say_what_differs_however_it_was_written(self) -> None:
         given = {"slot_budgets": "none", "tau": str(CLO.tau), "page_size": "32"}
         assert vary(CLO.with_fields(slot_budgets=None), given).name == f"{CLO.name} page_size=32"
+
+    def test_values_are_held_against_the_base_and_what_else_is_varied(self, scene: Scene) -> None:
+        small_pages = {"design.page_size": [2, 16]}
+        check_space(scene, small_pages, CLO.with_fields(num_sink_tokens=0))
+        check_space(scene, {**small_pages, "design.num_sink_tokens": [0]}, CLO)
+        check_space(scene, {"design.page_size": [32], "design.num_sink_tokens": [32]}, CLO)
+        with pytest.raises(SpecError, match="num_sink_tokens = 4 must fit the first page of 2 tokens"):
+            check_space(scene, small_pages, CLO)
+        with pytest.raises(SpecError, match=r"design\.page_size = 0"):
+            check_space(scene, {"design.page_size": [0], "design.num_sink_tokens": [0]}, CLO)
 
     @pytest.mark.parametrize(
         ("field", "slow", "fast"),
