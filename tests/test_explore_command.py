@@ -113,8 +113,17 @@ class TestExplore:
             found = json.loads(run(*question, "--no-sweep", "--designs", designs, "--json"))
             assert found["best"]["design"]["name"] == "resident-sparse"
             assert "5000" in found["not_run"]["clo"]
+        found = json.loads(run(*question, "--designs", "clo", "--vary", "design.cache=resident,lru", "--json"))
+        assert found["best"]["design"]["cache"] == "resident"
         partly = run(*question, "--designs", "clo", "--vary", "workload.steps=4,5000", "--json")
         assert json.loads(partly)["best_changes"] == {"workload.steps": 4}
+
+    def test_a_sweep_of_contradictions_is_refused_before_any_work(self) -> None:
+        vary = ["--vary", "design.page_size=2", "--vary", "design.num_sink_tokens=4,8"]
+        done = CliRunner().invoke(clo, ["explore", *SMALL, *vary])
+        assert done.exit_code == 1
+        for sinks in (4, 8):
+            assert f"num_sink_tokens = {sinks} must fit the first page of 2 tokens" in str(done.exception)
 
     def test_one_sequence_stays_on_the_gpu(self) -> None:
         found = json.loads(run("explore", "--batch", "1", "--no-sweep", "--steps", "8", "--json"))

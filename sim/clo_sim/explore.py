@@ -185,19 +185,24 @@ def explore(
     """
     goals, named = goals or Goals(), tuple(named)
     check_space(scene, space, base)
-    if not any(field.startswith(("workload.", "model", "machine")) for field in space):
-        _check_trace(scene, (base,) if space else named)
     if budget is None:
-        _values_of(space)
+        tasks = expand(base, _values_of(space)) if space else []
+        asked = [task.design for task in tasks] or named
     else:
         check_optimiser(base, space, budget)
+        asked = () if {"design.cache", "design.attend"} & set(space) else (base,)
+    if not any(field.startswith(("workload.", "model", "machine")) for field in space):
+        _check_trace(scene, asked)
     laboratory = Laboratory(workers or Workers(scene), record, progress)
     stages = _Stages(laboratory, goals)
     interrupted = False
     try:
         stages.compare(named)
         if space:
-            stages.sift(base, space, budget, seed)
+            if budget is None:
+                stages.try_all(tasks)
+            else:
+                stages.search(base, space, budget, seed)
             stages.decide(num_finalists, measure)
             stages.price_choices()
     except KeyboardInterrupt:
@@ -244,15 +249,15 @@ class _Stages:
         """Simulate the named designs."""
         self._found["named"] = self._run("named", [Task(design=design, level="simpy") for design in named])
 
-    def sift(self, base: Design, space: Space, budget: int | None, seed: int) -> None:
-        """Try the space, or as much of it as the budget allows, on the clock."""
-        if budget is not None:
-            self._laboratory.expect(budget)
-            ask = partial(self._laboratory.run, "candidate")
-            found = search(base, space, budget, self._goals, ask, seed=seed)
-            self._found["candidates"] = tuple(found)
-            return
-        self._found["candidates"] = self._run("candidate", expand(base, _values_of(space)))
+    def try_all(self, tasks: list[Task]) -> None:
+        """Try these on the clock."""
+        self._found["candidates"] = self._run("candidate", tasks)
+
+    def search(self, base: Design, space: Space, budget: int, seed: int) -> None:
+        """Try as much of the space as the budget allows on the clock, the next where the last were good."""
+        self._laboratory.expect(budget)
+        ask = partial(self._laboratory.run, "candidate")
+        self._found["candidates"] = tuple(search(base, space, budget, self._goals, ask, seed=seed))
 
     def decide(self, num_finalists: int, run: Measure | None) -> None:
         """Simulate the best candidates, and run them on a machine if there is one."""

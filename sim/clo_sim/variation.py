@@ -137,14 +137,17 @@ def expand(base: Design, grid: Grid) -> list[Task]:
     Where no CPU takes part in a transfer, `host`, `events` and `flags` order the same step: the first stands for all.
     """
     tasks: dict[tuple[Changes, Design], Task] = {}
+    contradictions: dict[str, None] = {}
     for values in itertools.product(*grid.values()):
         try:
             task = task_at(base, dict(zip(grid, values, strict=True)))
-        except SpecError:
+        except SpecError as error:
+            contradictions[str(error)] = None
             continue
         tasks.setdefault(identity(task), task)
     if not tasks:
-        raise SpecError(f"explore: no combination of {', '.join(grid)} makes a valid design")
+        reasons = "; ".join(contradictions)
+        raise SpecError(f"explore: no combination of {', '.join(grid)} makes a valid design: {reasons}")
     return list(tasks.values())
 
 
