@@ -4,6 +4,7 @@ What stands in for `torch.cuda` takes the arguments that torch takes and no othe
 """
 
 import inspect
+import json
 import threading
 import time
 from contextlib import contextmanager, nullcontext
@@ -161,13 +162,17 @@ def test_every_section_of_a_device_is_asked_as_it_is_defined(done, monkeypatch):
     storage = create_autospec(run.pinned_storage, return_value=torch.empty(1))
     monkeypatch.setattr(run, "pinned_storage", storage)
     monkeypatch.setattr(run, "compiled_kernels", create_autospec(run.compiled_kernels, return_value=[]))
+    bulk = figures.Figure(operation="bulk_figures", case={}, samples_us=(1.0,), num_bytes=1.0)
+    told = create_autospec(run._of_its_own, return_value=json.dumps([bulk.as_json()]))
+    monkeypatch.setattr(run, "_of_its_own", told)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(run, "verdicts", lambda device: [])
     report = figures.Report({}, True, "")
     run.run(report, lambda text: None, quick=True, seconds=60, save=lambda: None)
     assert (report.failed, report.left_out) == ([], [])
-    assert {figure.operation for figure in report.figures} == {f"{name}_figures" for name in names}
+    assert {figure.operation for figure in report.figures} == {f"{name}_figures" for name in (*names, "bulk")}
+    assert told.call_args.args == (run.BULK_READER,)
     assert storage.call_count == 1
     assert run.gather_figures.call_args.args == (storage.return_value, torch.device("cuda", 0), limits)
     assert run.compiled_kernels.call_args.args == (90,)
