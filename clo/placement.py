@@ -40,11 +40,14 @@ def own_indexer(model: ModelSpec) -> IndexerSpec:
 
 def choosing_layers(model: ModelSpec, design: Design) -> tuple[int, ...]:
     """Layers whose pages are scored and selected: of the sparse ones those that share no other layer's indexer."""
-    layers = sparse_layers(model, design)
-    if design.selector is not Selector.INDEXER:
-        return layers
-    shared = own_indexer(model).shared_layers
-    return tuple(layer for layer in layers if layer not in shared)
+    return tuple(layer for layer in sparse_layers(model, design) if not shares_choice(model, design, layer))
+
+
+def shares_choice(model: ModelSpec, design: Design, layer: int) -> bool:
+    """Whether a layer attends to what the last layer with an indexer of its own chose."""
+    if not design.asks_indexer or not is_sparse(model, design, layer):
+        return False
+    return layer in own_indexer(model).shared_layers
 
 
 def page_bytes_per_value(model: ModelSpec, design: Design) -> float:
@@ -69,9 +72,8 @@ def hosted_token_bytes(model: ModelSpec, design: Design) -> float:
     """
     paged = len(sparse_layers(model, design)) if design.offloads else 0
     coded = paged * (model.layer_token_bytes - paged_layer_token_bytes(model, design))
-    if not design.selects or design.selector is not Selector.INDEXER:
-        return model.kv_bytes_per_token - coded
-    return model.kv_bytes_per_token - coded + len(choosing_layers(model, design)) * own_indexer(model).key_bytes
+    keys = len(choosing_layers(model, design)) * own_indexer(model).key_bytes if design.asks_indexer else 0.0
+    return model.kv_bytes_per_token - coded + keys
 
 
 def pinned_heads(model: ModelSpec, design: Design) -> int:
@@ -88,7 +90,7 @@ def index_bytes_per_head(model: ModelSpec, design: Design, workload: Workload) -
     """
     if not design.selects:
         return 0.0
-    if design.selector is Selector.INDEXER:
+    if design.asks_indexer:
         return workload.context_tokens * own_indexer(model).key_bytes
     tokens, vector = workload.context_tokens, model.head_dim * model.kv_bytes_per_value
     pages = math.ceil(tokens / design.page_size)

@@ -21,9 +21,10 @@ from clo.placement import (
     paged_head_token_bytes,
     paged_layer_token_bytes,
     pinned_heads,
+    shares_choice,
     sparse_layers,
 )
-from clo.specs import Attend, Cache, Design, MachineSpec, ModelSpec, Selector, Workload
+from clo.specs import Attend, Cache, Design, MachineSpec, ModelSpec, Workload
 from clo.specs.machine import MOST_GPUS
 from clo.units import format_bytes
 
@@ -134,7 +135,7 @@ class DecodePlan:
 
     def shares_choice(self, layer: int) -> bool:
         """Whether a layer attends to what a layer before it chose."""
-        return layer in self.sparse_layers and layer not in choosing_layers(self.model, self.design)
+        return shares_choice(self.model, self.design, layer)
 
     @property
     def index_bytes_per_head(self) -> float:
@@ -219,7 +220,7 @@ def _check_indexer(model: ModelSpec, design: Design) -> None:
             f"{model.indexer.top_tokens} tokens that its indexer chooses: choose a design with attend = sparse "
             "(resident-sparse keeps everything on the GPU)"
         )
-    if design.selector is not Selector.INDEXER or not design.selects:
+    if not design.asks_indexer:
         return
     chosen = own_indexer(model).top_tokens
     if design.page_size != 1:
@@ -242,7 +243,7 @@ def _budget_pages(design: Design, workload: Workload, most_pages: int) -> int:
     pages = _num_pages(design, workload)
     if design.attend is Attend.FULL:
         return pages
-    if design.budget_pages is not None and design.budget_pages > most_pages and design.selector is Selector.INDEXER:
+    if design.budget_pages is not None and design.budget_pages > most_pages and design.asks_indexer:
         return pages  # an indexer that may choose more tokens than there are chooses all
     if design.budget_pages is not None and design.budget_pages > most_pages:
         raise SpecError(
@@ -359,7 +360,7 @@ def _remedy(design: Design) -> str:
         return "offload (any other design), or lower workload.batch or workload.context_tokens"
     if design.attend is Attend.FULL:
         return "lower design.prefetch_depth, workload.batch or workload.context_tokens"
-    if design.selector is Selector.INDEXER:
+    if design.asks_indexer:
         return "lower design.slot_pages or design.slot_budgets if set, workload.batch or workload.context_tokens"
     return (
         "lower design.budget_fraction, design.slot_budgets, design.dense_layers, design.pinned_head_fraction or "

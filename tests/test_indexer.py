@@ -1,15 +1,13 @@
-"""Models that choose the tokens they attend to by themselves: shape, plan, step, prices, prefill, configs."""
+"""Models that choose the tokens they attend to by themselves: shape, plan, step, prices, prefill."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from commands import run
 from hypothesis import given
 from hypothesis import strategies as st
 from test_latent import LATENT
@@ -31,7 +29,6 @@ from clo_sim.scene import Scene
 from clo_sim.serving.memory import memory_need
 from clo_sim.serving.prefill import prefill_prices
 from clo_sim.stand_in import TrafficSource
-from clo_sim.variation import scene_with, vary
 
 INDEXER = {"num_heads": 3, "head_dim": 2, "top_tokens": 8, "key_bytes": 3.0}
 DEEPSEEK, GLM = presets.load_model("deepseek-v3.2"), presets.load_model("glm-5.2")
@@ -367,107 +364,3 @@ class TestPrefill:
             for model in (DEEPSEEK, alone)
         )
         assert more.dense_ns[64] > less.dense_ns[64]
-
-
-class TestConfigs:
-    GLM_FIELDS: dict[str, Any] = {  # noqa: RUF012
-        **{"model_type": "glm_moe_dsa", "hidden_size": 6144, "intermediate_size": 12288, "num_hidden_layers": 78},
-        **{"num_attention_heads": 64, "num_key_value_heads": 64, "head_dim": 64, "vocab_size": 154880},
-        **{"max_position_embeddings": 1048576, "q_lora_rank": 2048, "kv_lora_rank": 512, "qk_nope_head_dim": 192},
-        **{"qk_rope_head_dim": 64, "v_head_dim": 256, "n_routed_experts": 256, "n_shared_experts": 1},
-        **{"num_experts_per_tok": 8, "moe_intermediate_size": 2048, "first_k_dense_replace": 3, "moe_layer_freq": 1},
-        **{"index_n_heads": 32, "index_head_dim": 128, "index_topk": 2048, "tie_word_embeddings": False},
-        **{"indexer_types": ["full"] * 3 + (["shared"] * 3 + ["full"]) * 18 + ["shared"] * 3, "index_topk_freq": 4},
-        **{"quantization_config": {"quant_method": "fp8"}},
-    }
-
-    @staticmethod
-    def read(folder: Path, config: dict[str, Any]) -> ModelSpec:
-        (folder / "config.json").write_text(json.dumps(config))
-        return model_from_hf_config(folder)
-
-    @pytest.mark.parametrize("kind", [None, "deepseek_sparse_attention", "indexed_attention"])
-    def test_the_config_of_a_preset_is_the_preset(self, tmp_path: Path, kind: str | None) -> None:
-        kinds = {"layer_types": [kind] * 78} if kind else {}
-        assert self.read(tmp_path, self.GLM_FIELDS | kinds).with_fields(name="glm-5.2", source=GLM.source) == GLM
-
-    @pytest.mark.parametrize(
-        ("changes", "problem"),
-        [
-            ({"index_topk": None}, "no field 'index_topk': an indexer needs it"),
-            ({"index_n_heads": "32"}, "index_n_heads = '32': must be a whole number"),
-            ({"indexer_types": None}, "index_topk_freq = 4: read from indexer_types only"),
-            ({"indexer_types": ["full"] * 5}, "indexer_types: full or shared is expected for each layer"),
-            ({"indexer_types": ["full"] * 77 + ["half"]}, "indexer_types = half: full or shared is expected"),
-            ({"indexer_types": ["shared"] * 78}, "the first layer has nothing to share"),
-            (
-                {"layer_types": ["full_attention"] + ["indexed_attention"] * 77},
-                "full_attention beside layers with an indexer is not modelled",
-            ),
-            ({"mlp_layer_types": ["sparse"] * 77 + ["dense"]}, "layers with a dense MLP must be the first ones"),
-        ],
-    )
-    def test_what_is_not_known_is_refused(self, tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
-        with pytest.raises(SpecError, match=problem):
-            self.read(tmp_path, self.GLM_FIELDS | changes)
-
-
-class TestCommands:
-    def test_explore_leaves_full_attention_out_and_says_why(self) -> None:
-        args = ["explore", "--model", "glm-5.1", "--set", "machine.tensor_parallel=8", "--context", "32768"]
-        args += ["--set", "machine.attention_by=sequences", "--no-sweep", "--no-figures", "--workers", "1", "--json"]
-        assert "attends to the 2048 tokens that its indexer chooses" in run(*args, "--designs", "resident,resolve")
-
-    def test_a_service_of_short_requests(self) -> None:
-        args = ["serve-sim", "--model", "glm-5.1", "--set", "machine.tensor_parallel=8", "--gpus", "8", "--json"]
-        args += ["--set", "machine.attention_by=sequences", "--set", "design.slot_pages=4096", "--load", "fixed:1"]
-        args += ["--input-tokens", "3000", "--output-tokens", "20", "--num-requests", "4", "--design", "resolve"]
-        assert json.loads(run(*args))["completed"] == 4
-
-    @pytest.mark.parametrize(
-        ("settings", "pages"),
-        [
-            (["design.budget_fraction=0.03125"], 1024),
-            (["design.selector=page_mean", "design.page_size=64"], 32),
-            (["design.budget_pages=100", "design.budget_fraction=0.5"], 100),
-        ],
-    )
-    def test_what_is_set_counts(self, settings: list[str], pages: int) -> None:
-        args = ["simulate", "--model", "glm-5.1", "--context", "32768", "--design", "resolve", "--steps", "4", "--json"]
-        dealt = ["machine.tensor_parallel=8", "machine.attention_by=sequences"]
-        found = json.loads(run(*args, *(part for each in [*dealt, *settings] for part in ("--set", each))))
-        assert found["budget_pages"] == pages
-
-    def test_a_share_that_is_varied_counts(self) -> None:
-        varied = vary(design_for("resolve"), {"budget_fraction": 0.0625})
-        assert varied.name == "resolve budget_fraction=0.0625"
-        assert scene_of().plan(varied).budget_pages == 2048
-        assert scene_of(context_tokens=65536).plan(varied).budget_pages == 4096
-
-    def test_designs_are_made_for_as_many_tokens(self) -> None:
-        with pytest.raises(
-            SpecError, match=r"top_tokens = 1024: designs are made for the 2048 tokens of deepseek-v3.2"
-        ):
-            scene_with(scene_of(), [("model.indexer.top_tokens", 1024)])
-        assert scene_with(scene_of(), [("model", "glm-5.2")]).model == GLM
-
-    def test_a_map_compares_with_the_resident_design_that_can_run(self) -> None:
-        args = ["plan", "--model", "glm-5.2", "--set", "machine.tensor_parallel=8", "--machines", "h200", "--workers"]
-        args += [
-            1,
-            "--set",
-            "machine.attention_by=sequences",
-            "--set",
-            "model.max_positions=9000",
-            "--designs",
-            "resolve",
-        ]
-        args += ["--slo", "ttft_p95<60s", "--load", "fixed:1", "--input-tokens", 4096, "--output-tokens", 8]
-        text = " ".join(run(*args, "--num-requests", 4).split())
-        assert "mean E2E of the best of resolve over that of resident-sparse" in text
-        assert "only: resident-sparse does not keep up" in text
-        assert "*" not in text
-
-    def test_models_of_both_kinds_are_not_explored_together(self) -> None:
-        with pytest.raises(SpecError, match="model = llama-3-8b: with an indexer, or without"):
-            scene_with(scene_of(), [("model", "llama-3-8b")])

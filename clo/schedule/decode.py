@@ -12,7 +12,7 @@ from clo.plan import DecodePlan
 from clo.schedule.machine import Cause, HostWait, Lane, Machine, Op, Step, Token
 from clo.schedule.ops import Stage, StepOps
 from clo.schedule.transfer import Arrival, fetch, needs_host, wait_for
-from clo.specs import Attend, Cache, ResolveOn, Selector, Sync
+from clo.specs import Attend, Cache, ResolveOn, Sync
 
 BEST_TOKEN_VALUES = 4
 """A GPU has a part of the vocabulary: of each sequence it sends its best token and that one's logit, 4 bytes each."""
@@ -181,7 +181,7 @@ def _choose(m: Machine, ops: StepOps, stage: Stage, layer: int, stream: Lane) ->
     design = ops.plan.design
     if design.gated and not (design.speculates_last_step and stage is Stage.PREFETCH):
         m.launch(stream, ops.hit_test(stage, layer))
-    if design.selector is Selector.INDEXER:
+    if design.asks_indexer:
         return m.launch(stream, ops.index_tokens(stage, layer))
     m.launch(stream, ops.score_pages(stage, layer))
     return m.launch(stream, ops.select_pages(stage, layer))

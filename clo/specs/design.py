@@ -200,6 +200,11 @@ class Design(Spec):
         return self.attend is Attend.SPARSE
 
     @property
+    def asks_indexer(self) -> bool:
+        """Whether the model's own indexer chooses."""
+        return self.selects and self.selector is Selector.INDEXER
+
+    @property
     def offloads(self) -> bool:
         """Whether KV lives on the host."""
         return self.cache is not Cache.RESIDENT

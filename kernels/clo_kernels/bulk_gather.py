@@ -19,7 +19,7 @@ ROW_WORDS = 256
 """4-byte words in a row of what is read at once: the widest that a descriptor may have."""
 MOST_ROWS = 16
 STAGES = 4
-"""Reads that a program has under way: 64 KiB of its shared memory at most."""
+"""Of a program's loop: three reads are under way, in 48 KiB of shared memory at most, while one is stored."""
 
 
 @triton.jit

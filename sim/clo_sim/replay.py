@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from clo.errors import SpecError, TraceError
 from clo.plan import DecodePlan
 from clo.similarity import Fold, Vectors, stepwise
-from clo.specs import Cache, Design, GqaFold, OnMiss, Selector
+from clo.specs import Cache, Design, GqaFold, OnMiss
 from clo.thresholds import tau_by_importance, tau_for_hit_rate
 from clo.trace import NO_PAGE, AttentionTrace
 
@@ -73,7 +73,7 @@ def policy_of(plan: DecodePlan, trace: AttentionTrace) -> Policy:
         )
     budget = max(1, round(plan.budget_pages / plan.num_pages * recorded))
     slots = max(budget, round(plan.slot_pages / plan.budget_pages * budget))
-    if budget > header.max_budget_pages and design.selector is not Selector.INDEXER:
+    if budget > header.max_budget_pages and not design.asks_indexer:
         share = f"{plan.budget_pages / plan.num_pages:.3g}"
         pages = design.budget_pages
         asked = f"budget_fraction = {share}" if pages is None else f"budget_pages = {pages}, {share} of the context"

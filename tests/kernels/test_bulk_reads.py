@@ -12,23 +12,16 @@ from clo_kernels_bench import bulk_reads, run, transfers
 from clo_kernels_bench.figures import Figure
 from clo_kernels_bench.peaks import Peaks
 from tests.kernels.helpers import DEVICE, cases
-from tests.kernels.test_gather_pages import MARKER, bit_patterns, fetch_list
+from tests.kernels.test_gather_pages import bit_patterns, fetch_list, pages_to_fetch, some_to_fetch
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="may take the device's context with it: the bench runs it by itself")
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
 @cases("page_size head_dim programs rows", (16, 128, 5, 16), (16, 64, 100, 16), (64, 128, 3, 16), (32, 64, 2, 1))
-@pytest.mark.parametrize(
-    "counts",
-    [[[4]], [[0, 7, 1]], [[0, 0], [3, 0], [0, 2]], [[0, 0], [0, 0]]],
-    ids=["one-row", "three-heads", "three-sequences", "nothing-to-fetch"],
-)
+@some_to_fetch
 def test_moves_bits_exactly(counts, page_size, head_dim, programs, rows, monkeypatch):
     monkeypatch.setattr(bulk_gather, "MOST_ROWS", rows)
-    batch, heads, pages, slots_per_head = len(counts), len(counts[0]), 11, 9
-    host = bit_patterns(batch, pages, heads, 2, page_size, head_dim)
-    fetch = fetch_list(counts, 8, pages, slots_per_head)
-    slots = torch.full((batch, heads, slots_per_head, 2, page_size, head_dim), MARKER, dtype=torch.int16)
+    host, slots, fetch = pages_to_fetch(counts, page_size, head_dim)
     wanted = reference.gather_pages(host, slots.clone(), fetch)
     assert torch.equal(bulk_gather.bulk_gather(host, slots, fetch, num_programs=programs), wanted)
 

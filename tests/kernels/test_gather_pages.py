@@ -33,6 +33,22 @@ def fetch_list(counts, budget, num_pages, num_slots):
     return Resolved(*(getattr(fetch, name).to(DEVICE) for name in names))
 
 
+some_to_fetch = pytest.mark.parametrize(
+    "counts",
+    [[[4]], [[0, 7, 1]], [[0, 0], [3, 0], [0, 2]], [[0, 0], [0, 0]]],
+    ids=["one-row", "three-heads", "three-sequences", "nothing-to-fetch"],
+)
+
+
+def pages_to_fetch(counts, page_size, head_dim):
+    """Host pages, marked slots, and the list of what is to be fetched."""
+    batch, heads, pages, slots_per_head = len(counts), len(counts[0]), 11, 9
+    host = bit_patterns(batch, pages, heads, 2, page_size, head_dim)
+    shape = (batch, heads, slots_per_head, 2, page_size, head_dim)
+    slots = torch.full(shape, MARKER, dtype=torch.int16, device=DEVICE)
+    return host, slots, fetch_list(counts, 8, pages, slots_per_head)
+
+
 @cases(
     "page_size head_dim programs chunk",
     (1, 64, 1, 4096),
@@ -41,22 +57,14 @@ def fetch_list(counts, budget, num_pages, num_slots):
     (64, 128, 3, 4096),
     (3, 80, 2, 128),
 )
-@pytest.mark.parametrize(
-    "counts",
-    [[[4]], [[0, 7, 1]], [[0, 0], [3, 0], [0, 2]], [[0, 0], [0, 0]]],
-    ids=["one-row", "three-heads", "three-sequences", "nothing-to-fetch"],
-)
+@some_to_fetch
 def test_moves_bits_exactly(counts, page_size, head_dim, programs, chunk, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_WORDS", chunk)
-    batch, heads, pages, slots_per_head = len(counts), len(counts[0]), 11, 9
-    host = bit_patterns(batch, pages, heads, 2, page_size, head_dim)
-    fetch = fetch_list(counts, 8, pages, slots_per_head)
-    shape = (batch, heads, slots_per_head, 2, page_size, head_dim)
-    slots = torch.full(shape, MARKER, dtype=torch.int16, device=DEVICE)
+    host, slots, fetch = pages_to_fetch(counts, page_size, head_dim)
     expected = slots.clone()
-    for b in range(batch):
-        for h in range(heads):
-            for i in range(counts[b][h]):
+    for b, row in enumerate(counts):
+        for h, count in enumerate(row):
+            for i in range(count):
                 expected[b, h, fetch.fetch_slots[b, h, i]] = host[b, fetch.fetch_pages[b, h, i], h].to(DEVICE)
     by_reference = reference.gather_pages(host, slots.clone(), fetch)
     assert gather_pages(host, slots, fetch, num_programs=programs) is slots

@@ -96,11 +96,12 @@ def _differences(blocks: Samples, found: dict[tuple[float, float], list[float]])
 
 def beside_scan(gpu: str, data_root: Path | None = None) -> Samples:
     """How much longer a block with an indexer takes than one without: points are (batch, heads, tokens)."""
-    own = read_sparse_blocks(gpu, "sglang", GLM_FP8, data_root)
+    blocks = read_sparse_blocks(gpu, "sglang", GLM_FP8, data_root)
+    own = _by_point(blocks)
     others = _by_point(read_sparse_blocks(gpu, "sglang", GLM_SHARING, data_root, indexer=False))
-    points = [point for point in _by_point(own) if point in others and point[2] > TOP_TOKENS]
-    seconds = [seconds - others[point] for point, seconds in _by_point(own).items() if point in points]
-    return Samples(points=np.array(points), seconds=np.array(seconds), labels=own.labels)
+    points = [point for point in own if point in others and point[2] > TOP_TOKENS]
+    seconds = [own[point] - others[point] for point in points]
+    return Samples(points=np.array(points), seconds=np.array(seconds), labels=blocks.labels)
 
 
 def _by_point(samples: Samples) -> dict[tuple[float, ...], float]:

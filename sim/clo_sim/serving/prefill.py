@@ -42,8 +42,8 @@ class PrefillPrices:
     """Prices of a worker's chunks. `dense_ns[n]` is the time of the dense layers for n tokens; others are per token.
 
     `pair_ns` is for a pair of tokens in all layers, and one within `window_tokens` costs `window_share` of that again
-    (see `prefill_attention.PairPrices`); `in_ns` is for a token read back by the offloaded
-    layers, `cached_in_ns` for a token of a prefix hit that the other layers load; `out_ns` for a new token that leaves.
+    (see `prefill_attention.PairPrices`); `in_ns` is for a token read back by the offloaded layers, `cached_in_ns` for a
+    token of a prefix hit that the other layers load; `out_ns` for a new token that leaves.
     `table_share` is that of GEMMs, experts and all-reduces, which measured tables price, in the dense layers of a full
     chunk, `known_share` that of costs with a known spread; `attention_measured` says whether attention was measured on
     this GPU, `attention_known` whether its costs have a spread that is known.

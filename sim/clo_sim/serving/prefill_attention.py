@@ -75,19 +75,21 @@ class _Rates:
 
     def seconds(self, entry: str, flops: float) -> float:
         """Time of `flops` at the share of the datasheet rate that `entry` says."""
-        cost: ArithmeticCost = getattr(self.pricer.profile, entry)
+        cost = self._cost(entry)
         factor = 1.0 if self.draw is None else self.draw.factor(entry, cost.spread)
         return factor * flops / (cost.efficiency * self.pricer.machine.gpu.peak_flops_per_s)
 
     def measured(self, entry: str) -> bool:
         """Whether that share was measured on this GPU."""
-        cost: ArithmeticCost = getattr(self.pricer.profile, entry)
-        return cost.source.is_measured and measured_on(self.pricer.profile.gemm, self.pricer.machine.gpu)
+        return self._cost(entry).source.is_measured and measured_on(self.pricer.profile.gemm, self.pricer.machine.gpu)
 
     def known(self, entry: str) -> bool:
         """Whether that share varies in draws."""
+        return self._cost(entry).spread > 0
+
+    def _cost(self, entry: str) -> ArithmeticCost:
         cost: ArithmeticCost = getattr(self.pricer.profile, entry)
-        return cost.spread > 0
+        return cost
 
 
 def _pair_flops(model: ModelSpec, chunk_tokens: int) -> float:
