@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mixtures import DENSE, HARDWARE, MIXTURE, SHAPES, law, mixture, timed_experts
+from needs import needs_measurements
 from tiny import NO_TRAFFIC
 
 import clo_sim
@@ -30,11 +30,6 @@ from clo_calibration.tables import fit, measurements
 from clo_sim.run import simulate
 from clo_sim.scene import Scene
 from clo_sim.serving.prefill import prefill_prices
-
-needs_package = pytest.mark.skipif(
-    importlib.util.find_spec(measurements.PACKAGE) is None,
-    reason="aiconfigurator-core is not installed (extra `tables`)",
-)
 
 
 def scene_of(model: ModelSpec, batch: int = 4, machine: str = "h200") -> Scene:
@@ -352,7 +347,7 @@ class TestFit:
         columns = timed_experts(law, [*SHAPES, (2688, 1856, 6, 128)])
         assert 1856 not in measurements.expert_samples(columns).points[:, points_of.WIDTH]
 
-    @needs_package
+    @needs_measurements
     @pytest.mark.parametrize("gpu", list(measurements.GPUS))
     def test_shipped_tables_are_as_good_on_models_left_out_as_they_say(self, gpu: str) -> None:
         timed = fit.EXPERTS_OF.get(gpu, gpu)

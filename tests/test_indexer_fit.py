@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from needs import needs_measurements
 
 from clo import presets
 from clo.profile import INDEXER, Source
@@ -62,10 +61,7 @@ def test_small_work_does_not_count() -> None:
     assert prefill_cost(timed, 1e7, 2048, 1e15).samples == 1
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec(measurements.PACKAGE) is None,
-    reason="aiconfigurator-core is not installed (extra `tables`)",
-)
+@needs_measurements
 @pytest.mark.parametrize("gpu", list(measurements.GPUS))
 def test_shipped_costs_are_those_of_the_measurements(gpu: str) -> None:
     profile, found = presets.load_named_profile(gpu), indexer_costs(gpu)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from needs import needs_measurements
 
 import clo_sim
 from clo import presets
@@ -49,10 +49,7 @@ class TestFit:
         assert (cost.efficiency, cost.samples) == (0.5, 1)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec(measurements.PACKAGE) is None,
-    reason="aiconfigurator-core is not installed (extra `tables`)",
-)
+@needs_measurements
 @pytest.mark.parametrize("gpu", list(measurements.GPUS))
 def test_shipped_shares_are_those_of_the_measurements(gpu: str) -> None:
     profile, found = presets.load_named_profile(gpu), prefill_costs(gpu)

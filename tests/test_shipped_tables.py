@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_laws import HARDWARE, KINDS, SHIPPED, TABLES, at, kinds_of, monotone_case, shipped
+from needs import needs_measurements
 
 from clo_calibration.tables import fit, measurements
 
@@ -23,11 +23,6 @@ FEWEST_HELD_OUT = {
     **dict.fromkeys(("latent_attention", "latent_attention_fp8"), 200),
     **dict.fromkeys(("gemm", "decode_attention", "decode_attention_fp8", "experts", "gemm_fp8", "experts_fp8"), 500),
 }
-
-needs_package = pytest.mark.skipif(
-    importlib.util.find_spec(measurements.PACKAGE) is None,
-    reason="aiconfigurator-core is not installed (extra `tables`)",
-)
 
 
 @pytest.fixture(scope="module", params=SHIPPED, ids="-".join)
@@ -73,7 +68,7 @@ def test_shipped_file_is_small_and_labelled(gpu: str) -> None:
         assert 0.0 < table.median_abs_relative_error < table.p90_abs_relative_error
 
 
-@needs_package
+@needs_measurements
 @pytest.mark.parametrize("gpu", list(measurements.GPUS))
 def test_shipped_tables_are_as_good_on_held_out_points_as_they_say(gpu: str) -> None:
     readers: dict[str, Any] = {
@@ -96,7 +91,7 @@ def test_shipped_tables_are_as_good_on_held_out_points_as_they_say(gpu: str) -> 
         assert p90 == pytest.approx(table.p90_abs_relative_error, abs=1e-4)
 
 
-@needs_package
+@needs_measurements
 @pytest.mark.parametrize("gpu", list(measurements.GPUS))
 def test_shipped_all_reduces_leave_no_measurement_out(gpu: str) -> None:
     table, samples = shipped(gpu, "all_reduce"), measurements.read_all_reduce(gpu)
