@@ -21,7 +21,9 @@ def dense_layers(model: ModelSpec, design: Design) -> int:
 
 def is_sparse(model: ModelSpec, design: Design, layer: int) -> bool:
     """Whether pages of a layer are selected, or come from the host; there is no such layer past the last."""
-    return dense_layers(model, design) <= layer < model.num_layers and layer not in model.windowed_layers
+    if not dense_layers(model, design) <= layer < model.num_layers:
+        return False
+    return layer not in model.windowed_layers and model.linear_in(layer) is None
 
 
 def sparse_layers(model: ModelSpec, design: Design) -> tuple[int, ...]:

@@ -40,11 +40,12 @@ class DeviceMemory:
     pinned_heads: float
     index: float
     slots: float
+    states: float = 0.0
 
     @property
     def kv(self) -> float:
-        """Everything that is there because of the KV cache, bytes."""
-        return self.window + self.dense_layers + self.pinned_heads + self.index + self.slots
+        """Everything that is there because of the KV cache, or in its place, bytes."""
+        return self.window + self.dense_layers + self.pinned_heads + self.index + self.slots + self.states
 
     @property
     def total(self) -> float:
@@ -125,7 +126,7 @@ class DecodePlan:
         return dense_layers(self.model, self.design)
 
     def is_sparse(self, layer: int) -> bool:
-        """Whether pages of a layer are selected, or come from the host: not in dense or windowed layers."""
+        """Whether pages of a layer are selected, or come from the host: not in dense, windowed or linear layers."""
         return is_sparse(self.model, self.design, layer)
 
     @property
@@ -284,22 +285,26 @@ def _room(model: ModelSpec, machine: MachineSpec, kv_memory_bytes: float | None)
 def _fixed_memory(
     model: ModelSpec, machine: MachineSpec, design: Design, workload: Workload, pinned: int
 ) -> DeviceMemory:
-    sparse, windowed = len(sparse_layers(model, design)), len(model.windowed_layers)
-    in_windows = windowed * min(workload.context_tokens, model.window_tokens or 0)
-    kept_tokens = (model.num_layers - sparse - windowed) * workload.context_tokens + in_windows
+    sparse = sparse_layers(model, design)
+    kept_tokens = sum(
+        model.attended_at_most(layer, workload.context_tokens)
+        for layer in range(model.num_layers)
+        if layer not in sparse
+    )
     sequences = machine.own_sequences(workload.batch)
     layer_bytes = sequences * workload.context_tokens * model.layer_token_bytes
     window = min(workload.context_tokens, design.num_sink_tokens + design.recent_window_tokens + design.page_size)
-    offloaded_heads = sparse * (model.num_kv_heads - pinned) * sequences
+    offloaded_heads = len(sparse) * (model.num_kv_heads - pinned) * sequences
     indexed_heads = len(choosing_layers(model, design)) * (model.num_kv_heads - pinned) * sequences
     return DeviceMemory(
         weights=model.weight_bytes,
         reserve=machine.reserve_bytes,
         window=offloaded_heads * window * model.head_token_bytes,
         dense_layers=sequences * kept_tokens * model.layer_token_bytes,
-        pinned_heads=sparse * layer_bytes * pinned / model.num_kv_heads,
+        pinned_heads=len(sparse) * layer_bytes * pinned / model.num_kv_heads,
         index=indexed_heads * index_bytes_per_head(model, design, workload),
         slots=0.0,
+        states=sequences * model.state_bytes,
     )
 
 

@@ -109,6 +109,33 @@ INDEXER = IndexerCost(
 )
 
 
+class ScanCost(Cost):
+    """Linear attention of a prompt: `latency_s + tokens * (per_token_s + heads * per_head_token_s)`.
+
+    Tokens of a sequence come one after the other, a block at a time, in all `heads` (of values) beside each other.
+    """
+
+    latency_s: NonNegativeFloat
+    per_token_s: NonNegativeFloat
+    per_head_token_s: NonNegativeFloat
+
+    def seconds(self, tokens: Any, heads: int) -> Any:
+        """Of one layer."""
+        return self.latency_s + tokens * (self.per_token_s + heads * self.per_head_token_s)
+
+
+LINEAR_ATTENTION = StreamCost(
+    source=Source.ASSUMED, note="linear attention in a decode step, as on H200", latency_s=5.3e-6, efficiency=0.85
+)
+PREFILL_LINEAR_ATTENTION = ScanCost(
+    source=Source.ASSUMED,
+    note="linear attention of a prompt, as Triton kernels take on H100",
+    latency_s=3.4e-5,
+    per_token_s=2.2e-8,
+    per_head_token_s=2.5e-9,
+)
+
+
 class CopyCost(Cost):
     """A copy engine: `latency_s + pieces * piece_bytes / min(link, rate(piece_bytes))`.
 
@@ -226,6 +253,8 @@ class Profile(Spec):
     prefill_indexer: ArithmeticCost = PREFILL_INDEXER
     prefill_chosen_attention: ArithmeticCost = PREFILL_CHOSEN
     indexer: IndexerCost = INDEXER
+    linear_attention: StreamCost = LINEAR_ATTENTION
+    prefill_linear_attention: ScanCost = PREFILL_LINEAR_ATTENTION
 
     @field_validator("schema_version")
     @classmethod

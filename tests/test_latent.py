@@ -104,9 +104,9 @@ class TestShape:
     def test_weights_by_hand(self) -> None:
         maps = 2 * 4 * (3 + 5)
         low = 4 * (6 + 6) + 6 * 2 * (3 + 2) + 2 * 5 * 4
-        assert latent_model().attention_weight_values == low + maps
+        assert latent_model().attention_weight_values(0) == low + maps
         direct = 4 * (2 * (3 + 2) + 6) + 2 * 5 * 4
-        assert latent_model(latent={"query_rank": 0}).attention_weight_values == direct + maps
+        assert latent_model(latent={"query_rank": 0}).attention_weight_values(0) == direct + maps
 
     def test_maps_stay_wide_where_other_weights_are_fp8(self) -> None:
         wide, narrow = (latent_model(weight_bytes_per_value=width) for width in (2.0, 1.0))
@@ -120,7 +120,7 @@ class TestShape:
             ({"head_dim": 8}, r"head_dim = 8 must be latent.kv_rank \+ latent.rope_dim = 6"),
             ({"latent": {"kv_rank": 0}}, r"model.latent.kv_rank = 0"),
             ({"latent": {"rank": 1}}, r"model.latent.rank: unknown field"),
-            ({"window_tokens": 8, "windowed_layers": (0,)}, r"windowed_layers and latent exclude each other"),
+            ({"window_tokens": 8, "windowed_layers": (0,)}, r"latent excludes windowed_layers"),
         ],
     )
     def test_what_cannot_be_is_refused(self, changes: dict[str, Any], problem: str) -> None:

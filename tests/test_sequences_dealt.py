@@ -48,10 +48,10 @@ class TestParts:
     def test_attention_is_whole_on_every_gpu_and_all_else_is_shared(self, name: str, gpus: int) -> None:
         model = presets.load_model(name)
         part = model.shard(gpus, whole_attention=True)
-        assert part.attention_weight_values == model.attention_weight_values
+        assert part.attention_weight_values(0) == model.attention_weight_values(0)
         assert part.kv_bytes_per_token == model.kv_bytes_per_token
         router = 0 if model.experts is None else model.num_expert_layers * model.hidden_size * model.experts.num_experts
-        attention = model.num_layers * model.attention_weight_values
+        attention = model.num_layers * model.attention_weight_values(0)
         alike = attention + router
         whole, parts = (one.with_fields(weight_bytes_per_value=2.0).weight_bytes / 2 for one in (model, part))
         assert gpus * parts - whole == pytest.approx((gpus - 1) * alike)
@@ -136,7 +136,7 @@ class TestStep:
         roof = simulate(dealt(whole_scene(8), 4), "resident", executor="clock").roofline
         part = MODEL.shard(4, whole_attention=True)
         assert roof.hbm_bytes == pytest.approx(part.step_weight_bytes(8) + 2 * 16384 * MODEL.kv_bytes_per_token)
-        before = 32 * part.attention_weight_values
+        before = 32 * part.attention_weight_values(0)
         others = part.token_weight_values - before
         attention = 32 * 16384 * 32 * 4 * 128
         assert roof.compute_s == pytest.approx((2 * 8 * others + 2 * (2 * before + attention)) / 989e12)

@@ -18,6 +18,7 @@ from clo.files import write_json
 from clo.profile import Profile
 from clo_calibration.tables.fit import fit_tables
 from clo_calibration.tables.indexer import indexer_costs
+from clo_calibration.tables.linear import linear_costs
 from clo_calibration.tables.measurements import GPUS
 from clo_calibration.tables.prefill import prefill_costs
 
@@ -26,7 +27,8 @@ CARRIED_OVER = {"gh200": "h200"}
 
 NOTE = (
     "GEMM, experts, decode attention and all-reduce: fitted from measurements of vLLM kernels, latent attention of "
-    "SGLang's (A100 and fp8 vectors: TensorRT-LLM's), indexers of both, published in aiconfigurator-core. "
+    "SGLang's (A100 and fp8 vectors: TensorRT-LLM's), indexers of both, linear attention of vLLM (A100: SGLang), "
+    "published in aiconfigurator-core. "
     "Transfers, launches, synchronisation and selection kernels: literature or assumed, never measured by this project."
 )
 
@@ -42,6 +44,7 @@ def build_profile(gpu: str, data_root: Path | None = None) -> Profile:
         **fitted.tables,
         **prefill_costs(CARRIED_OVER.get(gpu, gpu), data_root),
         **indexer_costs(CARRIED_OVER.get(gpu, gpu), data_root),
+        **linear_costs(CARRIED_OVER.get(gpu, gpu), data_root),
         **_costs(gpu),
     )
 

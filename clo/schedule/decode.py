@@ -62,8 +62,9 @@ def _layer(m: Machine, ops: StepOps, flight: _Flight, layer: int) -> Step:
     m.launch(Lane.MAIN, ops.hidden_norm("input_norm", layer))
     predicts = target is not None and ops.plan.design.selects
     projected = _launch(m, ops.to_queries(layer, predicted_layers=int(predicts)))
-    appended = m.launch(Lane.MAIN, ops.append_kv(layer))
-    _write_back(m, ops, flight, layer, appended)
+    if ops.plan.model.linear_in(layer) is None:
+        appended = m.launch(Lane.MAIN, ops.append_kv(layer))
+        _write_back(m, ops, flight, layer, appended)
     if target is not None:
         _choose_ahead(m, ops, flight, target, projected)
     yield from _demand(m, ops, flight, layer)
@@ -128,6 +129,8 @@ def _prefetch_target(plan: DecodePlan, layer: int) -> int | None:
 
 
 def _attend(m: Machine, ops: StepOps, flight: _Flight, layer: int) -> Token:
+    if linear := ops.plan.model.linear_in(layer):
+        return m.launch(Lane.MAIN, ops.linear_attention(layer, linear))
     if not ops.plan.is_sparse(layer):
         return m.launch(Lane.MAIN, ops.dense_attention(layer))
     arrived = flight.arrived.pop(layer, None)

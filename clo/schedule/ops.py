@@ -29,7 +29,7 @@ from clo.schedule.work import (
     Work,
     ZeroCopy,
 )
-from clo.specs import Attend, ExpertsSpec, ModelSpec, Projection, Sync
+from clo.specs import Attend, ExpertsSpec, LinearSpec, ModelSpec, Projection, Sync
 
 PREFETCH_MARK = "prefetch."
 """Begins the names of operations that serve a prediction."""
@@ -92,7 +92,7 @@ class StepOps:
         With latent attention also the norms of the low ranks, and the map of the queries into the vectors' space.
         """
         model, sequences = self.plan.model, self.plan.sequences
-        first, *others = (self._projection(each, layer) for each in model.projections(predicted_layers))
+        first, *others = (self._projection(each, layer) for each in model.projections_in(layer, predicted_layers))
         if (latent := model.latent) is None:
             return (first, *others)
         rows = sequences * (1 + predicted_layers)
@@ -103,9 +103,14 @@ class StepOps:
         return (first, norm, *others, self._map("map_queries", layer, heads, latent.nope_dim))
 
     def to_hidden(self, layer: int) -> tuple[Op, ...]:
-        """Attention output projection; with latent attention after the map from the vectors' space to the values'."""
+        """Attention output projection, after the gate of what attention gave.
+
+        With latent attention after the map from the vectors' space to the values'.
+        """
         model = self.plan.model
-        out = self._projection(model.out_projection, layer)
+        out = self._projection(model.out_projection_in(layer), layer)
+        if model.gated_attention or model.linear_in(layer) is not None:
+            return (self._output_gate(layer), out)
         if model.latent is None:
             return (out,)
         return (self._map("map_outputs", layer, model.num_query_heads, model.latent.value_dim), out)
@@ -122,6 +127,17 @@ class StepOps:
         stores = self.plan.is_sparse(layer) and self.plan.design.offloads and not self.copies_back
         leaving = Amount("write_back_pages", self.plan.page_bytes) if stores else 0.0
         return Op("append_kv", layer, Part.MODEL, StreamKernel("elementwise", num_bytes, leaving))
+
+    def _output_gate(self, layer: int) -> Op:
+        """What attention gave times its gate (in linear attention also normed): reads both, writes one."""
+        width = self.plan.model.out_projection_in(layer).k
+        gated = StreamKernel("elementwise", 3 * self.plan.sequences * width * 2.0)
+        return Op("output_gate", layer, Part.MODEL, gated)
+
+    def linear_attention(self, layer: int, linear: LinearSpec) -> Op:
+        """The convolution over the last tokens, and every head's state read, changed and written."""
+        work = StreamKernel("linear_attention", self.plan.sequences * linear.step_bytes)
+        return Op("linear_attention", layer, Part.ATTENTION, work)
 
     @property
     def copies_back(self) -> bool:

@@ -96,7 +96,7 @@ class AllReduce:
     num_values: int
 
 
-KernelName = Literal["elementwise", "hit_test", "score_pages", "select_pages", "resolve_pages"]
+KernelName = Literal["elementwise", "hit_test", "score_pages", "select_pages", "resolve_pages", "linear_attention"]
 
 
 @dataclass(frozen=True, slots=True)

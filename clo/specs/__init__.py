@@ -18,6 +18,7 @@ from clo.specs.experts import ExpertsSpec
 from clo.specs.hf_config import model_from_hf_config
 from clo.specs.indexer import IndexerSpec
 from clo.specs.latent import LatentSpec
+from clo.specs.linear import LinearSpec
 from clo.specs.machine import GpuSpec, HostSpec, LinkSpec, MachineSpec
 from clo.specs.model import ModelSpec, Projection
 from clo.specs.workload import Workload
@@ -32,6 +33,7 @@ __all__ = [
     "HostSpec",
     "IndexerSpec",
     "LatentSpec",
+    "LinearSpec",
     "LinkSpec",
     "MachineSpec",
     "ModelSpec",

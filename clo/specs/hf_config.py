@@ -7,6 +7,7 @@ from typing import Any
 
 from clo.errors import SpecError
 from clo.files import read_json
+from clo.specs.hf_attention import COUNTS, attention_fields, attention_problem
 from clo.specs.model import ModelSpec
 
 _HF_FIELDS = {
@@ -30,10 +31,13 @@ def model_from_hf_config(path: Path) -> ModelSpec:
     text_config = config.get("text_config") or config
     if not isinstance(text_config, dict):
         raise SpecError(f"{file}: text_config = {text_config!r}: a JSON object is expected")
-    missing = [theirs for theirs in _HF_FIELDS.values() if theirs not in text_config]
+    merged = config | text_config
+    if _experts_field(merged) and "moe_intermediate_size" in merged:
+        # some leave out the width of an MLP that none of their layers has
+        merged.setdefault("intermediate_size", merged["moe_intermediate_size"])
+    missing = [theirs for theirs in _HF_FIELDS.values() if theirs not in merged]
     if missing:
         raise SpecError(f"{file}: no field {missing[0]!r}: not the config of a decoder-only transformer")
-    merged = config | text_config
     if problem := _ill_typed(merged) or _not_modelled(merged):
         raise SpecError(f"{file}: {problem}")
     try:
@@ -56,7 +60,9 @@ _WITH_EXPERTS = (
     "mixtral",
     "olmoe",
     "qwen2_moe",
+    "qwen3_5_moe_text",
     "qwen3_moe",
+    "qwen3_next",
     "qwen3_vl_moe_text",
 )
 """Kinds of model whose fields about experts are known; others mean different things by the same names."""
@@ -68,20 +74,12 @@ _COUNTS = (
     "moe_intermediate_size",
     "shared_expert_intermediate_size",
     "first_k_dense_replace",
-    "kv_lora_rank",
-    "q_lora_rank",
-    "qk_rope_head_dim",
-    "qk_nope_head_dim",
-    "v_head_dim",
-    "index_n_heads",
-    "index_head_dim",
-    "index_topk",
 )
 
 
 def _ill_typed(config: dict[str, Any]) -> str:
     """What about optional fields is of the wrong type, as field, value and rule; empty if nothing is."""
-    for field in (*_LISTS, *_COUNTS):
+    for field in (*_LISTS, *_COUNTS, *COUNTS):
         kind, rule = (list, "a list") if field in _LISTS else (int, "a whole number")
         if config.get(field) is not None and not isinstance(config[field], kind):
             return f"{field} = {config[field]!r}: must be {rule}"
@@ -90,84 +88,14 @@ def _ill_typed(config: dict[str, Any]) -> str:
 
 def _not_modelled(config: dict[str, Any]) -> str:
     """What about this model is beyond a `ModelSpec`, as field, value and rule; empty if nothing is."""
-    if problem := _other_latent(config) or _other_experts(config):
+    if problem := attention_problem(config) or _other_experts(config):
         return problem
     if config.get("quantization_config") and not _has_fp8_weights(config):
         return (
             "quantization_config: of quantised weights only fp8 ones are modelled: describe the model in TOML, with "
             "weight_bytes_per_value (GEMM times are then those of bf16)"
         )
-    return _other_windows(config)
-
-
-_WITH_INDEXER = ("deepseek_v32", "glm_moe_dsa")
-"""Kinds of model whose latent attention is to what an indexer chooses."""
-_WITH_LATENT = ("deepseek_v2", "deepseek_v3", "kimi_k2", *_WITH_INDEXER)
-_INDEXER_FIELDS = {"num_heads": "index_n_heads", "head_dim": "index_head_dim", "top_tokens": "index_topk"}
-_LATENT_FIELDS = {
-    "kv_rank": "kv_lora_rank",
-    "rope_dim": "qk_rope_head_dim",
-    "nope_dim": "qk_nope_head_dim",
-    "value_dim": "v_head_dim",
-}
-
-
-def _other_latent(config: dict[str, Any]) -> str:
-    """What about latent attention is beyond a `ModelSpec`, or not said."""
-    kind = config.get("model_type")
-    if not config.get("kv_lora_rank"):
-        return f"model_type = {kind!r}: latent attention needs kv_lora_rank" if kind in _WITH_LATENT else ""
-    if kind not in _WITH_LATENT:
-        known = ", ".join(_WITH_LATENT)
-        return (
-            f"kv_lora_rank = {config['kv_lora_rank']!r}: latent attention of model_type = {kind!r} is not known "
-            f"(known: {known})"
-        )
-    if "q_lora_rank" not in config:
-        return "no field 'q_lora_rank': latent attention needs it (null: queries from the hidden state)"
-    if problem := _other_indexer(config):
-        return problem
-    missing = [theirs for theirs in _LATENT_FIELDS.values() if config.get(theirs) is None]
-    return f"no field {missing[0]!r}: latent attention needs it" if missing else ""
-
-
-def _other_indexer(config: dict[str, Any]) -> str:
-    """What about an indexer is beyond a `ModelSpec`, or not said."""
-    if config.get("model_type") not in _WITH_INDEXER:
-        topk = config.get("index_topk")
-        return f"index_topk = {topk!r}: known of model_type {', '.join(_WITH_INDEXER)} only" if topk else ""
-    missing = [theirs for theirs in _INDEXER_FIELDS.values() if config.get(theirs) is None]
-    if missing:
-        return f"no field {missing[0]!r}: an indexer needs it"
-    kinds = config.get("indexer_types")
-    if kinds is None:
-        unsaid = [name for name in ("index_topk_pattern", "index_topk_freq") if config.get(name) not in (None, 1)]
-        return f"{unsaid[0]} = {config[unsaid[0]]!r}: read from indexer_types only" if unsaid else ""
-    others = sorted(set(map(str, kinds)) - {"full", "shared"})
-    if others or len(kinds) != config["num_hidden_layers"]:
-        named = f" = {', '.join(others)}" if others else ""
-        return f"indexer_types{named}: full or shared is expected for each layer"
     return ""
-
-
-def _indexer(config: dict[str, Any]) -> dict[str, Any]:
-    if config.get("model_type") not in _WITH_INDEXER:
-        return {}
-    shared = [layer for layer, kind in enumerate(config.get("indexer_types") or []) if kind == "shared"]
-    sizes = {ours: config[theirs] for ours, theirs in _INDEXER_FIELDS.items()}
-    return {"indexer": sizes | {"shared_layers": shared}}
-
-
-def _latent(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of latent attention, over those of keys and values in every head."""
-    if not config.get("kv_lora_rank"):
-        return {}
-    latent = {ours: config[theirs] for ours, theirs in _LATENT_FIELDS.items()}
-    return {
-        "num_kv_heads": 1,
-        "head_dim": latent["kv_rank"] + latent["rope_dim"],
-        "latent": latent | {"query_rank": config.get("q_lora_rank") or 0},
-    }
 
 
 def _has_fp8_weights(config: dict[str, Any]) -> bool:
@@ -207,54 +135,6 @@ def _experts_field(config: dict[str, Any]) -> str | None:
     return next((field for field in _EXPERTS if config.get(field) not in (None, 0, 1)), None)
 
 
-WITH_WINDOWS = ("gemma2", "gemma3_text", "gpt_oss", "ministral", "olmo3", "qwen2", "qwen3")
-"""Kinds of model whose windowed layers differ from the others in nothing but the window."""
-
-
-def _other_windows(config: dict[str, Any]) -> str:
-    """What about layers that keep less than the whole context is beyond a `ModelSpec`."""
-    kinds, window = config.get("layer_types") or [], config.get("sliding_window")
-    if config.get("model_type") in _WITH_INDEXER and set(kinds) & set(INDEXED):
-        if not set(kinds) <= set(INDEXED):
-            beside = ", ".join(sorted({str(kind) for kind in kinds} - set(INDEXED)))
-            return f"layer_types: {beside} beside layers with an indexer is not modelled"
-        kinds = []
-    others = sorted({str(kind) for kind in kinds} - {"full_attention", WINDOWED})
-    if others:
-        return f"layer_types: {', '.join(others)} is not modelled, full_attention and {WINDOWED} only"
-    if not kinds:
-        # Qwen's configs name a window that is off unless it is switched on
-        in_use = config.get("use_sliding_window", not str(config.get("model_type", "")).startswith("qwen"))
-        limits = in_use and _limits(window, config)
-        return f"sliding_window = {window}: which layers have it is not said (layer_types)" if limits else ""
-    if WINDOWED not in kinds:
-        return ""
-    if config.get("model_type") not in WITH_WINDOWS:
-        known = ", ".join(WITH_WINDOWS)
-        return f"layer_types: windows of model_type = {config.get('model_type')!r} are not known (known: {known})"
-    if not isinstance(window, int):
-        return f"sliding_window = {window!r}: layer_types needs a number of tokens"
-    if len(kinds) != config["num_hidden_layers"] or "full_attention" not in kinds:
-        return "layer_types: one for each layer is expected, and one that attends to the whole context"
-    return ""
-
-
-WINDOWED = "sliding_attention"
-INDEXED = ("indexed_attention", "deepseek_sparse_attention")
-"""What attention to the choice of an indexer is called: in Transformers, and in released configs."""
-
-
-def _limits(window: Any, config: dict[str, Any]) -> bool:
-    positions = config["max_position_embeddings"]
-    return isinstance(window, int) and isinstance(positions, int) and window < positions
-
-
-def _windows(config: dict[str, Any]) -> dict[str, Any]:
-    places = [layer for layer, kind in enumerate(config.get("layer_types") or []) if kind == WINDOWED]
-    window = config.get("sliding_window")
-    return {"window_tokens": window, "windowed_layers": places} if places and _limits(window, config) else {}
-
-
 def _hf_values(config: dict[str, Any], file: Path) -> dict[str, Any]:
     values = {ours: config[theirs] for ours, theirs in _HF_FIELDS.items()}
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
@@ -270,9 +150,7 @@ def _hf_values(config: dict[str, Any], file: Path) -> dict[str, Any]:
             "tied_embeddings": bool(config.get("tie_word_embeddings", _tied_unless_said(config))),
             "experts": experts_of(config),
         }
-        | _windows(config)
-        | _latent(config)
-        | _indexer(config)
+        | attention_fields(config)
     )
 
 

@@ -12,6 +12,7 @@ from clo.specs.base import Spec
 from clo.specs.experts import ExpertsSpec
 from clo.specs.indexer import IndexerSpec
 from clo.specs.latent import LatentSpec
+from clo.specs.linear import LinearSpec
 
 
 class Projection(NamedTuple):
@@ -51,6 +52,12 @@ class ModelSpec(Spec):
     indexer: IndexerSpec | None = Field(
         default=None, description="chooses the tokens that are attended to; none: attention is to all of them"
     )
+    linear: LinearSpec | None = Field(
+        default=None, description="linear attention in some layers; none: keys and values in all of them"
+    )
+    gated_attention: bool = Field(
+        default=False, description="whether a gate, projected with the queries, scales what attention gives"
+    )
     window_tokens: PositiveInt | None = Field(
         default=None, description="tokens that windowed layers attend to, and keep"
     )
@@ -80,8 +87,8 @@ class ModelSpec(Spec):
             raise ValueError(
                 f"head_dim = {self.head_dim} must be latent.kv_rank + latent.rope_dim = {self.latent.vector_dim}"
             )
-        if self.windowed_layers:
-            raise ValueError("windowed_layers and latent exclude each other: no such model is known")
+        if self.windowed_layers or self.linear is not None or self.gated_attention:
+            raise ValueError("latent excludes windowed_layers, linear and gated_attention: no such model is known here")
         return self
 
     @model_validator(mode="after")
@@ -107,12 +114,28 @@ class ModelSpec(Spec):
             raise ValueError("windowed_layers must leave a layer that attends to the whole context")
         return self
 
+    @model_validator(mode="after")
+    def _hybrid(self) -> ModelSpec:
+        if self.linear is None:
+            return self
+        if self.windowed_layers:
+            raise ValueError("windowed_layers and linear exclude each other: no such model is known here")
+        if self.linear.layers[-1] >= self.num_layers:
+            raise ValueError(
+                f"linear.layers: {self.linear.layers[-1]} must be less than num_layers = {self.num_layers}"
+            )
+        if self.num_linear_layers == self.num_layers:
+            raise ValueError("linear.layers must leave a layer with keys and values")
+        return self
+
     @property
     def beyond_llama(self) -> str:
         """What sets the model apart from Llama and Qwen, as the start of a sentence; empty if nothing does."""
         found = {
             "mixtures of experts are": self.experts is not None,
             "layers with a window are": bool(self.windowed_layers),
+            "layers with linear attention are": self.linear is not None,
+            "gated attention is": self.gated_attention,
             "a model's own indexer is": self.indexer is not None,
             "latent attention is": self.latent is not None,
         }
@@ -141,29 +164,57 @@ class ModelSpec(Spec):
     @property
     def kv_bytes_per_token(self) -> float:
         """KV cache of one more token in all layers that keep the whole context, bytes (Llama-3-8B: 131,072)."""
-        return self.layer_token_bytes * (self.num_layers - len(self.windowed_layers))
+        return self.layer_token_bytes * (self.num_layers - len(self.windowed_layers) - self.num_linear_layers)
+
+    @property
+    def num_linear_layers(self) -> int:
+        """Layers with a state in place of keys and values."""
+        return 0 if self.linear is None else len(self.linear.layers)
+
+    def linear_in(self, layer: int) -> LinearSpec | None:
+        """The linear attention of a layer, if that is what it has."""
+        return self.linear if self.linear is not None and layer in self.linear.layers else None
+
+    @property
+    def state_bytes(self) -> float:
+        """What all layers with linear attention keep of a sequence, whatever its length, bytes."""
+        return 0.0 if self.linear is None else self.num_linear_layers * self.linear.state_bytes
 
     def attended_at_most(self, layer: int, context_tokens: int) -> int:
-        """Tokens that a layer keeps and attends to in full attention: all, or those in its window."""
+        """Tokens that a layer keeps and attends to in full attention: all, those in its window, or none."""
+        if self.linear_in(layer) is not None:
+            return 0
         if self.window_tokens is None or layer not in self.windowed_layers:
             return context_tokens
         return min(context_tokens, self.window_tokens)
 
     @property
     def qkv_width(self) -> int:
-        """Output width of the fused query, key and value projection."""
-        return (self.num_query_heads + 2 * self.num_kv_heads) * self.head_dim
+        """Output width of the fused query, key and value projection, with the gate if there is one."""
+        queries = (2 if self.gated_attention else 1) * self.num_query_heads
+        return (queries + 2 * self.num_kv_heads) * self.head_dim
 
     @property
     def query_width(self) -> int:
         """All heads' queries as they are projected."""
         return self.num_query_heads * (self.head_dim if self.latent is None else self.latent.query_dim)
 
-    def projections(self, predicted_layers: int = 0) -> tuple[Projection, ...]:
-        """Linear layers from the hidden state to queries, keys and values.
+    def projections_in(self, layer: int, predicted_layers: int = 0) -> tuple[Projection, ...]:
+        """Linear layers from the hidden state to what a layer's attention reads, gates too.
 
-        With those that give the queries of `predicted_layers` later layers, too.
+        With those that give the queries of `predicted_layers` later layers.
         """
+        linear, hidden = self.linear_in(layer), self.hidden_size
+        if linear is None:
+            return self.projections(predicted_layers)
+        width = linear.conv_width + linear.value_width
+        return (
+            Projection("linear_proj", predicted_layers * self.query_width + width, hidden),
+            Projection("decay_proj", 2 * linear.num_value_heads, hidden),
+        )
+
+    def projections(self, predicted_layers: int = 0) -> tuple[Projection, ...]:
+        """The same in a layer with keys and values."""
         hidden, latent, queries = self.hidden_size, self.latent, (1 + predicted_layers) * self.query_width
         if latent is None:
             return (Projection("qkv_proj", queries + self.qkv_width - self.query_width, hidden),)
@@ -200,6 +251,11 @@ class ModelSpec(Spec):
         width = self.head_dim if self.latent is None else self.latent.value_dim
         return Projection("out_proj", self.hidden_size, self.num_query_heads * width)
 
+    def out_projection_in(self, layer: int) -> Projection:
+        """The same of any layer."""
+        linear = self.linear_in(layer)
+        return self.out_projection if linear is None else Projection("out_proj", self.hidden_size, linear.value_width)
+
     @property
     def attention_flops(self) -> int:
         """Arithmetic of one query head for one cached token in a decode step: its score, its part of the sum."""
@@ -219,28 +275,25 @@ class ModelSpec(Spec):
         experts = self.experts_in(layer)
         return self.intermediate_size if experts is None else experts.shared_intermediate_size
 
-    @property
-    def attention_weight_values(self) -> int:
-        """Weights of a layer before and after its attention."""
-        return sum(each.n * each.k for each in (*self.projections(), self.out_projection)) + self._map_values
+    def attention_weight_values(self, layer: int) -> int:
+        """Weights of a layer before and after its attention, but for those of an indexer."""
+        products = (*self.projections_in(layer), self.out_projection_in(layer))
+        return sum(each.n * each.k for each in products) + self._map_values
 
     @property
-    def indexer_weight_values(self) -> int:
-        """Weights of all indexers."""
-        return self.num_indexers * sum(each.n * each.k for each in self.indexer_projections)
+    def all_attention_weight_values(self) -> int:
+        """The same of all layers, with all indexers."""
+        indexers = self.num_indexers * sum(each.n * each.k for each in self.indexer_projections)
+        linear = () if self.linear is None else self.linear.layers
+        others = sum(each.n * each.k for each in (*self.projections(), self.out_projection)) + self._map_values
+        return (self.num_layers - len(linear)) * others + sum(map(self.attention_weight_values, linear)) + indexers
 
     def layer_weight_values(self, layer: int, num_experts: float | None = None) -> float:
         """Weights of a layer, or of it with `num_experts` of its experts only (norms are negligible), values.
 
         All but those of an indexer.
         """
-        attention = self.attention_weight_values
-        mlp = 3 * self.hidden_size * self.mlp_width(layer)
-        experts = self.experts_in(layer)
-        if experts is None:
-            return attention + mlp
-        router, one = self.hidden_size * experts.num_experts, 3 * self.hidden_size * experts.intermediate_size
-        return attention + mlp + router + one * (experts.num_experts if num_experts is None else num_experts)
+        return self.attention_weight_values(layer) + self._mlp_weight_values(layer, num_experts)
 
     @property
     def weight_bytes(self) -> float:
@@ -284,10 +337,18 @@ class ModelSpec(Spec):
         return self._layers_values(num_experts) * self.weight_bytes_per_value + wider
 
     def _layers_values(self, num_experts: float | None) -> float:
-        """Weights of all layers; those with experts are alike, and so are the others, but for the indexers."""
+        """Weights of all layers; MLPs with experts are alike, and so are the others."""
         mixed = self.num_expert_layers
-        first, last = (self.layer_weight_values(layer, num_experts) for layer in (0, self.num_layers - 1))
-        return (self.num_layers - mixed) * first + mixed * last + self.indexer_weight_values
+        first, last = (self._mlp_weight_values(layer, num_experts) for layer in (0, self.num_layers - 1))
+        return self.all_attention_weight_values + (self.num_layers - mixed) * first + mixed * last
+
+    def _mlp_weight_values(self, layer: int, num_experts: float | None) -> float:
+        mlp = 3 * self.hidden_size * self.mlp_width(layer)
+        experts = self.experts_in(layer)
+        if experts is None:
+            return mlp
+        router, one = self.hidden_size * experts.num_experts, 3 * self.hidden_size * experts.intermediate_size
+        return mlp + router + one * (experts.num_experts if num_experts is None else num_experts)
 
     def shard(self, num_gpus: int, *, whole_attention: bool = False) -> ModelSpec:
         """What each of `num_gpus` GPUs holds and computes: its heads, its part of each MLP and of the vocabulary.
@@ -299,16 +360,20 @@ class ModelSpec(Spec):
         if num_gpus == 1:
             return self
         parts = 1 if whole_attention else num_gpus
-        kind, dealt = ("KV", self.num_kv_heads) if self.latent is None else ("query", self.num_query_heads)
-        if dealt % parts:
-            raise SpecError(
-                f"machine.tensor_parallel = {num_gpus}: the {dealt} {kind} heads of {self.name} cannot be "
-                "dealt out evenly to so many GPUs: deal out sequences instead (machine.attention_by = sequences)"
-            )
+        heads = {"KV": self.num_kv_heads} if self.latent is None else {"query": self.num_query_heads}
+        if self.linear is not None:
+            heads["linear attention's key"] = self.linear.num_key_heads
+        for kind, dealt in heads.items():
+            if dealt % parts:
+                raise SpecError(
+                    f"machine.tensor_parallel = {num_gpus}: the {dealt} {kind} heads of {self.name} cannot be "
+                    "dealt out evenly to so many GPUs: deal out sequences instead (machine.attention_by = sequences)"
+                )
         return self.with_fields(
             num_query_heads=self.num_query_heads // parts,
             num_kv_heads=self.num_kv_heads // parts if self.latent is None else 1,
             intermediate_size=math.ceil(self.intermediate_size / num_gpus),
             vocab_size=math.ceil(self.vocab_size / num_gpus),
             experts=None if self.experts is None else self.experts.shard(num_gpus).model_dump(),
+            linear=None if self.linear is None else self.linear.shard(parts).model_dump(),
         )

@@ -1,6 +1,7 @@
 """The least that must move in a step, and how long the links take for that. Knows nothing about order or caches' rules.
 
-Device memory: every weight a step uses once (as many experts as in the mean), and the attended keys and values once.
+Device memory: every weight a step uses once (as many experts as in the mean), the attended keys and values once, and
+states of linear attention in and out.
 Host link: what no cache of the plan's size can avoid fetching for the exact selection (Belady, with the measured steps
 known in advance). Compute: dense products and attention at the datasheet rate.
 """
@@ -18,7 +19,8 @@ def roofline(plan: DecodePlan, source: TrafficSource, moved_bytes: float) -> Roo
 
     Where reused sets move less than any exact design could, what they move is the bound.
     """
-    hbm_bytes = plan.model.step_weight_bytes(plan.workload.batch) + attended_bytes(plan)
+    states = 2 * plan.model.state_bytes * plan.sequences
+    hbm_bytes = plan.model.step_weight_bytes(plan.workload.batch) + attended_bytes(plan) + states
     h2d_bytes = min(moved_bytes, fewest_link_bytes(plan, source))
     gpu = plan.machine.gpu
     hbm_s = hbm_bytes / gpu.hbm_bytes_per_s
@@ -68,8 +70,9 @@ def _bf16_flops(plan: DecodePlan) -> float:
     """
     model, narrow = plan.model, 0.5 if plan.model.has_fp8_weights else 1.0
     head = model.vocab_size * model.hidden_size
-    around = model.num_layers * model.attention_weight_values + model.indexer_weight_values
+    around = model.all_attention_weight_values
     maps = 0 if model.latent is None else model.num_layers * model.latent.map_values(model.num_query_heads)
     others = head + narrow * (model.token_weight_values - head - around)
     attention = sum(_attended_tokens(plan)) * plan.model.group_size * plan.model.attention_flops
+    attention += 0.0 if model.linear is None else model.num_linear_layers * model.linear.flops
     return 2 * plan.workload.batch * others + plan.sequences * (2 * (narrow * (around - maps) + maps) + attention)

@@ -189,6 +189,42 @@ def read_sparse_prefill(gpu: str, kernel: str, data_root: Path | None = None) ->
     return _samples(columns, everything, [columns["batch_size"], columns["isl"], columns["step"]], "sglang")
 
 
+LINEAR_FRAMEWORK = {"a100": "sglang"}
+"""Whose kernels of linear attention were timed: vLLM's, but for these GPUs."""
+
+
+def read_linear_decode(gpu: str, data_root: Path | None = None) -> Samples:
+    """Measured Gated DeltaNet of a decode step, convolution and all: points are (batch, key heads, value heads).
+
+    Heads of 128 keys and values, as all of the measured models have.
+    """
+    return linear_samples(_read_linear(gpu, data_root), "generation", "batch_size", LINEAR_FRAMEWORK.get(gpu, "vllm"))
+
+
+def read_linear_prefill(gpu: str, data_root: Path | None = None) -> Samples:
+    """The same of one sequence's prompt: points are (tokens, key heads, value heads).
+
+    Raises `ProfileError` where there is none.
+    """
+    columns = _read_linear(gpu, data_root)
+    alone = columns["batch_size"] == 1
+    columns = {name: values[alone] for name, values in columns.items()}
+    return linear_samples(columns, "context", "seq_len", LINEAR_FRAMEWORK.get(gpu, "vllm"))
+
+
+def _read_linear(gpu: str, data_root: Path | None) -> dict[str, NDArray[Any]]:
+    folder = _newest(gpu, "linear_attention", data_root, LINEAR_FRAMEWORK.get(gpu, "vllm"))
+    return _read(folder / "gdn_perf.parquet")
+
+
+def linear_samples(columns: dict[str, NDArray[Any]], phase: str, size: str, framework: str) -> Samples:
+    """Sums of convolution and recurrence, of sizes that both were timed at."""
+    is_conv = np.array(["conv1d" in str(name) for name in columns["kernel_source"]])
+    arguments = [columns[name] for name in (size, "num_k_heads", "num_v_heads")]
+    of_phase = columns["phase"] == phase
+    return _added(*(_samples(columns, of_phase & kind, arguments, framework) for kind in (is_conv, ~is_conv)))
+
+
 def latent_attention_samples(columns: dict[str, NDArray[Any]], framework: str, cache: Cache = BF16_CACHE) -> Samples:
     """Select rows of such vectors; the cache holds `step` tokens and the `isl` new ones."""
     chosen = (columns["mla_dtype"] == "bfloat16") & (columns["kv_cache_dtype"] == cache)
@@ -207,10 +243,20 @@ def latent_map_samples(columns: dict[str, NDArray[Any]], framework: str) -> Samp
         )
         for way in ("mla_gen_pre", "mla_gen_post")
     ]
-    first, second = (dict(zip(map(tuple, one.points.tolist()), one.seconds.tolist(), strict=True)) for one in both)
-    points = sorted(first.keys() & second.keys())
-    seconds = [(first[point] + second[point]) / 2.0 for point in points]
-    return Samples(points=np.array(points), seconds=np.array(seconds), labels=both[0].labels)
+    twice = _added(*both)
+    return Samples(points=twice.points, seconds=twice.seconds / 2.0, labels=both[0].labels)
+
+
+def _added(first: Samples, second: Samples) -> Samples:
+    """Both times together, of points that both were timed at."""
+    one, other = (dict(zip(map(tuple, each.points.tolist()), each.seconds, strict=True)) for each in (first, second))
+    points = sorted(one.keys() & other.keys())
+    kernels = tuple(sorted({*first.labels["kernels"], *second.labels["kernels"]}))
+    return Samples(
+        points=np.array(points),
+        seconds=np.array([one[point] + other[point] for point in points]),
+        labels=first.labels | {"kernels": kernels},
+    )
 
 
 NOT_GATED = ((2688, 1856), (2048, 5120), (4096, 2688))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from clo.errors import SpecError
-from clo.specs.hf_config import WINDOWED, WITH_WINDOWS
+from clo.specs.hf_attention import WINDOWED, WITH_WINDOWS
 
 
 def windows_of(config: Any) -> dict[str, Any]:

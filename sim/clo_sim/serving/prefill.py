@@ -6,6 +6,7 @@ A simplification, with these parts:
   over to this GPU), the bytes of norms and activations over device memory, and all-reduces where GPUs share the model;
 - attention, by pairs of tokens (`prefill_attention.py`); where GPUs attend for sequences of their own, a chunk's tokens
   are taken to be dealt out to them evenly;
+- linear attention, by tokens, as if those of a chunk were one sequence's: then a head has to take one after the other;
 - link: offloaded layers read the prompt's earlier KV back from the host, layer by layer, chunk after chunk; what the
   prefix cache holds of the layers on the GPU comes once; new KV goes out. Both directions are taken to overlap with
   compute perfectly: a chunk takes the longest of compute, way in and way out.
@@ -114,14 +115,16 @@ def prefill_prices(
         _table_seconds(scene, pricer.tables, chunk_tokens),
         _elementwise_seconds(scene, pricer, chunk_tokens),
     )
-    errors = [pricer.uncertainty(work) for work in tables] + [("elementwise", pricer.profile.elementwise.spread)]
+    named = {"elementwise": small, "prefill_linear_attention": _linear_seconds(scene, pricer, chunk_tokens)}
+    errors = [pricer.uncertainty(work) for work in tables]
+    errors += [(name, getattr(pricer.profile, name).spread) for name in named]
     factors = [1.0 if draw is None else draw.factor(*error) for error in errors]
-    parts = np.array([*tables.values(), small])
+    parts = np.array([*tables.values(), *named.values()])
     best = factors[1] * pricer.tables.seconds(AllReduce(sharing, BEST_TOKEN_VALUES)) if sharing > 1 else 0.0
     shares = parts[:, -1] / parts[:, -1].sum()
     return PrefillPrices(
         dense_ns=_whole_ns(np.array(factors) @ parts),
-        table_share=float(shares[:-1].sum()),
+        table_share=float(shares[: len(tables)].sum()),
         attention_measured=attention.measured,
         attention_known=attention.known,
         known_share=float(sum(share for share, (_, spread) in zip(shares, errors, strict=True) if spread)),
@@ -138,7 +141,7 @@ def prefill_prices(
 def _table_seconds(scene: Scene, tables: TablePrices, chunk_tokens: int) -> dict[Work, Floats]:
     """What measured tables price of 1, 2, ... tokens, by the work of a full chunk: GEMMs first."""
     model, sharing, fp8 = scene.part, scene.machine.tensor_parallel, scene.part.has_fp8_weights
-    first = model.projections()[0]
+    first = model.projections_in(0)[0]
     found: dict[Work, Floats] = {
         Gemm(chunk_tokens, first.n, first.k, fp8): _gemm_seconds(scene, tables, _up_to(chunk_tokens))
     }
@@ -156,7 +159,10 @@ def _gemm_seconds(scene: Scene, tables: TablePrices, tokens: Any) -> Floats:
     """GEMMs of all layers, for each number of `tokens`."""
     model, fp8 = scene.part, scene.part.has_fp8_weights
     own = tokens / scene.machine.num_owners
-    attention = sum(tables.seconds(Gemm(own, each.n, each.k, fp8)) for each in _around_attention(model))
+    around: Counter[Projection] = Counter()
+    for layer in range(model.num_layers):
+        around.update(_around_attention(model, layer))
+    attention = sum(count * tables.seconds(Gemm(own, each.n, each.k, fp8)) for each, count in around.items())
     others: Counter[tuple[int, int, bool]] = Counter()
     for layer in range(model.num_layers):
         width, experts = model.mlp_width(layer), model.experts_in(layer)
@@ -164,12 +170,12 @@ def _gemm_seconds(scene: Scene, tables: TablePrices, tokens: Any) -> Floats:
         others.update([*mlp, *([(experts.num_experts, model.hidden_size, False)] if experts else [])])
     behind = sum(count * tables.seconds(Gemm(tokens, n, k, narrow)) for (n, k, narrow), count in others.items())
     indexers = sum(tables.seconds(Gemm(own, each.n, each.k, fp8)) for each in model.indexer_projections)
-    return np.asarray(model.num_layers * attention + model.num_indexers * indexers + behind)
+    return np.asarray(attention + model.num_indexers * indexers + behind)
 
 
-def _around_attention(model: ModelSpec) -> list[Projection]:
+def _around_attention(model: ModelSpec, layer: int) -> list[Projection]:
     """Products of a layer before and after attention; in latent attention, keys and values are made of the vectors."""
-    products = [*model.projections(), model.out_projection]
+    products = [*model.projections_in(layer), model.out_projection_in(layer)]
     if (latent := model.latent) is not None:
         width = model.num_query_heads * (latent.nope_dim + latent.value_dim)
         products.append(Projection("key_value_proj", width, latent.kv_rank))
@@ -190,17 +196,29 @@ def _elementwise_seconds(scene: Scene, pricer: Pricer, chunk_tokens: int) -> Flo
     """Element-wise kernels of all layers for 1, 2, ... tokens."""
     model = scene.part
     hidden, attended = model.hidden_size, model.query_width
-    # two norms read and write the hidden state twice each, rotary embedding the queries, the activation three widths
-    around = 8 * hidden + 2 * attended + 2 * model.layer_token_bytes / 2
-    values = model.num_layers * around / scene.machine.num_owners
-    kernels = 3 * model.num_layers
+    # rotary embedding reads and writes the queries, keys and values are written
+    rotary = 2 * attended + 2 * model.layer_token_bytes / 2
+    values, kernels = 0.0, 0
     for layer in range(model.num_layers):
-        width, experts = model.mlp_width(layer), model.experts_in(layer)
+        width, experts, linear = model.mlp_width(layer), model.experts_in(layer), model.linear_in(layer)
+        gated = model.gated_attention or linear is not None
+        # two norms read and write the hidden state twice each; gate and activation touch three widths
+        around = 8 * hidden + (0 if linear else rotary) + (3 * model.out_projection_in(layer).k if gated else 0)
+        values += around / scene.machine.num_owners
         values += 3 * width + (4 * experts.num_experts if experts else 0)
-        kernels += bool(width) + (experts is not None)
+        kernels += 2 + (linear is None) + gated + bool(width) + (experts is not None)
     small = pricer.profile.elementwise
     rate = small.efficiency * scene.machine.gpu.hbm_bytes_per_s
     return np.asarray(kernels * small.latency_s + _up_to(chunk_tokens) * values * 2.0 / rate)
+
+
+def _linear_seconds(scene: Scene, pricer: Pricer, chunk_tokens: int) -> Floats:
+    """Linear attention of all layers that have it, for 1, 2, ... tokens."""
+    model, own = scene.part, _up_to(chunk_tokens) / scene.machine.num_owners
+    if (linear := model.linear) is None:
+        return np.zeros(chunk_tokens)
+    scanned = pricer.profile.prefill_linear_attention.seconds(own, linear.num_value_heads)
+    return np.asarray(model.num_linear_layers * scanned)
 
 
 def _whole_ns(seconds: Floats) -> list[int]:

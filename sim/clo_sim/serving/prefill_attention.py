@@ -3,7 +3,8 @@
 A pair is a new token and one not after it. Three kinds of model, each at the share of the datasheet rate that the
 profile says:
 
-- keys and values in every head: 4 x query heads x head_dim flops a pair, in windowed layers for each pair in a window;
+- keys and values in every head: 4 x query heads x head_dim flops a pair, in windowed layers for each pair in a window
+  (in layers with linear attention there are no pairs: see `prefill.py`);
 - latent attention: the same with its widths, and every chunk makes the keys and values of all tokens before it anew;
 - latent attention to what an indexer chooses: the indexer scores every pair and ranks the scores (four bytes each, at
   the rate of `select_pages`), in layers with an indexer; attention is to the chosen tokens, in their own space. As if
@@ -56,7 +57,7 @@ def pair_prices(model: ModelSpec, pricer: Pricer, *, chunk_tokens: int, draw: Co
     if model.latent is not None:
         entry = "prefill_latent_attention"
     windowed = len(model.windowed_layers)
-    whole = model.num_layers - windowed
+    whole = model.num_layers - windowed - model.num_linear_layers
     return PairPrices(
         pair_s=whole * rates.seconds(entry, flops),
         window_tokens=model.window_tokens or 0,
