@@ -78,6 +78,14 @@ def hosted_token_bytes(model: ModelSpec, design: Design) -> float:
     return model.kv_bytes_per_token - coded + keys
 
 
+def hosted_block_bytes(model: ModelSpec, design: Design, tokens: int) -> float:
+    """A block of a kept prefix: the KV of so many tokens and, so that a prompt can go on there, a state of each layer.
+
+    In every block, as vLLM keeps them where all are to be found again (its `mamba_cache_mode = all`).
+    """
+    return tokens * hosted_token_bytes(model, design) + model.state_bytes
+
+
 def pinned_heads(model: ModelSpec, design: Design) -> int:
     """KV heads of a layer whose KV stays on the device whole."""
     return round(design.pinned_head_fraction * model.num_kv_heads) if design.offloads else 0

@@ -272,9 +272,7 @@ class TestStep:
 class TestPrefill:
     @staticmethod
     def prices(model: ModelSpec, chunk_tokens: int) -> Any:
-        return prefill_prices(
-            scene_of(model), presets.load_design("clo"), chunk_tokens=chunk_tokens, keeps_prefixes=False
-        )
+        return prefill_prices(scene_of(model), presets.load_design("clo"), chunk_tokens=chunk_tokens)
 
     @pytest.mark.parametrize("tokens", [1, 300])
     def test_a_chunk_differs_by_what_takes_the_place_of_the_mlp(self, tokens: int) -> None:

@@ -113,10 +113,7 @@ class TestStep:
 
 def test_a_chunk_of_prefill_differs_by_its_projections() -> None:
     scenes = [scene_of(model) for model in (BF16, FP8)]
-    found = [
-        prefill_prices(scene, presets.load_design("clo"), chunk_tokens=256, keeps_prefixes=False).dense_ns[256]
-        for scene in scenes
-    ]
+    found = [prefill_prices(scene, presets.load_design("clo"), chunk_tokens=256).dense_ns[256] for scene in scenes]
     prices, shapes = pricer_of(scenes[0]).tables, ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
     saved = sum(prices.seconds(Gemm(256, n, k)) - prices.seconds(Gemm(256, n, k, True)) for n, k in shapes)
     assert (found[0] - found[1]) / 1e9 == pytest.approx(32 * saved, rel=1e-5)

@@ -325,7 +325,7 @@ class TestPrice:
 class TestPrefill:
     def test_pairs_by_hand(self) -> None:
         scene, design = scene_of(GLM), design_for("resolve", GLM)
-        found = prefill_prices(scene, design, chunk_tokens=4096, keeps_prefixes=False)
+        found = prefill_prices(scene, design, chunk_tokens=4096)
         profile, gpu = scene.profile, scene.machine.gpu
         rate = gpu.peak_flops_per_s
         scored = 2 * 32 * 128 / (profile.prefill_indexer.efficiency * rate)  # type: ignore[union-attr]
@@ -337,7 +337,7 @@ class TestPrefill:
         assert found.pair_ns * found.window_share == pytest.approx(1e9 * 78 * attended / 8)
 
     def test_a_longer_prompt_attends_to_no_more_tokens(self) -> None:
-        found = prefill_prices(scene_of(), design_for("resolve"), chunk_tokens=2048, keeps_prefixes=False)
+        found = prefill_prices(scene_of(), design_for("resolve"), chunk_tokens=2048)
         grown = found.pairs(32768, 1) - found.pairs(16384, 1)
         assert grown == pytest.approx(16384)
 
@@ -345,7 +345,7 @@ class TestPrefill:
     def test_a_kept_prefix_has_its_keys(self, name: str) -> None:
         scene, design = scene_of(GLM), design_for(name, GLM)
         vectors, keys = 78 * 576 * 2, 21 * 132
-        found = prefill_prices(scene, design, chunk_tokens=64, keeps_prefixes=True)
+        found = prefill_prices(scene, design, chunk_tokens=64, block_tokens=512)
         link = scene.machine.link
         assert found.out_ns == pytest.approx(1e9 * (vectors + keys) / 8 / link.d2h_bytes_per_s)
         loaded = keys if design.offloads else vectors + keys
@@ -355,13 +355,13 @@ class TestPrefill:
     @pytest.mark.parametrize(("machine", "known"), [("h200", True), ("a100", False)])
     def test_intervals_count_what_was_borrowed_as_unknown(self, machine: str, known: bool) -> None:
         scene = clo_sim.make_scene(GLM, presets.load_machine(machine).with_fields(tensor_parallel=8))
-        found = prefill_prices(scene, design_for("resolve", GLM), chunk_tokens=64, keeps_prefixes=False)
+        found = prefill_prices(scene, design_for("resolve", GLM), chunk_tokens=64)
         assert found.attention_known == known
 
     def test_the_projections_of_indexers_are_priced(self) -> None:
         alone = DEEPSEEK.with_fields(indexer=DEEPSEEK.indexer.with_fields(shared_layers=range(1, 61)).model_dump())  # type: ignore[union-attr]
         more, less = (
-            prefill_prices(scene_of(model), design_for("resolve", model), chunk_tokens=64, keeps_prefixes=False)
+            prefill_prices(scene_of(model), design_for("resolve", model), chunk_tokens=64)
             for model in (DEEPSEEK, alone)
         )
         assert more.dense_ns[64] > less.dense_ns[64]

@@ -341,9 +341,9 @@ class TestPrefill:
     def test_a_chunk_by_hand(self, tokens: int) -> None:
         scene, design = scene_of(), presets.load_design("clo")
         prices = TablePrices(scene.profile, scene.machine)  # type: ignore[arg-type]
-        found = prefill_prices(scene, design, chunk_tokens=tokens, keeps_prefixes=False)
+        found = prefill_prices(scene, design, chunk_tokens=tokens)
         direct = scene.model.with_fields(latent=LITE.latent.model_dump() | {"query_rank": 512})  # type: ignore[union-attr]
-        ranked = prefill_prices(replace(scene, model=direct), design, chunk_tokens=tokens, keeps_prefixes=False)
+        ranked = prefill_prices(replace(scene, model=direct), design, chunk_tokens=tokens)
         before = prices.seconds(Gemm(tokens, 16 * 192 + 576, 2048))
         after = prices.seconds(Gemm(tokens, 512 + 576, 2048)) + prices.seconds(Gemm(tokens, 16 * 192, 512))
         longer = (ranked.dense_ns[tokens] - found.dense_ns[tokens]) / 1e9
@@ -358,7 +358,7 @@ class TestPrefill:
         prices = TablePrices(scene.profile, scene.machine)  # type: ignore[arg-type]
         wider = scene.model.with_fields(latent=LITE.latent.model_dump() | {"value_dim": 256})  # type: ignore[union-attr]
         both = (replace(scene, model=model) for model in (scene.model, wider))
-        found, more = (prefill_prices(one, design, chunk_tokens=256, keeps_prefixes=False) for one in both)
+        found, more = (prefill_prices(one, design, chunk_tokens=256) for one in both)
         made = [prices.seconds(Gemm(256, 16 * (128 + value), 512)) for value in (128, 256)]
         out = [prices.seconds(Gemm(256, 2048, 16 * value)) for value in (128, 256)]
         expected = 27 * (made[1] - made[0] + out[1] - out[0])

@@ -73,19 +73,17 @@ class TestPrefill:
         cost = getattr(scene.profile, entry)
         slower = cost.model_copy(update={"efficiency": cost.efficiency / 2})
         halved = replace(scene, profile=scene.profile.model_copy(update={entry: slower}))
-        fast, slow = (prefill_prices(one, design, chunk_tokens=64, keeps_prefixes=False) for one in (scene, halved))
+        fast, slow = (prefill_prices(one, design, chunk_tokens=64) for one in (scene, halved))
         assert slow.pair_ns == pytest.approx(2 * fast.pair_ns)
         assert slow.dense_ns == fast.dense_ns
 
     @pytest.mark.parametrize(("machine", "measured"), [("h200", True), ("gh200", False), ("a40", False)])
     def test_on_another_gpu_it_was_not_measured(self, machine: str, measured: bool) -> None:
-        prices = prefill_prices(self.scene(machine), presets.load_design("clo"), chunk_tokens=64, keeps_prefixes=False)
+        prices = prefill_prices(self.scene(machine), presets.load_design("clo"), chunk_tokens=64)
         assert prices.attention_measured is measured
 
     def test_the_literature_is_no_measurement(self) -> None:
         scene = self.scene()
         profile = scene.profile.model_copy(update={"prefill_attention": PREFILL_ATTENTION})
-        prices = prefill_prices(
-            replace(scene, profile=profile), presets.load_design("clo"), chunk_tokens=64, keeps_prefixes=False
-        )
+        prices = prefill_prices(replace(scene, profile=profile), presets.load_design("clo"), chunk_tokens=64)
         assert not prices.attention_measured

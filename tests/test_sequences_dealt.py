@@ -165,12 +165,12 @@ class TestServices:
     def test_a_chunk_is_dealt_out(self) -> None:
         design = presets.load_design("clo")
         scene = dealt(whole_scene(), 4, with_all_reduce(whole_scene().profile, 1e-30))
-        prices = prefill_prices(scene, design, chunk_tokens=512, keeps_prefixes=True)
-        alone = prefill_prices(whole_scene(), design, chunk_tokens=512, keeps_prefixes=True)
+        prices = prefill_prices(scene, design, chunk_tokens=512, block_tokens=512)
+        alone = prefill_prices(whole_scene(), design, chunk_tokens=512, block_tokens=512)
         for field in ("pair_ns", "in_ns", "out_ns", "cached_in_ns"):
             assert getattr(prices, field) == pytest.approx(getattr(alone, field) / 4)
         part = replace(scene, model=MODEL.shard(4, whole_attention=True), machine=whole_scene().machine)
-        gemms = prefill_prices(part, design, chunk_tokens=512, keeps_prefixes=True)
+        gemms = prefill_prices(part, design, chunk_tokens=512, block_tokens=512)
         assert prices.dense_ns[512] < gemms.dense_ns[512]
 
     @pytest.mark.parametrize("batch", [3, 6, 9, 12])

@@ -188,8 +188,7 @@ class TestPrefill:
     def test_a_long_prompt_is_shorter_by_what_windows_do_not_attend(self) -> None:
         model = LLAMA.with_fields(**EVERY_OTHER)
         whole, windowed = (
-            prefill_prices(scene_of(one), presets.load_design("resident"), chunk_tokens=1024, keeps_prefixes=False)
-            for one in (LLAMA, model)
+            prefill_prices(scene_of(one), presets.load_design("resident"), chunk_tokens=1024) for one in (LLAMA, model)
         )
         prompt = 65_536
         pair_ns = whole.pair_ns / 32
@@ -199,7 +198,7 @@ class TestPrefill:
     @pytest.mark.parametrize("tokens", [1, 100, 511, 512])
     def test_a_prompt_within_the_window_takes_as_long_as_without(self, tokens: int) -> None:
         whole, windowed = (
-            prefill_prices(scene_of(one), presets.load_design("resident"), chunk_tokens=200, keeps_prefixes=False)
+            prefill_prices(scene_of(one), presets.load_design("resident"), chunk_tokens=200)
             for one in (LLAMA, LLAMA.with_fields(**EVERY_OTHER))
         )
         assert windowed.alone_ns(tokens) == pytest.approx(whole.alone_ns(tokens), abs=3)
@@ -211,7 +210,7 @@ class TestPrefill:
 
     def test_attention_in_windows_is_not_among_what_tables_price(self) -> None:
         plain, windowed = (
-            prefill_prices(scene_of(one), presets.load_design("resident"), chunk_tokens=2048, keeps_prefixes=False)
+            prefill_prices(scene_of(one), presets.load_design("resident"), chunk_tokens=2048)
             for one in (LLAMA, LLAMA.with_fields(**EVERY_OTHER))
         )
         assert list(windowed.dense_ns) == list(plain.dense_ns)
@@ -219,7 +218,7 @@ class TestPrefill:
     def test_only_layers_that_are_offloaded_come_back(self) -> None:
         model = LLAMA.with_fields(**EVERY_OTHER)
         scene = scene_of(model)
-        prices = prefill_prices(scene, presets.load_design("clo"), chunk_tokens=64, keeps_prefixes=False)
+        prices = prefill_prices(scene, presets.load_design("clo"), chunk_tokens=64)
         rate = scene.machine.link.h2d_bytes_per_s
         assert prices.in_ns == pytest.approx(15 * 4096 / rate * 1e9)
         assert prices.cached_in_ns == pytest.approx(1 * 4096 / rate * 1e9)
@@ -228,7 +227,7 @@ class TestPrefill:
     def test_what_windows_hold_does_not_leave(self, keeps_prefixes: bool) -> None:
         scene = scene_of(LLAMA.with_fields(**EVERY_OTHER))
         design = presets.load_design("clo")
-        prices = prefill_prices(scene, design, chunk_tokens=64, keeps_prefixes=keeps_prefixes)
+        prices = prefill_prices(scene, design, chunk_tokens=64, block_tokens=512 if keeps_prefixes else 0)
         layers = 16 if keeps_prefixes else 15
         assert prices.out_ns == pytest.approx(layers * 4096 / scene.machine.link.d2h_bytes_per_s * 1e9)
 

@@ -157,8 +157,10 @@ def _what(kind: str, record: Mapping[str, Any]) -> str:
         per_token = f"{format_bytes(ModelSpec.parse(dict(record)).kv_bytes_per_token)} of KV per token"
         experts = record["experts"]
         mixed = f"{experts['experts_per_token']} of {experts['num_experts']} experts, " if experts else ""
-        limited = len(record["windowed_layers"])
+        limited, linear = len(record["windowed_layers"]), record["linear"]
         windows = f" ({limited} with a window of {record['window_tokens']})" if limited else ""
+        if linear:
+            windows = f" ({len(linear['layers'])} with linear attention)"
         most = record["max_positions"]
         return f"{record['num_layers']} layers{windows}, {heads}, {mixed}{per_token}, up to {most} tokens"
     if kind == "machines":

@@ -12,6 +12,8 @@ from clo.table_prices import FP8_BYTES, TablePrices
 from clo_sim.priced import PricedStep
 from clo_sim.scene import Scene
 
+TIMED_LINEAR_WIDTH = 128
+"""Of keys and values in heads of linear attention."""
 TIMED_WIDTHS = (
     LatentAttentionTable.KV_RANK,
     LatentAttentionTable.VECTOR_DIM,
@@ -22,7 +24,7 @@ TIMED_WIDTHS = (
 
 def assumptions_of(scene: Scene, plan: DecodePlan, priced: PricedStep) -> tuple[str, ...]:
     """What traffic and kernel times take for granted, a line each."""
-    about = (_table_notes, _weight_notes, _cache_notes, _experts_notes, _latent_notes)
+    about = (_table_notes, _weight_notes, _cache_notes, _experts_notes, _latent_notes, _linear_notes)
     tables = [note for notes in about for note in notes(scene)]
     about_plan = (_coding_notes, _sharing_notes, _pinning_notes)
     return (*priced.traffic.assumptions, *tables, *(note for notes in about_plan for note in notes(scene, plan)))
@@ -142,3 +144,11 @@ def _latent_notes(scene: Scene) -> tuple[str, ...]:
     if widths != TIMED_WIDTHS:
         notes.append(f"latent attention was timed with widths {TIMED_WIDTHS}: others are priced by their bytes")
     return tuple(notes)
+
+
+def _linear_notes(scene: Scene) -> tuple[str, ...]:
+    """What of linear attention was not timed."""
+    linear, width = scene.model.linear, TIMED_LINEAR_WIDTH
+    if linear is None or isinstance(scene.profile, OperationProfile) or linear.key_dim == linear.value_dim == width:
+        return ()
+    return (f"linear attention was timed with heads of {width} values: others are priced by their bytes",)

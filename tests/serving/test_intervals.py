@@ -133,7 +133,7 @@ class TestDraws:
         spread = gpu_tables(SCENE.profile, "test").prefill_attention.spread
         logs = []
         for _ in range(400):
-            drawn = prefill_prices(SCENE, RESIDENT, chunk_tokens=1, keeps_prefixes=False, draw=CostDraw(source))
+            drawn = prefill_prices(SCENE, RESIDENT, chunk_tokens=1, draw=CostDraw(source))
             logs.append(math.log(drawn.pair_ns / base))
         assert np.std(logs) == pytest.approx(spread, rel=0.12)
 

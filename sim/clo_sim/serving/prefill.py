@@ -23,7 +23,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clo.placement import hosted_token_bytes, paged_layer_token_bytes, pinned_heads, sparse_layers
+from clo.placement import (
+    hosted_block_bytes,
+    hosted_token_bytes,
+    paged_layer_token_bytes,
+    pinned_heads,
+    sparse_layers,
+)
 from clo.pricing import Pricer
 from clo.schedule.decode import BEST_TOKEN_VALUES
 from clo.schedule.ops import experts_work
@@ -44,7 +50,8 @@ class PrefillPrices:
 
     `pair_ns` is for a pair of tokens in all layers, and one within `window_tokens` costs `window_share` of that again
     (see `prefill_attention.PairPrices`); `in_ns` is for a token read back by the offloaded layers, `cached_in_ns` for a
-    token of a prefix hit that the other layers load; `out_ns` for a new token that leaves.
+    token of a prefix hit that the other layers load, `hit_ns` for the states of linear attention that a hit loads;
+    `out_ns` for a new token that leaves.
     `table_share` is that of GEMMs, experts and all-reduces, which measured tables price, in the dense layers of a full
     chunk, `known_share` that of costs with a known spread; `attention_measured` says whether attention was measured on
     this GPU, `attention_known` whether its costs have a spread that is known.
@@ -61,6 +68,7 @@ class PrefillPrices:
     window_share: float = 0.0
     in_ns: float = 0.0
     cached_in_ns: float = 0.0
+    hit_ns: float = 0.0
     out_ns: float = 0.0
 
     @property
@@ -76,9 +84,9 @@ class PrefillPrices:
         """Computing a chunk of `tokens` that makes `pairs` and ends `finished` prompts."""
         return self.dense_ns[tokens] + pairs * self.pair_ns + finished * self.head_ns
 
-    def chunk_ns(self, compute_ns: float, tokens: int, read_back: int, cached: int) -> int:
-        """A chunk that also reads `read_back` earlier tokens, and loads `cached` ones of prefix hits."""
-        inward = read_back * self.in_ns + cached * self.cached_in_ns
+    def chunk_ns(self, compute_ns: float, tokens: int, read_back: int, hits: Sequence[int] = ()) -> int:
+        """A chunk that also reads `read_back` earlier tokens, and loads those of prefix `hits`."""
+        inward = read_back * self.in_ns + sum(hits) * self.cached_in_ns + len(hits) * self.hit_ns
         return int(max(compute_ns, inward, tokens * self.out_ns))
 
     def alone_ns(self, input_tokens: int, cached: int = 0) -> int:
@@ -87,17 +95,17 @@ class PrefillPrices:
         while start < input_tokens:
             tokens = min(self.chunk_tokens, input_tokens - start)
             pairs = self.pairs(start, tokens)
-            first = cached if start == cached else 0
+            hits = [cached] if cached and start == cached else []
             compute_ns = self.compute_ns(tokens, pairs, int(start + tokens == input_tokens))
-            total += self.chunk_ns(compute_ns, tokens, start, first)
+            total += self.chunk_ns(compute_ns, tokens, start, hits)
             start += tokens
         return total
 
 
 def prefill_prices(
-    scene: Scene, design: Design, *, chunk_tokens: int, keeps_prefixes: bool, draw: CostDraw | None = None
+    scene: Scene, design: Design, *, chunk_tokens: int, block_tokens: int = 0, draw: CostDraw | None = None
 ) -> PrefillPrices:
-    """Prices of chunks of up to `chunk_tokens`; a service that keeps prefixes sends every new token's KV out.
+    """Prices of chunks of up to `chunk_tokens`; a service that keeps prefixes, in blocks, sends every new token's KV out.
 
     With a `draw`, GEMMs, element-wise kernels and attention vary with their spreads; the link's is not known.
     """
@@ -108,7 +116,7 @@ def prefill_prices(
     share = 1.0 / scene.machine.num_owners
     paged = sparse * paged_layer_token_bytes(model, design)
     offloaded, whole = paged * (1 - pinned), hosted_token_bytes(model, design)
-    leaving = whole if keeps_prefixes else paged
+    leaving = hosted_block_bytes(model, design, block_tokens) / block_tokens if block_tokens else paged
     attention = pair_prices(model, pricer, chunk_tokens=chunk_tokens, draw=draw)
     head, sharing = Gemm(m=1, n=model.vocab_size, k=model.hidden_size), scene.machine.tensor_parallel
     tables, small = (
@@ -134,6 +142,7 @@ def prefill_prices(
         window_share=attention.window_share,
         in_ns=share * offloaded / link.h2d_bytes_per_s * NS_PER_S,
         cached_in_ns=share * (whole - offloaded) / link.h2d_bytes_per_s * NS_PER_S,
+        hit_ns=share * model.state_bytes / link.h2d_bytes_per_s * NS_PER_S,
         out_ns=share * leaving / link.d2h_bytes_per_s * NS_PER_S,
     )
 

@@ -192,16 +192,17 @@ class Replica:
 
     def _mixed(self, chunk: list[Piece]) -> None:
         """A chunk of prefill, then a decode step of those that were running."""
-        prefill, tokens, pairs, read_back, cached, finished = self.costs.prefill, 0, 0.0, 0, 0, 0
+        prefill, tokens, pairs, read_back, finished = self.costs.prefill, 0, 0.0, 0, 0
+        hits: list[int] = []
         for sequence, start, count in chunk:
             tokens += count
             pairs += prefill.pairs(start, count)
             read_back += start
-            if start == sequence.cached:
-                cached += start
+            if start and start == sequence.cached:
+                hits.append(start)
             finished += start + count == sequence.target
         compute_ns = prefill.compute_ns(tokens, pairs, finished)
-        chunk_ns = prefill.chunk_ns(compute_ns, tokens, read_back, cached)
+        chunk_ns = prefill.chunk_ns(compute_ns, tokens, read_back, hits)
         self.tally.prefill_ns += chunk_ns
         dense_ns = min(chunk_ns, prefill.dense_ns[tokens])
         self.tally.dense_prefill_ns += dense_ns

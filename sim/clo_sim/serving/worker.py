@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from clo.errors import SpecError
-from clo.placement import hosted_token_bytes
+from clo.placement import hosted_block_bytes
 from clo.specs import Design
 from clo_sim.intervals import CostDraw
 from clo_sim.run import Executor
@@ -24,8 +24,8 @@ MAX_BATCH = BATCHES[-1]
 class WorkerCosts:
     """Prices and memory of a worker. `clock(batch)` prices decode steps, `prefill` chunks of prompts.
 
-    `block_bytes` is a prefix block in host memory; `max_tokens` the longest sequence the model accepts; `replica_gpus`
-    the GPUs that a worker is, of which one's memory and transfers are counted.
+    `block_bytes` is a prefix block of `block_tokens` in host memory (both 0: none is kept); `max_tokens` the longest
+    sequence the model accepts; `replica_gpus` the GPUs that a worker is, of which one's memory and transfers are counted.
     """
 
     clock: Callable[[int], StepClock]
@@ -34,6 +34,7 @@ class WorkerCosts:
     room: MemoryRoom
     max_tokens: int
     block_bytes: int = 0
+    block_tokens: int = 0
     replica_gpus: int = 1
     decode_prices: DecodePrices | None = None
 
@@ -54,14 +55,16 @@ def worker_costs(
     """
     prices = DecodePrices(scene, design, max_context=trace.max_total_tokens + 1, executor=executor)
     keeps = trace.has_prefixes if keeps_prefixes is None else keeps_prefixes
-    block_bytes = int(trace.block_tokens * hosted_token_bytes(scene.part, design) / scene.machine.num_owners)
+    block_tokens = trace.block_tokens if keeps else 0
+    block_bytes = int(hosted_block_bytes(scene.part, design, trace.block_tokens) / scene.machine.num_owners)
     return WorkerCosts(
         clock=prices.clock,
-        prefill=prefill_prices(scene, design, chunk_tokens=chunk_tokens, keeps_prefixes=keeps),
+        prefill=prefill_prices(scene, design, chunk_tokens=chunk_tokens, block_tokens=block_tokens),
         need=memory_need(scene, design),
         room=memory_room(scene),
         max_tokens=scene.model.max_positions,
         block_bytes=block_bytes if keeps else 0,
+        block_tokens=block_tokens,
         replica_gpus=scene.machine.tensor_parallel,
         decode_prices=prices,
     )
@@ -77,7 +80,7 @@ def drawn_costs(costs: WorkerCosts, draw: CostDraw) -> WorkerCosts:
         prices.scene,
         prices.design,
         chunk_tokens=costs.prefill.chunk_tokens,
-        keeps_prefixes=bool(costs.block_bytes),
+        block_tokens=costs.block_tokens,
         draw=draw,
     )
     return replace(costs, clock=drawn.clock, prefill=prefill, decode_prices=drawn)

@@ -311,7 +311,7 @@ class TestExploringACalibratedMachine:
     def test_services_need_costs_of_any_batch_and_context(self, path: Path) -> None:
         scene, design = make_scene(machine=str(path)), local_design("clo", BUDGET)
         with pytest.raises(SpecError, match="serving: needs a profile of a GPU"):
-            prefill_prices(scene, design, chunk_tokens=64, keeps_prefixes=False)
+            prefill_prices(scene, design, chunk_tokens=64)
 
     def test_another_machine_is_not_run_on(self, profile: OperationProfile, path: Path) -> None:
         foreign = profile.model_copy(update={"fingerprint": profile.fingerprint | {"processor": "abacus"}})
