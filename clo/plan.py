@@ -58,6 +58,7 @@ class DecodePlan:
     """One decode step's fixed numbers. Page counts are per KV head and sequence.
 
     Where GPUs share the model they all do the same: `model` is one GPU's part of it, and all else is of that GPU.
+    `kv_copies` of them keep the same KV heads.
     """
 
     model: ModelSpec
@@ -70,6 +71,7 @@ class DecodePlan:
     pinned_heads_per_layer: int
     memory: DeviceMemory
     host_bytes: float
+    kv_copies: int = 1
 
     @property
     def page_bytes(self) -> float:
@@ -96,7 +98,7 @@ class DecodePlan:
     def kv_heads_of_all(self) -> int:
         """KV heads of a layer of the whole model."""
         dealt = not self.machine.deals_sequences and self.model.latent is None
-        return self.model.num_kv_heads * (self.machine.tensor_parallel if dealt else 1)
+        return self.model.num_kv_heads * (self.machine.tensor_parallel // self.kv_copies if dealt else 1)
 
     @property
     def query_heads_of_all(self) -> int:
@@ -162,6 +164,7 @@ def make_plan(
     _check_context(model, workload)
     _check_coding(model, design)
     _check_indexer(model, design)
+    copies = 1 if machine.deals_sequences else model.kv_copies(machine.tensor_parallel)
     model, sequences = part_of(model, machine), machine.own_sequences(workload.batch)
     most_pages = math.ceil((most_tokens or workload.context_tokens) / design.page_size)
     budget = _budget_pages(design, workload, most_pages)
@@ -186,6 +189,7 @@ def make_plan(
         pinned_heads_per_layer=pinned,
         memory=memory,
         host_bytes=host_bytes,
+        kv_copies=copies,
     )
 
 

@@ -32,7 +32,7 @@ from clo_sim.serving.prefill_attention import pairs_of
 from clo_sim.simulator import run_simpy
 
 DESIGNS = sorted(presets.names("designs"))
-QWENS = [name for name in presets.names("models") if name.startswith("qwen3.5")]
+QWENS = [name for name in presets.names("models") if name.startswith(("qwen3.5", "qwen3-next"))]
 LLAMA, QWEN = presets.load_model("llama-3-8b"), presets.load_model("qwen3.5-27b")
 LINEAR = {"num_key_heads": 2, "num_value_heads": 6, "key_dim": 3, "value_dim": 5}
 PLACES = st.sampled_from([(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
@@ -81,6 +81,7 @@ class TestShape:
             ("qwen3.5-35b-a3b", 35e9, 3e9),
             ("qwen3.5-122b-a10b", 122e9, 10e9),
             ("qwen3.5-397b-a17b", 397e9, 17e9),
+            ("qwen3-next-80b-a3b", 80e9, 3.6e9),
         ],
     )
     def test_models_are_as_large_as_their_makers_say(self, name: str, weights: float, used: float) -> None:

@@ -66,6 +66,27 @@ class TestParts:
         part = MODEL.with_fields(intermediate_size=1001, vocab_size=33).shard(4)
         assert (part.intermediate_size, part.vocab_size) == (251, 9)
 
+    @pytest.mark.parametrize(("gpus", "copies"), [(2, 1), (4, 1), (8, 2)])
+    def test_more_gpus_than_kv_heads_keep_some_alike(self, gpus: int, copies: int) -> None:
+        model = presets.load_model("qwen3-30b-a3b")
+        part = model.shard(gpus)
+        assert (part.num_kv_heads, part.num_query_heads) == (4 * copies // gpus, 32 // gpus)
+        assert part.kv_bytes_per_token == copies * model.kv_bytes_per_token / gpus
+        machine = presets.load_machine("h200").with_fields(tensor_parallel=gpus)
+        scene = clo_sim.make_scene(model, machine, context_tokens=32768, batch=4)
+        plan = scene.plan(presets.load_design("clo"))
+        assert (plan.kv_heads_of_all, plan.query_heads_of_all, plan.kv_copies) == (4, 32, copies)
+        assert plan.host_bytes == 46 * 4 * 32768 * part.layer_token_bytes
+        notes = simulate(scene, "clo", executor="clock").assumptions
+        said = f"each KV head is kept, and its pages are fetched, by {copies} GPUs: they are more than heads"
+        assert (said in notes) == (copies > 1)
+
+    def test_sequences_that_are_dealt_out_keep_heads_once(self) -> None:
+        model, machine = presets.load_model("qwen3.5-27b"), presets.load_machine("h200")
+        dealt = machine.with_fields(tensor_parallel=8, attention_by="sequences")
+        plan = clo_sim.make_scene(model, dealt, context_tokens=32768, batch=8).plan(presets.load_design("clo"))
+        assert (plan.kv_copies, plan.kv_heads_of_all, plan.query_heads_of_all) == (1, 4, 24)
+
     def test_heads_that_cannot_be_dealt_out_are_named(self) -> None:
         with pytest.raises(SpecError, match=r"tensor_parallel = 3: the 8 KV heads of llama-3-8b cannot be dealt out"):
             MODEL.shard(3)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import clo_sim
 from clo.errors import SpecError
-from clo.presets import load_design, load_machine, load_named_profile
+from clo.presets import load_design, load_machine, load_model, load_named_profile
 from clo.results import Result
 from clo.specs import Cache, Design
 from clo_sim.scene import Scene
@@ -49,6 +49,8 @@ def claims() -> list[Claim]:
         _miss_rates(),
         _beyond_memory(),
         _served_steps(),
+        _hybrid_steps(BLACKWELL),
+        _hybrid_steps(HOPPER),
         _copy_cliff(),
     ]
 
@@ -165,6 +167,76 @@ def _served_steps() -> Claim:
         "ours is the sum of what was timed alone: what else an engine launches around experts and GEMMs (routing, "
         "gathering the batch, gaps between kernels) is priced as nothing, or as little",
     )
+
+
+@dataclass(frozen=True, slots=True)
+class HybridStep:
+    """A decode step of a hybrid model with everything on `gpus` GPUs, without speculation, as SGLang served it."""
+
+    model: str
+    weight_bytes: float
+    gpus: int
+    tpot_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class HybridRun:
+    """Such steps of one source: all of `batch` sequences with `context` tokens in the mean."""
+
+    source: str
+    machine: str
+    batch: int
+    context: int
+    steps: tuple[HybridStep, ...]
+
+
+BLACKWELL = HybridRun(
+    source="SGLang 0.5.15, pull request 32323 as first measured",
+    machine="b200",
+    batch=1,
+    context=8704,
+    steps=(
+        HybridStep("qwen3.5-27b", 2.0, 1, 10.45e-3),
+        HybridStep("qwen3.5-35b-a3b", 2.0, 1, 3.0e-3),
+        HybridStep("qwen3.5-122b-a10b", 2.0, 2, 4.1e-3),
+        HybridStep("qwen3.5-397b-a17b", 2.0, 8, 4.6e-3),
+        HybridStep("qwen3.5-27b", 1.0, 1, 7.54e-3),
+        HybridStep("qwen3.5-35b-a3b", 1.0, 1, 2.91e-3),
+        HybridStep("qwen3.5-122b-a10b", 1.0, 1, 4.75e-3),
+        HybridStep("qwen3.5-397b-a17b", 1.0, 4, 5.31e-3),
+    ),
+)
+HOPPER = HybridRun(
+    source="SGLang pull request 10404, September 2025",
+    machine="h200",
+    batch=8,
+    context=2000,
+    steps=tuple(
+        HybridStep("qwen3-next-80b-a3b", 2.0, gpus, 8 / rate)
+        for gpus, rate in ((2, 937.94), (4, 1137.94), (8, 1239.43))
+    ),
+)
+"""GPUs of the first are told by tokens/s of each; the second are sequences over tokens/s of whole runs, prefill
+included."""
+
+
+def _hybrid_steps(run: HybridRun) -> Claim:
+    ours = [_hybrid_step(run, each).tpot_s for each in run.steps]
+    what = ", ".join(f"{each.model}{' fp8' if each.weight_bytes == 1.0 else ''} on {each.gpus}" for each in run.steps)
+    return Claim(
+        f"TPOT of {run.batch} x {run.context} tokens on {run.machine}, all on the GPUs ({run.source}): {what}",
+        ", ".join(f"{each.tpot_s * 1e3:.1f} ms" for each in run.steps),
+        ", ".join(f"{tpot_s * 1e3:.1f} ms" for tpot_s in ours),
+        "kernels timed alone are of other versions; what an engine launches beside them, hides behind others or fuses "
+        "is in no table",
+    )
+
+
+def _hybrid_step(run: HybridRun, step: HybridStep) -> Result:
+    model = load_model(step.model).with_fields(weight_bytes_per_value=step.weight_bytes)
+    machine = load_machine(run.machine).with_fields(tensor_parallel=step.gpus)
+    scene = clo_sim.make_scene(model, machine, context_tokens=run.context, batch=run.batch)
+    return clo_sim.simulate(scene, "resident")
 
 
 def _offloaded_tokens_per_s(batch: int) -> float:

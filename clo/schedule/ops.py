@@ -306,7 +306,7 @@ class StepOps:
         return Op(name, layer, Part.MODEL, Gemm(self.plan.workload.batch, n, k, narrow))
 
     def _projection(self, product: Projection, layer: int) -> Op:
-        narrow = self.plan.model.has_fp8_weights
+        narrow = self.plan.model.has_fp8_weights and not product.wide
         return Op(product.name, layer, Part.MODEL, Gemm(self.plan.sequences, product.n, product.k, narrow))
 
     def _map(self, name: str, layer: int, num_heads: int, head_dim: int) -> Op:

@@ -16,11 +16,12 @@ from clo.specs.linear import LinearSpec
 
 
 class Projection(NamedTuple):
-    """A linear layer: its name, its outputs and its inputs."""
+    """A linear layer: its name, its outputs and its inputs, and whether its weights stay bf16 where others are fp8."""
 
     name: str
     n: int
     k: int
+    wide: bool = False
 
 
 class ModelSpec(Spec):
@@ -210,7 +211,7 @@ class ModelSpec(Spec):
         width = linear.conv_width + linear.value_width
         return (
             Projection("linear_proj", predicted_layers * self.query_width + width, hidden),
-            Projection("decay_proj", 2 * linear.num_value_heads, hidden),
+            Projection("decay_proj", 2 * linear.num_value_heads, hidden, wide=True),
         )
 
     def projections(self, predicted_layers: int = 0) -> tuple[Projection, ...]:
@@ -350,17 +351,24 @@ class ModelSpec(Spec):
         router, one = self.hidden_size * experts.num_experts, 3 * self.hidden_size * experts.intermediate_size
         return mlp + router + one * (experts.num_experts if num_experts is None else num_experts)
 
+    def kv_copies(self, parts: int) -> int:
+        """How many of `parts` GPUs keep the same KV head: some, where there are fewer heads than GPUs."""
+        return parts // self.num_kv_heads if self.latent is None and parts % self.num_kv_heads == 0 else 1
+
     def shard(self, num_gpus: int, *, whole_attention: bool = False) -> ModelSpec:
         """What each of `num_gpus` GPUs holds and computes: its heads, its part of each MLP and of the vocabulary.
 
         With `whole_attention` all heads, of the sequences that are its own.
-        As in Megatron-LM (arXiv 1909.08053). What does not divide evenly is rounded up. The vectors of latent
-        attention, and what makes them, each GPU has whole. Raises `SpecError` where heads cannot be dealt out evenly.
+        As in Megatron-LM (arXiv 1909.08053). What does not divide evenly is rounded up. KV heads that are fewer than
+        the GPUs are kept by several of them; the vectors of latent attention, and what makes them, by each. Raises
+        `SpecError` where heads cannot be dealt out evenly.
         """
         if num_gpus == 1:
             return self
         parts = 1 if whole_attention else num_gpus
-        heads = {"KV": self.num_kv_heads} if self.latent is None else {"query": self.num_query_heads}
+        copies = self.kv_copies(parts)
+        heads = {} if self.latent is not None else {"KV": self.num_kv_heads * copies}
+        heads["query"] = self.num_query_heads
         if self.linear is not None:
             heads["linear attention's key"] = self.linear.num_key_heads
         for kind, dealt in heads.items():
@@ -371,7 +379,7 @@ class ModelSpec(Spec):
                 )
         return self.with_fields(
             num_query_heads=self.num_query_heads // parts,
-            num_kv_heads=self.num_kv_heads // parts if self.latent is None else 1,
+            num_kv_heads=self.num_kv_heads * copies // parts if self.latent is None else 1,
             intermediate_size=math.ceil(self.intermediate_size / num_gpus),
             vocab_size=math.ceil(self.vocab_size / num_gpus),
             experts=None if self.experts is None else self.experts.shard(num_gpus).model_dump(),

@@ -74,6 +74,9 @@ def _sharing_notes(scene: Scene, plan: DecodePlan) -> tuple[str, ...]:
         f"the {count} GPUs do alike: bytes, memory and link are of one of them, tokens/s of all, and none waits for "
         "another's transfers"
     ]
+    if plan.kv_copies > 1:
+        copies = f"each KV head is kept, and its pages are fetched, by {plan.kv_copies} GPUs"
+        notes.append(f"{copies}: they are more than heads")
     if plan.machine.deals_sequences:
         notes.append(
             f"each GPU attends for {plan.sequences} sequences; handing out and collecting hidden states take as long "

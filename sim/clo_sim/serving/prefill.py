@@ -105,7 +105,7 @@ class PrefillPrices:
 def prefill_prices(
     scene: Scene, design: Design, *, chunk_tokens: int, block_tokens: int = 0, draw: CostDraw | None = None
 ) -> PrefillPrices:
-    """Prices of chunks of up to `chunk_tokens`; a service that keeps prefixes, in blocks, sends every new token's KV out.
+    """Prices of chunks of up to `chunk_tokens`; a service that keeps prefixes (in blocks) sends all new KV out.
 
     With a `draw`, GEMMs, element-wise kernels and attention vary with their spreads; the link's is not known.
     """
@@ -171,7 +171,9 @@ def _gemm_seconds(scene: Scene, tables: TablePrices, tokens: Any) -> Floats:
     around: Counter[Projection] = Counter()
     for layer in range(model.num_layers):
         around.update(_around_attention(model, layer))
-    attention = sum(count * tables.seconds(Gemm(own, each.n, each.k, fp8)) for each, count in around.items())
+    attention = sum(
+        count * tables.seconds(Gemm(own, each.n, each.k, fp8 and not each.wide)) for each, count in around.items()
+    )
     others: Counter[tuple[int, int, bool]] = Counter()
     for layer in range(model.num_layers):
         width, experts = model.mlp_width(layer), model.experts_in(layer)

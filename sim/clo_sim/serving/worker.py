@@ -25,7 +25,7 @@ class WorkerCosts:
     """Prices and memory of a worker. `clock(batch)` prices decode steps, `prefill` chunks of prompts.
 
     `block_bytes` is a prefix block of `block_tokens` in host memory (both 0: none is kept); `max_tokens` the longest
-    sequence the model accepts; `replica_gpus` the GPUs that a worker is, of which one's memory and transfers are counted.
+    sequence the model accepts; `replica_gpus` the GPUs that a worker is, of which one's memory and transfers count.
     """
 
     clock: Callable[[int], StepClock]
