@@ -6,6 +6,8 @@ Every rule that involves more than one of the four is checked here, before any w
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from clo.errors import SpecError
@@ -314,11 +316,16 @@ def _fixed_memory(
 
 def _slot_row_bytes(model: ModelSpec, design: Design, sequences: int, pinned: int) -> float:
     """Device bytes of one slot in every KV head that has slots at the same time."""
-    sparse = len(sparse_layers(model, design))
+    sparse = sparse_layers(model, design)
     # without a cache the slots are a buffer that layers share in turn: one in use, the others being filled
-    layers = min(sparse, design.prefetch_depth + 1) if design.cache is Cache.NONE else sparse
+    layers = _most_at_once(sparse, design.prefetch_depth) if design.cache is Cache.NONE else len(sparse)
     heads = layers * (model.num_kv_heads - pinned) * sequences
     return heads * design.page_size * paged_head_token_bytes(model, design)
+
+
+def _most_at_once(layers: Sequence[int], depth: int) -> int:
+    """Of ascending `layers`, the most that lie within `depth` of one of them and not before it."""
+    return max((bisect_right(layers, layer + depth) - at for at, layer in enumerate(layers)), default=0)
 
 
 def _slot_pages(design: Design, pages: int, budget: int, room: float, row_bytes: float) -> int:

@@ -263,6 +263,15 @@ class TestMemory:
             assert need.device(tokens) >= plan.memory.kv >= QWEN.state_bytes
             assert need.host(tokens) >= plan.host_bytes
 
+    @pytest.mark.parametrize(("depth", "layers"), [(0, 1), (1, 1), (2, 1)])
+    @pytest.mark.parametrize("name", ["staged", "streamed"])
+    def test_a_buffer_is_of_the_layers_on_their_way(self, name: str, depth: int, layers: int) -> None:
+        design = presets.load_design(name).with_fields(prefetch_depth=depth)
+        plan, without = (scene_of(model).plan(design) for model in (QWEN, QWEN.with_fields(linear=None)))
+        page = plan.design.page_size * 4 * 2 * 256 * 2 * 4
+        assert plan.memory.slots == layers * plan.slot_pages * page
+        assert without.memory.slots == (depth + 1) * without.slot_pages * page
+
     def test_states_leave_less_room_for_slots(self) -> None:
         design = presets.load_design("clo")
         smaller = QWEN.with_fields(linear=QWEN.linear.model_dump() | {"state_bytes_per_value": 2.0})  # type: ignore[union-attr]
