@@ -81,7 +81,7 @@ def hosted_token_bytes(model: ModelSpec, design: Design) -> float:
 def hosted_block_bytes(model: ModelSpec, design: Design, tokens: int) -> float:
     """A block of a kept prefix: the KV of so many tokens and, so that a prompt can go on there, a state of each layer.
 
-    In every block, as vLLM keeps them where all are to be found again (its `mamba_cache_mode = all`).
+    In every block, as in vLLM, whose states are kept at the ends of blocks.
     """
     return tokens * hosted_token_bytes(model, design) + model.state_bytes
 
