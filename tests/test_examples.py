@@ -119,7 +119,7 @@ class TestOwn:
     def test_further_tables_belong_to_a_model(self, here: Path) -> None:
         model = tomllib.loads((here / "model.toml").read_text(encoding="utf-8"))
         further = re.findall(r"```toml\n(?!# \S+\n)(.*?)```", self.TEXT, re.DOTALL)
-        assert len(further) == 4
+        assert len(further) == 5
         tables = [tomllib.loads(block) for block in further]
         latent = next(fields for fields in tables if "latent" in fields)
         for fields in tables:
