@@ -133,7 +133,7 @@ class TestPrices:
 class TestServices:
     def test_prompts_and_memory(self) -> None:
         scene, trace = scene_of(), trace_of([(0, 65536, 10)])
-        plain, coded = (worker_costs(scene, each, trace, block_tokens=512) for each in pair(slot_budgets=1.0))
+        plain, coded = (worker_costs(scene, each, trace, keeps_prefixes=True) for each in pair(slot_budgets=1.0))
         # two of 32 layers are dense: they are not paged
         whole = (2 + 30 * SHARE) / 32
         assert coded.prefill.in_ns == pytest.approx(plain.prefill.in_ns * SHARE)
