@@ -293,6 +293,9 @@ def _notes(found: Exploration, scene: Scene, base: Design) -> Iterator[str]:
     if found.goals.bounds:
         kept = sum(found.goals.allows(one) for one in found.candidates)
         yield f"{kept} of the swept keep {' and '.join(str(bound) for bound in found.goals.bounds)} on the clock"
+    if found.contradictions:
+        reasons = "; ".join(f"{reason} ({count})" for reason, count in found.contradictions.items())
+        yield f"combinations left out, which contradict themselves: {reasons}"
     if found.recalled:
         yield f"{found.recalled} evaluations were taken from the record"
     if found.interrupted:
@@ -331,6 +334,7 @@ def _as_json(found: Exploration, scene: Scene, base: Design) -> dict[str, Any]:
         "finalists": [result.model_dump(mode="json") for result in found.finalist_results],
         "measured": [one.result.model_dump(mode="json") for one in found.measured if one.result is not None],
         "num_candidates": len(found.candidates),
+        "contradictions": dict(found.contradictions),
         "num_from_record": found.recalled,
         "interrupted": found.interrupted,
         "choices": found.choices.model_dump(mode="json") if found.choices else None,

@@ -6,8 +6,8 @@ last word. Knows nothing about files, figures or commands.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from typing import Any
@@ -23,7 +23,7 @@ from clo_sim.laboratory import Finished, Laboratory, Progress, Role
 from clo_sim.record import Record
 from clo_sim.scene import Scene
 from clo_sim.search import Range, Space, check_optimiser, search
-from clo_sim.variation import Grid, Task, check_field, expand, scene_with, vary
+from clo_sim.variation import Grid, Task, check_field, contradictions, expand, scene_with, vary
 from clo_sim.workers import Workers
 from clo_sim.worth import worth
 
@@ -44,7 +44,8 @@ What decides the answers' quality (tau, budget, selector, dense layers) stays as
 class Exploration:
     """Named designs (simulated), candidates (on the clock), the best of those (simulated), and what choices are worth.
 
-    `measured` are finalists on a real machine. Of an `interrupted` one, `finished` holds all there is.
+    `measured` are finalists on a real machine. `contradictions` are why combinations of the space make no design, each
+    with how many it keeps out (an optimiser does not count them). Of an `interrupted` one, `finished` is all there is.
     """
 
     goals: Goals
@@ -53,6 +54,7 @@ class Exploration:
     finalists: tuple[Evaluation, ...] = ()
     measured: tuple[Evaluation, ...] = ()
     choices: Choices | None = None
+    contradictions: Mapping[str, int] = field(default_factory=dict)
     finished: tuple[Finished, ...] = ()
     recalled: int = 0
     interrupted: bool = False
@@ -137,8 +139,8 @@ def check_space(scene: Scene, space: Space, base: Design) -> None:
     What contradicts `base` is refused where no other choice is varied that could agree with it.
     """
     tried = {field: values.ends if isinstance(values, Range) else values for field, values in space.items()}
-    for field, values in tried.items():
-        check_field(scene, field, values)
+    for name, values in tried.items():
+        check_field(scene, name, values)
     choices = [field for field in tried if field.startswith("design.")]
     if len(choices) == 1:
         for value in tried[choices[0]]:
@@ -186,7 +188,8 @@ def explore(
     goals, named = goals or Goals(), tuple(named)
     check_space(scene, space, base)
     if budget is None:
-        tasks = expand(base, _values_of(space)) if space else []
+        grid = _values_of(space)
+        tasks = expand(base, grid) if space else []
         asked = [task.design for task in tasks] or named
     else:
         check_optimiser(base, space, budget)
@@ -200,7 +203,7 @@ def explore(
         stages.compare(named)
         if space:
             if budget is None:
-                stages.try_all(tasks)
+                stages.try_all(tasks, contradictions(base, grid))
             else:
                 stages.search(base, space, budget, seed)
             stages.decide(num_finalists, measure)
@@ -249,8 +252,9 @@ class _Stages:
         """Simulate the named designs."""
         self._found["named"] = self._run("named", [Task(design=design, level="simpy") for design in named])
 
-    def try_all(self, tasks: list[Task]) -> None:
+    def try_all(self, tasks: list[Task], left_out: Mapping[str, int]) -> None:
         """Try these on the clock."""
+        self._found["contradictions"] = left_out
         self._found["candidates"] = self._run("candidate", tasks)
 
     def search(self, base: Design, space: Space, budget: int, seed: int) -> None:
@@ -282,7 +286,7 @@ def _on(task: Task, level: Any) -> Task:
 
 
 def _values_of(space: Space) -> Grid:
-    for field, values in space.items():
+    for name, values in space.items():
         if isinstance(values, Range):
-            raise SpecError(f"{field}={values}: a range is searched with a budget of evaluations (--evaluations)")
-    return {field: values for field, values in space.items() if not isinstance(values, Range)}
+            raise SpecError(f"{name}={values}: a range is searched with a budget of evaluations (--evaluations)")
+    return {name: values for name, values in space.items() if not isinstance(values, Range)}

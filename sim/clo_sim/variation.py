@@ -6,7 +6,8 @@ Knows nothing about how a changed question is answered.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -137,18 +138,27 @@ def expand(base: Design, grid: Grid) -> list[Task]:
     Where no CPU takes part in a transfer, `host`, `events` and `flags` order the same step: the first stands for all.
     """
     tasks: dict[tuple[Changes, Design], Task] = {}
-    contradictions: dict[str, None] = {}
-    for values in itertools.product(*grid.values()):
-        try:
-            task = task_at(base, dict(zip(grid, values, strict=True)))
-        except SpecError as error:
-            contradictions[str(error)] = None
-            continue
-        tasks.setdefault(identity(task), task)
+    for found in _combinations(base, grid):
+        if isinstance(found, Task):
+            tasks.setdefault(identity(found), found)
     if not tasks:
-        reasons = "; ".join(contradictions)
+        reasons = "; ".join(contradictions(base, grid))
         raise SpecError(f"explore: no combination of {', '.join(grid)} makes a valid design: {reasons}")
     return list(tasks.values())
+
+
+def contradictions(base: Design, grid: Grid) -> dict[str, int]:
+    """Why combinations of the grid's values make no design, each reason with how many it keeps out."""
+    return dict(Counter(found for found in _combinations(base, grid) if isinstance(found, str)))
+
+
+def _combinations(base: Design, grid: Grid) -> Iterator[Task | str]:
+    """Each combination's task, or why it is none."""
+    for values in itertools.product(*grid.values()):
+        try:
+            yield task_at(base, dict(zip(grid, values, strict=True)))
+        except SpecError as error:
+            yield str(error)
 
 
 def identity(task: Task) -> tuple[Changes, Design]:

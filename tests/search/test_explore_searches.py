@@ -43,7 +43,7 @@ class TestCommand:
 
     def test_models_with_experts_and_windows_have_columns_beside_others(self, tmp_path: Path) -> None:
         path = tmp_path / "models.parquet"
-        names = ("qwen3-30b-a3b", "gemma-3-27b", "smollm2-135m")
+        names = ("qwen3-30b-a3b", "gemma-3-27b", "smollm2-135m", "qwen3.5-35b-a3b")
         explored("--vary", f"model={','.join(names)}", "--parquet", str(path))
         rows = {row["model.name"]: row for row in pq.read_table(path).to_pylist() if row["role"] == "candidate"}
         for name in names:
@@ -51,6 +51,7 @@ class TestCommand:
             assert tuple(row["model.windowed_layers"]) == model.windowed_layers
             assert row["model.window_tokens"] == model.window_tokens
             assert row["model.experts.num_experts"] == (model.experts and model.experts.num_experts)
+            assert row["model.linear.key_dim"] == (model.linear and model.linear.key_dim)
 
     def test_a_search_reports_its_front(self, tmp_path: Path) -> None:
         vary = ["--vary", "tau=0.4..0.9", "--vary", "workload.batch=1..8:log", "--evaluations", "20"]

@@ -14,7 +14,7 @@ from clo.errors import SpecError
 from clo_sim.evaluation import evaluate
 from clo_sim.explore import check_space
 from clo_sim.scene import Scene
-from clo_sim.variation import expand, scene_with, task_at, vary
+from clo_sim.variation import contradictions, expand, scene_with, task_at, vary
 
 
 class TestVariation:
@@ -52,6 +52,9 @@ class TestVariation:
             ("lru", "previous_step"),
             ("head_reuse", "layer_ahead"),
         }
+        (reason, count), *others = contradictions(CLO, grid).items()
+        assert "prefetch_query = previous_step" in reason
+        assert (count, others) == (1, [])
 
     def test_names_say_what_differs_however_it_was_written(self) -> None:
         given = {"slot_budgets": "none", "tau": str(CLO.tau), "page_size": "32"}
