@@ -5,12 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
-from executor_oracles import costly_profile, designs, longest_path, slow_fluid_ends
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tiny import random_trace, tiny_model, tiny_scene
+from tiny import tiny_model
 from toy_service import trace_of
 
 import clo_sim
@@ -18,33 +14,24 @@ from clo import presets
 from clo.errors import SpecError
 from clo.placement import hosted_block_bytes, hosted_token_bytes
 from clo.plan import make_plan
-from clo.schedule import Lane, record_step
+from clo.schedule import record_step
 from clo.schedule.work import DecodeAttention, Gemm, StreamKernel
-from clo.specs import Design, LinearSpec, ModelSpec, Workload
-from clo_sim.clock import run_clock
-from clo_sim.contention import Contention
+from clo.specs import LinearSpec, ModelSpec, Workload
 from clo_sim.run import simulate
 from clo_sim.scene import Scene
 from clo_sim.serving import ServiceSettings, serve, worker_costs
 from clo_sim.serving.memory import memory_need, smallest_plan
 from clo_sim.serving.prefill import prefill_prices
 from clo_sim.serving.prefill_attention import pairs_of
-from clo_sim.simulator import run_simpy
 
 DESIGNS = sorted(presets.names("designs"))
 QWENS = [name for name in presets.names("models") if name.startswith(("qwen3.5", "qwen3-next"))]
 LLAMA, QWEN = presets.load_model("llama-3-8b"), presets.load_model("qwen3.5-27b")
 LINEAR = {"num_key_heads": 2, "num_value_heads": 6, "key_dim": 3, "value_dim": 5}
-PLACES = st.sampled_from([(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
 
 
 def tiny_hybrid(places: tuple[int, ...] = (0,), **changes: Any) -> ModelSpec:
     return tiny_model(linear=LINEAR | {"layers": places}, **changes)
-
-
-def tiny_hybrid_scene(seed: int, places: tuple[int, ...]) -> Scene:
-    scene = tiny_scene(random_trace(seed), profile=costly_profile())
-    return replace(scene, model=scene.model.with_fields(linear=LINEAR | {"layers": places}))
 
 
 def scene_of(model: ModelSpec = QWEN, context_tokens: int = 32768, batch: int = 4, **fields: Any) -> Scene:
@@ -133,39 +120,6 @@ class TestShape:
 
 
 class TestAnyDesign:
-    @given(designs(), st.integers(0, 20), PLACES)
-    @settings(max_examples=60, deadline=None)
-    def test_the_clock_is_the_longest_path(self, design: Design, seed: int, places: tuple[int, ...]) -> None:
-        scene = tiny_hybrid_scene(seed, places)
-        priced = scene.priced(scene.plan(design))
-        expected = [longest_path(priced, step) for step in range(priced.num_steps)]
-        np.testing.assert_allclose(run_clock(priced).seconds, expected, rtol=1e-12)
-
-    @given(designs(), st.integers(0, 20), st.integers(0, 5), PLACES)
-    @settings(max_examples=60, deadline=None)
-    def test_the_simulator_is_the_slow_fluid_service(
-        self, design: Design, seed: int, step: int, places: tuple[int, ...]
-    ) -> None:
-        scene = tiny_hybrid_scene(seed, places)
-        priced = scene.priced(scene.plan(design))
-        ends = slow_fluid_ends(priced, step, Contention(priced.pricer.interference))
-        of_lane = {segment.lane: end for segment, end in zip(priced.segments, ends, strict=True)}
-        assert run_simpy(priced).seconds[step] == pytest.approx(of_lane[Lane.LAUNCH], rel=1e-9)
-
-    @given(designs(), st.integers(0, 20), PLACES)
-    @settings(max_examples=60, deadline=None)
-    def test_nothing_of_a_linear_layer_moves_and_the_others_do_as_without(
-        self, design: Design, seed: int, places: tuple[int, ...]
-    ) -> None:
-        scene = tiny_hybrid_scene(seed, places)
-        plain = replace(scene, model=scene.model.with_fields(linear=None))
-        found, wanted = (one.source.traffic(one.plan(design)) for one in (scene, plain))
-        others = [layer for layer in range(3) if layer not in places]
-        for name in ("spec_pages", "demand_pages", "spec_heads", "demand_heads", "write_back_pages", "reused_heads"):
-            counts = getattr(found, name)
-            assert not counts[:, list(places)].any()
-            np.testing.assert_allclose(counts[:, others], getattr(wanted, name)[:, others])
-
     @pytest.mark.parametrize("name", DESIGNS)
     def test_every_design_runs_a_real_model_of_this_kind(self, name: str) -> None:
         scene = scene_of(presets.load_model("qwen3.5-35b-a3b"))

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import pytest
-from executor_oracles import costly_profile, designs, longest_path, slow_fluid_ends
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from tiny import random_trace, tiny_scene
 from toy_service import trace_of
 
 import clo_sim
 from clo import presets
 from clo.errors import SpecError
 from clo.plan import make_plan
-from clo.schedule import Lane, record_step
+from clo.schedule import record_step
 from clo.schedule.work import DecodeAttention
-from clo.specs import Design, ModelSpec, Workload, model_from_hf_config
-from clo_sim.clock import run_clock
-from clo_sim.contention import Contention
+from clo.specs import ModelSpec, Workload, model_from_hf_config
 from clo_sim.run import simulate
 from clo_sim.scene import Scene
 from clo_sim.serving import ServiceSettings, serve, worker_costs
 from clo_sim.serving.memory import memory_need, smallest_plan
 from clo_sim.serving.prefill import prefill_prices
 from clo_sim.serving.prefill_attention import pairs_in_window, pairs_of
-from clo_sim.simulator import run_simpy
 from clo_sim.worth import worth_of_choices
 
 DESIGNS = sorted(presets.names("designs"))
@@ -48,48 +41,7 @@ def scene_of(model: ModelSpec, context_tokens: int = 16384, batch: int = 2) -> S
     return clo_sim.make_scene(model, "h200", context_tokens=context_tokens, batch=batch)
 
 
-def tiny_windowed(seed: int, places: tuple[int, ...]) -> Scene:
-    scene = tiny_scene(random_trace(seed), profile=costly_profile())
-    return replace(scene, model=scene.model.with_fields(window_tokens=8, windowed_layers=places))
-
-
-PLACES = st.sampled_from([(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
-
-
 class TestAnyDesign:
-    @given(designs(), st.integers(0, 20), PLACES)
-    @settings(max_examples=60, deadline=None)
-    def test_the_clock_is_the_longest_path(self, design: Design, seed: int, places: tuple[int, ...]) -> None:
-        scene = tiny_windowed(seed, places)
-        priced = scene.priced(scene.plan(design))
-        expected = [longest_path(priced, step) for step in range(priced.num_steps)]
-        np.testing.assert_allclose(run_clock(priced).seconds, expected, rtol=1e-12)
-
-    @given(designs(), st.integers(0, 20), st.integers(0, 5), PLACES)
-    @settings(max_examples=60, deadline=None)
-    def test_the_simulator_is_the_slow_fluid_service(
-        self, design: Design, seed: int, step: int, places: tuple[int, ...]
-    ) -> None:
-        scene = tiny_windowed(seed, places)
-        priced = scene.priced(scene.plan(design))
-        ends = slow_fluid_ends(priced, step, Contention(priced.pricer.interference))
-        of_lane = {segment.lane: end for segment, end in zip(priced.segments, ends, strict=True)}
-        assert run_simpy(priced).seconds[step] == pytest.approx(of_lane[Lane.LAUNCH], rel=1e-9)
-
-    @given(designs(), st.integers(0, 20), PLACES)
-    @settings(max_examples=60, deadline=None)
-    def test_nothing_of_a_windowed_layer_moves_and_the_others_do_as_without(
-        self, design: Design, seed: int, places: tuple[int, ...]
-    ) -> None:
-        scene = tiny_windowed(seed, places)
-        plain = replace(scene, model=scene.model.with_fields(window_tokens=None, windowed_layers=()))
-        found, wanted = (one.source.traffic(one.plan(design)) for one in (scene, plain))
-        others = [layer for layer in range(3) if layer not in places]
-        for name in ("spec_pages", "demand_pages", "spec_heads", "demand_heads", "write_back_pages", "reused_heads"):
-            counts = getattr(found, name)
-            assert not counts[:, list(places)].any()
-            np.testing.assert_allclose(counts[:, others], getattr(wanted, name)[:, others])
-
     @pytest.mark.parametrize("name", [name for name in DESIGNS if name not in ("resident", "streamed")])
     def test_a_window_as_long_as_the_context_is_a_dense_layer(self, name: str) -> None:
         design = presets.load_design(name)
