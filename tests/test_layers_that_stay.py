@@ -1,6 +1,4 @@
-"""Layers of which nothing is ever offloaded, windowed or linear ones: every design steps over them, and the others do as
-they would without.
-"""
+"""Layers of which nothing is ever offloaded, windowed or linear ones: designs step over them, and others do as without."""
 
 from __future__ import annotations
 
