@@ -1,4 +1,4 @@
-"""Layers of which nothing is ever offloaded, windowed or linear ones: designs step over them, and others do as without."""
+"""Layers of which nothing is ever offloaded, windowed or linear ones: designs step over them."""
 
 from __future__ import annotations
 
