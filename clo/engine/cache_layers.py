@@ -95,8 +95,11 @@ class FullLayer(Owned, DynamicLayer):  # type: ignore[misc]
         return key_states, value_states
 
     def get_seq_length(self) -> int:
-        """Tokens seen so far."""
-        return self.cache.decoded_length() if self.cache.decodes else int(super().get_seq_length())
+        """Tokens seen so far. Raises `EngineError` if the prompt's are dropped."""
+        if self.cache.decodes:
+            return self.cache.decoded_length()
+        self.cache.check_open()
+        return int(super().get_seq_length())
 
     def get_mask_sizes(self, query: int | torch.Tensor) -> tuple[int, int]:
         """Every cached token and the new ones; of one token that is decoded no mask is made."""

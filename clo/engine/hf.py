@@ -337,10 +337,10 @@ class OffloadedCache(Cache):  # type: ignore[misc]
     def _check_finite(self, output: torch.Tensor) -> None:
         """What is not finite in any layer spoils the last one's attention, too: one look a token is enough."""
         if not bool(torch.isfinite(output).all()):
-            last, gated = len(self.layers) - 1, self._network.spec.gated_attention
+            last, spec = len(self.layers) - 1, self._network.spec
             made: dict[int, Projected | States] = {**self._projected, **self._states()}
-            why = explain_step(self._kv, made, self._tokens, gated=gated)
-            what = "output is" if last in self._kv or self.layers[last].is_sliding else "states are"
+            why = explain_step(self._kv, made, self._tokens, gated=spec.gated_attention)
+            what = "output is" if spec.linear_in(last) is None else "states are"
             raise EngineError(f"attention of layer {last}: its {what} not finite, {why}")
 
     def _states(self) -> dict[int, States]:
