@@ -98,7 +98,7 @@ class TestEverythingAttended:
     @pytest.mark.parametrize("depth", [0, 1, 2])
     @pytest.mark.parametrize(
         "layers",
-        [(LINEAR, FULL), (FULL, LINEAR), (LINEAR, LINEAR, FULL, LINEAR), (FULL, FULL)],
+        [(LINEAR, FULL), (FULL, LINEAR), (LINEAR, LINEAR, FULL, LINEAR)],
         ids=lambda each: len(each),
     )
     def test_wherever_the_layers_are(self, layers: tuple[str, ...], depth: int) -> None:
@@ -394,6 +394,16 @@ class TestMemory:
         assert in_states == len(IN_STATES) * 2 * STATE_BYTES
         assert (needed.device, needed.host) == (device + in_states, host)
 
+    def test_of_a_narrow_model_no_less(self) -> None:
+        """Some versions of the library keep its states in float32, some do not."""
+        model = hybrid_model("Qwen3_5", dtype=torch.bfloat16)
+        with offload(model, everything("resident"), max_new_tokens=20) as cache:
+            generate(model, batch(70), cache, 15)
+            device = held(SimpleNamespace(layers=cache._kv.values()))[0]  # type: ignore[arg-type]
+            in_states = sum(each.nbytes for layer in IN_STATES for each in states(cache.layers[layer]))
+            wide = len(IN_STATES) * 2 * VALUE_HEADS * STATE_DIM * STATE_DIM * 2
+            assert memory.cache_bytes(cache.plan, 90).device - device - in_states in (0, wide)
+
 
 class TestRefused:
     @pytest.mark.parametrize("kind", KINDS)
@@ -465,7 +475,7 @@ class TestRefused:
             with pytest.raises(SpecError, match="cannot be copied"):
                 copy.deepcopy(cache)
             with pytest.raises(SpecError, match="cannot be taken back"):
-                cache.activate_past_recording()
+                cache.layers[0].activate_past_recording()
             for layer in cache.layers:
                 with pytest.raises(SpecError, match="cannot be taken back"):
                     layer.crop(-1)
@@ -473,7 +483,7 @@ class TestRefused:
                     layer.reorder_cache(torch.zeros(2, dtype=torch.long))
                 with pytest.raises(EngineError, match="it has decoded already"):
                     layer.reset()
-            assert not cache.is_croppable
+            assert not any(layer.is_croppable for layer in cache.layers)
             with pytest.raises(EngineError, match=r"layer 0 has linear attention: its states are in layers\[0\]"):
                 cache.layer(0)
             assert isinstance(cache.layer(OTHERS[-1]), OffloadedLayer)
@@ -580,6 +590,7 @@ class TestSeveralCaches:
             cache.close()
             with pytest.raises(EngineError, match="cache: closed"), torch.inference_mode():
                 model(ids, past_key_values=cache)
+            assert not any(isinstance(each, torch.Tensor) for each in states(cache.layers[0]))
 
 
 def tail_of(whole: Any) -> dict[str, Any]:
