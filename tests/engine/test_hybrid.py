@@ -28,6 +28,7 @@ from clo.engine.memory import local_machine
 from clo.engine.models import hybrid as models_hybrid
 from clo.engine.models.anatomy import decoder_layers, project_query
 from clo.engine.models.network import Network
+from clo.engine.random_weights import checked
 from clo.errors import EngineError, SpecError
 from clo.plan import make_plan
 from clo.schedule import record_step
@@ -416,6 +417,11 @@ class TestRefused:
         with pytest.raises(SpecError, match=f"attention of 4 layers is linear: {only}"):
             decoder_layers(hybrid_model(kind))
 
+    @pytest.mark.parametrize("name", [name for name in presets.names("models") if name.startswith("qwen3.5")])
+    def test_by_the_commands(self, name: str) -> None:
+        with pytest.raises(SpecError, match=r"simulated only, .*: only clo\.engine\.offload takes such a model, once"):
+            checked(presets.load_model(name))
+
     @pytest.mark.parametrize(
         ("layers", "changes", "message"),
         [
@@ -437,6 +443,8 @@ class TestRefused:
         monkeypatch.setattr(type(model.config), "model_type", "qwen9")
         with pytest.raises(SpecError, match=rf"Qwen3_5ForCausalLM: .*{LINEAR} of model_type = 'qwen9' is not known"):
             offload(model, design("clo"))
+        with pytest.raises(SpecError, match="attention of 4 layers is linear: not a Llama or Qwen-style model"):
+            Decoder(model, design("clo"))
 
     def test_a_library_that_is_too_old(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = hybrid_model("Qwen3Next")

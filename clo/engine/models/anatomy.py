@@ -51,9 +51,10 @@ def _check_taken_apart(model: Any, layers: list[Any]) -> None:
     """Raises `SpecError` for what stays whole."""
     linear = len(layers) - len(attending(layers))
     if linear:
+        known = text_decoder(model).config.model_type in WITH_LINEAR
         raise SpecError(
-            f"model {type(model).__name__}: attention of {linear} layers is linear: only clo.engine.offload takes such "
-            "a model"
+            f"model {type(model).__name__}: attention of {linear} layers is linear: "
+            + ("only clo.engine.offload takes such a model" if known else "not a Llama or Qwen-style model")
         )
     if not hasattr(model.model, "layers"):
         raise SpecError(
