@@ -1,7 +1,7 @@
 """Layers of the cache that `transformers` is given: until a prompt is complete they are the library's own.
 
 From the first decoded token on the design's cache takes over from full layers; those with a sliding window stay as they
-are. Knows nothing about designs.
+are, and so do those with linear attention (`linear_layer.py`). Knows nothing about designs.
 """
 
 from __future__ import annotations
@@ -32,11 +32,14 @@ class Owner(Protocol):
     def take(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """New tokens of each sequence, `[batch, kv_heads, tokens, head_dim]`, while decoding."""
 
+    def mixed(self, layer: int, states: torch.Tensor) -> None:
+        """A layer with linear attention has its new states."""
+
     def decoded_length(self) -> int:
         """Tokens in it while decoding."""
 
 
-class _Owned:
+class Owned:
     """What every layer refuses."""
 
     is_croppable = False
@@ -46,10 +49,11 @@ class _Owned:
     def belong(self, cache: Owner, index: int) -> None:
         """To be layer `index` of `cache`."""
         # the cache owns its layers: the other way round it would live until a garbage collection
-        self._owner, self._index = weakref.ref(cache), index
+        self._owner, self.index = weakref.ref(cache), index
 
     @property
-    def _cache(self) -> Owner:
+    def cache(self) -> Owner:
+        """What it is a layer of."""
         cache = self._owner()
         assert cache is not None, "a layer does not outlive its cache"
         return cache
@@ -60,7 +64,7 @@ class _Owned:
 
     def reset(self) -> None:
         """Not possible once decoding has begun."""
-        if self._cache.decodes:
+        if self.cache.decodes:
             raise EngineError("cache: it has decoded already: offload() anew for another prompt")
         super().reset()  # type: ignore[misc]
 
@@ -75,46 +79,49 @@ class _Owned:
         raise SpecError("cache: tokens cannot be taken back: generate without an assistant model or prompt lookup")
 
 
-class FullLayer(_Owned, DynamicLayer):  # type: ignore[misc]
+class FullLayer(Owned, DynamicLayer):  # type: ignore[misc]
     """Grows with the prompt as the library's own; from the first decoded token on the design's cache takes over."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """New keys and values; while decoding, those of the new tokens: attention knows where the rest is."""
-        self._cache.check_open()
-        if not self._cache.decodes:
+        self.cache.check_open()
+        if not self.cache.decodes:
             grown: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states)
-            self._cache.arrived(self._index)
+            self.cache.arrived(self.index)
             return grown
-        self._cache.take(self._index, key_states, value_states)
+        self.cache.take(self.index, key_states, value_states)
         return key_states, value_states
 
     def get_seq_length(self) -> int:
-        """Tokens seen so far."""
-        return self._cache.decoded_length() if self._cache.decodes else int(super().get_seq_length())
+        """Tokens seen so far. Raises `EngineError` if the prompt's are dropped."""
+        if self.cache.decodes:
+            return self.cache.decoded_length()
+        self.cache.check_open()
+        return int(super().get_seq_length())
 
     def get_mask_sizes(self, query: int | torch.Tensor) -> tuple[int, int]:
         """Every cached token and the new ones; of one token that is decoded no mask is made."""
         count = query_length(query)
-        alone = self._cache.decodes and count == 1
+        alone = self.cache.decodes and count == 1
         return self.get_seq_length() + (0 if alone else count), 0
 
 
-class WindowedLayer(_Owned, DynamicSlidingWindowLayer):  # type: ignore[misc]
+class WindowedLayer(Owned, DynamicSlidingWindowLayer):  # type: ignore[misc]
     """The library's own: what the next token sees of its window, on the device. Attention there is the model's own."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the new tokens see: of those before them the window, and themselves."""
-        self._cache.check_open()
+        self.cache.check_open()
         seen: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states)
         if key_states.shape[2] > 1:
             # a view would keep the whole prompt
             self.keys, self.values = self.keys.clone(), self.values.clone()
-        if self._cache.decodes:
-            self._cache.take(self._index, key_states, value_states)
+        if self.cache.decodes:
+            self.cache.take(self.index, key_states, value_states)
         else:
-            self._cache.arrived(self._index)
+            self.cache.arrived(self.index)
         return seen

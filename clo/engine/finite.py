@@ -21,22 +21,62 @@ class Projected(NamedTuple):
     value: torch.Tensor
 
 
-def explain_step(layers: Mapping[int, Layer], projected: Mapping[int, Projected], lengths: Sequence[int]) -> str:
-    """The first layer of a step whose query, key or value was not finite. `lengths`: tokens of each sequence.
+class States(NamedTuple):
+    """What the newest token left in a layer with linear attention: queries, keys and values as projected `[batch,
+    width]`, states `[batch, value_heads, key_dim, value_dim]`."""
 
-    What layers that are not in `layers` keep is not looked at: those with a sliding window.
+    projected: torch.Tensor
+    states: torch.Tensor
+
+
+def explain_step(
+    layers: Mapping[int, Layer],
+    projected: Mapping[int, Projected | States],
+    lengths: Sequence[int],
+    *,
+    gated: bool = False,
+) -> str:
+    """The first layer of a step whose query, key, value or state was not finite. `lengths`: tokens of each sequence.
+
+    What layers that are not in `layers` keep is not looked at: those with a sliding window. `gated`: whether a gate,
+    which is not looked at either, scales what attention gives.
     """
-    for layer in range(len(projected)):
-        bad = [name for name, part in projected[layer]._asdict().items() if not bool(torch.isfinite(part).all())]
-        if bad and len(bad) < len(Projected._fields):
-            return f"first in layer {layer}: its {' and '.join(bad)} of the newest token"
-        if bad:
-            # with all three its input was: the layer before has attended such numbers, or made them afterwards
+
+    def unseen(layer: int) -> str:
+        if isinstance(projected[layer], States) or (gated and layer in layers):
+            return "gate, or "
+        return "" if layer in layers else "window, or its "
+
+    for layer, part in sorted(projected.items()):
+        said = _linear_problem(part) if isinstance(part, States) else _softmax_problem(part)
+        if said:
+            return f"first in layer {layer}: its {said}"
+        if said is None:
+            # its input was not: the layer before has attended such numbers, or made them afterwards
             before = layers.get(layer - 1)
-            unseen = "window, or its " if layer and before is None else ""
-            return (_first(before, layer - 1, lengths) if before else "") or _entered(layer, unseen)
-    last = len(projected) - 1
-    return (_first(layers[last], last, lengths) if last in layers else "") or _left(last, "")
+            found = _first(before, layer - 1, lengths) if before else ""
+            what = "projections, and so its" if isinstance(part, States) else "query, key and value, and so its"
+            return found or _entered(layer, unseen(layer - 1) if layer else "", what)
+    last = max(projected)
+    return (_first(layers[last], last, lengths) if last in layers else "") or _left(last, unseen(last))
+
+
+def _softmax_problem(part: Projected) -> str | None:
+    """What of it is not finite; empty if all is, none if nothing is."""
+    bad = [name for name, each in part._asdict().items() if not bool(torch.isfinite(each).all())]
+    if len(bad) == len(Projected._fields):
+        return None
+    return f"{' and '.join(bad)} of the newest token" if bad else ""
+
+
+def _linear_problem(part: States) -> str | None:
+    """The same of linear attention. Of an input that is not finite every projection of a sequence is none."""
+    finite = torch.isfinite(part.projected)
+    if not bool(finite.any(-1).all()):
+        return None
+    if not bool(finite.all()):
+        return "projections of the newest token"
+    return "" if bool(torch.isfinite(part.states).all()) else "states"
 
 
 def explain_prompt(layers: Sequence[Layer], lengths: Sequence[int]) -> str:
@@ -55,9 +95,9 @@ def _first(layer: Layer, index: int, lengths: Sequence[int]) -> str:
     return next((f"first in layer {index}: a {kind} {where}" for kind, where in _not_finite(layer, lengths)), "")
 
 
-def _entered(index: int, before: str) -> str:
+def _entered(index: int, before: str, what: str = "query, key and value, and so its") -> str:
     where = f"layer {index - 1}'s {before}weights behind its attention, or" if index else "the embedding or"
-    return f"first in layer {index}: its query, key and value, and so its input: look at {where} at its input norm"
+    return f"first in layer {index}: its {what} input: look at {where} at its input norm"
 
 
 def _left(index: int, before: str) -> str:

@@ -4,7 +4,8 @@
     model.generate(**inputs, past_key_values=cache)
 
 The model's own forward pass drives; what the design fetches, it fetches on the same thread. Layers with a sliding
-window keep what is in it, in the library's own cache, and attend with the model's own attention and mask.
+window keep what is in it, in the library's own cache, and attend with the model's own attention and mask. Layers with
+linear attention keep their states there, and nothing of them is anybody else's.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from clo import presets
 from clo.engine import inline
 from clo.engine.cache_layers import FullLayer, WindowedLayer
 from clo.engine.decoder import Decoder
-from clo.engine.finite import Projected, explain_step
+from clo.engine.finite import Projected, States, explain_step
 from clo.engine.heads import HeadProfile, heads_for
 from clo.engine.layers import Layer, OffloadedLayer, StreamedLayer
-from clo.engine.make_layers import make_unwindowed_layers
+from clo.engine.make_layers import make_whole_layers
 from clo.engine.models.anatomy import project_query
 from clo.engine.models.network import Network, Rotation
 from clo.engine.step_traffic import StepTraffic
@@ -112,8 +113,8 @@ class _Mount:
             return
         for hook in self._hooks:
             hook.remove()
-        for layer in self._network.layers:
-            vars(layer.self_attn).pop("clo_layer", None)
+        for attention in self._network.attentions:
+            vars(attention).pop("clo_layer", None)
         vars(self._network.model).pop("clo_mount", None)
         self._network.decoder.set_attn_implementation(self._attention_before)
 
@@ -171,7 +172,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[_empty_layer(network, layer) for layer in range(len(network.layers))])
         for index, layer in enumerate(self.layers):
             layer.belong(self, index)
-        self._first_full = next(index for index, layer in enumerate(self.layers) if not layer.is_sliding)
+        self._first_full = network.spec.whole_layers[0]
         mount = _Mount.on(network)
         mount.join(id(self))
         # also when nobody has the cache any more
@@ -209,9 +210,15 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         return self.plan is not None
 
     def layer(self, index: int) -> Layer:
-        """The KV cache of one layer, once decoding has begun. Raises `EngineError` for one with a sliding window."""
-        if index in self._network.spec.windowed_layers:
+        """The KV cache of one layer, once decoding has begun.
+
+        Raises `EngineError` for one with a sliding window, or with linear attention.
+        """
+        spec = self._network.spec
+        if index in spec.windowed_layers:
             raise EngineError(f"cache: layer {index} has a sliding window: what it keeps is in layers[{index}]")
+        if spec.linear_in(index) is not None:
+            raise EngineError(f"cache: layer {index} has linear attention: its states are in layers[{index}]")
         return self._kv[index]
 
     def begin_decoding(self) -> None:
@@ -221,7 +228,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         self._decoder.max_new_tokens = self._most_new_tokens(tokens)
         self.plan = self._decoder.make_plan([tokens] * batch)
         room = tokens + self._decoder.max_new_tokens
-        self._kv = make_unwindowed_layers(self._network, self.plan, self._decoder.heads, room)
+        self._kv = make_whole_layers(self._network, self.plan, self._decoder.heads, room)
         self._tokens = [tokens] * batch
         self._lengths = torch.full((batch,), tokens, dtype=torch.int32, device=first.keys.device)
         for index, kv in self._kv.items():
@@ -318,11 +325,28 @@ class OffloadedCache(Cache):  # type: ignore[misc]
             self._check_finite(output)
         self.arrived(arrived.layer)
 
+    def mixed(self, layer: int, states: torch.Tensor) -> None:
+        """A layer with linear attention has its new states `[batch, value_heads, key_dim, value_dim]`.
+
+        Raises `EngineError` if they are none in the last layer, while decoding.
+        """
+        if self.decodes and layer == len(self.layers) - 1:
+            self._check_finite(states)
+        self.arrived(layer)
+
     def _check_finite(self, output: torch.Tensor) -> None:
         """What is not finite in any layer spoils the last one's attention, too: one look a token is enough."""
         if not bool(torch.isfinite(output).all()):
-            why = explain_step(self._kv, self._projected, self._tokens)
-            raise EngineError(f"attention of layer {len(self.layers) - 1}: its output is not finite, {why}")
+            last, spec = len(self.layers) - 1, self._network.spec
+            made: dict[int, Projected | States] = {**self._projected, **self._states()}
+            why = explain_step(self._kv, made, self._tokens, gated=spec.gated_attention)
+            what = "output is" if spec.linear_in(last) is None else "states are"
+            raise EngineError(f"attention of layer {last}: its {what} not finite, {why}")
+
+    def _states(self) -> dict[int, States]:
+        """What the newest token left in layers with linear attention."""
+        linear = self._network.spec.linear
+        return {layer: self.layers[layer].newest() for layer in (() if linear is None else linear.layers)}
 
     def _attend_one(
         self,
@@ -367,8 +391,12 @@ class _Arrived:
     value: torch.Tensor
 
 
-def _empty_layer(network: Network, layer: int) -> FullLayer | WindowedLayer:
+def _empty_layer(network: Network, layer: int) -> Any:
     spec = network.spec
+    if spec.linear_in(layer) is not None:
+        from clo.engine.linear_layer import LinearLayer  # the oldest versions of the library have nothing of the kind
+
+        return LinearLayer()
     return WindowedLayer(sliding_window=spec.window_tokens) if layer in spec.windowed_layers else FullLayer()
 
 

@@ -18,12 +18,10 @@ def make_layers(network: Network, plan: DecodePlan, heads: HeadProfile, max_toke
     return [_make_layer(plan, shape, heads, layer) for layer in range(plan.model.num_layers)]
 
 
-def make_unwindowed_layers(network: Network, plan: DecodePlan, heads: HeadProfile, max_tokens: int) -> dict[int, Layer]:
-    """The same without layers that have a sliding window, by the layer's number."""
-    shape, windowed = _shape(network, plan, max_tokens), set(plan.model.windowed_layers)
-    return {
-        layer: _make_layer(plan, shape, heads, layer) for layer in range(plan.model.num_layers) if layer not in windowed
-    }
+def make_whole_layers(network: Network, plan: DecodePlan, heads: HeadProfile, max_tokens: int) -> dict[int, Layer]:
+    """The same of the layers that keep the whole context, by the layer's number: no windows, no linear attention."""
+    shape = _shape(network, plan, max_tokens)
+    return {layer: _make_layer(plan, shape, heads, layer) for layer in plan.model.whole_layers}
 
 
 def _shape(network: Network, plan: DecodePlan, max_tokens: int) -> LayerShape:

@@ -42,17 +42,30 @@ def cache_bytes(plan: DecodePlan, max_tokens: int) -> CacheBytes:
     """With room for `max_tokens` a sequence. Without page tables and scores, which are small."""
     model, batch = plan.model, plan.workload.batch
     sparse, windowed = len(plan.sparse_layers), len(model.windowed_layers)
-    whole, dense = batch * max_tokens * model.layer_token_bytes, model.num_layers - sparse - windowed
+    whole, dense = batch * max_tokens * model.layer_token_bytes, len(model.whole_layers) - sparse
     in_windows = windowed * batch * min(max_tokens, model.window_tokens or 0) * model.layer_token_bytes
+    others = in_windows + batch * _state_bytes(model)
     reading = prefill_bytes(plan, plan.workload.context_tokens)
     if plan.design.attend is Attend.FULL:
-        device = (dense + sparse) * whole + in_windows
+        device = (dense + sparse) * whole + others
         return CacheBytes(device=device, host=sparse * whole, prefill=reading, host_layers=sparse)
     pages = math.ceil(max_tokens / plan.design.page_size)
-    device = in_windows + dense * whole + sparse * batch * _offloaded_bytes(plan, max_tokens, pages)
+    device = others + dense * whole + sparse * batch * _offloaded_bytes(plan, max_tokens, pages)
     offloaded = sparse if plan.design.offloads else 0
     host = offloaded * batch * pages * model.num_kv_heads * plan.page_bytes
     return CacheBytes(device=device, host=host, prefill=reading, host_layers=offloaded)
+
+
+def _state_bytes(model: ModelSpec) -> float:
+    """What layers with linear attention keep of one sequence as the library does it.
+
+    States in float32 whatever a config says, and beside them as many tokens as the convolution spans.
+    """
+    linear = model.linear
+    if linear is None:
+        return 0.0
+    conv = linear.conv_tokens * linear.conv_width * model.kv_bytes_per_value
+    return model.num_linear_layers * (4.0 * linear.value_width * linear.key_dim + conv)
 
 
 def _offloaded_bytes(plan: DecodePlan, max_tokens: int, pages: int) -> float:

@@ -38,7 +38,8 @@ def need_device(name: str) -> None:
 def checked(spec: ModelSpec, device: torch.device | str = "cpu") -> ModelSpec:
     """`spec`, if this machine can hold its weights in `dtype_on` it. Raises `SpecError` that says what is needed."""
     if beyond := spec.beyond_llama:
-        raise SpecError(f"model {spec.name}: {beyond} simulated only, the real decoder has none")
+        loaded = "" if spec.latent is not None else ": only clo.engine.offload takes such a model, once it is loaded"
+        raise SpecError(f"model {spec.name}: {beyond} simulated only, the real decoder has none{loaded}")
     dtype = dtype_on(device)
     needed = spec.weight_bytes / spec.weight_bytes_per_value * dtype.itemsize
     memory = local_machine(torch.device(device)).gpu.memory_bytes

@@ -28,12 +28,12 @@ COUNTS = (
 
 def attention_problem(config: dict[str, Any]) -> str:
     """What about attention is beyond a `ModelSpec`, as field, value and rule; empty if nothing is."""
-    return _other_latent(config) or _other_linear(config) or _other_windows(config)
+    return _other_latent(config) or linear_problem(config) or _other_windows(config)
 
 
 def attention_fields(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of a `ModelSpec` that say how attention differs from keys and values in every head of every layer."""
-    return _windows(config) | _linear(config) | _latent(config) | _indexer(config)
+    return _windows(config) | linear_fields(config) | _latent(config) | _indexer(config)
 
 
 _WITH_INDEXER = ("deepseek_v32", "glm_moe_dsa")
@@ -106,7 +106,7 @@ def _latent(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-_WITH_LINEAR = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+WITH_LINEAR = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 """Kinds of model with Gated DeltaNet in some layers, and a gate behind the attention of the others."""
 _LINEAR_FIELDS = {
     "num_key_heads": "linear_num_key_heads",
@@ -127,11 +127,11 @@ def _linear_layers(config: dict[str, Any]) -> list[int]:
     return [layer for layer in layers if (layer + 1) % interval]
 
 
-def _other_linear(config: dict[str, Any]) -> str:
+def linear_problem(config: dict[str, Any]) -> str:
     """What about linear attention is beyond a `ModelSpec`, or not said."""
     kind, kinds = config.get("model_type"), config.get("layer_types") or []
-    if kind not in _WITH_LINEAR:
-        known = ", ".join(_WITH_LINEAR)
+    if kind not in WITH_LINEAR:
+        known = ", ".join(WITH_LINEAR)
         return (
             f"layer_types: {LINEAR} of model_type = {kind!r} is not known (known: {known})" if LINEAR in kinds else ""
         )
@@ -146,8 +146,9 @@ def _other_linear(config: dict[str, Any]) -> str:
     return f"no field {missing[0]!r}: linear attention needs it" if places and missing else ""
 
 
-def _linear(config: dict[str, Any]) -> dict[str, Any]:
-    if config.get("model_type") not in _WITH_LINEAR:
+def linear_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a `ModelSpec` about linear attention, and about the gate that comes with it."""
+    if config.get("model_type") not in WITH_LINEAR:
         return {}
     sizes = {ours: config.get(theirs) for ours, theirs in _LINEAR_FIELDS.items()}
     narrow = config.get("mamba_ssm_dtype", "float32") in ("bfloat16", "float16")
@@ -162,7 +163,7 @@ WITH_WINDOWS = ("gemma2", "gemma3_text", "gpt_oss", "ministral", "olmo3", "qwen2
 def _other_windows(config: dict[str, Any]) -> str:
     """What about layers that keep less than the whole context is beyond a `ModelSpec`."""
     kinds, window = config.get("layer_types") or [], config.get("sliding_window")
-    if config.get("model_type") in _WITH_LINEAR:
+    if config.get("model_type") in WITH_LINEAR:
         kinds = [kind for kind in kinds if kind != LINEAR]
     if config.get("model_type") in _WITH_INDEXER and set(kinds) & set(INDEXED):
         if not set(kinds) <= set(INDEXED):

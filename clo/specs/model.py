@@ -165,7 +165,13 @@ class ModelSpec(Spec):
     @property
     def kv_bytes_per_token(self) -> float:
         """KV cache of one more token in all layers that keep the whole context, bytes (Llama-3-8B: 131,072)."""
-        return self.layer_token_bytes * (self.num_layers - len(self.windowed_layers) - self.num_linear_layers)
+        return self.layer_token_bytes * len(self.whole_layers)
+
+    @property
+    def whole_layers(self) -> tuple[int, ...]:
+        """Layers that keep keys and values of the whole context, ascending: all but windowed and linear ones."""
+        linear = () if self.linear is None else self.linear.layers
+        return tuple(sorted(set(range(self.num_layers)).difference(self.windowed_layers, linear)))
 
     @property
     def num_linear_layers(self) -> int:

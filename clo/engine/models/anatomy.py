@@ -6,10 +6,11 @@ import sys
 from typing import Any
 
 from clo.errors import SpecError
+from clo.specs.hf_attention import WITH_LINEAR
 
 SINKS = "sinks"
 """A weight of attention: a logit of each query head that takes its share of the softmax, and has no value (gpt-oss)."""
-IN_ANOTHER = ("gemma3",)
+IN_ANOTHER = ("gemma3", "qwen3_5", "qwen3_5_moe")
 """Kinds of model that read images too: their text decoder, and its config, lie one level deeper."""
 
 
@@ -22,17 +23,20 @@ def text_decoder(model: Any) -> Any:
 def decoder_layers(model: Any, *, whole: bool = False) -> list[Any]:
     """The decoder layers, checked to be built as the recorder needs. Raises `SpecError` naming the missing part.
 
-    Layers that stay `whole`, as their library runs them, may norm behind attention only, and attention may have sinks.
+    Layers that stay `whole`, as their library runs them, may norm behind attention only, and attention may have sinks,
+    or be linear.
     """
-    decoder = text_decoder(model) if whole else getattr(model, "model", None)
-    layers = list(getattr(decoder, "layers", []))
+    layers = list(getattr(text_decoder(model), "layers", []))
     if not layers:
         raise SpecError(f"model {type(model).__name__}: no decoder layers at model.layers")
+    if not whole:
+        _check_taken_apart(model, layers)
+    softmax = attending(layers)
     for part in ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj"):
-        for layer in layers:
+        for layer in softmax:
             if not (has_part(layer, part) or (whole and part == "input_layernorm" and _norms_behind(layer))):
                 raise SpecError(f"model {type(model).__name__}: layers lack {part}: not a Llama or Qwen-style model")
-    for layer in layers:
+    for layer in softmax:
         weights = (name for name, _ in layer.self_attn.named_parameters(recurse=False))
         own = ", ".join(name for name in weights if not (whole and name == SINKS))
         if own:
@@ -41,6 +45,37 @@ def decoder_layers(model: Any, *, whole: bool = False) -> list[Any]:
                 "model"
             )
     return layers
+
+
+def _check_taken_apart(model: Any, layers: list[Any]) -> None:
+    """Raises `SpecError` for what stays whole."""
+    linear = len(layers) - len(attending(layers))
+    if linear:
+        known = text_decoder(model).config.model_type in WITH_LINEAR
+        raise SpecError(
+            f"model {type(model).__name__}: attention of {linear} layers is linear: "
+            + ("only clo.engine.offload takes such a model" if known else "not a Llama or Qwen-style model")
+        )
+    if not hasattr(model.model, "layers"):
+        raise SpecError(
+            f"model {type(model).__name__}: its text decoder lies in another model: only clo.engine.offload takes such "
+            "a model"
+        )
+    if any(has_gate(layer.self_attn) for layer in layers if has_part(layer, "self_attn")):
+        raise SpecError(
+            f"model {type(model).__name__}: a gate scales what attention gives: only clo.engine.offload takes such a "
+            "model"
+        )
+
+
+def attending(layers: list[Any]) -> list[Any]:
+    """Those that do not have linear attention instead of keys and values."""
+    return [layer for layer in layers if not has_part(layer, "linear_attn")]
+
+
+def has_gate(attention: Any) -> bool:
+    """Whether the projection of queries gives each head's gate, too, behind its query."""
+    return getattr(getattr(attention, "config", None), "model_type", None) in WITH_LINEAR
 
 
 def has_part(module: Any, path: str) -> bool:
@@ -66,6 +101,8 @@ def project_query(layer: Any, hidden: Any, position_embeddings: tuple[Any, Any])
     """The rotated query [batch, num_query_heads, tokens, head_dim] that `layer` would form from `hidden`."""
     attention = layer.self_attn
     projected = attention.q_proj(layer.input_layernorm(hidden) if has_part(layer, "input_layernorm") else hidden)
+    if has_gate(attention):
+        projected = projected.unflatten(-1, (-1, 2, attention.head_dim))[..., 0, :].flatten(-2)
     query = in_heads(projected, getattr(attention, "q_norm", None), attention.head_dim).transpose(1, 2)
     # the model's own function, for models that rotate only a part or in another order
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb

@@ -12,7 +12,17 @@ from typing import Any
 
 import torch
 
-from clo.engine.models.anatomy import SINKS, decoder_layers, has_part, in_heads, project_query, text_decoder
+from clo.engine.models.anatomy import (
+    SINKS,
+    attending,
+    decoder_layers,
+    has_gate,
+    has_part,
+    in_heads,
+    project_query,
+    text_decoder,
+)
+from clo.engine.models.hybrid import linear_of
 from clo.engine.models.windows import windows_of
 from clo.errors import SpecError
 from clo.specs import ModelSpec
@@ -26,7 +36,7 @@ class Network:
     """The weights of a decoder, operation by operation. Hidden states are `[batch, 1, hidden_size]`.
 
     Of one that stays `whole`, as its library runs it, the queries only are of use, whatever follows attention; some of
-    its layers may have a sliding window, and its attention may have sinks.
+    its layers may have a sliding window, or linear attention and so no queries, and its attention may have sinks.
     """
 
     def __init__(self, model: Any, name: str = "", *, whole: bool = False) -> None:
@@ -35,12 +45,14 @@ class Network:
         self.decoder = text_decoder(model)
         if not whole:
             _check_mlp(model, self.layers)
-        _check_attention(model, self.layers)
+        self.attentions = [layer.self_attn for layer in attending(self.layers)]
+        _check_attention(model, self.attentions)
         self.spec = spec_of(model, name)
-        self.scale = float(self.layers[0].self_attn.scaling)
-        self.dtype: torch.dtype = self.layers[0].self_attn.q_proj.weight.dtype
-        self.device: torch.device = self.layers[0].self_attn.q_proj.weight.device
-        self._rotate = sys.modules[type(self.layers[0].self_attn).__module__].apply_rotary_pos_emb
+        first = self.attentions[0]
+        self.scale = float(first.scaling)
+        self.dtype: torch.dtype = first.q_proj.weight.dtype
+        self.device: torch.device = first.q_proj.weight.device
+        self._rotate = sys.modules[type(first).__module__].apply_rotary_pos_emb
         rotary = getattr(self.decoder, "rotary_emb", None)
         self._rotates_by_kind = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
         if not whole:
@@ -49,7 +61,7 @@ class Network:
     @property
     def addresses(self) -> tuple[int, ...]:
         """Where the weights lie, by one of each layer: others after they were moved or loaded anew."""
-        return tuple(int(layer.self_attn.q_proj.weight.data_ptr()) for layer in self.layers)
+        return tuple(int(attention.q_proj.weight.data_ptr()) for attention in self.attentions)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden states of one token a sequence, `[batch]` -> `[batch, 1, hidden_size]`."""
@@ -64,7 +76,7 @@ class Network:
     @property
     def has_sinks(self) -> bool:
         """Whether attention has a logit of its own that takes a share of the softmax."""
-        return hasattr(self.layers[0].self_attn, SINKS)
+        return hasattr(self.attentions[0], SINKS)
 
     def rotation_for(self, target: int, layer: int, given: Rotation, hidden: Any, positions: torch.Tensor) -> Rotation:
         """What layer `target` rotates by where `layer` is `given` its own: another, where kinds of layers differ in it.
@@ -143,7 +155,8 @@ class Network:
 def spec_of(model: Any, name: str = "") -> ModelSpec:
     """The `ModelSpec` of a loaded model. Raises `SpecError` for a model that is built differently."""
     layers, config = decoder_layers(model, whole=True), text_decoder(model).config
-    attention = layers[0].self_attn
+    linear = linear_of(model, layers, config)
+    attention = attending(layers)[0].self_attn
     head_dim, weight = int(attention.head_dim), attention.q_proj.weight
     return ModelSpec.parse(
         {
@@ -151,8 +164,9 @@ def spec_of(model: Any, name: str = "") -> ModelSpec:
             "source": f"loaded {type(model).__name__}",
             "num_layers": len(layers),
             "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "num_query_heads": weight.shape[0] // head_dim,
+            # some leave out the width of an MLP that none of their layers has
+            "intermediate_size": getattr(config, "intermediate_size", None) or config.moe_intermediate_size,
+            "num_query_heads": weight.shape[0] // head_dim // (2 if has_gate(attention) else 1),
             "num_kv_heads": attention.k_proj.weight.shape[0] // head_dim,
             "head_dim": head_dim,
             "vocab_size": config.vocab_size,
@@ -162,6 +176,7 @@ def spec_of(model: Any, name: str = "") -> ModelSpec:
             "weight_bytes_per_value": float(weight.element_size()),
             "kv_bytes_per_value": float(weight.element_size()),
             **windows_of(config),
+            **linear,
         }
     )
 
@@ -175,16 +190,16 @@ def _check_mlp(model: Any, layers: list[Any]) -> None:
             )
 
 
-def _check_attention(model: Any, layers: list[Any]) -> None:
-    """Attention of every layer must be a softmax over products with keys, on one scale."""
-    for layer in layers:
-        cap = getattr(layer.self_attn, "attn_logit_softcapping", None)
+def _check_attention(model: Any, attentions: list[Any]) -> None:
+    """Attention to keys and values must be a softmax over products with keys, on one scale in all layers."""
+    for attention in attentions:
+        cap = getattr(attention, "attn_logit_softcapping", None)
         if cap is not None:
             raise SpecError(
                 f"model {type(model).__name__}: attention caps its logits, which is not supported "
                 f"(attn_logit_softcapping = {cap})"
             )
-    scales = {float(layer.self_attn.scaling) for layer in layers}
+    scales = {float(attention.scaling) for attention in attentions}
     if len(scales) > 1:
         raise SpecError(
             f"model {type(model).__name__}: layers scale attention differently ({sorted(scales)}): not supported"
