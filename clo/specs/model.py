@@ -165,7 +165,7 @@ class ModelSpec(Spec):
     @property
     def kv_bytes_per_token(self) -> float:
         """KV cache of one more token in all layers that keep the whole context, bytes (Llama-3-8B: 131,072)."""
-        return self.layer_token_bytes * len(self.whole_layers)
+        return self.layer_token_bytes * (self.num_layers - len(self.windowed_layers) - self.num_linear_layers)
 
     @property
     def whole_layers(self) -> tuple[int, ...]:
