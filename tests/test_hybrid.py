@@ -340,6 +340,17 @@ class TestKeptPrefixes:
         assert once.prefix_hit_tokens == twice.prefix_hit_tokens == 2 * 2048
         assert twice.prefill_ns == pytest.approx(once.prefill_ns + 2e12, rel=0.05)
 
+    def test_a_prompt_goes_on_where_a_state_was_kept(self) -> None:
+        # four blocks to the token: the last token must be computed, and before it the last state is a block back
+        trace = trace_of([(second * 10**12, 2048, 2, (1, 2, 3, 4)) for second in range(2)], 512)
+        hits = {}
+        for model in (QWEN, QWEN.with_fields(linear=None)):
+            costs = worker_costs(scene_of(model), presets.load_design("resident"), trace)
+            hits[model] = serve(trace, costs, ServiceSettings()).replicas[0].tally.prefix_hit_tokens
+            assert costs.reused_tokens(4, 512, 2049) == 2048
+            assert costs.reused_tokens(0, 512, 0) == 0
+        assert list(hits.values()) == [1536, 2047]
+
 
 def test_a_request_alone_waits_as_long_as_its_prompt_takes() -> None:
     trace = trace_of([(0, 20_000, 2)])
