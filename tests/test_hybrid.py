@@ -173,6 +173,15 @@ class TestAnyDesign:
         assert 0 < clock.tpot_s <= simpy.tpot_s * (1 + 1e-9)
 
 
+    @pytest.mark.parametrize("name", ["qwen3.5-27b", "gemma-3-27b"])
+    def test_layers_that_are_never_offloaded_make_no_others_dense(self, name: str) -> None:
+        scene = scene_of(presets.load_model(name))
+        none, two = (scene.plan(presets.load_design("clo").with_fields(dense_layers=count)) for count in (0, 2))
+        assert none.sparse_layers == two.sparse_layers
+        found, wanted = (scene.source.traffic(plan).fetched_pages for plan in (none, two))
+        np.testing.assert_array_equal(found, wanted)
+
+
 class TestStep:
     def test_the_operations_of_both_kinds_of_layers(self) -> None:
         nodes = record_step(scene_of().plan(presets.load_design("resident"))).nodes
