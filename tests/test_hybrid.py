@@ -166,12 +166,17 @@ class TestAnyDesign:
             assert not counts[:, list(places)].any()
             np.testing.assert_allclose(counts[:, others], getattr(wanted, name)[:, others])
 
+    def test_what_was_not_timed_is_said(self) -> None:
+        for changes, notes in (({}, 0), ({"key_dim": 64}, 1), ({"state_bytes_per_value": 2.0}, 1)):
+            model = QWEN.with_fields(linear=QWEN.linear.model_dump() | changes)  # type: ignore[union-attr]
+            said = simulate(scene_of(model), "resident", executor="clock").assumptions
+            assert sum(note.startswith("linear attention was timed") for note in said) == notes
+
     @pytest.mark.parametrize("name", DESIGNS)
     def test_every_design_runs_a_real_model_of_this_kind(self, name: str) -> None:
         scene = scene_of(presets.load_model("qwen3.5-35b-a3b"))
         clock, simpy = (simulate(scene, name, executor=executor) for executor in ("clock", "simpy"))  # type: ignore[arg-type]
         assert 0 < clock.tpot_s <= simpy.tpot_s * (1 + 1e-9)
-
 
     @pytest.mark.parametrize("name", ["qwen3.5-27b", "gemma-3-27b"])
     def test_layers_that_are_never_offloaded_make_no_others_dense(self, name: str) -> None:
@@ -309,6 +314,15 @@ class TestPrefill:
         rest = prefill_prices(cheap, presets.load_design("resident"), chunk_tokens=tokens)
         assert found.dense_ns[tokens] - rest.dense_ns[tokens] == pytest.approx(48 * scan * 1e9, abs=2)
         assert found.pairs(0, tokens) == pairs_of(0, tokens)
+
+    def test_linear_attention_that_was_timed_counts_as_measured(self) -> None:
+        scene, resident = scene_of(), presets.load_design("resident")
+        timed = scene.profile.prefill_linear_attention  # type: ignore[union-attr]
+        assumed = timed.with_fields(source="assumed")
+        guessed = replace(scene, profile=scene.profile.model_copy(update={"prefill_linear_attention": assumed}))  # type: ignore[union-attr]
+        known, less = (prefill_prices(one, resident, chunk_tokens=4096) for one in (scene, guessed))
+        scan = 48 * timed.seconds(4096, 48) * 1e9
+        assert known.table_share - less.table_share == pytest.approx(scan / known.dense_ns[4096], rel=1e-6)
 
     def test_only_offloaded_layers_come_back(self) -> None:
         scene = scene_of()

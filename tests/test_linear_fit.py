@@ -93,3 +93,4 @@ def test_states_that_no_cache_holds_are_foretold() -> None:
     assert np.abs(foretold / measured.seconds[large] - 1).max() < 0.05
     # with nothing known of this GPU it is priced about the same
     assert LINEAR_ATTENTION.efficiency == pytest.approx(cost.efficiency, abs=0.01)  # type: ignore[attr-defined]
+    assert LINEAR_ATTENTION.latency_s == pytest.approx(cost.latency_s, rel=0.01)  # type: ignore[attr-defined]
