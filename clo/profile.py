@@ -125,7 +125,7 @@ class ScanCost(Cost):
 
 
 LINEAR_ATTENTION = StreamCost(
-    source=Source.ASSUMED, note="linear attention in a decode step, as on H200", latency_s=5.3e-6, efficiency=0.85
+    source=Source.ASSUMED, note="linear attention in a decode step, as on H200", latency_s=6.2e-6, efficiency=0.85
 )
 PREFILL_LINEAR_ATTENTION = ScanCost(
     source=Source.ASSUMED,

@@ -120,11 +120,25 @@ class TestShape:
 
 
 class TestAnyDesign:
+    def test_what_was_not_timed_is_said(self) -> None:
+        for changes, notes in (({}, 0), ({"key_dim": 64}, 1), ({"state_bytes_per_value": 2.0}, 1)):
+            model = QWEN.with_fields(linear=QWEN.linear.model_dump() | changes)  # type: ignore[union-attr]
+            said = simulate(scene_of(model), "resident", executor="clock").assumptions
+            assert sum(note.startswith("linear attention was timed") for note in said) == notes
+
     @pytest.mark.parametrize("name", DESIGNS)
     def test_every_design_runs_a_real_model_of_this_kind(self, name: str) -> None:
         scene = scene_of(presets.load_model("qwen3.5-35b-a3b"))
         clock, simpy = (simulate(scene, name, executor=executor) for executor in ("clock", "simpy"))  # type: ignore[arg-type]
         assert 0 < clock.tpot_s <= simpy.tpot_s * (1 + 1e-9)
+
+    @pytest.mark.parametrize("name", ["qwen3.5-27b", "gemma-3-27b"])
+    def test_layers_that_are_never_offloaded_make_no_others_dense(self, name: str) -> None:
+        scene = scene_of(presets.load_model(name))
+        none, two = (scene.plan(presets.load_design("clo").with_fields(dense_layers=count)) for count in (0, 2))
+        assert none.sparse_layers == two.sparse_layers
+        found, wanted = (scene.source.traffic(plan).fetched_pages for plan in (none, two))
+        np.testing.assert_array_equal(found, wanted)
 
 
 class TestStep:
@@ -255,6 +269,15 @@ class TestPrefill:
         assert found.dense_ns[tokens] - rest.dense_ns[tokens] == pytest.approx(48 * scan * 1e9, abs=2)
         assert found.pairs(0, tokens) == pairs_of(0, tokens)
 
+    def test_linear_attention_that_was_timed_counts_as_measured(self) -> None:
+        scene, resident = scene_of(), presets.load_design("resident")
+        timed = scene.profile.prefill_linear_attention  # type: ignore[union-attr]
+        assumed = timed.with_fields(source="assumed")
+        guessed = replace(scene, profile=scene.profile.model_copy(update={"prefill_linear_attention": assumed}))  # type: ignore[union-attr]
+        known, less = (prefill_prices(one, resident, chunk_tokens=4096) for one in (scene, guessed))
+        scan = 48 * timed.seconds(4096, 48) * 1e9
+        assert known.table_share - less.table_share == pytest.approx(scan / known.dense_ns[4096], rel=1e-6)
+
     def test_only_offloaded_layers_come_back(self) -> None:
         scene = scene_of()
         prices = prefill_prices(scene, presets.load_design("clo"), chunk_tokens=64)
@@ -293,6 +316,17 @@ class TestKeptPrefixes:
         once, twice = (serve(trace, one, ServiceSettings()).replicas[0].tally for one in (costs, slow))
         assert once.prefix_hit_tokens == twice.prefix_hit_tokens == 2 * 2048
         assert twice.prefill_ns == pytest.approx(once.prefill_ns + 2e12, rel=0.05)
+
+    def test_a_prompt_goes_on_where_a_state_was_kept(self) -> None:
+        # four blocks to the token: the last token must be computed, and before it the last state is a block back
+        trace = trace_of([(second * 10**12, 2048, 2, (1, 2, 3, 4)) for second in range(2)], 512)
+        hits = {}
+        for model in (QWEN, QWEN.with_fields(linear=None)):
+            costs = worker_costs(scene_of(model), presets.load_design("resident"), trace)
+            hits[model] = serve(trace, costs, ServiceSettings()).replicas[0].tally.prefix_hit_tokens
+            assert costs.reused_tokens(4, 512, 2049) == 2048
+            assert costs.reused_tokens(0, 512, 0) == 0
+        assert list(hits.values()) == [1536, 2047]
 
 
 def test_a_request_alone_waits_as_long_as_its_prompt_takes() -> None:

@@ -125,6 +125,11 @@ def test_as_many_weights_as_the_library_makes(tmp_path: Path, kind: str) -> None
         ({"layer_types": ["full_attention"]}, "layer_types: one for each layer is expected, and one with keys"),
         ({"layer_types": ["linear_attention", "sliding_attention"] * 2}, "sliding_attention beside linear_attention"),
         ({"attn_output_gate": False}, "attn_output_gate = False"),
+        (
+            # as Nemotron-H, Bamba and Falcon-H1, whose configs have no layer_types
+            {"model_type": "nemotron_h", "layer_types": None, "mamba_num_heads": 256, "ssm_state_size": 256},
+            "mamba_ssm_dtype = 'float32': layers with Mamba's states are not modelled",
+        ),
         ({"linear_key_head_dim": None}, "no field 'linear_key_head_dim': linear attention needs it"),
         ({"linear_num_value_heads": "32"}, "linear_num_value_heads = '32': must be a whole number"),
         ({"linear_num_value_heads": 24}, "num_value_heads = 24 must be a multiple of num_key_heads = 16"),

@@ -46,6 +46,16 @@ def test_a_rate_that_no_cache_helped_is_found_again(latency_s: float, efficiency
     assert cost.spread < 1e-3
 
 
+def test_states_that_a_benchmark_reads_in_bf16_are_fewer_bytes() -> None:
+    states = STEPS[:, 0] * STEPS[:, 2] * 4 * 128**2
+    moved = moved_bytes(STEPS, narrow_in=True)
+    np.testing.assert_allclose(moved_bytes(STEPS) - moved, states / 2)
+    seconds = 1e-5 + np.where(states <= SMALL_BYTES, 0.0, moved / (0.8 * BANDWIDTH))
+    older = LABELS | {"kernels": ("causal_conv1d_update", "fused_recurrent_gated_delta_rule")}
+    cost = decode_cost(Samples(points=STEPS, seconds=seconds, labels=older), BANDWIDTH)
+    assert cost.efficiency == pytest.approx(0.8, abs=1e-4)
+
+
 def test_bytes_of_a_step_by_hand() -> None:
     # states in and out, the last three tokens in and out, the new one in, convolved, and its output
     state, conv = 48 * 128 * 128 * 4, (16 + 16 + 48) * 128 * 2
@@ -69,7 +79,8 @@ def test_shipped_profiles_have_what_was_measured(gpu: str) -> None:
     assert profile.linear_attention == found["linear_attention"]
     assert profile.prefill_linear_attention == found.get("prefill_linear_attention", PREFILL_LINEAR_ATTENTION)
     assert profile.linear_attention.source is Source.AICONFIGURATOR
-    assert 0.75 < profile.linear_attention.efficiency <= 1.0
+    # a kernel that seems to need all of the memory's rate moves less than was counted
+    assert 0.75 < profile.linear_attention.efficiency < 0.92
     assert ("prefill_linear_attention" in found) == (gpu != "a100")
 
 
@@ -82,3 +93,4 @@ def test_states_that_no_cache_holds_are_foretold() -> None:
     assert np.abs(foretold / measured.seconds[large] - 1).max() < 0.05
     # with nothing known of this GPU it is priced about the same
     assert LINEAR_ATTENTION.efficiency == pytest.approx(cost.efficiency, abs=0.01)  # type: ignore[attr-defined]
+    assert LINEAR_ATTENTION.latency_s == pytest.approx(cost.latency_s, rel=0.01)  # type: ignore[attr-defined]

@@ -28,7 +28,7 @@ COUNTS = (
 
 def attention_problem(config: dict[str, Any]) -> str:
     """What about attention is beyond a `ModelSpec`, as field, value and rule; empty if nothing is."""
-    return _other_latent(config) or linear_problem(config) or _other_windows(config)
+    return _other_latent(config) or linear_problem(config) or _other_windows(config) or _other_states(config)
 
 
 def attention_fields(config: dict[str, Any]) -> dict[str, Any]:
@@ -116,6 +116,16 @@ _LINEAR_FIELDS = {
     "conv_tokens": "linear_conv_kernel_dim",
 }
 LINEAR = "linear_attention"
+STATES_OF_MAMBA = ("mamba_", "ssm_")
+"""Begin fields of models with Mamba's layers, which many list under no `layer_types` (Nemotron-H, Bamba, Falcon-H1)."""
+
+
+def _other_states(config: dict[str, Any]) -> str:
+    """What says that layers keep a state of another kind than Gated DeltaNet's."""
+    if config.get("model_type") in WITH_LINEAR:
+        return ""
+    named = [name for name in config if name.startswith(STATES_OF_MAMBA) and config[name] is not None]
+    return f"{named[0]} = {config[named[0]]!r}: layers with Mamba's states are not modelled" if named else ""
 
 
 def _linear_layers(config: dict[str, Any]) -> list[int]:

@@ -12,8 +12,8 @@ from clo.table_prices import FP8_BYTES, TablePrices
 from clo_sim.priced import PricedStep
 from clo_sim.scene import Scene
 
-TIMED_LINEAR_WIDTH = 128
-"""Of keys and values in heads of linear attention."""
+TIMED_LINEAR_WIDTH, TIMED_STATE_BYTES = 128, 4.0
+"""Of keys and values in heads of linear attention, and of a value of their states."""
 TIMED_WIDTHS = (
     LatentAttentionTable.KV_RANK,
     LatentAttentionTable.VECTOR_DIM,
@@ -152,6 +152,11 @@ def _latent_notes(scene: Scene) -> tuple[str, ...]:
 def _linear_notes(scene: Scene) -> tuple[str, ...]:
     """What of linear attention was not timed."""
     linear, width = scene.model.linear, TIMED_LINEAR_WIDTH
-    if linear is None or isinstance(scene.profile, OperationProfile) or linear.key_dim == linear.value_dim == width:
+    if linear is None or isinstance(scene.profile, OperationProfile):
         return ()
-    return (f"linear attention was timed with heads of {width} values: others are priced by their bytes",)
+    notes = []
+    if not linear.key_dim == linear.value_dim == width:
+        notes.append(f"linear attention was timed with heads of {width} values: others are priced by their bytes")
+    if linear.state_bytes_per_value != TIMED_STATE_BYTES:
+        notes.append("linear attention was timed with states in float32: others are priced by their bytes")
+    return tuple(notes)

@@ -155,7 +155,8 @@ def _draw_heads(plan: DecodePlan, header: TraceHeader) -> NDArray[np.intp]:
     depth = np.rint(layers * (header.num_layers - 1) / max(1, model.num_layers - 1)).astype(np.intp)
     last, unpredicted = header.num_layers - 1, _unpredicted_layers(plan)
     # nothing predicts the first layers: only recorded heads of which that is true can stand for theirs
-    lowest = np.where(layers < unpredicted, plan.dense_layers, max(plan.dense_layers, unpredicted))
+    dense = _dense_with_context(plan)
+    lowest = np.where(layers < unpredicted, dense, max(dense, unpredicted))
     highest = np.where(layers < unpredicted, unpredicted - 1, last)
     low = np.minimum(np.clip(depth - DEPTH_RADIUS, lowest, highest), last)
     high = np.minimum(np.clip(depth + DEPTH_RADIUS, lowest, highest), last)
@@ -169,6 +170,17 @@ def _as_chosen(plan: DecodePlan, drawn: NDArray[np.intp]) -> NDArray[np.intp]:
         if plan.shares_choice(layer):
             drawn[place] = drawn[place - 1]
     return drawn
+
+
+def _dense_with_context(plan: DecodePlan) -> int:
+    """Layers that the design leaves dense, but for those that would not be offloaded anyway: windowed, linear.
+
+    As many recorded ones, from the first, stand for no offloaded layer.
+    """
+    model = plan.model
+    return sum(
+        layer not in model.windowed_layers and model.linear_in(layer) is None for layer in range(plan.dense_layers)
+    )
 
 
 def _unpredicted_layers(plan: DecodePlan) -> int:

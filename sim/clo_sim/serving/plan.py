@@ -235,7 +235,7 @@ def _seen_prefixes(trace: RequestTrace, costs: WorkerCosts) -> list[int]:
     seen, found = PrefixCache(), []
     for request in trace.requests:
         blocks = request.prefix_blocks[: request.input_tokens // trace.block_tokens]
-        found.append(max(0, min(seen.held(blocks) * trace.block_tokens, request.input_tokens - 1)))
+        found.append(costs.reused_tokens(seen.held(blocks), trace.block_tokens, request.input_tokens))
         seen.add(blocks, 1 << 60)
     return found
 

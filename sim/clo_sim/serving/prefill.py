@@ -52,9 +52,10 @@ class PrefillPrices:
     (see `prefill_attention.PairPrices`); `in_ns` is for a token read back by the offloaded layers, `cached_in_ns` for a
     token of a prefix hit that the other layers load, `hit_ns` for the states of linear attention that a hit loads;
     `out_ns` for a new token that leaves.
-    `table_share` is that of GEMMs, experts and all-reduces, which measured tables price, in the dense layers of a full
-    chunk, `known_share` that of costs with a known spread; `attention_measured` says whether attention was measured on
-    this GPU, `attention_known` whether its costs have a spread that is known.
+    `table_share` is that of GEMMs, experts and all-reduces, which measured tables price, and of linear attention where
+    it was timed, in what a full chunk takes beside attention's pairs, `known_share` that of costs with a known spread;
+    `attention_measured` says whether attention was measured on this GPU, `attention_known` whether its costs have a
+    spread that is known.
     """
 
     dense_ns: Sequence[int]
@@ -130,9 +131,10 @@ def prefill_prices(
     parts = np.array([*tables.values(), *named.values()])
     best = factors[1] * pricer.tables.seconds(AllReduce(sharing, BEST_TOKEN_VALUES)) if sharing > 1 else 0.0
     shares = parts[:, -1] / parts[:, -1].sum()
+    timed = shares[: len(tables)].sum() + pricer.profile.prefill_linear_attention.source.is_measured * shares[-1]
     return PrefillPrices(
         dense_ns=_whole_ns(np.array(factors) @ parts),
-        table_share=float(shares[: len(tables)].sum()),
+        table_share=float(timed),
         attention_measured=attention.measured,
         attention_known=attention.known,
         known_share=float(sum(share for share, (_, spread) in zip(shares, errors, strict=True) if spread)),

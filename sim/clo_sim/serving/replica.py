@@ -101,8 +101,9 @@ class Replica:
     def tokens_to_prefill(self, sequence: Sequence) -> int:
         """Prompt tokens that wait here or are under way, and those of a newcomer that no cached prefix saves."""
         partial = self._partial.target - self._partial.prefilled if self._partial is not None else 0
-        held = self.prefixes.held(sequence.blocks) * self._block_tokens if self.prefixes is not None else 0
-        return self.waiting_tokens + partial + max(1, sequence.target - held)
+        held = self.prefixes.held(sequence.blocks) if self.prefixes is not None else 0
+        saved = self.costs.reused_tokens(held, self._block_tokens, sequence.target)
+        return self.waiting_tokens + partial + sequence.target - saved
 
     def enqueue(self, sequence: Sequence) -> None:
         """A request arrives; it is looked at when the iteration under way ends."""
@@ -184,8 +185,8 @@ class Replica:
         sequence.cached = 0
         if self.prefixes is not None:
             self.prefixes.shrink(self._prefix_limit())
-            hit = self.prefixes.use(sequence.blocks) * self._block_tokens
-            sequence.cached = min(hit, sequence.target - 1)
+            held = self.prefixes.use(sequence.blocks)
+            sequence.cached = self.costs.reused_tokens(held, self._block_tokens, sequence.target)
         sequence.prefilled = sequence.cached
         self.tally.prompt_tokens += sequence.target
         self.tally.prefix_hit_tokens += sequence.cached

@@ -26,6 +26,7 @@ class WorkerCosts:
 
     `block_bytes` is a prefix block of `block_tokens` in host memory (both 0: none is kept); `max_tokens` the longest
     sequence the model accepts; `replica_gpus` the GPUs that a worker is, of which one's memory and transfers count.
+    `goes_on_at_blocks`: a prompt can go on at the ends of blocks only, where states of linear attention are kept.
     """
 
     clock: Callable[[int], StepClock]
@@ -36,7 +37,15 @@ class WorkerCosts:
     block_bytes: int = 0
     block_tokens: int = 0
     replica_gpus: int = 1
+    goes_on_at_blocks: bool = False
     decode_prices: DecodePrices | None = None
+
+    def reused_tokens(self, blocks: int, block_tokens: int, tokens: int) -> int:
+        """What so many kept blocks save of `tokens` to prefill: never the last one, whose logits are needed."""
+        most = max(0, tokens - 1)
+        if self.goes_on_at_blocks:
+            return min(blocks, most // block_tokens) * block_tokens
+        return min(blocks * block_tokens, most)
 
 
 def worker_costs(
@@ -66,6 +75,7 @@ def worker_costs(
         block_bytes=block_bytes if keeps else 0,
         block_tokens=block_tokens,
         replica_gpus=scene.machine.tensor_parallel,
+        goes_on_at_blocks=scene.model.linear is not None,
         decode_prices=prices,
     )
 
