@@ -34,8 +34,8 @@ SHORTEST_PROMPT = 1024
 OLDER_KERNEL = "fused_recurrent_gated_delta_rule"
 """Timed by a benchmark that hands states in as bfloat16 and gets them out as float32: three quarters of the bytes.
 
-All that was timed on A100. On other GPUs the same kernel of TensorRT-LLM would else be 1.2 to 1.3 times as fast as the
-one that engines run, above the memory's own rate on most.
+So says its published code for TensorRT-LLM; SGLang's is all that was timed on A100. On other GPUs the same kernel would
+else be 1.2 to 1.3 times as fast as the one that engines run, above the memory's own rate on most.
 """
 
 
