@@ -13,6 +13,7 @@ from tiny import NO_TRAFFIC
 
 import clo_sim
 from clo import presets
+from clo.errors import SpecError
 from clo.kernel_tables import ExpertsTable, GemmTable
 from clo.pricing import Pricer, hbm_bytes
 from clo.schedule import record_step
@@ -137,6 +138,22 @@ class TestConfigs:
         model = model_from_hf_config(tmp_path)
         assert model.has_fp8_weights
         assert "fp8 weights" in model.source
+
+    @pytest.mark.parametrize(("algorithm", "fp8"), [("FP8", True), (None, False)])
+    def test_fp8_is_read_from_the_file_beside(self, tmp_path: Path, algorithm: str | None, fp8: bool) -> None:
+        (tmp_path / "config.json").write_text(json.dumps(self.CONFIG))
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": algorithm}}))
+        assert model_from_hf_config(tmp_path).has_fp8_weights == fp8
+
+    @pytest.mark.parametrize("quantized", [{"quant_algo": "NVFP4"}, {"quant_method": "fp8", "quant_algo": "MIXED"}])
+    def test_other_widths_are_refused_wherever_they_are_said(self, tmp_path: Path, quantized: dict[str, str]) -> None:
+        (tmp_path / "config.json").write_text(json.dumps(self.CONFIG | {"quantization_config": quantized}))
+        with pytest.raises(SpecError, match="of quantised weights only fp8 ones are modelled"):
+            model_from_hf_config(tmp_path)
+        (tmp_path / "config.json").write_text(json.dumps(self.CONFIG))
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": quantized}))
+        with pytest.raises(SpecError, match="of quantised weights only fp8 ones are modelled"):
+            model_from_hf_config(tmp_path)
 
 
 class TestTables:

@@ -31,7 +31,7 @@ def model_from_hf_config(path: Path) -> ModelSpec:
     text_config = config.get("text_config") or config
     if not isinstance(text_config, dict):
         raise SpecError(f"{file}: text_config = {text_config!r}: a JSON object is expected")
-    merged = config | text_config
+    merged = _quantized_beside(file) | config | text_config
     if _experts_field(merged) and "moe_intermediate_size" in merged:
         # some leave out the width of an MLP that none of their layers has
         merged.setdefault("intermediate_size", merged["moe_intermediate_size"])
@@ -98,9 +98,20 @@ def _not_modelled(config: dict[str, Any]) -> str:
     return ""
 
 
+def _quantized_beside(file: Path) -> dict[str, Any]:
+    """What ModelOpt says of quantised weights, in a file of its own beside the config (not in every one within it)."""
+    beside = file.parent / "hf_quant_config.json"
+    quantized = _read_json(beside).get("quantization") if beside.is_file() else None
+    return {"quantization_config": quantized} if isinstance(quantized, dict) and quantized.get("quant_algo") else {}
+
+
 def _has_fp8_weights(config: dict[str, Any]) -> bool:
     quantized = config.get("quantization_config")
-    return isinstance(quantized, dict) and quantized.get("quant_method") == "fp8"
+    if not isinstance(quantized, dict):
+        return False
+    # ModelOpt's algorithm is of all weights; a method may be of some among others
+    algorithm = quantized.get("quant_algo")
+    return algorithm == "FP8" if algorithm else quantized.get("quant_method") == "fp8"
 
 
 def _other_experts(config: dict[str, Any]) -> str:
