@@ -15,9 +15,9 @@ import torch
 import transformers
 from hybrid import CONV, FULL, KEY_HEADS, KINDS, LAYERS, LINEAR, STATE_DIM, VALUE_HEADS, hybrid_config, hybrid_model
 from hybrid import seeing_model as hybrid_that_sees
-from small import DIM, GROUP, KV_HEADS, PAGE, VOCABULARY, design, prompt
-from small import WINDOW as RECENT
+from small import DIM, GROUP, KV_HEADS, PAGE, VOCABULARY, design
 from test_memory import held
+from whole_models import Attention, assert_same, batch, everything, generated
 
 import clo_sim
 from clo import presets
@@ -33,8 +33,7 @@ from clo.errors import EngineError, SpecError
 from clo.plan import make_plan
 from clo.schedule import record_step
 from clo.schedule.ops import Stage
-from clo.specs import Design, Workload, model_from_hf_config
-from clo_kernels.layout import NO_PAGE, window_start
+from clo.specs import Workload, model_from_hf_config
 
 IN_STATES = [layer for layer, kind in enumerate(LAYERS) if kind == LINEAR]
 OTHERS = [layer for layer, kind in enumerate(LAYERS) if kind == FULL]
@@ -46,33 +45,8 @@ CONV_WIDTH = (2 * KEY_HEADS + VALUE_HEADS) * STATE_DIM
 STATE_BYTES = 4 * (VALUE_HEADS * STATE_DIM * STATE_DIM + CONV * CONV_WIDTH)
 
 
-def everything(name: str, **changes: Any) -> Design:
-    """A design under which every token is attended."""
-    chosen = presets.load_design(name)
-    whole: dict[str, Any] = {"budget_fraction": 1.0, "slot_budgets": 1.0} if chosen.selects else {}
-    return design(name, **whole | ({"tau": 2.0} if chosen.gated else {}) | changes)
-
-
-def batch(tokens: int, seed: int = 1) -> torch.Tensor:
-    return torch.stack([prompt(tokens, seed), prompt(tokens, seed + 1)])
-
-
 def generate(model: Any, ids: torch.Tensor, cache: Any, tokens: int = 12, **options: Any) -> Any:
-    """Its tokens and the logits of each."""
-    return model.generate(
-        ids,
-        past_key_values=cache,
-        max_new_tokens=tokens,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-        **options,
-    )
-
-
-def assert_same(found: Any, wanted: Any) -> None:
-    assert found.sequences.tolist() == wanted.sequences.tolist()
-    torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits), rtol=1e-4, atol=1e-4)
+    return generated(model, ids, cache, tokens, **options)
 
 
 class TestEverythingAttended:
@@ -169,49 +143,6 @@ class TestQwenThatSees:
     def test_taken_apart_it_is_refused(self) -> None:
         with pytest.raises(SpecError, match=r"4 layers is linear: only clo\.engine\.offload takes such a model"):
             Decoder(hybrid_that_sees(), design("clo"))
-
-
-class Attention:
-    """Every key and value that a model makes, and what its attention gives for the newest token."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, cache: Any) -> None:
-        self.keys: dict[int, torch.Tensor] = {}
-        self.values: dict[int, torch.Tensor] = {}
-        self.given: list[SimpleNamespace] = []
-        self._cache, self._attend, self._update = cache, hf._attend_by, type(cache).update
-        monkeypatch.setattr(type(cache), "update", self._updating)
-        monkeypatch.setattr(hf, "_attend_by", self._attending)
-
-    def _updating(self, key: torch.Tensor, value: torch.Tensor, layer: int, *rest: Any, **more: Any) -> Any:
-        for kept, new in ((self.keys, key), (self.values, value)):
-            kept[layer] = torch.cat([kept[layer], new], dim=2) if layer in kept else new
-        return self._update(self._cache, key, value, layer, *rest, **more)
-
-    def _attending(self, own: Any, module: Any, query: torch.Tensor, *rest: Any, **options: Any) -> Any:
-        output, weights = self._attend(own, module, query, *rest, **options)
-        if self._cache.decodes:
-            layer = module.layer_idx
-            about = {"layer": layer, "query": query[:, :, -1], "output": output[:, -1], "scale": options["scaling"]}
-            pages = self._cache.layer(layer).selection.pages.clone()
-            self.given.append(SimpleNamespace(**about, pages=pages, tokens=self.keys[layer].shape[2]))
-        return output, weights
-
-    def in_float64(self, one: SimpleNamespace, sequence: int, head: int) -> torch.Tensor:
-        kv_head = head // GROUP
-        seen = attended_tokens(one, sequence, kv_head)
-        keys, values = (kept[one.layer][sequence, kv_head, seen].double() for kept in (self.keys, self.values))
-        logits = keys @ one.query[sequence, head].double() * one.scale
-        return logits.softmax(0) @ values
-
-
-def attended_tokens(one: SimpleNamespace, sequence: int, kv_head: int) -> list[int]:
-    """The first page, selected pages, and the recent ones."""
-    chosen = [int(page) for page in one.pages[sequence, kv_head] if page != NO_PAGE]
-    start = window_start(one.tokens, RECENT + 1, PAGE)
-    assert all(0 < page < start // PAGE for page in chosen)
-    assert len(chosen) == 2
-    of_pages = [token for page in chosen for token in range(page * PAGE, (page + 1) * PAGE)]
-    return [*range(PAGE), *of_pages, *range(start, one.tokens)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
