@@ -291,23 +291,23 @@ def _room(model: ModelSpec, machine: MachineSpec, kv_memory_bytes: float | None)
 def _fixed_memory(
     model: ModelSpec, machine: MachineSpec, design: Design, workload: Workload, pinned: int
 ) -> DeviceMemory:
-    sparse = sparse_layers(model, design)
+    sparse = len(sparse_layers(model, design))
     kept_tokens = sum(
         model.attended_at_most(layer, workload.context_tokens)
         for layer in range(model.num_layers)
-        if layer not in sparse
+        if not is_sparse(model, design, layer)
     )
     sequences = machine.own_sequences(workload.batch)
     layer_bytes = sequences * workload.context_tokens * model.layer_token_bytes
     window = min(workload.context_tokens, design.num_sink_tokens + design.recent_window_tokens + design.page_size)
-    offloaded_heads = len(sparse) * (model.num_kv_heads - pinned) * sequences
+    offloaded_heads = sparse * (model.num_kv_heads - pinned) * sequences
     indexed_heads = len(choosing_layers(model, design)) * (model.num_kv_heads - pinned) * sequences
     return DeviceMemory(
         weights=model.weight_bytes,
         reserve=machine.reserve_bytes,
         window=offloaded_heads * window * model.head_token_bytes,
         dense_layers=sequences * kept_tokens * model.layer_token_bytes,
-        pinned_heads=len(sparse) * layer_bytes * pinned / model.num_kv_heads,
+        pinned_heads=sparse * layer_bytes * pinned / model.num_kv_heads,
         index=indexed_heads * index_bytes_per_head(model, design, workload),
         slots=0.0,
         states=sequences * model.state_bytes,

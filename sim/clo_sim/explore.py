@@ -23,7 +23,7 @@ from clo_sim.laboratory import Finished, Laboratory, Progress, Role
 from clo_sim.record import Record
 from clo_sim.scene import Scene
 from clo_sim.search import Range, Space, check_optimiser, search
-from clo_sim.variation import Grid, Task, check_field, contradictions, expand, scene_with, vary
+from clo_sim.variation import Expansion, Grid, Task, check_field, expand, scene_with, vary
 from clo_sim.workers import Workers
 from clo_sim.worth import worth
 
@@ -188,9 +188,8 @@ def explore(
     goals, named = goals or Goals(), tuple(named)
     check_space(scene, space, base)
     if budget is None:
-        grid = _values_of(space)
-        tasks = expand(base, grid) if space else []
-        asked = [task.design for task in tasks] or named
+        expansion = expand(base, _values_of(space)) if space else Expansion((), {})
+        asked = [task.design for task in expansion.tasks] or named
     else:
         check_optimiser(base, space, budget)
         asked = () if {"design.cache", "design.attend"} & set(space) else (base,)
@@ -203,7 +202,7 @@ def explore(
         stages.compare(named)
         if space:
             if budget is None:
-                stages.try_all(tasks, contradictions(base, grid))
+                stages.try_all(expansion)
             else:
                 stages.search(base, space, budget, seed)
             stages.decide(num_finalists, measure)
@@ -252,10 +251,10 @@ class _Stages:
         """Simulate the named designs."""
         self._found["named"] = self._run("named", [Task(design=design, level="simpy") for design in named])
 
-    def try_all(self, tasks: list[Task], left_out: Mapping[str, int]) -> None:
+    def try_all(self, expansion: Expansion) -> None:
         """Try these on the clock."""
-        self._found["contradictions"] = left_out
-        self._found["candidates"] = self._run("candidate", tasks)
+        self._found["contradictions"] = expansion.contradictions
+        self._found["candidates"] = self._run("candidate", expansion.tasks)
 
     def search(self, base: Design, space: Space, budget: int, seed: int) -> None:
         """Try as much of the space as the budget allows on the clock, the next where the last were good."""
@@ -276,7 +275,7 @@ class _Stages:
         if found.front and found.winner.result is not None and found.best.design.offloads:
             self._found["choices"] = worth(self._laboratory, found.best_simulated, found.winner.task.changes)
 
-    def _run(self, role: Role, tasks: list[Task]) -> tuple[Evaluation, ...]:
+    def _run(self, role: Role, tasks: Sequence[Task]) -> tuple[Evaluation, ...]:
         self._laboratory.expect(len(tasks))
         return tuple(self._laboratory.run(role, tasks))
 

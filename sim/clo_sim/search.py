@@ -89,12 +89,12 @@ def search(
     return evaluations
 
 
-def _enumerated(base: Design, space: Space, budget: int) -> list[Task] | None:
+def _enumerated(base: Design, space: Space, budget: int) -> tuple[Task, ...] | None:
     grid = {field: values for field, values in space.items() if not isinstance(values, Range)}
     # contradictions and twins make a grid smaller: one of up to some times the budget may still fit it
     if len(grid) < len(space) or math.prod(len(values) for values in grid.values()) > 8 * budget:
         return None
-    tasks = expand(base, grid)
+    tasks = expand(base, grid).tasks
     return tasks if len(tasks) <= budget else None
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -132,33 +132,33 @@ def check_field(scene: Scene, field: str, values: Iterable[Any]) -> None:
             scene_with(scene, [(field, value)])
 
 
-def expand(base: Design, grid: Grid) -> list[Task]:
+@dataclass(frozen=True, slots=True)
+class Expansion:
+    """A grid written out: its tasks, and why its other combinations make no design, each with how many it keeps out."""
+
+    tasks: tuple[Task, ...]
+    contradictions: Mapping[str, int]
+
+
+def expand(base: Design, grid: Grid) -> Expansion:
     """Every combination of the grid's values on `base`, without contradictions and without twins.
 
     Where no CPU takes part in a transfer, `host`, `events` and `flags` order the same step: the first stands for all.
+    Raises `SpecError` where none is left.
     """
     tasks: dict[tuple[Changes, Design], Task] = {}
-    for found in _combinations(base, grid):
-        if isinstance(found, Task):
-            tasks.setdefault(identity(found), found)
-    if not tasks:
-        reasons = "; ".join(contradictions(base, grid))
-        raise SpecError(f"explore: no combination of {', '.join(grid)} makes a valid design: {reasons}")
-    return list(tasks.values())
-
-
-def contradictions(base: Design, grid: Grid) -> dict[str, int]:
-    """Why combinations of the grid's values make no design, each reason with how many it keeps out."""
-    return dict(Counter(found for found in _combinations(base, grid) if isinstance(found, str)))
-
-
-def _combinations(base: Design, grid: Grid) -> Iterator[Task | str]:
-    """Each combination's task, or why it is none."""
+    contradictions: Counter[str] = Counter()
     for values in itertools.product(*grid.values()):
         try:
-            yield task_at(base, dict(zip(grid, values, strict=True)))
+            task = task_at(base, dict(zip(grid, values, strict=True)))
         except SpecError as error:
-            yield str(error)
+            contradictions[str(error)] += 1
+            continue
+        tasks.setdefault(identity(task), task)
+    if not tasks:
+        reasons = "; ".join(contradictions)
+        raise SpecError(f"explore: no combination of {', '.join(grid)} makes a valid design: {reasons}")
+    return Expansion(tuple(tasks.values()), dict(contradictions))
 
 
 def identity(task: Task) -> tuple[Changes, Design]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,6 @@ import clo_sim
 from clo import presets
 from clo.engine import hf, inline, memory, offload
 from clo.engine.decoder import Decoder
-from clo.engine.layers import OffloadedLayer
 from clo.engine.memory import local_machine
 from clo.engine.models.network import Network
 from clo.errors import EngineError, SpecError
@@ -297,66 +295,6 @@ class TestRefused:
         model.model.layers[2].self_attn.scaling = 0.125
         with pytest.raises(SpecError, match=r"layers scale attention differently \(\[0\.125, 0\.25\]\)"):
             offload(model, design("clo"))
-
-    @pytest.mark.parametrize("kind", ["Gemma3", "GptOss"])
-    @pytest.mark.parametrize("padding", [slice(0, 3), slice(66, 68)], ids=["out-of-the-window", "in-it"])
-    def test_padding_wherever_it_is(self, kind: str, padding: slice) -> None:
-        """The first layer has a window: its mask says nothing of what came before it."""
-        model, ids = windowed_model(kind), batch(70)
-        mask = torch.ones_like(ids)
-        mask[0, padding] = 0
-        with offload(model, design("clo", budget_pages=2), max_new_tokens=40) as cache:
-            with pytest.raises(SpecError, match="padded prompts"):
-                generate(model, ids, cache, attention_mask=mask)
-            told = generate(model, ids, cache, 4).sequences
-            asked = torch.cat([told, batch(5, 9)], dim=1)
-            hidden = torch.ones_like(asked)
-            hidden[1, padding] = 0
-            with pytest.raises(SpecError, match="padded prompts"):
-                generate(model, asked, cache, 4, attention_mask=hidden)
-            assert generate(model, asked, cache, 4, attention_mask=torch.ones_like(asked)).sequences.shape == (2, 83)
-        wanted = generate(model, ids, None, attention_mask=mask)
-        with offload(model, design("clo", budget_pages=2)):
-            assert_same(generate(model, ids, None, attention_mask=mask), wanted)
-
-    def test_what_the_cache_cannot_take_back(self) -> None:
-        model, ids = windowed_model("Gemma3"), batch(70)
-        with offload(model, design("clo", budget_pages=2), max_new_tokens=40) as cache:
-            told = generate(model, ids, cache, 4).sequences
-            with pytest.raises(SpecError, match="cannot be copied"):
-                copy.deepcopy(cache)
-            for layer in cache.layers:
-                with pytest.raises(SpecError, match="cannot be taken back"):
-                    layer.crop(-1)
-                with pytest.raises(SpecError, match="beam search"):
-                    layer.reorder_cache(torch.zeros(2, dtype=torch.long))
-                with pytest.raises(EngineError, match="it has decoded already"):
-                    layer.reset()
-            with pytest.raises(EngineError, match="layer 0 has a sliding window"):
-                cache.layer(0)
-            assert isinstance(cache.layer(OTHERS[-1]), OffloadedLayer)
-            with pytest.raises(SpecError, match="the cache holds one of 2"):
-                generate(model, told[:1], cache)
-            with pytest.raises(SpecError, match="give it the whole conversation"):
-                generate(model, ids, cache)
-        with pytest.raises(EngineError, match="cache: closed"):
-            generate(model, told, cache)
-        assert model.config._attn_implementation != hf.ATTENTION_NAME
-
-    @pytest.mark.parametrize("at", [1, 3, 5])
-    def test_an_interrupt_between_layers(self, at: int) -> None:
-        def interrupt(*_: object) -> None:
-            raise KeyboardInterrupt
-
-        model = windowed_model("Gemma3")
-        with offload(model, design("clo", budget_pages=2), max_new_tokens=40) as cache:
-            told = generate(model, batch(70), cache, 4).sequences
-            hook = model.model.layers[at].register_forward_pre_hook(interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                generate(model, told, cache)
-            hook.remove()
-            with pytest.raises(EngineError, match="broken off half-way"):
-                generate(model, told, cache)
 
 
 @pytest.mark.parametrize("layers", [LAYERS, LAYERS[::-1]], ids=["full-at-the-end", "window-at-the-end"])

@@ -14,7 +14,7 @@ from clo.errors import SpecError
 from clo_sim.evaluation import evaluate
 from clo_sim.explore import check_space
 from clo_sim.scene import Scene
-from clo_sim.variation import contradictions, expand, scene_with, task_at, vary
+from clo_sim.variation import expand, scene_with, task_at, vary
 
 
 class TestVariation:
@@ -40,19 +40,19 @@ class TestVariation:
 
     @given(st.sets(st.sampled_from([1, 2, 4]), min_size=1), st.sets(st.sampled_from(["lru", "none"]), min_size=1))
     def test_a_grid_is_the_product(self, batches: set[int], caches: set[str]) -> None:
-        tasks = expand(CLO, {"workload.batch": sorted(batches), "design.cache": sorted(caches)})
+        tasks = expand(CLO, {"workload.batch": sorted(batches), "design.cache": sorted(caches)}).tasks
         found = {(dict(task.changes)["workload.batch"], str(task.design.cache)) for task in tasks}
         assert found == set(itertools.product(batches, caches))
         assert len(tasks) == len(found)
 
     def test_contradictions_are_left_out_and_only_they(self) -> None:
         grid = {"design.cache": ["lru", "head_reuse"], "design.prefetch_query": ["layer_ahead", "previous_step"]}
-        assert {(t.design.cache.value, t.design.prefetch_query.value) for t in expand(CLO, grid)} == {
+        assert {(t.design.cache.value, t.design.prefetch_query.value) for t in expand(CLO, grid).tasks} == {
             ("lru", "layer_ahead"),
             ("lru", "previous_step"),
             ("head_reuse", "layer_ahead"),
         }
-        (reason, count), *others = contradictions(CLO, grid).items()
+        (reason, count), *others = expand(CLO, grid).contradictions.items()
         assert "prefetch_query = previous_step" in reason
         assert (count, others) == (1, [])
 
