@@ -193,12 +193,14 @@ LINEAR_FRAMEWORK = {"a100": "sglang"}
 """Whose kernels of linear attention were timed: vLLM's, but for these GPUs."""
 
 
-def read_linear_decode(gpu: str, data_root: Path | None = None) -> Samples:
+def read_linear_decode(gpu: str, data_root: Path | None = None, *, framework: str = "") -> Samples:
     """Measured Gated DeltaNet of a decode step, convolution and all: points are (batch, key heads, value heads).
 
-    Heads of 128 keys and values, as all of the measured models have.
+    Heads of 128 keys and values, as all of the measured models have. Another `framework` than that of the profiles if
+    given.
     """
-    return linear_samples(_read_linear(gpu, data_root), "generation", "batch_size", LINEAR_FRAMEWORK.get(gpu, "vllm"))
+    framework = framework or LINEAR_FRAMEWORK.get(gpu, "vllm")
+    return linear_samples(_read_linear(gpu, data_root, framework), "generation", "batch_size", framework)
 
 
 def read_linear_prefill(gpu: str, data_root: Path | None = None) -> Samples:
@@ -206,15 +208,15 @@ def read_linear_prefill(gpu: str, data_root: Path | None = None) -> Samples:
 
     Raises `ProfileError` where there is none.
     """
-    columns = _read_linear(gpu, data_root)
+    framework = LINEAR_FRAMEWORK.get(gpu, "vllm")
+    columns = _read_linear(gpu, data_root, framework)
     alone = columns["batch_size"] == 1
     columns = {name: values[alone] for name, values in columns.items()}
-    return linear_samples(columns, "context", "seq_len", LINEAR_FRAMEWORK.get(gpu, "vllm"))
+    return linear_samples(columns, "context", "seq_len", framework)
 
 
-def _read_linear(gpu: str, data_root: Path | None) -> dict[str, NDArray[Any]]:
-    folder = _newest(gpu, "linear_attention", data_root, LINEAR_FRAMEWORK.get(gpu, "vllm"))
-    return _read(folder / "gdn_perf.parquet")
+def _read_linear(gpu: str, data_root: Path | None, framework: str) -> dict[str, NDArray[Any]]:
+    return _read(_newest(gpu, "linear_attention", data_root, framework) / "gdn_perf.parquet")
 
 
 def linear_samples(columns: dict[str, NDArray[Any]], phase: str, size: str, framework: str) -> Samples:
