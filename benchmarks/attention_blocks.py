@@ -1,8 +1,9 @@
 """How far off the sum of an attention block's operations is from the whole block, measured: docs/kernel-costs.md.
 
-From the hidden state to the hidden state: latent attention (DeepSeek-V3, vLLM), and latent attention to what an indexer
-chooses (DeepSeek-V3.2, three frameworks; GLM-5.2 in layers that share another's choice). Nothing was fitted to these
-measurements but, of vLLM's blocks with an indexer, how they grow with the context. Needs them
+From the hidden state to the hidden state: latent attention (DeepSeek-V3, vLLM), latent attention to what an indexer
+chooses (DeepSeek-V3.2, three frameworks; GLM-5.2 in layers that share another's choice), and attention to the blocks
+that one chooses (MiniMax-M3, vLLM and SGLang). Nothing was fitted to these measurements but, of vLLM's blocks with an
+indexer, how they grow with the context, and of its MiniMax-M3 what the indexer takes beside that. Needs them
 (`pip install "clo-offload[tables]"`).
 """
 
@@ -21,6 +22,7 @@ from clo.pricing import Pricer
 from clo.schedule.machine import Op
 from clo.schedule.ops import Stage, StepOps
 from clo.specs import ModelSpec, Workload
+from clo_calibration.tables.block_indexer import MODEL_HEADS
 from clo_calibration.tables.indexer import DEEPSEEK, GLM_SHARING
 from clo_calibration.tables.measurements import (
     BF16,
@@ -28,8 +30,10 @@ from clo_calibration.tables.measurements import (
     FP8,
     FP8_CACHE,
     GPUS,
+    Cache,
     Samples,
     Weights,
+    read_block_sparse,
     read_latent_modules,
     read_sparse_blocks,
 )
@@ -68,7 +72,8 @@ def _shared(ops: StepOps) -> Iterable[Op]:
 
 def _one_layer(name: str, *, fp8: bool, kv_bytes: float = 2.0) -> ModelSpec:
     model = presets.load_model(name)
-    indexer = None if model.indexer is None else model.indexer.with_fields(shared_layers=()).model_dump()
+    every = {"shared_layers": (), "dense_layers": 0}
+    indexer = None if model.indexer is None else model.indexer.with_fields(**every).model_dump()
     width = 1.0 if fp8 else 2.0
     return model.with_fields(
         num_layers=1, experts=None, weight_bytes_per_value=width, kv_bytes_per_value=kv_bytes, indexer=indexer
@@ -103,10 +108,31 @@ def _sparse(framework: str, model: str, cache: str, *, indexer: bool) -> Callabl
     return lambda gpu: read_sparse_blocks(gpu, framework, model, indexer=indexer, cache=cache)
 
 
+def block_choices() -> Iterable[Block]:
+    """MiniMax-M3's, over caches of two widths."""
+    for framework in ("vllm", "sglang"):
+        for cache, kv_bytes in ((BF16_CACHE, 2.0), (FP8_CACHE, 1.0)):
+            what = f"indexer of blocks, {framework}, {'bf16' if cache == BF16_CACHE else 'fp8'} cache"
+            model = _one_layer("minimax-m3", fp8=False, kv_bytes=kv_bytes)
+            yield Block(what, model, "resident-sparse", _blocks(framework, cache), _chosen)
+
+
+def _blocks(framework: str, cache: Cache) -> Callable[[str], Samples]:
+    return lambda gpu: _one_new(read_block_sparse(gpu, framework, "generation", cache=cache))
+
+
+def _one_new(samples: Samples) -> Samples:
+    """Points (batch, heads, tokens): one new token after those before it, of the heads that the model has."""
+    batch, heads, new, before = samples.points.T
+    own = samples.take(np.isin(heads, MODEL_HEADS))
+    points = np.stack([batch, heads, new + before], axis=1)[np.isin(heads, MODEL_HEADS)]
+    return Samples(points=points, seconds=own.seconds, labels=own.labels)
+
+
 def main() -> None:
     print("| GPU | block | shortest | sum over measured: median, p10 to p90 | from 524288 cached tokens on |")
     print("|---|---|---|---|---|")
-    for block in (*latent_blocks(), *sparse_blocks()):
+    for block in (*latent_blocks(), *sparse_blocks(), *block_choices()):
         for gpu in GPUS:
             try:
                 samples = block.read(gpu)
@@ -134,7 +160,7 @@ def _spread(ratios: Floats) -> str:
 def _priced(gpu: str, block: Block, samples: Samples) -> Floats:
     machine, design = presets.load_machine(gpu), presets.load_design(block.design, block.model)
     pricer = Pricer(presets.load_named_profile(gpu), machine)
-    models = {heads: block.model.with_fields(num_query_heads=int(heads)) for heads in np.unique(samples.points[:, 1])}
+    models = {heads: _with_heads(block.model, int(heads)) for heads in np.unique(samples.points[:, 1])}
     source, sums = TrafficSource(presets.load_trace()), []
     for batch, heads, tokens in samples.points:
         load = Workload(context_tokens=int(tokens), batch=int(batch))
@@ -142,6 +168,15 @@ def _priced(gpu: str, block: Block, samples: Samples) -> Floats:
         ops, nothing_moves = StepOps(plan), source.traffic(plan)
         sums.append(sum(float(np.mean(pricer.seconds(op.work, nothing_moves))) for op in block.operations(ops)))
     return np.array(sums)
+
+
+def _with_heads(model: ModelSpec, heads: int) -> ModelSpec:
+    """The part of a model that has so many of its query heads, and all else whole."""
+    if model.latent is not None:
+        return model.with_fields(num_query_heads=heads)
+    own = heads // model.group_size
+    indexer = None if model.indexer is None else model.indexer.shard(own).model_dump()
+    return model.with_fields(num_query_heads=heads, num_kv_heads=own, indexer=indexer)
 
 
 if __name__ == "__main__":

@@ -96,12 +96,12 @@ def index_bytes_per_head(model: ModelSpec, design: Design, workload: Workload) -
 
     Page min/max holds two vectors a page, page mean one; 4-bit keys half a byte a key element, and a step and an offset
     of two bytes a token; sign-hash codes 128 bits a token; the exact selector is an oracle that keeps every key on the
-    device; a model's own indexer has a key of its own for every token.
+    device; a model's own indexer has a key for every token, which all KV heads share.
     """
     if not design.selects:
         return 0.0
     if design.asks_indexer:
-        return workload.context_tokens * own_indexer(model).key_bytes
+        return workload.context_tokens * own_indexer(model).key_bytes / model.num_kv_heads
     tokens, vector = workload.context_tokens, model.head_dim * model.kv_bytes_per_value
     pages = math.ceil(tokens / design.page_size)
     sizes = {

@@ -220,7 +220,7 @@ def _check_coding(model: ModelSpec, design: Design) -> None:
 
 
 def _check_indexer(model: ModelSpec, design: Design) -> None:
-    """A model with an indexer attends to what that chooses, in every layer."""
+    """A model with an indexer attends to what that chooses, in every layer that has one or shares its choice."""
     if model.indexer is not None and design.attend is Attend.FULL:
         raise SpecError(
             f"design {design.name}: attend = full is not what {model.name} does, which attends to the "
@@ -229,15 +229,17 @@ def _check_indexer(model: ModelSpec, design: Design) -> None:
         )
     if not design.asks_indexer:
         return
-    chosen = own_indexer(model).top_tokens
-    if design.page_size != 1:
+    indexer = own_indexer(model)
+    if design.page_size != indexer.block_tokens:
+        unit = "single tokens" if indexer.block_tokens == 1 else f"blocks of {indexer.block_tokens} tokens"
         raise SpecError(
-            f"design.page_size = {design.page_size}: the indexer of {model.name} chooses single tokens: set it to 1, "
-            "or choose pages by another selector (design.selector)"
+            f"design.page_size = {design.page_size}: the indexer of {model.name} chooses {unit}: set it to "
+            f"{indexer.block_tokens}, or choose pages by another selector (design.selector)"
         )
-    chooses = f"{model.name} attends to the {chosen} tokens that its indexer chooses everywhere"
-    if design.dense_layers:
-        raise SpecError(f"design.dense_layers = {design.dense_layers}: {chooses}: set it to 0")
+    where = f"in all but its first {indexer.dense_layers} layers" if indexer.dense_layers else "everywhere"
+    chooses = f"{model.name} attends to the {indexer.top_tokens} tokens that its indexer chooses {where}"
+    if design.dense_layers != indexer.dense_layers:
+        raise SpecError(f"design.dense_layers = {design.dense_layers}: {chooses}: set it to {indexer.dense_layers}")
     if design.pinned_head_fraction:
         raise SpecError(f"design.pinned_head_fraction = {design.pinned_head_fraction:g}: {chooses}: set it to 0")
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from clo.kernel_scaling import measured_on
 from clo.kernel_tables import BYTES_PER_VALUE
-from clo.profile import Cost, InterferenceCost, Profile, Source, StreamCost
+from clo.profile import Cost, IndexerCost, InterferenceCost, Profile, Source, StreamCost
 from clo.schedule.machine import Lane
 from clo.schedule.work import (
     AllReduce,
@@ -310,7 +310,8 @@ class Pricer:
 
     @_seconds.register
     def _(self, work: IndexTokens, traffic: Traffic) -> Seconds:
-        cost, num_bytes = self.profile.indexer, value_of(work.num_bytes, traffic)
+        cost: IndexerCost = getattr(self.profile, work.cost)
+        num_bytes = value_of(work.num_bytes, traffic)
         scanned = num_bytes / (cost.efficiency * self.machine.gpu.hbm_bytes_per_s)
         # where no sequence selects its kernels start, see so, and end
         return cost.latency_s + _where_any(num_bytes, work.tokens * cost.per_token_s + scanned, 0.0)
@@ -362,11 +363,12 @@ class Pricer:
             return work.kernel
         if isinstance(work, Copy):
             return "copy_h2d" if work.direction == "h2d" else "copy_d2h"
+        if isinstance(work, IndexTokens):
+            return work.cost
         return work.action if isinstance(work, HostAction) else _COST_FIELD[type(work)]
 
 
 _COST_FIELD: dict[type, str] = {
-    IndexTokens: "indexer",
     ZeroCopy: "zero_copy",
     Submit: "submit",
     HostGather: "host_gather",

@@ -100,12 +100,25 @@ PREFILL_INDEXER = ArithmeticCost(
 PREFILL_CHOSEN = ArithmeticCost(
     source=Source.ASSUMED, note="latent attention of a prompt to what an indexer chose, as on H200", efficiency=0.58
 )
+PREFILL_BLOCK_INDEXER = ArithmeticCost(
+    source=Source.ASSUMED, note="scores of an indexer of blocks, as on H200", efficiency=0.15
+)
+PREFILL_BLOCK_ATTENTION = ArithmeticCost(
+    source=Source.ASSUMED, note="attention of a prompt to blocks that an indexer chose, as on H200", efficiency=0.15
+)
 INDEXER = IndexerCost(
     source=Source.ASSUMED,
     note="an indexer in a decode step, as on H200",
     latency_s=4.1e-5,
     per_token_s=2.6e-11,
     efficiency=0.71,
+)
+BLOCK_INDEXER = IndexerCost(
+    source=Source.ASSUMED,
+    note="an indexer of blocks in a decode step, as on H200",
+    latency_s=1e-5,
+    per_token_s=1.2e-11,
+    efficiency=0.85,
 )
 
 
@@ -252,7 +265,10 @@ class Profile(Spec):
     prefill_latent_attention: ArithmeticCost = PREFILL_ATTENTION
     prefill_indexer: ArithmeticCost = PREFILL_INDEXER
     prefill_chosen_attention: ArithmeticCost = PREFILL_CHOSEN
+    prefill_block_indexer: ArithmeticCost = PREFILL_BLOCK_INDEXER
+    prefill_block_attention: ArithmeticCost = PREFILL_BLOCK_ATTENTION
     indexer: IndexerCost = INDEXER
+    block_indexer: IndexerCost = BLOCK_INDEXER
     linear_attention: StreamCost = LINEAR_ATTENTION
     prefill_linear_attention: ScanCost = PREFILL_LINEAR_ATTENTION
 

@@ -22,6 +22,8 @@ COUNTS = (
     "reused_heads",
 )
 """The fields of `Traffic` that are counts."""
+SEQUENCE_COUNTS = ("spec_sequences", "demand_sequences")
+"""Those that are there only where a model's own indexer chooses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +33,7 @@ class Traffic:
     `spec_*` belongs to prefetches, `demand_*` to what the real query asks for; `requested_pages` are the pages that
     heads attended through slots, `reused_heads` those that attended an unchanged set. `overlap` is the share of the
     attended pages that the selector would choose for the real query, averaged over everything (1: nothing is stale).
+    `*_sequences` are those in which a head selects, where a model's own indexer chooses (its keys are of all heads).
     """
 
     spec_heads: Counts
@@ -42,6 +45,8 @@ class Traffic:
     reused_heads: Counts
     heads: float
     overlap: float
+    spec_sequences: Counts | None = None
+    demand_sequences: Counts | None = None
     assumptions: tuple[str, ...] = ()
 
     @property
@@ -51,7 +56,9 @@ class Traffic:
 
     def amount(self, name: AmountName) -> Counts:
         """The counts an `Amount` of this name stands for, `[steps, layers]`."""
-        counts: Counts = getattr(self, name)
+        counts: Counts | None = getattr(self, name)
+        if counts is None:
+            raise ValueError(f"{name}: counted only where a model's own indexer chooses")
         return counts
 
     def evaluate(self, amount: Amount) -> Counts:
@@ -76,5 +83,6 @@ class Traffic:
 
     def steps(self, start: int, stop: int) -> Traffic:
         """The same traffic, only some of the steps."""
-        cut: dict[str, Any] = {name: getattr(self, name)[start:stop] for name in COUNTS}
+        names = [*COUNTS, *(name for name in SEQUENCE_COUNTS if getattr(self, name) is not None)]
+        cut: dict[str, Any] = {name: getattr(self, name)[start:stop] for name in names}
         return replace(self, **cut)

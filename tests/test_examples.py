@@ -119,11 +119,12 @@ class TestOwn:
     def test_further_tables_belong_to_a_model(self, here: Path) -> None:
         model = tomllib.loads((here / "model.toml").read_text(encoding="utf-8"))
         further = re.findall(r"```toml\n(?!# \S+\n)(.*?)```", self.TEXT, re.DOTALL)
-        assert len(further) == 5
+        assert len(further) == 6
         tables = [tomllib.loads(block) for block in further]
         latent = next(fields for fields in tables if "latent" in fields)
         for fields in tables:
-            spec = ModelSpec.parse(model | (latent if "indexer" in fields else {}) | fields)
+            vectors = "block_tokens" not in fields.get("indexer", {"block_tokens": 1})
+            spec = ModelSpec.parse(model | (latent if vectors else {}) | fields)
             assert all(getattr(spec, field) for field in fields)
 
     def test_commands_run(self, here: Path) -> None:

@@ -102,7 +102,7 @@ class TestShape:
             ({"indexer": {"shared_layers": (0,)}}, "the first layer has nothing to share"),
             ({"indexer": {"shared_layers": (1, 1)}}, "must ascend"),
             ({"indexer": {"shared_layers": (2,)}}, "indexer.shared_layers: 2 must be less than num_layers = 2"),
-            ({"latent": LATENT | {"query_rank": 0}}, "indexer needs latent attention with a query_rank"),
+            ({"latent": LATENT | {"query_rank": 0}}, "its queries are made from a query_rank"),
         ],
     )
     def test_what_cannot_be_is_refused(self, changes: dict[str, Any], problem: str) -> None:

@@ -16,6 +16,7 @@ import click
 from clo.errors import CloError
 from clo.files import write_json
 from clo.profile import Profile
+from clo_calibration.tables.block_indexer import block_indexer_costs
 from clo_calibration.tables.fit import fit_tables
 from clo_calibration.tables.indexer import indexer_costs
 from clo_calibration.tables.linear import linear_costs
@@ -44,6 +45,7 @@ def build_profile(gpu: str, data_root: Path | None = None) -> Profile:
         **fitted.tables,
         **prefill_costs(CARRIED_OVER.get(gpu, gpu), data_root),
         **indexer_costs(CARRIED_OVER.get(gpu, gpu), data_root),
+        **block_indexer_costs(CARRIED_OVER.get(gpu, gpu), fitted.tables, data_root),
         **linear_costs(CARRIED_OVER.get(gpu, gpu), data_root),
         **_costs(gpu),
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from clo.placement import own_indexer
 from clo.plan import DecodePlan
 from clo.schedule.machine import Op, Part
 from clo.schedule.work import (
@@ -48,6 +49,11 @@ class Stage(StrEnum):
     def heads(self) -> AmountName:
         """Count of KV heads (times sequences) that select anew."""
         return "spec_heads" if self is Stage.PREFETCH else "demand_heads"
+
+    @property
+    def sequences(self) -> AmountName:
+        """Count of sequences in which a KV head selects anew."""
+        return "spec_sequences" if self is Stage.PREFETCH else "demand_sequences"
 
     @property
     def pages(self) -> AmountName:
@@ -167,8 +173,9 @@ class StepOps:
 
     def index_tokens(self, stage: Stage, layer: int) -> Op:
         """The model's own indexer, projections and all: in the sequences that select, the best of all tokens."""
-        index = Amount(stage.heads, self.plan.index_bytes_per_head)
-        work = IndexTokens(self.plan.workload.context_tokens, index)
+        model, tokens = self.plan.model, self.plan.workload.context_tokens
+        keys = Amount(stage.sequences, tokens * own_indexer(model).key_bytes)
+        work = IndexTokens(tokens, keys, "indexer" if model.latent is not None else "block_indexer")
         return Op(stage.op_name("index_tokens"), layer, Part.SELECTION, work)
 
     def share_pages(self, stage: Stage, layer: int) -> Op:

@@ -9,7 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-AmountName = Literal["spec_heads", "spec_pages", "demand_heads", "demand_pages", "write_back_pages"]
+AmountName = Literal[
+    "spec_heads",
+    "spec_pages",
+    "spec_sequences",
+    "demand_heads",
+    "demand_pages",
+    "demand_sequences",
+    "write_back_pages",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +118,14 @@ class StreamKernel:
 
 @dataclass(frozen=True, slots=True)
 class IndexTokens:
-    """A model's own indexer: its projections and small kernels, then `tokens` a sequence are scored and ranked."""
+    """A model's own indexer: its projections and small kernels, then `tokens` a sequence are scored and ranked.
+
+    `cost` is the entry of a profile that prices its kind.
+    """
 
     tokens: int
     num_bytes: Quantity
+    cost: Literal["indexer", "block_indexer"] = "indexer"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from clo.specs.hf_blocks import WITH_BLOCKS, block_fields, block_problem
+
 COUNTS = (
     "kv_lora_rank",
     "q_lora_rank",
@@ -28,12 +30,13 @@ COUNTS = (
 
 def attention_problem(config: dict[str, Any]) -> str:
     """What about attention is beyond a `ModelSpec`, as field, value and rule; empty if nothing is."""
-    return _other_latent(config) or linear_problem(config) or _other_windows(config) or _other_states(config)
+    problems = (_other_latent, block_problem, linear_problem, _other_windows, _other_states)
+    return next((found for problem in problems if (found := problem(config))), "")
 
 
 def attention_fields(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of a `ModelSpec` that say how attention differs from keys and values in every head of every layer."""
-    return _windows(config) | linear_fields(config) | _latent(config) | _indexer(config)
+    return _windows(config) | linear_fields(config) | _latent(config) | _indexer(config) | block_fields(config)
 
 
 _WITH_INDEXER = ("deepseek_v32", "glm_moe_dsa")
@@ -175,6 +178,8 @@ def _other_windows(config: dict[str, Any]) -> str:
     kinds, window = config.get("layer_types") or [], config.get("sliding_window")
     if config.get("model_type") in WITH_LINEAR:
         kinds = [kind for kind in kinds if kind != LINEAR]
+    if config.get("model_type") in WITH_BLOCKS:
+        kinds = []
     if config.get("model_type") in _WITH_INDEXER and set(kinds) & set(INDEXED):
         if not set(kinds) <= set(INDEXED):
             beside = ", ".join(sorted({str(kind) for kind in kinds} - set(INDEXED)))

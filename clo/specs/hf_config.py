@@ -8,6 +8,7 @@ from typing import Any
 from clo.errors import SpecError
 from clo.files import read_json
 from clo.specs.hf_attention import COUNTS, attention_fields, attention_problem
+from clo.specs.hf_blocks import as_others_say
 from clo.specs.model import ModelSpec
 
 _HF_FIELDS = {
@@ -31,7 +32,7 @@ def model_from_hf_config(path: Path) -> ModelSpec:
     text_config = config.get("text_config") or config
     if not isinstance(text_config, dict):
         raise SpecError(f"{file}: text_config = {text_config!r}: a JSON object is expected")
-    merged = _quantized_beside(file) | config | text_config
+    merged = as_others_say(_quantized_beside(file) | config | text_config)
     if _experts_field(merged) and "moe_intermediate_size" in merged:
         # some leave out the width of an MLP that none of their layers has
         merged.setdefault("intermediate_size", merged["moe_intermediate_size"])
@@ -57,6 +58,9 @@ _WITH_EXPERTS = (
     "gpt_oss",
     "kimi_k2",
     "minimax_m2",
+    "minimax_m3",
+    "minimax_m3_vl",
+    "minimax_m3_vl_text",
     "mixtral",
     "olmoe",
     "qwen2_moe",

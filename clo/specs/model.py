@@ -96,10 +96,26 @@ class ModelSpec(Spec):
     def _indexed(self) -> ModelSpec:
         if self.indexer is None:
             return self
-        if self.latent is None or not self.latent.query_rank:
-            raise ValueError("indexer needs latent attention with a query_rank: its queries are made from that")
+        if self.latent is not None and not self.latent.query_rank:
+            raise ValueError("indexer: with latent attention its queries are made from a query_rank: latent needs one")
+        if self.latent is not None and (self.indexer.block_tokens > 1 or self.indexer.dense_layers):
+            raise ValueError(
+                "indexer.block_tokens and indexer.dense_layers: with latent attention single tokens are chosen in "
+                "every layer: no other such model is known here"
+            )
+        if self.latent is None and self.indexer.num_heads != self.num_kv_heads:
+            raise ValueError(
+                f"indexer.num_heads = {self.indexer.num_heads} must be num_kv_heads = {self.num_kv_heads}: without "
+                "latent attention every KV head chooses for itself"
+            )
+        if self.windowed_layers or self.linear is not None:
+            raise ValueError("indexer excludes windowed_layers and linear: no such model is known here")
         if shared := [layer for layer in self.indexer.shared_layers if layer >= self.num_layers]:
             raise ValueError(f"indexer.shared_layers: {shared[0]} must be less than num_layers = {self.num_layers}")
+        if self.indexer.dense_layers >= self.num_layers:
+            raise ValueError(
+                f"indexer.dense_layers = {self.indexer.dense_layers} must be less than num_layers = {self.num_layers}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -235,18 +251,22 @@ class ModelSpec(Spec):
 
     def indexer_in(self, layer: int) -> IndexerSpec | None:
         """The indexer of a layer, if it has one of its own."""
-        return None if self.indexer is None or layer in self.indexer.shared_layers else self.indexer
+        return self.indexer if self.indexer is not None and self.indexer.chooses_in(layer) else None
 
     @property
     def num_indexers(self) -> int:
         """Layers with an indexer of their own."""
-        return 0 if self.indexer is None else self.num_layers - len(self.indexer.shared_layers)
+        if self.indexer is None:
+            return 0
+        return self.num_layers - self.indexer.dense_layers - len(self.indexer.shared_layers)
 
     @property
     def indexer_projections(self) -> tuple[Projection, ...]:
-        """Linear layers of one indexer: its queries, the key of a token with a weight for each head."""
-        if self.indexer is None or self.latent is None:
+        """Linear layers of one indexer: its queries, the key of a token (with latent attention, weights of heads)."""
+        if self.indexer is None:
             return ()
+        if self.latent is None:
+            return (Projection("index_proj", self.indexer.query_width + self.indexer.head_dim, self.hidden_size),)
         return (
             Projection("index_query_proj", self.indexer.query_width, self.latent.query_rank),
             Projection("index_key_proj", self.indexer.head_dim + self.indexer.num_heads, self.hidden_size),
@@ -383,11 +403,14 @@ class ModelSpec(Spec):
                     f"machine.tensor_parallel = {num_gpus}: the {dealt} {kind} heads of {self.name} cannot be "
                     "dealt out evenly to so many GPUs: deal out sequences instead (machine.attention_by = sequences)"
                 )
+        kv_heads = self.num_kv_heads * copies // parts if self.latent is None else 1
+        own = {} if self.indexer is None or self.latent is not None else {"indexer": self.indexer.shard(kv_heads)}
         return self.with_fields(
             num_query_heads=self.num_query_heads // parts,
-            num_kv_heads=self.num_kv_heads * copies // parts if self.latent is None else 1,
+            num_kv_heads=kv_heads,
             intermediate_size=math.ceil(self.intermediate_size / num_gpus),
             vocab_size=math.ceil(self.vocab_size / num_gpus),
             experts=None if self.experts is None else self.experts.shard(num_gpus).model_dump(),
             linear=None if self.linear is None else self.linear.shard(parts).model_dump(),
+            **{name: each.model_dump() for name, each in own.items()},
         )

@@ -7,7 +7,7 @@ from the same relative depth, and page counts are scaled so that budgets match (
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -210,12 +210,25 @@ class _Batch:
 
     def total(self, values: NDArray[np.generic]) -> Counts:
         """`[recorded_steps, recorded_heads]` -> `[steps, layers]`, zero where nothing is selected."""
+        return self._sum(self._by_sequence(values))
+
+    def sequences(self, values: NDArray[np.bool_]) -> Counts | None:
+        """Sequences in which `values` are true of some head, likewise; none unless a model's own indexer chooses."""
+        if not self.plan.design.asks_indexer:
+            return None
+        return self._sum(np.minimum(1.0, each) for each in self._by_sequence(values))
+
+    def _by_sequence(self, values: NDArray[np.generic]) -> Iterator[Counts]:
+        """`[steps, sparse_layers]` of one sequence after the other."""
         measured = np.asarray(values[self.measured], dtype=np.float64)
         steps = np.arange(len(measured))
-        result = np.zeros((len(steps), self.plan.model.num_layers))
-        sparse = list(self.plan.sparse_layers)
         for draw, offset in zip(self.draws, self.offsets, strict=True):
-            result[:, sparse] += measured[(steps + offset) % len(steps)] @ draw
+            yield measured[(steps + offset) % len(steps)] @ draw
+
+    def _sum(self, sequences: Iterable[Counts]) -> Counts:
+        result = np.zeros((self.measured.stop - self.measured.start, self.plan.model.num_layers))
+        for each in sequences:
+            result[:, list(self.plan.sparse_layers)] += each
         return result
 
 
@@ -252,6 +265,8 @@ def _stand_in(plan: DecodePlan, trace: AttentionTrace, policy: Policy, history: 
         reused_heads=batch.total(~history.demand_missed),
         heads=heads,
         overlap=overlap,
+        spec_sequences=batch.sequences(history.spec_missed),
+        demand_sequences=batch.sequences(history.demand_missed),
         assumptions=assumptions(plan, trace.header),
     )
 
@@ -283,6 +298,8 @@ def _nothing_moves(plan: DecodePlan) -> Traffic:
         reused_heads=none,
         heads=float(plan.offloaded_heads * len(plan.sparse_layers)),
         overlap=1.0,
+        spec_sequences=none if plan.design.asks_indexer else None,
+        demand_sequences=_requested(plan, 1.0 / plan.model.num_kv_heads, steps) if plan.design.asks_indexer else None,
     )
 
 

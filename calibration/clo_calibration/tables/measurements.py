@@ -189,6 +189,20 @@ def read_sparse_prefill(gpu: str, kernel: str, data_root: Path | None = None) ->
     return _samples(columns, everything, [columns["batch_size"], columns["isl"], columns["step"]], "sglang")
 
 
+def read_block_sparse(
+    gpu: str, framework: str, phase: str, data_root: Path | None = None, *, cache: Cache = BF16_CACHE
+) -> Samples:
+    """Measured attention blocks of MiniMax-M3, of a decode step or a chunk (`phase`: generation or context).
+
+    From the hidden state to the hidden state, bf16 weights: points are (batch, heads, new tokens, tokens before them).
+    Raises `ProfileError` where there are none.
+    """
+    columns = _read(_newest(gpu, "msa", data_root, framework) / f"msa_{phase}_module_perf.parquet")
+    chosen = (columns["gemm_type"] == "bfloat16") & (columns["kv_cache_dtype"] == cache)
+    names = ("batch_size", "num_heads", "isl", "step")
+    return _samples(columns, chosen, [columns[name] for name in names], framework)
+
+
 LINEAR_FRAMEWORK = {"a100": "sglang"}
 """Whose kernels of linear attention were timed: vLLM's, but for these GPUs."""
 

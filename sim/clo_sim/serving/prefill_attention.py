@@ -1,6 +1,6 @@
 """What attention of a prompt takes, by the pairs of tokens that it makes. Knows nothing about chunks' other work.
 
-A pair is a new token and one not after it. Three kinds of model, each at the share of the datasheet rate that the
+A pair is a new token and one not after it. Four kinds of model, each at the share of the datasheet rate that the
 profile says:
 
 - keys and values in every head: 4 x query heads x head_dim flops a pair, in windowed layers for each pair in a window
@@ -8,7 +8,9 @@ profile says:
 - latent attention: the same with its widths, and every chunk makes the keys and values of all tokens before it anew;
 - latent attention to what an indexer chooses: the indexer scores every pair and ranks the scores (four bytes each, at
   the rate of `select_pages`), in layers with an indexer; attention is to the chosen tokens, in their own space. As if
-  those were the latest: as many they are.
+  those were the latest: as many they are;
+- keys and values in every head to the blocks that an indexer chose: likewise, with a score to rank for every block and
+  head, and attention to everything in the layers before the first indexer.
 """
 
 from __future__ import annotations
@@ -53,6 +55,8 @@ def pair_prices(model: ModelSpec, pricer: Pricer, *, chunk_tokens: int, draw: Co
     rates = _Rates(pricer, draw)
     if model.indexer is not None and model.latent is not None:
         return _chosen(model, model.indexer, model.latent, rates)
+    if model.indexer is not None:
+        return _chosen_blocks(model, model.indexer, rates)
     flops, entry = _pair_flops(model, chunk_tokens), "prefill_attention"
     if model.latent is not None:
         entry = "prefill_latent_attention"
@@ -80,6 +84,11 @@ class _Rates:
         factor = 1.0 if self.draw is None else self.draw.factor(entry, cost.spread)
         return factor * flops / (cost.efficiency * self.pricer.machine.gpu.peak_flops_per_s)
 
+    def ranked_s(self, scores: float) -> float:
+        """Time of choosing the best of so many scores."""
+        ranking = self.pricer.profile.select_pages.efficiency * self.pricer.machine.gpu.hbm_bytes_per_s
+        return scores * INDEX_SCORE_BYTES / ranking
+
     def measured(self, entry: str) -> bool:
         """Whether that share was measured on this GPU."""
         return self._cost(entry).source.is_measured and measured_on(self.pricer.profile.gemm, self.pricer.machine.gpu)
@@ -105,8 +114,7 @@ def _pair_flops(model: ModelSpec, chunk_tokens: int) -> float:
 
 
 def _chosen(model: ModelSpec, indexer: IndexerSpec, latent: LatentSpec, rates: _Rates) -> PairPrices:
-    ranked = rates.pricer.profile.select_pages.efficiency * rates.pricer.machine.gpu.hbm_bytes_per_s
-    scored_s = rates.seconds("prefill_indexer", 2.0 * indexer.query_width) + INDEX_SCORE_BYTES / ranked
+    scored_s = rates.seconds("prefill_indexer", 2.0 * indexer.query_width) + rates.ranked_s(1.0)
     attended = 2.0 * model.num_query_heads * (latent.vector_dim + latent.kv_rank)
     pair_s = model.num_indexers * scored_s
     chosen_s = model.num_layers * rates.seconds("prefill_chosen_attention", attended)
@@ -116,4 +124,22 @@ def _chosen(model: ModelSpec, indexer: IndexerSpec, latent: LatentSpec, rates: _
         window_share=chosen_s / pair_s,
         measured=rates.measured("prefill_indexer") and rates.measured("prefill_chosen_attention"),
         known=rates.known("prefill_indexer") and rates.known("prefill_chosen_attention"),
+    )
+
+
+def _chosen_blocks(model: ModelSpec, indexer: IndexerSpec, rates: _Rates) -> PairPrices:
+    entries = ["prefill_block_indexer", "prefill_block_attention"]
+    if indexer.dense_layers:
+        entries.append("prefill_attention")
+    flops = 4.0 * model.num_query_heads * model.head_dim
+    scores = indexer.num_heads / indexer.block_tokens
+    scored_s = rates.seconds("prefill_block_indexer", 2.0 * indexer.query_width) + rates.ranked_s(scores)
+    pair_s = model.num_indexers * scored_s + indexer.dense_layers * rates.seconds("prefill_attention", flops)
+    chosen_s = (model.num_layers - indexer.dense_layers) * rates.seconds("prefill_block_attention", flops)
+    return PairPrices(
+        pair_s=pair_s,
+        window_tokens=indexer.top_tokens,
+        window_share=chosen_s / pair_s,
+        measured=all(map(rates.measured, entries)),
+        known=all(map(rates.known, entries)),
     )
