@@ -23,16 +23,18 @@ def measured_on(table: KernelTable, gpu: GpuSpec) -> bool:
     )
 
 
-def scaled_seconds(table: KernelTable, gpu: GpuSpec, *values: Any) -> Any:
+def scaled_seconds(table: KernelTable, gpu: GpuSpec, *values: Any, **changes: Any) -> Any:
     """Seconds on `gpu` at `values`, in the order of `table.ARGUMENTS`; numbers or broadcastable arrays.
 
     The table's latency floor stays, what a kernel takes beyond it grows as its roofline does from one GPU to the other:
     `floor + (seconds - floor) * roofline there / roofline here`, which is how a table goes on past its largest sizes.
-    On the GPU that was measured this is the table. Raises `ValueError` for sizes that are not positive.
+    On the GPU that was measured this is the table. `changes` are to fields of it, as to the width of its weights.
+    Raises `ValueError` for sizes that are not positive.
     """
     here = table.seconds(*values)
-    if measured_on(table, gpu):
+    if measured_on(table, gpu) and not changes:
         return here
-    there = table.model_copy(update={"hbm_bytes_per_s": gpu.hbm_bytes_per_s, "flops_per_s": gpu.peak_flops_per_s})
+    rates = {"hbm_bytes_per_s": gpu.hbm_bytes_per_s, "flops_per_s": gpu.peak_flops_per_s}
+    there = table.model_copy(update=rates | changes)
     growth = there.roofline_seconds(*values) / table.roofline_seconds(*values)
     return table.floor_s + (here - table.floor_s) * growth

@@ -109,9 +109,9 @@ class Prices(Protocol):
 def hbm_bytes(work: Work, traffic: Traffic) -> Seconds:
     """Bytes `work` moves through device memory."""
     if isinstance(work, Gemm):
-        return BYTES_PER_VALUE * (work.m * work.k + work.m * work.n) + _weight_bytes(work) * work.k * work.n
+        return BYTES_PER_VALUE * (work.m * work.k + work.m * work.n) + work.weight_bytes * work.k * work.n
     if isinstance(work, Experts):
-        return _weight_bytes(work) * work.weight_values
+        return work.weight_bytes * work.weight_values
     if isinstance(work, DecodeAttention):
         heads = work.batch * work.num_kv_heads
         return 2.0 * heads * work.kv_tokens * work.head_dim * work.kv_bytes_per_value
@@ -127,10 +127,6 @@ def hbm_bytes(work: Work, traffic: Traffic) -> Seconds:
     if isinstance(work, ZeroCopy | Copy | BarWrite):
         return link_bytes(work, traffic)
     return 0.0
-
-
-def _weight_bytes(work: Gemm | Experts) -> float:
-    return 1.0 if work.fp8 else float(BYTES_PER_VALUE)
 
 
 def link_bytes(work: Work, traffic: Traffic) -> Seconds:

@@ -232,11 +232,13 @@ class Profile(Spec):
 
     gemm: GemmTable
     gemm_fp8: GemmTable | None = None
+    gemm_4bit: GemmTable | None = None
     decode_attention: DecodeAttentionTable
     decode_attention_fp8: DecodeAttentionTable | None = None
     all_reduce: AllReduceTable | None = None
     experts: ExpertsTable | None = None
     experts_fp8: ExpertsTable | None = None
+    experts_4bit: ExpertsTable | None = None
     latent_attention: LatentAttentionTable | None = None
     latent_attention_fp8: LatentAttentionTable | None = None
     latent_map: LatentMapTable | None = None

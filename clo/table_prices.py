@@ -26,6 +26,8 @@ Timed = Gemm | Experts | DecodeAttention | LatentAttention | LatentMap | AllRedu
 """Work that tables price."""
 
 FP8_BYTES = 1.0
+MOST_4BIT_BYTES = 0.625
+"""Of a weight of four bits, with a scale of two bytes for every 16 of them at most."""
 
 Table = TypeVar("Table", bound=KernelTable)
 
@@ -44,14 +46,18 @@ class TablePrices:
         if isinstance(work, AllReduce):
             # what bounds it are the links between GPUs, not the rates that times are carried over by
             return table.seconds(*sizes)
+        if isinstance(work, Gemm | Experts) and not self.times_width(work):
+            # nobody timed such narrow weights: fewer bytes of the same kernel, which still multiplies in bf16
+            changes = {"weight_bytes": work.weight_bytes, "arithmetic_bytes": float(BYTES_PER_VALUE)}
+            return scaled_seconds(table, self.machine.gpu, *sizes, **changes)
         return scaled_seconds(table, self.machine.gpu, *sizes)
 
     def table(self, work: Timed) -> KernelTable:
         """The measured times behind a price. Raises `SpecError` where the profile has none."""
         if isinstance(work, Gemm):
-            return self.gemm(work.fp8)
+            return self.gemm(work.weight_bytes)
         if isinstance(work, Experts):
-            return self.experts(work.fp8)
+            return self.experts(work.weight_bytes)
         if isinstance(work, AllReduce):
             return self.all_reduce
         if isinstance(work, LatentAttention):
@@ -65,15 +71,23 @@ class TablePrices:
             assert isinstance(table, DecodeAttentionTable | LatentAttentionTable)
             if work.kv_bytes_per_value != table.kv_bytes:
                 return False
+        if isinstance(work, Gemm | Experts) and not self.times_width(work):
+            return False
         return measured_on(table, self.machine.gpu)
 
-    def gemm(self, fp8: bool) -> GemmTable:
-        """Times of GEMMs; those of bf16 weights where there are none of fp8."""
-        return self.profile.gemm_fp8 if fp8 and self.profile.gemm_fp8 is not None else self.profile.gemm
+    def times_width(self, work: Gemm | Experts) -> bool:
+        """Whether weights of four bits, if such they are, were timed; of other widths whichever table is taken is."""
+        table = self.gemm(work.weight_bytes) if isinstance(work, Gemm) else self.experts(work.weight_bytes)
+        return not has_4bits(work.weight_bytes) or has_4bits(table.weight_bytes)
 
-    def experts(self, fp8: bool) -> ExpertsTable:
+    def gemm(self, weight_bytes: float) -> GemmTable:
+        """Times of GEMMs with such weights; those of bf16 where there are none."""
+        narrow = _of_width(weight_bytes, self.profile.gemm_fp8, self.profile.gemm_4bit)
+        return narrow or self.profile.gemm
+
+    def experts(self, weight_bytes: float) -> ExpertsTable:
         """Times of experts, likewise. Raises `SpecError` where there are none."""
-        narrow = self.profile.experts_fp8 if fp8 else None
+        narrow = _of_width(weight_bytes, self.profile.experts_fp8, self.profile.experts_4bit)
         return self._there(narrow or self.profile.experts, "model.experts", "experts")
 
     def decode_attention(self, kv_bytes_per_value: float) -> DecodeAttentionTable:
@@ -106,6 +120,17 @@ class TablePrices:
         if table is None:
             raise SpecError(f"{field}: profile {self.profile.name} has no times of {what}")
         return table
+
+
+def has_4bits(weight_bytes: float) -> bool:
+    """Whether a weight of so many bytes, its share of scales included, is one of four bits."""
+    return weight_bytes <= MOST_4BIT_BYTES
+
+
+def _of_width(weight_bytes: float, fp8: Table | None, four_bits: Table | None) -> Table | None:
+    if has_4bits(weight_bytes):
+        return four_bits
+    return fp8 if weight_bytes == FP8_BYTES else None
 
 
 def _is_narrow(bytes_per_value: float) -> bool:

@@ -30,6 +30,8 @@ KINDS: dict[str, type[KernelTable]] = {
     "experts": ExpertsTable,
     "gemm_fp8": GemmTable,
     "experts_fp8": ExpertsTable,
+    "gemm_4bit": GemmTable,
+    "experts_4bit": ExpertsTable,
     "latent_attention": LatentAttentionTable,
     "latent_map": LatentMapTable,
     "decode_attention_fp8": DecodeAttentionTable,
@@ -66,7 +68,7 @@ def shipped(gpu: str, kind: str) -> Any:
 
 def kinds_of(gpu: str) -> list[str]:
     """Tables that a GPU has."""
-    return [kind for kind in KINDS if gpu not in fit.WITHOUT_FP8.get(kind, ())]
+    return [kind for kind in KINDS if gpu not in fit.WITHOUT.get(kind, ())]
 
 
 SHIPPED = [(gpu, kind) for gpu in measurements.GPUS for kind in kinds_of(gpu)]

@@ -58,18 +58,19 @@ class TestBytes:
         assert roof.compute_s == pytest.approx(4 * (2 * values + attention) / 989e12)
 
     def test_kernels_move_weights_of_a_byte(self) -> None:
-        assert hbm_bytes(Gemm(3, 5, 7, fp8=True), NO_TRAFFIC) == 2 * (3 * 7 + 3 * 5) + 5 * 7
-        assert hbm_bytes(Experts(2.0, 1.0, 8, 4, fp8=True), NO_TRAFFIC) == 3 * 2 * 8 * 4
+        assert hbm_bytes(Gemm(3, 5, 7, 1.0), NO_TRAFFIC) == 2 * (3 * 7 + 3 * 5) + 5 * 7
+        assert hbm_bytes(Experts(2.0, 1.0, 8, 4, 1.0), NO_TRAFFIC) == 3 * 2 * 8 * 4
 
 
 class TestStep:
     def test_projections_of_the_layers_run_in_fp8_and_nothing_else(self) -> None:
         for model in (FP8, mixture(shared_intermediate_size=64).with_fields(weight_bytes_per_value=1.0)):
             nodes = record_step(scene_of(model).plan(presets.load_design("resident"))).nodes
-            narrow = {node.op.name: node.op.work.fp8 for node in nodes if isinstance(node.op.work, Gemm | Experts)}
+            works = {node.op.name: node.op.work for node in nodes}
+            widths = {name: work.weight_bytes for name, work in works.items() if isinstance(work, Gemm | Experts)}
             expected = OF_LAYERS | ({"experts"} if model.experts else set())
-            assert {name for name, fp8 in narrow.items() if fp8} == expected
-            assert set(narrow) - expected == {"lm_head"} | ({"router_proj"} if model.experts else set())
+            assert {name for name, width in widths.items() if width == 1.0} == expected
+            assert set(widths) - expected == {"lm_head"} | ({"router_proj"} if model.experts else set())
 
     def test_a_step_differs_by_its_projections(self) -> None:
         wide, narrow = (simulate(scene_of(model), "resident", executor="clock") for model in (BF16, FP8))
@@ -84,39 +85,31 @@ class TestStep:
         scene = scene_of(FP8)
         table = scene.profile.gemm_fp8  # type: ignore[union-attr]
         assert table is not None
-        assert pricer_of(scene).seconds(Gemm(4, 4096, 14336, True), NO_TRAFFIC) == table.seconds(4, 4096, 14336)
+        assert pricer_of(scene).seconds(Gemm(4, 4096, 14336, 1.0), NO_TRAFFIC) == table.seconds(4, 4096, 14336)
         assert pricer_of(scene).seconds(Gemm(4, 4096, 14336), NO_TRAFFIC) > table.seconds(4, 4096, 14336)
         experts = experts_work(mixture(), mixture().experts, 4)  # type: ignore[arg-type]
-        narrow = Experts(experts.num_used, experts.rows, 4096, 1792, True)
+        narrow = Experts(experts.num_used, experts.rows, 4096, 1792, 1.0)
         expected = scene.profile.experts_fp8.seconds(narrow.weight_values, narrow.rows)  # type: ignore[union-attr]
         assert pricer_of(scene).seconds(narrow, NO_TRAFFIC) == expected
 
-    @pytest.mark.parametrize(
-        ("machine", "width", "note"),
-        [
-            ("a100", 1.0, "weights of 1 bytes take as long as bf16 ones: a100 has no times for them"),
-            ("h200", 0.5, "weights of 0.5 bytes take as long as bf16 ones: h200 has no times for them"),
-        ],
-    )
-    def test_without_times_of_their_own_they_take_those_of_bf16(self, machine: str, width: float, note: str) -> None:
-        models = (BF16, BF16.with_fields(weight_bytes_per_value=width))
-        wide, narrow = (simulate(scene_of(model, machine), "resident", executor="clock") for model in models)
+    def test_without_times_of_their_own_they_take_those_of_bf16(self) -> None:
+        wide, narrow = (simulate(scene_of(model, "a100"), "resident", executor="clock") for model in (BF16, FP8))
         assert narrow.tpot_s == wide.tpot_s
-        assert note in narrow.assumptions
+        assert "weights of 1 bytes take as long as bf16 ones: a100 has no times for them" in narrow.assumptions
 
     def test_experts_alone_can_be_without_times(self) -> None:
         scene = scene_of(mixture().with_fields(weight_bytes_per_value=1.0))
         bare = scene.profile.model_copy(update={"experts_fp8": None})
         scene = clo_sim.make_scene(scene.model, "h200", context_tokens=8192, batch=4, profile=bare)
         notes = simulate(scene, "resident", executor="clock").assumptions
-        assert "experts with fp8 weights take as long as bf16 ones: h200 has no times for them" in notes
+        assert "experts' weights of 1 bytes take as long as bf16 ones: h200 has no times for them" in notes
 
 
 def test_a_chunk_of_prefill_differs_by_its_projections() -> None:
     scenes = [scene_of(model) for model in (BF16, FP8)]
     found = [prefill_prices(scene, presets.load_design("clo"), chunk_tokens=256).dense_ns[256] for scene in scenes]
     prices, shapes = pricer_of(scenes[0]).tables, ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
-    saved = sum(prices.seconds(Gemm(256, n, k)) - prices.seconds(Gemm(256, n, k, True)) for n, k in shapes)
+    saved = sum(prices.seconds(Gemm(256, n, k)) - prices.seconds(Gemm(256, n, k, 1.0)) for n, k in shapes)
     assert (found[0] - found[1]) / 1e9 == pytest.approx(32 * saved, rel=1e-5)
 
 
@@ -136,23 +129,23 @@ class TestConfigs:
         config = {"text_config": self.CONFIG} | quantized if nested else self.CONFIG | quantized
         (tmp_path / "config.json").write_text(json.dumps(config))
         model = model_from_hf_config(tmp_path)
-        assert model.has_fp8_weights
+        assert model.weight_bytes_per_value == 1.0
         assert "fp8 weights" in model.source
 
     @pytest.mark.parametrize(("algorithm", "fp8"), [("FP8", True), (None, False)])
     def test_fp8_is_read_from_the_file_beside(self, tmp_path: Path, algorithm: str | None, fp8: bool) -> None:
         (tmp_path / "config.json").write_text(json.dumps(self.CONFIG))
         (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": algorithm}}))
-        assert model_from_hf_config(tmp_path).has_fp8_weights == fp8
+        assert (model_from_hf_config(tmp_path).weight_bytes_per_value == 1.0) == fp8
 
-    @pytest.mark.parametrize("quantized", [{"quant_algo": "NVFP4"}, {"quant_method": "fp8", "quant_algo": "MIXED"}])
+    @pytest.mark.parametrize("quantized", [{"quant_algo": "INT8"}, {"quant_method": "fp8", "quant_algo": "MIXED"}])
     def test_other_widths_are_refused_wherever_they_are_said(self, tmp_path: Path, quantized: dict[str, str]) -> None:
         (tmp_path / "config.json").write_text(json.dumps(self.CONFIG | {"quantization_config": quantized}))
-        with pytest.raises(SpecError, match="of quantised weights only fp8 ones are modelled"):
+        with pytest.raises(SpecError, match="such weights are not known"):
             model_from_hf_config(tmp_path)
         (tmp_path / "config.json").write_text(json.dumps(self.CONFIG))
         (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": quantized}))
-        with pytest.raises(SpecError, match="of quantised weights only fp8 ones are modelled"):
+        with pytest.raises(SpecError, match="such weights are not known"):
             model_from_hf_config(tmp_path)
 
 
@@ -167,7 +160,7 @@ class TestTables:
         assert narrow.roofline_seconds(*few_rows) == pytest.approx(wide.roofline_seconds(*few_rows) / 2, rel=1e-3)
         assert narrow.roofline_seconds(*many_rows) == pytest.approx(wide.roofline_seconds(*many_rows) / 2)
 
-    @pytest.mark.parametrize("gpu", [gpu for gpu in measurements.GPUS if gpu not in fit.WITHOUT_FP8["experts_fp8"]])
+    @pytest.mark.parametrize("gpu", [gpu for gpu in measurements.GPUS if gpu not in fit.WITHOUT["experts_fp8"]])
     def test_wide_layers_of_a_few_rows_are_faster(self, gpu: str) -> None:
         profile = presets.load_named_profile(gpu)
         assert profile.gemm_fp8 is not None

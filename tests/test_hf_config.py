@@ -83,7 +83,10 @@ class TestConfigs:
             ({"num_experts": 128}, "num_experts = 128: experts of model_type = None are not known"),
             ({"n_routed_experts": 256}, "n_routed_experts = 256: experts of model_type = None"),
             ({"kv_lora_rank": 512}, "kv_lora_rank = 512: latent attention"),
-            ({"quantization_config": {"bits": 4}}, "quantization_config: of quantised weights only fp8"),
+            (
+                {"quantization_config": {"bits": 4}},
+                "quantization_config: quant_method = None: such weights are not known",
+            ),
             ({"sliding_window": 4096}, "sliding_window = 4096: which layers have it is not said"),
             ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4096}, "sliding_window = 4096"),
             (

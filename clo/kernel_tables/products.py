@@ -9,16 +9,19 @@ from pydantic import Field, PositiveFloat
 
 from clo.kernel_tables.table import BYTES_PER_VALUE, Axis, KernelTable
 
-_WEIGHT_BYTES = "of a weight, 2 or 1: fp8 kernels do twice the arithmetic in the same time"
+_WEIGHT_BYTES = "of a weight, scales included: bf16, fp8 or 4 bits"
+_ARITHMETIC_BYTES = (
+    "of what is multiplied: fp8 kernels do twice the arithmetic of bf16 in the same time; none: as of the weights"
+)
 
 
 def _rate(table: GemmTable | ExpertsTable) -> float:
     """Datasheet flop/s of kernels with such weights."""
-    return table.flops_per_s * BYTES_PER_VALUE / table.weight_bytes
+    return table.flops_per_s * BYTES_PER_VALUE / (table.arithmetic_bytes or table.weight_bytes)
 
 
 class GemmTable(KernelTable):
-    """Time of `C[m, n] = A[m, k] @ B[k, n]` (a linear layer: m rows, k inputs, n outputs), in bfloat16 or fp8."""
+    """Time of `C[m, n] = A[m, k] @ B[k, n]` (a linear layer: m rows, k inputs, n outputs), by width of weights."""
 
     ARGUMENTS: ClassVar[tuple[str, ...]] = ("m", "n", "k")
 
@@ -26,6 +29,7 @@ class GemmTable(KernelTable):
     n: Axis
     k: Axis
     weight_bytes: PositiveFloat = Field(default=2.0, description=_WEIGHT_BYTES)
+    arithmetic_bytes: PositiveFloat | None = Field(default=None, description=_ARITHMETIC_BYTES)
 
     def roofline_seconds(self, m: Any, n: Any, k: Any) -> Any:
         """`max(bytes / HBM bandwidth, flops / peak)` with every matrix moved once."""
@@ -36,7 +40,7 @@ class GemmTable(KernelTable):
 class ExpertsTable(KernelTable):
     """Time of a mixture of experts: those used read `weight_values` weights, and `rows` tokens pass each, in the mean.
 
-    Gate, up and down projection in bfloat16 or fp8, without the router. What bounds such kernels, bytes and
+    Gate, up and down projection, without the router. What bounds such kernels, bytes and
     arithmetic, needs no more than these two numbers; what experts of the same size differ by otherwise is in the
     table's errors.
     """
@@ -46,6 +50,7 @@ class ExpertsTable(KernelTable):
     weight_values: Axis
     rows: Axis
     weight_bytes: PositiveFloat = Field(default=2.0, description=_WEIGHT_BYTES)
+    arithmetic_bytes: PositiveFloat | None = Field(default=None, description=_ARITHMETIC_BYTES)
 
     def roofline_seconds(self, weight_values: Any, rows: Any) -> Any:
         """`max(bytes / HBM bandwidth, flops / peak)` with every weight used read once."""

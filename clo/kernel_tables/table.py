@@ -31,7 +31,7 @@ LOG_STEP = 5e-4
 """Resolution of a stored log-latency: rounding moves a time by at most 0.025%."""
 
 BYTES_PER_VALUE = 2
-"""All tables are for bfloat16, but for weights or caches in fp8 where a table says so."""
+"""All tables are for bfloat16, but for narrower weights or caches where a table says so."""
 
 
 def _ascending(axis: tuple[float, ...]) -> tuple[float, ...]:

@@ -78,7 +78,7 @@ def experts_work(model: ModelSpec, experts: ExpertsSpec, tokens: Any) -> Experts
     """What the experts of a layer do for `tokens` tokens, routed evenly and independently."""
     used = experts.used_by(tokens)
     rows = tokens * experts.experts_per_token / used
-    return Experts(used, rows, model.hidden_size, experts.intermediate_size, model.has_fp8_weights)
+    return Experts(used, rows, model.hidden_size, experts.intermediate_size, model.expert_weight_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +246,8 @@ class StepOps:
 
     def gate_up_proj(self, layer: int) -> Op:
         """Fused gate and up projection of the MLP, or of the shared expert."""
-        return self._gemm("gate_up_proj", layer, 2 * self.plan.model.mlp_width(layer), self.plan.model.hidden_size)
+        model = self.plan.model
+        return self._gemm("gate_up_proj", layer, 2 * model.mlp_width(layer), model.hidden_size, model.mlp_weight_bytes)
 
     def activation(self, layer: int) -> Op:
         """Gated activation."""
@@ -255,11 +256,13 @@ class StepOps:
 
     def down_proj(self, layer: int) -> Op:
         """Down projection of the MLP, or of the shared expert."""
-        return self._gemm("down_proj", layer, self.plan.model.hidden_size, self.plan.model.mlp_width(layer))
+        model = self.plan.model
+        return self._gemm("down_proj", layer, model.hidden_size, model.mlp_width(layer), model.mlp_weight_bytes)
 
     def router_proj(self, layer: int, experts: ExpertsSpec) -> Op:
         """How well every expert suits every token."""
-        return self._gemm("router_proj", layer, experts.num_experts, self.plan.model.hidden_size, fp8=False)
+        model = self.plan.model
+        return self._gemm("router_proj", layer, experts.num_experts, model.hidden_size, model.wide_weight_bytes)
 
     def route(self, layer: int, experts: ExpertsSpec) -> Op:
         """The best experts of every token and their weights (float32 scores read twice)."""
@@ -273,7 +276,7 @@ class StepOps:
     def lm_head(self) -> Op:
         """Vocabulary projection after the last layer."""
         model = self.plan.model
-        return self._gemm("lm_head", self.last_layer, model.vocab_size, model.hidden_size, fp8=False)
+        return self._gemm("lm_head", self.last_layer, model.vocab_size, model.hidden_size, model.wide_weight_bytes)
 
     def sample(self) -> Op:
         """Sampling over the logits (float32 read twice)."""
@@ -307,14 +310,12 @@ class StepOps:
         """What follows the layers is counted with the last of them."""
         return self.plan.model.num_layers - 1
 
-    def _gemm(self, name: str, layer: int, n: int, k: int, *, fp8: bool | None = None) -> Op:
-        """In the precision of the layers' weights unless `fp8` says otherwise."""
-        narrow = self.plan.model.has_fp8_weights if fp8 is None else fp8
-        return Op(name, layer, Part.MODEL, Gemm(self.plan.workload.batch, n, k, narrow))
+    def _gemm(self, name: str, layer: int, n: int, k: int, weight_bytes: float) -> Op:
+        return Op(name, layer, Part.MODEL, Gemm(self.plan.workload.batch, n, k, weight_bytes))
 
     def _projection(self, product: Projection, layer: int) -> Op:
-        narrow = self.plan.model.has_fp8_weights and not product.wide
-        return Op(product.name, layer, Part.MODEL, Gemm(self.plan.sequences, product.n, product.k, narrow))
+        weight_bytes = self.plan.model.product_weight_bytes(product)
+        return Op(product.name, layer, Part.MODEL, Gemm(self.plan.sequences, product.n, product.k, weight_bytes))
 
     def _map(self, name: str, layer: int, num_heads: int, head_dim: int) -> Op:
         latent = self.plan.model.latent

@@ -33,12 +33,12 @@ Quantity = float | Amount
 
 @dataclass(frozen=True, slots=True)
 class Gemm:
-    """Dense product `[m, k] x [k, n]` with its weights, bf16 or fp8, read from device memory."""
+    """Dense product `[m, k] x [k, n]` with its weights, of `weight_bytes` each, read from device memory."""
 
     m: int
     n: int
     k: int
-    fp8: bool = False
+    weight_bytes: float = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class Experts:
     rows: float
     hidden_size: int
     intermediate_size: int
-    fp8: bool = False
+    weight_bytes: float = 2.0
 
     @property
     def weight_values(self) -> float:

@@ -20,6 +20,9 @@ class ExpertsSpec(Spec):
         default=0, description="width of the shared expert, which every token passes"
     )
     dense_layers: NonNegativeInt = Field(default=0, description="first layers, which have an MLP instead of experts")
+    weight_bytes_per_value: float | None = Field(
+        default=None, gt=0, description="bytes a weight of an expert takes, scales included; none: as of MLPs"
+    )
 
     @model_validator(mode="after")
     def _enough(self) -> ExpertsSpec:

@@ -9,6 +9,7 @@ from clo.errors import SpecError
 from clo.files import read_json
 from clo.specs.hf_attention import COUNTS, attention_fields, attention_problem
 from clo.specs.hf_blocks import as_others_say
+from clo.specs.hf_weights import UnknownWidthError, Widths, weight_widths
 from clo.specs.model import ModelSpec
 
 _HF_FIELDS = {
@@ -94,10 +95,12 @@ def _not_modelled(config: dict[str, Any]) -> str:
     """What about this model is beyond a `ModelSpec`, as field, value and rule; empty if nothing is."""
     if problem := attention_problem(config) or _other_experts(config):
         return problem
-    if config.get("quantization_config") and not _has_fp8_weights(config):
+    try:
+        weight_widths(config)
+    except UnknownWidthError as error:
         return (
-            "quantization_config: of quantised weights only fp8 ones are modelled: describe the model in TOML, with "
-            "weight_bytes_per_value (GEMM times are then those of bf16)"
+            f"quantization_config: {error}: such weights are not known: describe the model in TOML, with "
+            "weight_bytes_per_value"
         )
     return ""
 
@@ -107,15 +110,6 @@ def _quantized_beside(file: Path) -> dict[str, Any]:
     beside = file.parent / "hf_quant_config.json"
     quantized = _read_json(beside).get("quantization") if beside.is_file() else None
     return {"quantization_config": quantized} if isinstance(quantized, dict) and quantized.get("quant_algo") else {}
-
-
-def _has_fp8_weights(config: dict[str, Any]) -> bool:
-    quantized = config.get("quantization_config")
-    if not isinstance(quantized, dict):
-        return False
-    # ModelOpt's algorithm is of all weights; a method may be of some among others
-    algorithm = quantized.get("quant_algo")
-    return algorithm == "FP8" if algorithm else quantized.get("quant_method") == "fp8"
 
 
 def _other_experts(config: dict[str, Any]) -> str:
@@ -153,20 +147,28 @@ def _experts_field(config: dict[str, Any]) -> str | None:
 def _hf_values(config: dict[str, Any], file: Path) -> dict[str, Any]:
     values = {ours: config[theirs] for ours, theirs in _HF_FIELDS.items()}
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
-    fp8 = _has_fp8_weights(config)
+    widths, experts = weight_widths(config), experts_of(config)
+    if experts is not None and widths.experts != widths.mlp:
+        experts["weight_bytes_per_value"] = widths.experts
     return (
         values
         | {
             "name": file.resolve().parent.name if file.name == "config.json" else file.stem,
-            "source": f"{file}; assumed: {'fp8' if fp8 else 'bf16'} weights, bf16 KV, gated MLP",
-            "weight_bytes_per_value": 1.0 if fp8 else 2.0,
+            "source": f"{file}; assumed: {_named(widths, experts is not None)} weights, bf16 KV, gated MLP",
+            "weight_bytes_per_value": widths.attention,
+            "mlp_weight_bytes_per_value": widths.mlp if widths.mlp != widths.attention else None,
             "num_kv_heads": heads if kv_heads is None else kv_heads,
             "head_dim": None if config.get("kv_lora_rank") else _head_dim(config, file),
             "tied_embeddings": bool(config.get("tie_word_embeddings", _tied_unless_said(config))),
-            "experts": experts_of(config),
+            "experts": experts,
         }
         | attention_fields(config)
     )
+
+
+def _named(widths: Widths, with_experts: bool) -> str:
+    used = dict.fromkeys(widths if with_experts else widths[:2])
+    return ", ".join({2.0: "bf16", 1.0: "fp8"}.get(width, "4-bit") for width in used)
 
 
 def _tied_unless_said(config: dict[str, Any]) -> bool:

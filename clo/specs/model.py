@@ -16,7 +16,7 @@ from clo.specs.linear import LinearSpec
 
 
 class Projection(NamedTuple):
-    """A linear layer: its name, its outputs and its inputs, and whether its weights stay bf16 where others are fp8."""
+    """A linear layer: its name, its outputs and its inputs, and whether its weights are bf16 where others are not."""
 
     name: str
     n: int
@@ -44,8 +44,11 @@ class ModelSpec(Spec):
     weight_bytes_per_value: float = Field(
         default=2.0,
         gt=0,
-        description="bytes a weight of the layers takes (bf16: 2, fp8: 1); embeddings, head and the maps of latent "
-        "attention take 2 at least",
+        description="bytes a weight of the layers takes, scales included (bf16: 2, fp8: 1, 4 bits: 0.5 to 0.625); "
+        "embeddings, head and the maps of latent attention take 2 at least",
+    )
+    mlp_weight_bytes_per_value: float | None = Field(
+        default=None, gt=0, description="of MLPs and shared experts, where that is another; none: as of the others"
     )
     kv_bytes_per_value: float = Field(default=2.0, gt=0, description="bytes a key or value element takes (bf16: 2)")
     experts: ExpertsSpec | None = Field(default=None, description="a mixture of experts; none: an MLP in every layer")
@@ -320,7 +323,7 @@ class ModelSpec(Spec):
 
         All but those of an indexer.
         """
-        return self.attention_weight_values(layer) + self._mlp_weight_values(layer, num_experts)
+        return self.attention_weight_values(layer) + sum(self._mlp_values(layer, num_experts))
 
     @property
     def weight_bytes(self) -> float:
@@ -342,40 +345,53 @@ class ModelSpec(Spec):
         return used + self.vocab_size * self.hidden_size
 
     @property
-    def has_fp8_weights(self) -> bool:
-        """Whether the projections of the layers run with fp8 weights."""
-        return self.weight_bytes_per_value == 1.0
+    def mlp_weight_bytes(self) -> float:
+        """Bytes of a weight of MLPs and shared experts."""
+        return self.mlp_weight_bytes_per_value or self.weight_bytes_per_value
+
+    @property
+    def expert_weight_bytes(self) -> float:
+        """Bytes of a weight of the experts that a router chooses."""
+        return (self.experts and self.experts.weight_bytes_per_value) or self.mlp_weight_bytes
+
+    @property
+    def wide_weight_bytes(self) -> float:
+        """Of a weight that stays bf16 where others are narrower: embeddings, head, router, maps of latent attention."""
+        return max(2.0, self.weight_bytes_per_value)
+
+    def product_weight_bytes(self, product: Projection) -> float:
+        """Of a projection around attention."""
+        return self.wide_weight_bytes if product.wide else self.weight_bytes_per_value
 
     @property
     def _head_bytes(self) -> float:
-        return self.vocab_size * self.hidden_size * self._wide_bytes
-
-    @property
-    def _wide_bytes(self) -> float:
-        """Of a weight that stays bf16 where others are narrower: embeddings, head, the maps of latent attention."""
-        return max(2.0, self.weight_bytes_per_value)
+        return self.vocab_size * self.hidden_size * self.wide_weight_bytes
 
     @property
     def _map_values(self) -> int:
         return 0 if self.latent is None else self.latent.map_values(self.num_query_heads)
 
     def _layers_bytes(self, num_experts: float | None) -> float:
-        wider = self.num_layers * self._map_values * (self._wide_bytes - self.weight_bytes_per_value)
-        return self._layers_values(num_experts) * self.weight_bytes_per_value + wider
+        wider = self.num_layers * self._map_values * (self.wide_weight_bytes - self.weight_bytes_per_value)
+        mlps, experts = self._mlps_values(num_experts)
+        narrow = mlps * self.mlp_weight_bytes + experts * self.expert_weight_bytes
+        return self.all_attention_weight_values * self.weight_bytes_per_value + wider + narrow
 
     def _layers_values(self, num_experts: float | None) -> float:
-        """Weights of all layers; MLPs with experts are alike, and so are the others."""
-        mixed = self.num_expert_layers
-        first, last = (self._mlp_weight_values(layer, num_experts) for layer in (0, self.num_layers - 1))
-        return self.all_attention_weight_values + (self.num_layers - mixed) * first + mixed * last
+        return self.all_attention_weight_values + sum(self._mlps_values(num_experts))
 
-    def _mlp_weight_values(self, layer: int, num_experts: float | None) -> float:
-        mlp = 3 * self.hidden_size * self.mlp_width(layer)
-        experts = self.experts_in(layer)
+    def _mlps_values(self, num_experts: float | None) -> tuple[float, float]:
+        """Of all layers: of MLPs, shared experts and routers, and of experts. Layers with experts are alike."""
+        mixed = self.num_expert_layers
+        first, last = (self._mlp_values(layer, num_experts) for layer in (0, self.num_layers - 1))
+        return (self.num_layers - mixed) * first[0] + mixed * last[0], mixed * last[1]
+
+    def _mlp_values(self, layer: int, num_experts: float | None) -> tuple[float, float]:
+        mlp, experts = 3 * self.hidden_size * self.mlp_width(layer), self.experts_in(layer)
         if experts is None:
-            return mlp
+            return mlp, 0.0
         router, one = self.hidden_size * experts.num_experts, 3 * self.hidden_size * experts.intermediate_size
-        return mlp + router + one * (experts.num_experts if num_experts is None else num_experts)
+        return mlp + router, one * (experts.num_experts if num_experts is None else num_experts)
 
     def kv_copies(self, parts: int) -> int:
         """How many of `parts` GPUs keep the same KV head: some, where there are fewer heads than GPUs."""

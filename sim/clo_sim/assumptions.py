@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from clo.kernel_scaling import measured_on
-from clo.kernel_tables import BYTES_PER_VALUE, DecodeAttentionTable, LatentAttentionTable, LatentMapTable
+from clo.kernel_tables import (
+    BYTES_PER_VALUE,
+    DecodeAttentionTable,
+    ExpertsTable,
+    GemmTable,
+    LatentAttentionTable,
+    LatentMapTable,
+)
 from clo.operation_costs import OperationProfile
 from clo.placement import pinned_heads
 from clo.plan import DecodePlan
 from clo.profile import Profile
-from clo.table_prices import FP8_BYTES, TablePrices
+from clo.table_prices import FP8_BYTES, TablePrices, has_4bits
 from clo_sim.priced import PricedStep
 from clo_sim.scene import Scene
 
@@ -47,7 +54,7 @@ def _experts_notes(scene: Scene) -> tuple[str, ...]:
         return ()
     notes = ["every token is sent to experts evenly and independently: real routing is skewed and reads fewer of them"]
     if not isinstance(scene.profile, OperationProfile):
-        table = TablePrices(scene.profile, scene.machine).experts(scene.model.has_fp8_weights)
+        table = TablePrices(scene.profile, scene.machine).experts(scene.model.expert_weight_bytes)
         if not measured_on(table, scene.machine.gpu):
             notes.append(f"times of experts, measured on {table.device}, grow or shrink as their roofline does")
     return tuple(notes)
@@ -55,14 +62,27 @@ def _experts_notes(scene: Scene) -> tuple[str, ...]:
 
 def _weight_notes(scene: Scene) -> tuple[str, ...]:
     """Weights that are not bf16 run other kernels, or should."""
-    width, profile = scene.model.weight_bytes_per_value, scene.profile
-    if width == BYTES_PER_VALUE or isinstance(profile, OperationProfile):
+    model, profile = scene.model, scene.profile
+    if isinstance(profile, OperationProfile):
         return ()
-    if not scene.model.has_fp8_weights or profile.gemm_fp8 is None:
-        return (f"weights of {width:g} bytes take as long as bf16 ones: {profile.name} has no times for them",)
-    if scene.model.experts is not None and profile.experts_fp8 is None:
-        return (f"experts with fp8 weights take as long as bf16 ones: {profile.name} has no times for them",)
-    return ("fp8 weights take the fastest fp8 kernels that were timed, whatever scales they need",)
+    tables, notes = TablePrices(profile, scene.machine), list[str]()
+    widths = dict.fromkeys((model.weight_bytes_per_value, model.mlp_weight_bytes))
+    products: list[tuple[str, float, GemmTable | ExpertsTable]] = [
+        ("weights", width, tables.gemm(width)) for width in widths
+    ]
+    if model.experts is not None:
+        width = model.expert_weight_bytes
+        products.append(("experts' weights", width, tables.experts(width)))
+    for what, width, table in products:
+        if width == BYTES_PER_VALUE:
+            continue
+        if table.weight_bytes == BYTES_PER_VALUE:
+            take = "those of fewer bytes" if has_4bits(width) else "bf16 ones"
+            notes.append(f"{what} of {width:g} bytes take as long as {take}: {profile.name} has no times for them")
+        else:
+            kind = "4-bit" if has_4bits(width) else "fp8"
+            notes.append(f"{kind} weights take the fastest {kind} kernels that were timed, whatever scales they need")
+    return tuple(dict.fromkeys(notes))
 
 
 def _sharing_notes(scene: Scene, plan: DecodePlan) -> tuple[str, ...]:

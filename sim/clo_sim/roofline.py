@@ -11,6 +11,7 @@ from __future__ import annotations
 from clo.plan import DecodePlan
 from clo.results import Roofline
 from clo.specs import Attend
+from clo.table_prices import FP8_BYTES, has_4bits
 from clo_sim.stand_in import TrafficSource
 
 
@@ -64,15 +65,23 @@ def _attended_tokens(plan: DecodePlan) -> list[float]:
 
 
 def _bf16_flops(plan: DecodePlan) -> float:
-    """Arithmetic of a step; what runs with fp8 weights takes half the time and counts half.
+    """Arithmetic of a step; what runs with fp8 weights takes half the time and counts half, with 4 bits a quarter.
 
     The maps of latent attention stay in bf16.
     """
-    model, narrow = plan.model, 0.5 if plan.model.has_fp8_weights else 1.0
+    model, narrow = plan.model, _narrow(plan.model.weight_bytes_per_value)
     head = model.vocab_size * model.hidden_size
     around = model.all_attention_weight_values
     maps = 0 if model.latent is None else model.num_layers * model.latent.map_values(model.num_query_heads)
-    others = head + narrow * (model.token_weight_values - head - around)
+    behind = _narrow(min(model.mlp_weight_bytes, model.expert_weight_bytes))
+    others = head + behind * (model.token_weight_values - head - around)
     attention = sum(_attended_tokens(plan)) * plan.model.group_size * plan.model.attention_flops
     attention += 0.0 if model.linear is None else model.num_linear_layers * model.linear.flops
     return 2 * plan.workload.batch * others + plan.sequences * (2 * (narrow * (around - maps) + maps) + attention)
+
+
+def _narrow(weight_bytes: float) -> float:
+    """Time of arithmetic with such weights, at best, over that of bf16."""
+    if has_4bits(weight_bytes):
+        return 0.25
+    return 0.5 if weight_bytes == FP8_BYTES else 1.0

@@ -32,11 +32,21 @@ def models(points: Floats) -> Floats:
     return np.unique(columns, axis=0, return_inverse=True)[1].reshape(-1).astype(np.float64)
 
 
-def no_slower(samples: Samples, others: Samples) -> Samples:
-    """Those of `samples` that took no longer than the same point of `others`: slower kernels nobody would choose."""
+def no_slower(samples: Samples, others: Samples, *, unmatched: bool = False) -> Samples:
+    """Those of `samples` that took no longer than the same point of `others`: slower kernels nobody would choose.
+
+    Points that `others` have not stay if `unmatched` may.
+    """
+    unknown = np.inf if unmatched else 0.0
     limits = dict(zip(map(tuple, others.points.tolist()), others.seconds.tolist(), strict=True))
     times = zip(map(tuple, samples.points.tolist()), samples.seconds.tolist(), strict=True)
-    return samples.take(np.array([seconds <= limits.get(point, 0.0) for point, seconds in times], dtype=bool))
+    return samples.take(np.array([seconds <= limits.get(point, unknown) for point, seconds in times], dtype=bool))
+
+
+def no_faster_than_memory(samples: Samples, weight_bytes: float, hbm_bytes_per_s: float) -> Samples:
+    """Those in which every weight used can have been read: others were used less evenly, or stayed in a cache."""
+    weights, _ = sizes(samples.points).T
+    return samples.take(samples.seconds >= weights * weight_bytes / hbm_bytes_per_s)
 
 
 def on_nodes(samples: Samples, roofline: Callable[..., Floats]) -> Samples:

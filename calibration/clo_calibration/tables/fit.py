@@ -28,9 +28,11 @@ from clo_calibration.tables.grid import Grid, fill, interpolate, make_grid
 from clo_calibration.tables.measurements import (
     BF16,
     BF16_CACHE,
+    FP4,
     FP8,
     FP8_CACHE,
     PACKAGE_VERSION,
+    WIDENED_4BIT,
     Bools,
     Cache,
     Samples,
@@ -54,14 +56,20 @@ WITHOUT_NVLINK = ("l40s", "rtx-pro-6000")
 EXPERTS_OF = {"a100": "h100"}
 """GPUs whose experts were never timed evenly used, by the one whose times they borrow."""
 
-WITHOUT_FP8 = {
+WITHOUT = {
+    "gemm_4bit": ("h200", "h100", "a100", "l40s"),
+    "experts_4bit": (),
     "gemm_fp8": ("a100",),
     "experts_fp8": ("a100",),
     "decode_attention_fp8": ("a100",),
     "latent_attention_fp8": ("rtx-pro-6000", "l40s"),
 }
-"""GPUs without a table of that name: their tensor cores know no fp8, or no good kernel of such caches was timed."""
-WEIGHT_BYTES = {BF16: 2.0, FP8: 1.0}
+"""GPUs without a table of that name: their tensor cores know no such numbers, or no good kernel of them was timed."""
+WITH_FP4 = ("gb200", "b200", "rtx-pro-6000")
+"""GPUs whose tensor cores multiply in four bits; others widen weights of four bits to bf16."""
+WEIGHT_BYTES = {BF16: 2.0, FP8: 1.0, FP4: 0.5625, WIDENED_4BIT: 0.5625}
+"""Scales included: a byte for every 16 weights of four bits (NVFP4)."""
+ARITHMETIC_BYTES = {FP4: 0.5, WIDENED_4BIT: 2.0}
 CACHE_BYTES = {BF16_CACHE: 2.0, FP8_CACHE: 1.0}
 
 Table = TypeVar("Table", bound=KernelTable)
@@ -97,11 +105,11 @@ def split(num_samples: int, seed: int) -> Bools:
 
 
 def fit_gemm(
-    samples: Samples, hardware: dict[str, float], *, weights: Weights = BF16, seed: int = 0
+    samples: Samples, hardware: dict[str, float], *, weights: Weights = BF16, seed: int = 0, **extra: Any
 ) -> tuple[GemmTable, FitReport]:
     """Fit a GEMM table to four fifths of the samples and test it on the rest."""
     axes = _axes(samples)
-    return _fit(GemmTable, samples, hardware, seed=seed, axes=axes, weight_bytes=WEIGHT_BYTES[weights])
+    return _fit(GemmTable, samples, hardware, seed=seed, axes=axes, weight_bytes=WEIGHT_BYTES[weights], **extra)
 
 
 def fit_decode_attention(
@@ -151,10 +159,10 @@ def fit_latent_map(samples: Samples, hardware: dict[str, float], *, seed: int = 
 
 
 def fit_experts(
-    samples: Samples, hardware: dict[str, float], *, weights: Weights = BF16
+    samples: Samples, hardware: dict[str, float], *, weights: Weights = BF16, **extra: float
 ) -> tuple[ExpertsTable, FitReport]:
     """Fit a table of mixtures of experts to all samples; its errors are on models that it was fitted without."""
-    width = WEIGHT_BYTES[weights]
+    width = {"weight_bytes": WEIGHT_BYTES[weights], **extra}
     groups = experts.models(samples.points)
     predicted = np.empty(len(groups))
     for group in np.unique(groups):
@@ -176,8 +184,23 @@ def fp8_experts(gpu: str, data_root: Path | None = None) -> Samples:
     return experts.no_slower(read_experts(gpu, data_root, weights=FP8), read_experts(gpu, data_root))
 
 
-def _experts_table(samples: Samples, hardware: dict[str, float], weight_bytes: float) -> ExpertsTable:
-    wide = hardware | {"weight_bytes": weight_bytes}
+def four_bit_experts(gpu: str, data_root: Path | None = None) -> Samples:
+    """Those with weights of four bits, likewise, and of models that were not timed in bf16.
+
+    Some took less time than reading their weights does (by 1.6, DeepSeek-V3's on B200): those are left out.
+    """
+    weights, bandwidth = _four_bits(gpu), read_hardware(gpu, data_root)["hbm_bytes_per_s"]
+    timed = read_experts(gpu, data_root, weights=weights)
+    possible = experts.no_faster_than_memory(timed, WEIGHT_BYTES[weights], bandwidth)
+    return experts.no_slower(possible, read_experts(gpu, data_root), unmatched=True)
+
+
+def _four_bits(gpu: str) -> Weights:
+    return FP4 if gpu in WITH_FP4 else WIDENED_4BIT
+
+
+def _experts_table(samples: Samples, hardware: dict[str, float], width: dict[str, float]) -> ExpertsTable:
+    wide = hardware | width
     empty = ExpertsTable.from_latencies([[1.0]], weight_values=(1.0,), rows=(1.0,), **wide)
     nodes = experts.on_nodes(samples, empty.roofline_seconds)
     axes = _axes(nodes)
@@ -309,18 +332,18 @@ def fit_tables(gpu: str, data_root: Path | None = None, seed: int = 0) -> Fitted
         "latent_attention": fit_latent_attention(read_latent_attention(gpu, data_root), hardware, seed=seed),
         "latent_map": fit_latent_map(read_latent_maps(gpu, data_root), hardware, seed=seed),
     }
-    for name in fp8_tables(gpu):
-        table, report = _FP8_FITS[name](gpu, hardware, data_root, seed)
-        fits[name] = table, replace(report, kernel=f"{report.kernel}, fp8")
+    for name in narrow_tables(gpu):
+        table, report = _NARROW_FITS[name](gpu, hardware, data_root, seed)
+        fits[name] = table, replace(report, kernel=f"{report.kernel}, {name.rsplit('_', 1)[1]}")
     return FittedTables(
         tables={name: table for name, (table, _) in fits.items()},
         report=tuple(report for _, report in fits.values()),
     )
 
 
-def fp8_tables(gpu: str) -> list[str]:
-    """Tables of fp8 weights and caches that a GPU has, by their names in a profile."""
-    return [name for name in _FP8_FITS if gpu not in WITHOUT_FP8[name]]
+def narrow_tables(gpu: str) -> list[str]:
+    """Tables of weights and caches narrower than bf16 that a GPU has, by their names in a profile."""
+    return [name for name in _NARROW_FITS if gpu not in WITHOUT[name]]
 
 
 def _fp8_gemm(gpu: str, hardware: dict[str, float], root: Path | None, seed: int) -> tuple[GemmTable, FitReport]:
@@ -329,6 +352,18 @@ def _fp8_gemm(gpu: str, hardware: dict[str, float], root: Path | None, seed: int
 
 def _fp8_experts(gpu: str, hardware: dict[str, float], root: Path | None, _: int) -> tuple[ExpertsTable, FitReport]:
     return fit_experts(fp8_experts(gpu, root), hardware, weights=FP8)
+
+
+def _4bit_gemm(gpu: str, hardware: dict[str, float], root: Path | None, seed: int) -> tuple[GemmTable, FitReport]:
+    samples = read_gemm(gpu, root, weights=FP4)
+    return fit_gemm(samples, hardware, weights=FP4, seed=seed, arithmetic_bytes=ARITHMETIC_BYTES[FP4])
+
+
+def _4bit_experts(gpu: str, _: dict[str, float], root: Path | None, __: int) -> tuple[ExpertsTable, FitReport]:
+    timed = EXPERTS_OF.get(gpu, gpu)
+    samples, weights = four_bit_experts(timed, root), _four_bits(timed)
+    hardware = read_hardware(timed, root)
+    return fit_experts(samples, hardware, weights=weights, arithmetic_bytes=ARITHMETIC_BYTES[weights])
 
 
 def _fp8_decode_attention(
@@ -345,7 +380,9 @@ def _fp8_latent_attention(
     return fit_latent_attention(samples, hardware, cache=FP8_CACHE, seed=seed)
 
 
-_FP8_FITS: dict[str, Callable[..., tuple[KernelTable, FitReport]]] = {
+_NARROW_FITS: dict[str, Callable[..., tuple[KernelTable, FitReport]]] = {
+    "gemm_4bit": _4bit_gemm,
+    "experts_4bit": _4bit_experts,
     "gemm_fp8": _fp8_gemm,
     "experts_fp8": _fp8_experts,
     "decode_attention_fp8": _fp8_decode_attention,

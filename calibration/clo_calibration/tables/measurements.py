@@ -34,6 +34,11 @@ BF16: Weights = ("bfloat16",)
 FP8: Weights = ("fp8", "fp8_block")
 """With one scale for each matrix, or for each block of it: whichever kernel was faster counts."""
 
+FP4: Weights = ("nvfp4",)
+"""Weights in four bits that are multiplied in four."""
+WIDENED_4BIT: Weights = ("w4a16_mxfp4", "int4_wo")
+"""Those that are widened to bf16 before: whichever kernel was faster counts."""
+
 Cache = str
 BF16_CACHE: Cache = "bfloat16"
 FP8_CACHE: Cache = "fp8"

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from clo.errors import SpecError
 from clo.kernel_scaling import measured_on
 from clo.plan import DecodePlan
+from clo.schedule.ops import experts_work
+from clo.schedule.work import Experts, Gemm
 from clo.specs import Design
 from clo.table_prices import TablePrices
 from clo_sim.clock import step_seconds
@@ -111,12 +113,15 @@ class DecodePrices:
     def kernels_measured(self) -> bool:
         """Whether times of GEMMs, and of what else the model needs a table for, were measured on this GPU."""
         profile, machine = gpu_tables(self.scene.profile, "serving"), self.scene.machine
-        prices, fp8 = TablePrices(profile, machine), self.scene.model.has_fp8_weights
-        experts = prices.experts(fp8) if self.scene.model.experts else None
+        prices, model = TablePrices(profile, machine), self.scene.part
+        widths = (model.weight_bytes_per_value, model.mlp_weight_bytes)
+        products: list[Gemm | Experts] = [Gemm(1, 1, 1, width) for width in widths]
+        if model.experts is not None:
+            products.append(experts_work(model, model.experts, 1))
         sums = profile.all_reduce if machine.tensor_parallel > 1 else None
-        latent = prices.latent_attention(self.scene.model.kv_bytes_per_value) if self.scene.model.latent else None
-        tables = (prices.gemm(fp8), experts, sums, latent)
-        return all(measured_on(table, machine.gpu) for table in tables if table is not None)
+        latent = prices.latent_attention(model.kv_bytes_per_value) if model.latent else None
+        others = all(measured_on(table, machine.gpu) for table in (sums, latent) if table is not None)
+        return others and all(map(prices.measured_here, products))
 
     def _interpolated(self, batch: int) -> StepClock:
         high = bisect_left(BATCHES, batch)

@@ -151,11 +151,10 @@ def prefill_prices(
 
 def _table_seconds(scene: Scene, tables: TablePrices, chunk_tokens: int) -> dict[Work, Floats]:
     """What measured tables price of 1, 2, ... tokens, by the work of a full chunk: GEMMs first."""
-    model, sharing, fp8 = scene.part, scene.machine.tensor_parallel, scene.part.has_fp8_weights
+    model, sharing = scene.part, scene.machine.tensor_parallel
     first = model.projections_in(0)[0]
-    found: dict[Work, Floats] = {
-        Gemm(chunk_tokens, first.n, first.k, fp8): _gemm_seconds(scene, tables, _up_to(chunk_tokens))
-    }
+    gemm = Gemm(chunk_tokens, first.n, first.k, model.weight_bytes_per_value)
+    found: dict[Work, Floats] = {gemm: _gemm_seconds(scene, tables, _up_to(chunk_tokens))}
     if sharing > 1:
         sums = AllReduce(sharing, chunk_tokens * model.hidden_size)
         found[sums] = _all_reduce_seconds(scene, tables, _up_to(chunk_tokens))
@@ -168,21 +167,25 @@ def _table_seconds(scene: Scene, tables: TablePrices, chunk_tokens: int) -> dict
 
 def _gemm_seconds(scene: Scene, tables: TablePrices, tokens: Any) -> Floats:
     """GEMMs of all layers, for each number of `tokens`."""
-    model, fp8 = scene.part, scene.part.has_fp8_weights
+    model = scene.part
     own = tokens / scene.machine.num_owners
     around: Counter[Projection] = Counter()
     for layer in range(model.num_layers):
         around.update(_around_attention(model, layer))
     attention = sum(
-        count * tables.seconds(Gemm(own, each.n, each.k, fp8 and not each.wide)) for each, count in around.items()
+        count * tables.seconds(Gemm(own, each.n, each.k, model.product_weight_bytes(each)))
+        for each, count in around.items()
     )
-    others: Counter[tuple[int, int, bool]] = Counter()
+    others: Counter[tuple[int, int, float]] = Counter()
+    width_of, router = model.mlp_weight_bytes, model.wide_weight_bytes
     for layer in range(model.num_layers):
         width, experts = model.mlp_width(layer), model.experts_in(layer)
-        mlp = [(2 * width, model.hidden_size, fp8), (model.hidden_size, width, fp8)] if width else []
-        others.update([*mlp, *([(experts.num_experts, model.hidden_size, False)] if experts else [])])
-    behind = sum(count * tables.seconds(Gemm(tokens, n, k, narrow)) for (n, k, narrow), count in others.items())
-    indexers = sum(tables.seconds(Gemm(own, each.n, each.k, fp8)) for each in model.indexer_projections)
+        mlp = [(2 * width, model.hidden_size, width_of), (model.hidden_size, width, width_of)] if width else []
+        others.update([*mlp, *([(experts.num_experts, model.hidden_size, router)] if experts else [])])
+    behind = sum(count * tables.seconds(Gemm(tokens, n, k, each)) for (n, k, each), count in others.items())
+    indexers = sum(
+        tables.seconds(Gemm(own, each.n, each.k, model.weight_bytes_per_value)) for each in model.indexer_projections
+    )
     return np.asarray(attention + model.num_indexers * indexers + behind)
 
 
