@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 import clo_sim
 from clo.errors import SpecError
-from clo.presets import load_design, load_machine, load_model, load_named_profile
+from clo.presets import load_design, load_machine, load_named_profile
 from clo.results import Result
 from clo.specs import Cache, Design
-from clo.specs.hf_weights import NVFP4
+from clo_calibration.served_steps import PROMPTS, SERVED, Steps
 from clo_sim.scene import Scene
-from clo_sim.serving.prefill import prefill_prices
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +49,8 @@ def claims() -> list[Claim]:
         _speed_up("v2 over RetroInfer and InfiniGen, H100 (PCIe 5)", h100, "clo-v2", "+67.0% to +224.2%", _H100),
         _miss_rates(),
         _beyond_memory(),
-        _served_steps(),
-        _block_steps(),
+        *map(_served_steps, SERVED),
         _long_prompts(),
-        _hybrid_steps(BLACKWELL),
-        _hybrid_steps(HOPPER),
         _copy_cliff(),
     ]
 
@@ -139,152 +135,31 @@ def _beyond_memory() -> Claim:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class ServedStep:
-    """A decode step of GLM-5 with fp8 weights, as SGLang served it."""
-
-    machine: str
-    attention_by: str
-    batch: int
-    context: int
-    tpot_s: float
-
-
-SERVED = (
-    ServedStep("b200", "heads", 1, 1536, 20.2e-3),
-    ServedStep("h200", "sequences", 8, HISPARSE_CONTEXT, 8 / 252.33),
-    ServedStep("h200", "sequences", 16, HISPARSE_CONTEXT, 16 / 439.91),
-)
-"""On eight GPUs, without speculation: the mean of answers of 1K tokens (a gist of B. Hamm, February 2026), and
-sequences over tokens/s of whole runs, prefill included (SGLang issue 30985)."""
-
-
-def _served_steps() -> Claim:
-    ours = [
-        _resident(_indexed_scene(each.batch, each.context, each.machine, each.attention_by)).tpot_s for each in SERVED
-    ]
-    where = "; ".join(f"{each.batch} x {each.context} tokens on {GPUS} {each.machine}" for each in SERVED)
+def _served_steps(run: Steps) -> Claim:
+    """TPOT of each step, with the range of theirs over ours."""
+    ours = [step.simulated_s() for step in run.steps]
+    ratios = [step.tpot_s / simulated for step, simulated in zip(run.steps, ours, strict=True)]
     return Claim(
-        f"TPOT of GLM-5 with fp8 weights, all on the GPUs, under SGLang: {where}",
-        ", ".join(f"{each.tpot_s * 1e3:.1f} ms" for each in SERVED),
-        ", ".join(f"{tpot_s * 1e3:.1f} ms" for tpot_s in ours),
-        "ours is the sum of what was timed alone: what else an engine launches around experts and GEMMs (routing, "
-        "gathering the batch, gaps between kernels) is priced as nothing, or as little",
+        f"TPOT of {run.what} ({run.source})",
+        _milliseconds([step.tpot_s for step in run.steps]),
+        f"{_milliseconds(ours)} (theirs are {min(ratios):.2f} to {max(ratios):.2f} times as long)",
+        run.why,
     )
 
 
-M3_TPOT_S = {"h200": 8.4e-3, "b200": 16.2e-3}
-"""Of MiniMax-M3 in 8 bits under vLLM, four sequences on eight GPUs, prompts and answers of 1,024 tokens: InferenceX,
-June 2026 (InferenceX-app pull request 454)."""
-M3_CONTEXT, M3_BATCH = 1536, 4
-M3_TTFT_S = {131072: 2.63, 1011492: 43.2}
-"""Of MiniMax-M3-NVFP4 under vLLM on eight B200, prompts alone in chunks of 8,192 tokens (vLLM issue 51494)."""
-M3_CHUNK = 8192
-
-
-def _m3_scene(machine: str, context: int, batch: int = 1, *, expert_bytes: float = 1.0) -> Scene:
-    shared, model = load_machine(machine).with_fields(tensor_parallel=GPUS), load_model("minimax-m3")
-    assert model.experts is not None
-    experts = model.experts.with_fields(weight_bytes_per_value=expert_bytes).model_dump()
-    return clo_sim.make_scene(model.with_fields(experts=experts), shared, context_tokens=context, batch=batch)
-
-
-def _block_steps() -> Claim:
-    ours = [_resident(_m3_scene(machine, M3_CONTEXT, M3_BATCH)).tpot_s for machine in M3_TPOT_S]
-    where = " and ".join(f"{GPUS} {machine}" for machine in M3_TPOT_S)
-    return Claim(
-        f"TPOT of MiniMax-M3 in 8 bits, all on the GPUs, under vLLM: {M3_BATCH} x {M3_CONTEXT} tokens on {where}",
-        ", ".join(f"{tpot_s * 1e3:.1f} ms" for tpot_s in M3_TPOT_S.values()),
-        ", ".join(f"{tpot_s * 1e3:.1f} ms" for tpot_s in ours),
-        "theirs say that on B200 a kernel of experts ran that is slow with few tokens, which takes twice as long as "
-        "that on H200",
-    )
+def _milliseconds(seconds: Sequence[float]) -> str:
+    return ", ".join(f"{each * 1e3:.2f}" for each in seconds) + " ms"
 
 
 def _long_prompts() -> Claim:
-    ours = []
-    for tokens in M3_TTFT_S:
-        scene = _m3_scene("b200", tokens, expert_bytes=NVFP4)
-        prices = prefill_prices(scene, load_design("resident-sparse", scene.model), chunk_tokens=M3_CHUNK)
-        ours.append(prices.alone_ns(tokens) / 1e9)
+    sizes = " and ".join(f"{prompt.tokens}" for prompt in PROMPTS)
     return Claim(
-        f"TTFT of MiniMax-M3 alone on {GPUS} B200 under vLLM: prompts of "
-        + " and ".join(f"{tokens} tokens" for tokens in M3_TTFT_S),
-        ", ".join(f"{seconds:g} s" for seconds in M3_TTFT_S.values()),
-        ", ".join(f"{seconds:.1f} s" for seconds in ours),
+        f"TTFT of MiniMax-M3 alone on 8 B200 under vLLM: prompts of {sizes} tokens (vLLM issue 51494, August 2026)",
+        ", ".join(f"{prompt.ttft_s:g} s" for prompt in PROMPTS),
+        ", ".join(f"{prompt.simulated_s():.1f} s" for prompt in PROMPTS),
         "experts in 4 bits, others in 8; what scores every pair of tokens was timed with SGLang's kernel, vLLM's is "
         "another",
     )
-
-
-@dataclass(frozen=True, slots=True)
-class HybridStep:
-    """A decode step of a hybrid model with everything on `gpus` GPUs, without speculation, as SGLang served it."""
-
-    model: str
-    weight_bytes: float
-    gpus: int
-    tpot_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class HybridRun:
-    """Such steps of one source: all of `batch` sequences with `context` tokens in the mean."""
-
-    source: str
-    machine: str
-    batch: int
-    context: int
-    steps: tuple[HybridStep, ...]
-
-
-BLACKWELL = HybridRun(
-    source="SGLang 0.5.15, pull request 32323 as first measured",
-    machine="b200",
-    batch=1,
-    context=8704,
-    steps=(
-        HybridStep("qwen3.5-27b", 2.0, 1, 10.45e-3),
-        HybridStep("qwen3.5-35b-a3b", 2.0, 1, 3.0e-3),
-        HybridStep("qwen3.5-122b-a10b", 2.0, 2, 4.1e-3),
-        HybridStep("qwen3.5-397b-a17b", 2.0, 8, 4.6e-3),
-        HybridStep("qwen3.5-27b", 1.0, 1, 7.54e-3),
-        HybridStep("qwen3.5-35b-a3b", 1.0, 1, 2.91e-3),
-        HybridStep("qwen3.5-122b-a10b", 1.0, 1, 4.75e-3),
-        HybridStep("qwen3.5-397b-a17b", 1.0, 4, 5.31e-3),
-    ),
-)
-HOPPER = HybridRun(
-    source="SGLang pull request 10404, September 2025",
-    machine="h200",
-    batch=8,
-    context=2000,
-    steps=tuple(
-        HybridStep("qwen3-next-80b-a3b", 2.0, gpus, 8 / rate)
-        for gpus, rate in ((2, 937.94), (4, 1137.94), (8, 1239.43))
-    ),
-)
-"""GPUs of the first are told by tokens/s of each; the second are sequences over tokens/s of whole runs, prefill
-included."""
-
-
-def _hybrid_steps(run: HybridRun) -> Claim:
-    ours = [_hybrid_step(run, each).tpot_s for each in run.steps]
-    what = ", ".join(f"{each.model}{' fp8' if each.weight_bytes == 1.0 else ''} on {each.gpus}" for each in run.steps)
-    return Claim(
-        f"TPOT of {run.batch} x {run.context} tokens on {run.machine}, all on the GPUs ({run.source}): {what}",
-        ", ".join(f"{each.tpot_s * 1e3:.1f} ms" for each in run.steps),
-        ", ".join(f"{tpot_s * 1e3:.1f} ms" for tpot_s in ours),
-        "kernels timed alone are of other versions; what an engine launches beside them, hides behind others or fuses "
-        "is in no table",
-    )
-
-
-def _hybrid_step(run: HybridRun, step: HybridStep) -> Result:
-    model = load_model(step.model).with_fields(weight_bytes_per_value=step.weight_bytes)
-    machine = load_machine(run.machine).with_fields(tensor_parallel=step.gpus)
-    scene = clo_sim.make_scene(model, machine, context_tokens=run.context, batch=run.batch)
-    return clo_sim.simulate(scene, "resident")
 
 
 def _offloaded_tokens_per_s(batch: int) -> float:
