@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from clo.kernel_tables import KernelTable
 from clo.specs import GpuSpec
 
@@ -29,12 +31,14 @@ def scaled_seconds(table: KernelTable, gpu: GpuSpec, *values: Any, **changes: An
     The table's latency floor stays, what a kernel takes beyond it grows as its roofline does from one GPU to the other:
     `floor + (seconds - floor) * roofline there / roofline here`, which is how a table goes on past its largest sizes.
     On the GPU that was measured this is the table. `changes` are to fields of it, as to the width of its weights.
-    Raises `ValueError` for sizes that are not positive.
+    Never less than the roofline: what a benchmark read faster came from a cache, which a step passes all its weights
+    and keys through between two uses. Raises `ValueError` for sizes that are not positive.
     """
     here = table.seconds(*values)
     if measured_on(table, gpu) and not changes:
-        return here
+        return np.maximum(here, table.roofline_seconds(*values))
     rates = {"hbm_bytes_per_s": gpu.hbm_bytes_per_s, "flops_per_s": gpu.peak_flops_per_s}
     there = table.model_copy(update=rates | changes)
-    growth = there.roofline_seconds(*values) / table.roofline_seconds(*values)
-    return table.floor_s + (here - table.floor_s) * growth
+    bound = there.roofline_seconds(*values)
+    growth = bound / table.roofline_seconds(*values)
+    return np.maximum(table.floor_s + (here - table.floor_s) * growth, bound)

@@ -47,7 +47,7 @@ class TablePrices:
             # what bounds it are the links between GPUs, not the rates that times are carried over by
             return table.seconds(*sizes)
         if isinstance(work, Gemm | Experts) and not self.times_width(work):
-            # nobody timed such narrow weights: fewer bytes of the same kernel, which still multiplies in bf16
+            # nobody timed such weights: so many bytes of the same kernel, which still multiplies in bf16
             changes = {"weight_bytes": work.weight_bytes, "arithmetic_bytes": float(BYTES_PER_VALUE)}
             return scaled_seconds(table, self.machine.gpu, *sizes, **changes)
         return scaled_seconds(table, self.machine.gpu, *sizes)
@@ -76,9 +76,10 @@ class TablePrices:
         return measured_on(table, self.machine.gpu)
 
     def times_width(self, work: Gemm | Experts) -> bool:
-        """Whether weights of four bits, if such they are, were timed; of other widths whichever table is taken is."""
-        table = self.gemm(work.weight_bytes) if isinstance(work, Gemm) else self.experts(work.weight_bytes)
-        return not has_4bits(work.weight_bytes) or has_4bits(table.weight_bytes)
+        """Whether weights of this width were timed, or other ones of four bits, if such they are."""
+        timed = self.gemm(work.weight_bytes) if isinstance(work, Gemm) else self.experts(work.weight_bytes)
+        both = has_4bits(work.weight_bytes) and has_4bits(timed.weight_bytes)
+        return both or work.weight_bytes == timed.weight_bytes
 
     def gemm(self, weight_bytes: float) -> GemmTable:
         """Times of GEMMs with such weights; those of bf16 where there are none."""

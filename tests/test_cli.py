@@ -54,7 +54,7 @@ def test_help_lists_every_command() -> None:
         (["explore", "--no-sweep", "--context", "2000000"], ["no design fits", "accepts at most 1048576 positions"]),
         (["simulate", "--trace", "missing.npz"], ["missing.npz"]),
         (["simulate", "--profile", "missing.json"], ["missing.json"]),
-        (["simulate", "--timeline-step", "96"], ["--timeline-step = 96", "0 to 95"]),
+        (["simulate", "--timeline", "out.json", "--timeline-step", "96"], ["--timeline-step = 96", "0 to 95"]),
         (["simulate", "--kv-memory-gb", "-1"], ["--kv-memory-gb = -1"]),
         (["simulate", "--context", "16"], ["workload.context_tokens = 16: fits one page", "design.page_size = 16"]),
         (["explore", "--vary", "design.tau=9"], ["design.tau = 9"]),

@@ -12,7 +12,10 @@ import pytest
 from click.testing import CliRunner
 from commands import SMALL, run, simulate
 
+import clo_plots
 from clo_cli.main import clo
+from clo_plots import DesignPoint, plot_pareto
+from clo_plots.sweep_table import load_points
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,19 @@ class TestExplore:
         assert json.loads((out / "best.json").read_text())["tpot_s"] == found["best"]["tpot_s"]
         assert {path.name for path in out.iterdir()} >= {"pareto.png", "stalls.png", "timeline.png", "timeline.json"}
         assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+    def test_no_design_is_drawn_twice(
+        self, swept: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        drawn: list[list[DesignPoint]] = []
+        monkeypatch.setattr(
+            clo_plots, "plot_pareto", lambda points, **_: drawn.append(points) or plot_pareto(points, **_)
+        )
+        run("explore", *SMALL, "--designs", "resident", "--vary", "design.tau=0.7,0.8,0.9", "--out", tmp_path)
+        for points in (*drawn, load_points(swept[0] / "sweep.parquet")):
+            others = [point for point in points if not point.named]
+            assert len({point.name for point in others}) == len(others)
+            assert any(point.finalist for point in others)
 
     def test_without_a_sweep_there_is_only_what_was_named(self) -> None:
         found = json.loads(run("explore", *SMALL, "--json", "--designs", "clo,resolve", "--no-sweep"))

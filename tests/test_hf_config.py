@@ -70,6 +70,11 @@ class TestConfigs:
         with pytest.raises(SpecError, match=r"config\.json: "):
             model_from_hf_config(path)
 
+    @pytest.mark.parametrize(("kind", "tied"), [("cohere2", True), ("gemma", True), ("llama", False), ("phi3", False)])
+    def test_embeddings_are_tied_by_default_where_they_are(self, tmp_path: Path, kind: str, tied: bool) -> None:
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"model_type": kind}))
+        assert model_from_hf_config(tmp_path).tied_embeddings == tied
+
     def test_variants_of_a_config(self, tmp_path: Path) -> None:
         path = tmp_path / "config.json"
         path.write_text(json.dumps({"text_config": LLAMA | {"head_dim": 64, "num_key_value_heads": None}}))
@@ -88,6 +93,9 @@ class TestConfigs:
                 "quantization_config: quant_method = None: such weights are not known",
             ),
             ({"sliding_window": 4096}, "sliding_window = 4096: which layers have it is not said"),
+            ({"model_type": "starcoder2"}, "model_type = 'starcoder2': its MLP has no gate"),
+            ({"model_type": "phi"}, "model_type = 'phi': its MLP has no gate"),
+            ({"model_type": "new", "hidden_act": "relu2"}, "hidden_act = 'relu2': of MLPs without a gate"),
             ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4096}, "sliding_window = 4096"),
             (
                 {"layer_types": ["full_attention", "sliding_attention"]},

@@ -334,4 +334,4 @@ def test_a_request_alone_waits_as_long_as_its_prompt_takes() -> None:
     trace = trace_of([(0, 20_000, 2)])
     costs = worker_costs(scene_of(), presets.load_design("resident"), trace)
     tally = serve(trace, costs, ServiceSettings()).replicas[0].tally
-    assert tally.prefill_ns == pytest.approx(costs.prefill.alone_ns(20_000), abs=20)
+    assert tally.prefill_ns == pytest.approx(costs.alone_ns(20_000), abs=20)

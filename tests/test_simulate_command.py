@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from commands import SMALL, run, simulate
+from commands import SMALL, refuse, run, simulate
 
 from clo.schedule import Lane
 from clo.timeline import load_chrome_trace
@@ -146,3 +146,22 @@ class TestSimulate:
 
     def test_a_synthetic_trace_has_as_many_steps_as_asked_for(self) -> None:
         assert simulate("--synthetic", "--steps", "200", "--warmup", "8")["workload"]["steps"] == 200
+
+
+class TestSaidTwice:
+    @pytest.mark.parametrize(
+        ("arguments", "names"),
+        [
+            (["--batch", "8", "--set", "workload.batch=4"], "--batch and --set workload.batch say the same"),
+            (["--set", "design.tau=0.7", "--set", "design.tau=0.9"], "design.tau is set twice"),
+            (["--timeline-step", "5"], "--timeline-step = 5: --timeline FILE is needed"),
+        ],
+    )
+    def test_nothing_is_ignored(self, arguments: list[str], names: str) -> None:
+        assert names in refuse("simulate", "--context", "8192", *arguments)
+
+
+def test_how_few_thread_blocks_read_all_is_said() -> None:
+    notes = simulate("--design", "clo")["assumptions"]
+    assert "1 of the design's 16 thread blocks would be enough to read host memory" in notes
+    assert not any("thread blocks" in note for note in simulate("--design", "staged")["assumptions"])

@@ -187,7 +187,7 @@ class TestPrefill:
         trace = trace_of([(0, 20_000, 2)])
         costs = worker_costs(scene_of(LLAMA.with_fields(**EVERY_OTHER)), presets.load_design("resident"), trace)
         tally = serve(trace, costs, ServiceSettings()).replicas[0].tally
-        assert tally.prefill_ns == pytest.approx(costs.prefill.alone_ns(20_000), abs=20)
+        assert tally.prefill_ns == pytest.approx(costs.alone_ns(20_000), abs=20)
 
 
 def test_dense_layers_that_have_a_window_anyway_change_nothing() -> None:

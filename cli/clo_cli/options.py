@@ -81,6 +81,7 @@ def scene_from(options: dict[str, Any], overrides: Overrides) -> Scene:
     from clo.specs.overrides import apply
     from clo_sim.scene import DEFAULT_MODEL, Scene, gpu_tables, machine_and_costs
 
+    _check_said_once(options, overrides)
     workload = apply(_workload(options), overrides["workload"], "workload")
     machine, costs = machine_and_costs(options["machine"], options["profile"])
     named = options["model"] and presets.load_model(options["model"])
@@ -152,11 +153,26 @@ def design_from(name: str, overrides: Overrides, model: ModelSpec | None = None)
     return apply(presets.load_design(name, model, settings), overrides["design"], "design")
 
 
+_WORKLOAD = {
+    "context_tokens": "--context",
+    "batch": "--batch",
+    "steps": "--steps",
+    "warmup_steps": "--warmup",
+    "seed": "--seed",
+}
+"""Options for fields of the workload, by those."""
+
+
 def _workload(options: dict[str, Any]) -> Workload:
     from clo.specs import Workload
 
-    names = ("context_tokens", "batch", "steps", "warmup_steps", "seed")
-    return Workload.parse({name: options[name] for name in names if options[name] is not None})
+    return Workload.parse({name: options[name] for name in _WORKLOAD if options[name] is not None})
+
+
+def _check_said_once(options: dict[str, Any], overrides: Overrides) -> None:
+    for name, option in _WORKLOAD.items():
+        if options[name] is not None and (name,) in overrides["workload"]:
+            raise SpecError(f"{option} and --set workload.{name} say the same: give one of them")
 
 
 def _source(options: dict[str, Any], workload: Workload) -> TrafficSource:

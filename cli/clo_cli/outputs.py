@@ -152,9 +152,13 @@ def draw_figures(out: Path, scene: Scene, found: Exploration, best: Result, time
 
 
 def _points(found: Exploration) -> list[DesignPoint]:
+    """Every design once: as it was simulated, where it was."""
     from clo_plots import DesignPoint
 
-    roles = (("candidate", found.candidates), ("finalist", found.finalists), ("named", found.named))
+    simulated = [one.task for one in (*found.finalists, *found.named) if one.runs]
+    asked = {(task.design, task.changes) for task in simulated}
+    tried = [one for one in found.candidates if (one.task.design, one.task.changes) not in asked]
+    roles = (("candidate", tried), ("finalist", found.finalists), ("named", found.named))
     return [
         DesignPoint(
             name=one.task.label,

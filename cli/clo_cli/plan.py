@@ -18,7 +18,7 @@ from clo.errors import CloError, SpecError
 from clo.files import write_json
 from clo_cli.fleet_prices import Priced, best_of, prices_from, rank, with_price
 from clo_cli.options import claim_folder, design_from, names_from, overrides_from
-from clo_cli.serve_options import serve_options, service_from, serving_scene, trace_from
+from clo_cli.serve_options import ROOTS, serve_options, service_from, serving_scene, trace_from
 
 if TYPE_CHECKING:
     from clo.specs import Design
@@ -106,7 +106,7 @@ def plan(
     from clo_cli.plan_jobs import Question
     from clo_sim.serving import parse_slo
 
-    overrides, slo = overrides_from(settings), parse_slo(slo_text)
+    overrides, slo = overrides_from(settings, ROOTS), parse_slo(slo_text)
     machine_names = names_from("--machines", machines)
     prices = prices_from(price, machine_names)
     scenes = {name: serving_scene(options, overrides, name) for name in machine_names}

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 GENERATED = "To generate them: --load poisson:2 --input-tokens 32768 --output-tokens 512"
 
+NUM_REQUESTS = 2000
+"""Requests that a load generates unless told."""
+ROOTS = ("model", "machine", "profile", "design")
+"""What a setting may be of: batch and context are the requests' affair."""
+
 _OPTIONS = (
     click.option(
         "--requests",
@@ -34,9 +39,7 @@ _OPTIONS = (
     click.option(
         "--num-requests",
         type=click.IntRange(1),
-        default=2000,
-        show_default=True,
-        help="Requests that --load generates.",
+        help="Requests that --load generates.  [default: 2000]",
     ),
     click.option("--input-tokens", type=click.IntRange(1), help="Tokens of every prompt that --load generates."),
     click.option("--output-tokens", type=click.IntRange(1), help="Tokens of every answer that --load generates."),
@@ -120,6 +123,8 @@ def trace_from(options: dict[str, Any]) -> RequestTrace:
         trace = _generated(load, trace, options)
     elif options["input_tokens"] is not None or options["output_tokens"] is not None:
         raise RequestError("--input-tokens and --output-tokens belong to --load: a trace has its own lengths")
+    elif options["num_requests"] is not None:
+        raise RequestError("--num-requests belongs to --load: of a trace --first takes so many")
     assert trace is not None
     trace = trace.first(options["first"]) if options["first"] else trace
     return _without_prefixes(trace, options["no_prefix_cache"]).at_rate(options["rate_scale"])
@@ -143,7 +148,7 @@ def _generated(load: str, trace: RequestTrace | None, options: dict[str, Any]) -
         per_s = float(rate)
     except ValueError:
         raise RequestError(f"--load {load!r}: expected KIND:RATE, such as poisson:4 (requests/s)") from None
-    count, seed = options["num_requests"], options["seed"]
+    count, seed = options["num_requests"] or NUM_REQUESTS, options["seed"]
     return generate(kind, rate_per_s=per_s, num_requests=count, lengths=lengths, seed=seed)  # type: ignore[arg-type]
 
 

@@ -13,7 +13,7 @@ import click
 from clo.errors import CloError
 from clo.files import write_json
 from clo_cli.options import check_outputs, design_from, overrides_from
-from clo_cli.serve_options import serve_options, service_from, serving_scene, trace_from
+from clo_cli.serve_options import ROOTS, serve_options, service_from, serving_scene, trace_from
 
 if TYPE_CHECKING:
     from clo_sim.serving import RequestTrace, ServiceResult, ServiceRun, ServiceSettings, Slo, WorkerCosts
@@ -63,7 +63,7 @@ def serve_sim(
     """
     from clo_sim.serving import parse_slo, summarise_service, worker_costs
 
-    overrides = overrides_from(settings)
+    overrides = overrides_from(settings, ROOTS)
     slo = None if slo_text is None else parse_slo(slo_text)
     scene = serving_scene(options, overrides, machine, profile)
     design = design_from(design_name, overrides, scene.model)

@@ -185,6 +185,8 @@ def _fleet_row(one: Priced) -> list[str]:
     values = ", ".join(f"{name} {format_seconds(value)}" for name, value in fleet.values.items())
     # beyond the largest multiple that was tried nothing is known
     head = "" if fleet.head_room is None else f"{fleet.head_room:.2f}x{'' if fleet.breaks_by else ' or more'}"
+    if head and fleet.result is not None and fleet.result.unstable is None:
+        head = "not known"  # of so few requests nobody can say whether a fleet keeps up
     breaks = f"; beyond its head-room {fleet.breaks_by} fails first" if fleet.breaks_by else ""
     best = "BEST here: " if one.best else ""
     return [

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     help="simpy: operations slow each other; clock: they do not.",
 )
 @click.option("--timeline", type=click.Path(path_type=Path), help="Write one step as Chrome trace JSON (Perfetto).")
-@click.option("--timeline-step", type=int, default=0, show_default=True, help="Measured step to write, counted from 0.")
+@click.option("--timeline-step", type=int, help="Measured step to write, counted from 0.  [default: 0]")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result as JSON.")
 @click.option("--intervals", is_flag=True, help="Add 90% prediction intervals from the spread of costs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -39,7 +39,7 @@ def simulate(
     design_name: str,
     executor: str,
     timeline: Path | None,
-    timeline_step: int,
+    timeline_step: int | None,
     out: Path | None,
     intervals: bool,
     as_json: bool,
@@ -58,7 +58,7 @@ def simulate(
     overrides = overrides_from(settings)
     scene = scene_from(options, overrides)
     design = design_from(design_name, overrides, scene.model)
-    _check_step(timeline_step, scene.workload.steps)
+    step = _step(timeline_step, timeline, scene.workload.steps)
     check_outputs(timeline, out)
     with phases() as tell:
         tell("simulating", 0, None)
@@ -67,7 +67,7 @@ def simulate(
         if intervals:
             result = _with_intervals(result, scene, design, executor, tell)
     if timeline is not None:
-        _write_timeline(timeline, scene, design, executor, timeline_step)
+        _write_timeline(timeline, scene, design, executor, step)
     if out is not None:
         result.save(out)
     if as_json:
@@ -77,7 +77,7 @@ def simulate(
 
         print_result(result)
         if timeline is not None:
-            click.echo(f"timeline of step {timeline_step}: {timeline} (open in https://ui.perfetto.dev)")
+            click.echo(f"timeline of step {step}: {timeline} (open in https://ui.perfetto.dev)")
 
 
 def _with_intervals(result: Result, scene: Scene, design: Design, executor: str, tell: Tell) -> Result:
@@ -94,9 +94,13 @@ def _with_intervals(result: Result, scene: Scene, design: Design, executor: str,
     return with_intervals(result, scene.priced(scene.plan(design)), run=run, progress=progress)
 
 
-def _check_step(step: int, steps: int) -> None:
+def _step(given: int | None, timeline: Path | None, steps: int) -> int:
+    if given is not None and timeline is None:
+        raise SpecError(f"--timeline-step = {given}: --timeline FILE is needed, where the step is to go")
+    step = given or 0
     if not 0 <= step < steps:
         raise SpecError(f"--timeline-step = {step}: must be from 0 to {steps - 1} (workload.steps = {steps})")
+    return step
 
 
 def _write_timeline(path: Path, scene: Scene, design: Design, executor: str, step: int) -> None:

@@ -73,16 +73,27 @@ def _prefix(where: str) -> str:
 
 def explain(cls: type[BaseModel], error: ValidationError) -> str:
     """The first problem of a pydantic error as one line: `design.tau = 3.0: must be at most 1`."""
-    first = error.errors()[0]
+    problems = error.errors()
+    # a misspelt field is why another one is missing
+    first = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
     label = cls.__name__.removesuffix("Spec").lower()
     path = ".".join([label, *(str(part) for part in first["loc"])])
     if first["type"] == "extra_forbidden":
-        return f"{path}: unknown field{_suggest(str(first['loc'][-1]), list(cls.model_fields))}"
+        return f"{path}: unknown field{_suggest(str(first['loc'][-1]), _fields_at(cls, first['loc'][:-1]))}"
     if first["type"] == "missing":
         return f"{path}: a value is required"
     message = first["msg"].removeprefix("Value error, ")
     shown = first["input"] if not isinstance(first["input"], dict) else None
     return f"{path} = {shown!r}: {message}" if shown is not None else f"{path}: {message}"
+
+
+def _fields_at(cls: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """Fields of the record at `path` below `cls`."""
+    for name in path:
+        field = cls.model_fields.get(str(name))
+        inner = [part for part in _parts(field.annotation) if isinstance(part, type)] if field else []
+        cls = next((part for part in inner if issubclass(part, BaseModel)), cls)
+    return list(cls.model_fields)
 
 
 def _suggest(name: str, known: list[str]) -> str:

@@ -39,7 +39,10 @@ def model_from_hf_config(path: Path) -> ModelSpec:
         merged.setdefault("intermediate_size", merged["moe_intermediate_size"])
     missing = [theirs for theirs in _HF_FIELDS.values() if theirs not in merged]
     if missing:
-        raise SpecError(f"{file}: no field {missing[0]!r}: not the config of a decoder-only transformer")
+        raise SpecError(
+            f"{file}: no field {missing[0]!r}: not the config of a decoder-only transformer, or it leaves out what its "
+            "kind has by default: write it in"
+        )
     if problem := _ill_typed(merged) or _not_modelled(merged):
         raise SpecError(f"{file}: {problem}")
     try:
@@ -93,7 +96,7 @@ def _ill_typed(config: dict[str, Any]) -> str:
 
 def _not_modelled(config: dict[str, Any]) -> str:
     """What about this model is beyond a `ModelSpec`, as field, value and rule; empty if nothing is."""
-    if problem := attention_problem(config) or _other_experts(config):
+    if problem := attention_problem(config) or _other_experts(config) or _other_mlp(config):
         return problem
     try:
         weight_widths(config)
@@ -102,6 +105,33 @@ def _not_modelled(config: dict[str, Any]) -> str:
             f"quantization_config: {error}: such weights are not known: describe the model in TOML, with "
             "weight_bytes_per_value"
         )
+    return ""
+
+
+_NOT_GATED: tuple[str, ...] = (
+    "codegen",
+    "falcon",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neo",
+    "gpt_neox",
+    "gptj",
+    "mpt",
+    "nemotron",
+    "opt",
+)
+_NOT_GATED += ("apertus", "arcee", "bloom", "phi", "persimmon", "starcoder2", "xglm")
+"""Kinds of model whose MLP has two matrices and not three."""
+_ACTIVATIONS_OF_TWO = ("relu2", "xielu", "gelu_new", "gelu_fast")
+"""Activations that no kind with a gate is known with."""
+
+
+def _other_mlp(config: dict[str, Any]) -> str:
+    kind, activation = config.get("model_type"), config.get("hidden_act") or config.get("activation_function")
+    if kind in _NOT_GATED:
+        return f"model_type = {kind!r}: its MLP has no gate: only gated ones are modelled"
+    if activation in _ACTIVATIONS_OF_TWO:
+        return f"hidden_act = {activation!r}: of MLPs without a gate: only gated ones are modelled"
     return ""
 
 
@@ -172,8 +202,8 @@ def _named(widths: Widths, with_experts: bool) -> str:
 
 
 def _tied_unless_said(config: dict[str, Any]) -> bool:
-    """Configs leave out what is a kind's default: Gemma's embeddings are tied, those of the others are not."""
-    return str(config.get("model_type", "")).startswith("gemma")
+    """Configs leave out what is a kind's default: embeddings of Gemma and Cohere are tied, of the others not."""
+    return str(config.get("model_type", "")).startswith(("gemma", "cohere"))
 
 
 def experts_of(config: dict[str, Any]) -> dict[str, Any] | None:

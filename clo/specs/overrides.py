@@ -28,6 +28,8 @@ def parse_overrides(settings: Iterable[str], roots: Iterable[str]) -> Overrides:
         root, *rest = path.strip().split(".")
         if not separator or not rest or root not in known:
             raise SpecError(f"--set {setting}: {_meant(setting, known)}")
+        if tuple(rest) in result[root]:
+            raise SpecError(f"--set {setting}: {path.strip()} is set twice")
         result[root][tuple(rest)] = parse_value(text)
     return result
 

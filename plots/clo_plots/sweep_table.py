@@ -21,7 +21,7 @@ _NEIGHBOUR = "choice"
 
 
 def load_points(path: Path) -> list[DesignPoint]:
-    """The designs of a sweep that could run, without the winner's neighbours.
+    """The designs of a sweep that could run, without the winner's neighbours; those that were simulated as simulated.
 
     Raises `CloError` naming the file and the problem.
     """
@@ -31,7 +31,9 @@ def load_points(path: Path) -> list[DesignPoint]:
         raise CloError(f"{path}: not a sweep: has no column {', '.join(missing)}")
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     points = [_point(path, row) for row in rows if row.get("role") != _NEIGHBOUR]
-    return [point for point in points if point is not None]
+    ran = [point for point in points if point is not None]
+    simulated = {point.name for point in ran if point.finalist}
+    return [point for point in ran if point.finalist or point.named or point.name not in simulated]
 
 
 def _read(path: Path) -> dict[str, list[Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from clo.kernel_scaling import measured_on
 from clo.kernel_tables import (
     BYTES_PER_VALUE,
@@ -14,7 +16,9 @@ from clo.kernel_tables import (
 from clo.operation_costs import OperationProfile
 from clo.placement import pinned_heads
 from clo.plan import DecodePlan
+from clo.pricing import Pricer
 from clo.profile import Profile
+from clo.specs import Transfer
 from clo.table_prices import FP8_BYTES, TablePrices, has_4bits
 from clo_sim.priced import PricedStep
 from clo_sim.scene import Scene
@@ -33,7 +37,7 @@ def assumptions_of(scene: Scene, plan: DecodePlan, priced: PricedStep) -> tuple[
     """What traffic and kernel times take for granted, a line each."""
     about = (_table_notes, _weight_notes, _cache_notes, _experts_notes, _latent_notes, _linear_notes)
     tables = [note for notes in about for note in notes(scene)]
-    about_plan = (_coding_notes, _sharing_notes, _pinning_notes)
+    about_plan = (_coding_notes, _sharing_notes, _pinning_notes, _reading_notes)
     return (*priced.traffic.assumptions, *tables, *(note for notes in about_plan for note in notes(scene, plan)))
 
 
@@ -66,7 +70,8 @@ def _weight_notes(scene: Scene) -> tuple[str, ...]:
     if isinstance(profile, OperationProfile):
         return ()
     tables, notes = TablePrices(profile, scene.machine), list[str]()
-    widths = dict.fromkeys((model.weight_bytes_per_value, model.mlp_weight_bytes))
+    mlps = any(map(model.mlp_width, (0, model.num_layers - 1)))
+    widths = dict.fromkeys((model.weight_bytes_per_value, *([model.mlp_weight_bytes] if mlps else [])))
     products: list[tuple[str, float, GemmTable | ExpertsTable]] = [
         ("weights", width, tables.gemm(width)) for width in widths
     ]
@@ -77,8 +82,9 @@ def _weight_notes(scene: Scene) -> tuple[str, ...]:
         if width == BYTES_PER_VALUE:
             continue
         if table.weight_bytes == BYTES_PER_VALUE:
-            take = "those of fewer bytes" if has_4bits(width) else "bf16 ones"
-            notes.append(f"{what} of {width:g} bytes take as long as {take}: {profile.name} has no times for them")
+            notes.append(
+                f"{what} of {width:g} bytes were not timed: bf16 kernels, scaled along their roofline, are taken"
+            )
         else:
             kind = "4-bit" if has_4bits(width) else "fp8"
             notes.append(f"{kind} weights take the fastest {kind} kernels that were timed, whatever scales they need")
@@ -118,6 +124,18 @@ def _pinning_notes(scene: Scene, plan: DecodePlan) -> tuple[str, ...]:
     if plan.kv_heads_of_all // plan.model.num_kv_heads * pinned == pinned_heads(scene.model, plan.design):
         return ()
     return (f"pinned_head_fraction = {fraction:g}: {pinned} of {plan.model.num_kv_heads} KV heads on each GPU",)
+
+
+def _reading_notes(scene: Scene, plan: DecodePlan) -> tuple[str, ...]:
+    """How many thread blocks reading host memory takes was not measured."""
+    profile = scene.profile
+    if plan.design.transfer is not Transfer.GPU_ZERO_COPY or not plan.design.offloads:
+        return ()
+    if isinstance(profile, OperationProfile) or profile.zero_copy.source.is_measured:
+        return ()
+    one, most = profile.zero_copy.rate(1), Pricer(profile, scene.machine).zero_copy_rate(scene.machine.gpu.num_sms)
+    enough = math.ceil(most / one)
+    return (f"{enough} of the design's {plan.design.num_ctas} thread blocks would be enough to read host memory",)
 
 
 def _table_notes(scene: Scene) -> tuple[str, ...]:

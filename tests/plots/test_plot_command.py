@@ -152,3 +152,12 @@ def test_a_sweep_with_a_wrong_column_is_an_error(tmp_path: Path) -> None:
     write_sweep(path, [DesignPoint(name="odd", kv_device_bytes=1e9, tpot_s=-1.0)])
     message = failure(path, "--out", tmp_path / "figure.png")
     assert message == f"{path}: odd: tpot_s = -1.0: must be a number above 0"
+
+
+def test_a_design_that_was_simulated_is_drawn_once(tmp_path: Path) -> None:
+    path, sizes = tmp_path / "sweep.parquet", {"kv_device_bytes": 1e9}
+    tried = DesignPoint(name="clo tau=0.9", tpot_s=0.050, **sizes)
+    simulated = DesignPoint(name="clo tau=0.9", tpot_s=0.055, finalist=True, **sizes)
+    other = DesignPoint(name="clo tau=0.7", tpot_s=0.040, **sizes)
+    write_sweep(path, [tried, other, simulated])
+    assert load_points(path) == [other, simulated]

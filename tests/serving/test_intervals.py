@@ -190,7 +190,7 @@ class TestServices:
         own = replace(own, machine=own.machine.model_copy(update={"gpu": gpu}))
         # one after another, so that batches are as they were
         load = generate("fixed", rate_per_s=0.05, num_requests=6, lengths=[(8192, 4)])
-        link = SCENE.machine.link.model_copy(update={"h2d_bytes_per_s": 1e9})
+        link = SCENE.machine.link.model_copy(update={"d2h_bytes_per_s": 1e9})
         slow = replace(SCENE, machine=SCENE.machine.model_copy(update={"link": link}))
         # chunks of offloaded prompts wait for the slow link: their computing does not count
         for scene, design in ((SCENE, "resident"), (own, "resident"), (slow, "clo")):

@@ -55,7 +55,6 @@ class TestFiles:
                 "0.001 s before",
             ),
             ('{"timestamp": 0, "input_length": 1}', 1, "output_length"),
-            ('\n{"timestamp": 0, "input_length": 1, "output_length": 1}\n', 1, "TIMESTAMP"),
             ('{"timestamp": 0, "input_length": 1, "output_length": 1}\n\n{"timestamp": 0, ', 3, "not JSON"),
             ('{"timestamp": 0, "input_length": -1, "output_length": 1}', 1, "input_length = -1"),
             ('{"timestamp": 0, "input_length": 1.5, "output_length": 1}', 1, "input_length = 1.5"),
@@ -82,12 +81,46 @@ class TestFiles:
         assert names in str(problem.value)
         assert "\n" not in str(problem.value)
 
+    @pytest.mark.parametrize("name", ["empty.csv", "empty.jsonl"])
+    def test_an_empty_file_has_no_requests(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).write_text("")
+        with pytest.raises(RequestError, match="no requests in it"):
+            read_requests(tmp_path / name)
+
+    @pytest.mark.parametrize(
+        ("texts", "apart_ns"),
+        [
+            # the file of 2023, of 2024 with and without a fraction, and another zone
+            (("2023-11-16 18:15:46.6805900", "2023-11-16 18:15:46.6805901"), 100),
+            (("2024-05-10 00:00:00.009930+00:00", "2024-05-10 00:00:01+00:00"), 990_070_000),
+            (("2024-05-10 00:00:00+00:00", "2024-05-10 02:00:01+02:00"), 1_000_000_000),
+            (("2024-05-10 00:00:00Z", "2024-05-10T00:00:00.5Z"), 500_000_000),
+        ],
+    )
+    def test_moments_as_published(self, tmp_path: Path, texts: tuple[str, str], apart_ns: int) -> None:
+        path = tmp_path / "azure.csv"
+        lines = ["TIMESTAMP,ContextTokens,GeneratedTokens", *(f"{text},3,4" for text in texts)]
+        path.write_text("\n".join(lines))
+        assert read_requests(path).requests[1].arrival_ns == apart_ns
+
     @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"TIMESTAMP,ContextTokens,GeneratedTokens\n"])
     def test_nothing_to_serve(self, tmp_path: Path, content: bytes) -> None:
         path = tmp_path / "empty"
         path.write_bytes(content)
         with pytest.raises(RequestError, match="empty"):
             read_requests(path)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            '\n{"timestamp": 0, "input_length": 3, "output_length": 4}\n',
+            "\n\nTIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,3,4\n",
+        ],
+    )
+    def test_empty_lines_do_not_count(self, tmp_path: Path, text: str) -> None:
+        path = tmp_path / "spaced"
+        path.write_text(text)
+        assert read_requests(path).requests[0][1:3] == (3, 4)
 
     def test_zero_lengths_are_read_for_the_service_to_count(self, tmp_path: Path) -> None:
         path = tmp_path / "zero.jsonl"
@@ -335,7 +368,7 @@ class TestCommands:
         assert "1 request of one, all at once" in run(*plan)
 
     def test_head_room_that_was_not_found_the_end_of(self) -> None:
-        text = run("plan", "--load", "fixed:0.1", "--num-requests", 4, "--input-tokens", 100, "--output-tokens", 2,
+        text = run("plan", "--load", "fixed:0.1", "--num-requests", 200, "--input-tokens", 100, "--output-tokens", 2,
                    "--slo", "tpot_max<9s", "--machines", "h200", "--designs", "resident", "--no-map",
                    "--workers", 1)  # fmt: skip
         assert "x or more" in " ".join(text.replace("│", " ").split())
@@ -350,7 +383,9 @@ class TestCommands:
         load = ("--load", "poisson:20", "--input-tokens", 30000, "--output-tokens", 10)
         command = ("plan", *load, "--slo", "tpot_p50<500ms", "--machines", "h200", "--designs", "resident", "--no-map")
         command = (*command, "--workers", 1)
-        assert "Too few requests (200 are needed)" in " ".join(run(*command, "--num-requests", 50).split())
+        few = " ".join(run(*command, "--num-requests", 50).split())
+        assert "Too few requests (200 are needed)" in few
+        assert "not known" in few
         assert "Too few requests" not in run(*command, "--num-requests", 200)
 
     @pytest.mark.parametrize(("option", "kind"), [("--machines", "machines"), ("--designs", "designs")])
@@ -391,6 +426,9 @@ class TestCommands:
             (["serve-sim", "--requests", str(AZURE), "--rate-scale", "0"], "rate multiplier = 0"),
             (["serve-sim", "--requests", str(AZURE), "--slo", "fast"], "fast"),
             (["serve-sim", "--requests", str(AZURE), "--input-tokens", "3"], "--load"),
+            (["serve-sim", "--requests", str(AZURE), "--num-requests", "3"], "--first"),
+            (["serve-sim", "--requests", str(AZURE), "--set", "workload.batch=3"], "workload.batch=3"),
+            (["plan", "--requests", str(AZURE), "--slo", "e2e_p95<9s", "--set", "workload.batch=3"], "workload.batch"),
             (["serve-sim", "--load", "poisson:2"], "lengths"),
             (["serve-sim", "--load", "often:2", "--requests", str(AZURE)], "often"),
             (["serve-sim", "--load", "poisson", "--requests", str(AZURE)], "poisson:4"),

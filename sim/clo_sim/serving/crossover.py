@@ -148,8 +148,8 @@ def crossover_map(
 
 def _rates(costs: WorkerCosts, contexts: Sequence[int], output_tokens: int, reused_share: float) -> tuple[float, ...]:
     short, long = min(contexts), max(contexts)
-    slowest = costs.prefill.alone_ns(long) + costs.clock(1).total(long, output_tokens)
-    fastest = costs.prefill.alone_ns(short, int(reused_share * (short - 1)))
+    slowest = costs.alone_ns(long) + costs.clock(1).total(long, output_tokens)
+    fastest = costs.alone_ns(short, int(reused_share * (short - 1)))
     low, high = 0.1 * NS_PER_S / slowest, 2.0 * NS_PER_S / fastest
     return tuple(low * (high / low) ** (step / (RATES - 1)) for step in range(RATES))
 

@@ -207,7 +207,7 @@ def alone_values(trace: RequestTrace, costs: WorkerCosts, slo: Slo) -> dict[str,
         if not (request.input_tokens and request.output_tokens and request.total_tokens <= costs.max_tokens):
             continue
         # loading a prefix may take longer than computing it: the better of both bounds what a cache can do
-        ttft = min(costs.prefill.alone_ns(request.input_tokens, one) for one in {0, cached})
+        ttft = min(costs.alone_ns(request.input_tokens, one) for one in {0, cached})
         decode = clock.total(request.input_tokens + 1, request.output_tokens - 1)
         first.append(ttft / NS_PER_S)
         whole.append((ttft + decode) / NS_PER_S)

@@ -7,13 +7,15 @@ A simplification, with these parts:
 - attention, by pairs of tokens (`prefill_attention.py`); where GPUs attend for sequences of their own, a chunk's tokens
   are taken to be dealt out to them evenly;
 - linear attention, by tokens, as if those of a chunk were one sequence's: then a head has to take one after the other;
-- link: offloaded layers read the prompt's earlier KV back from the host, layer by layer, chunk after chunk; what the
-  prefix cache holds of the layers on the GPU comes once; new KV goes out. Both directions are taken to overlap with
-  compute perfectly: a chunk takes the longest of compute, way in and way out.
+- link: offloaded layers read the prompt's earlier KV back from the host, layer by layer, chunk after chunk, as far as
+  it did not stay on the GPU, in memory that nothing else needs; what the prefix cache holds of the layers on the GPU
+  comes once; new KV goes out. Both directions are taken to overlap with compute perfectly: a chunk takes the longest of
+  compute, way in and way out.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +53,8 @@ class PrefillPrices:
     `pair_ns` is for a pair of tokens in all layers, and one within `window_tokens` costs `window_share` of that again
     (see `prefill_attention.PairPrices`); `in_ns` is for a token read back by the offloaded layers, `cached_in_ns` for a
     token of a prefix hit that the other layers load, `hit_ns` for the states of linear attention that a hit loads;
-    `out_ns` for a new token that leaves.
+    `out_ns` for a new token that leaves. `offloaded_bytes` is what a token takes on a GPU in the offloaded layers while
+    its prompt is under way.
     `table_share` is that of GEMMs, experts and all-reduces, which measured tables price, and of linear attention where
     it was timed, in what a full chunk takes beside attention's pairs, `known_share` that of costs with a known spread;
     `attention_measured` says whether attention was measured on this GPU, `attention_known` whether its costs have a
@@ -71,6 +74,7 @@ class PrefillPrices:
     cached_in_ns: float = 0.0
     hit_ns: float = 0.0
     out_ns: float = 0.0
+    offloaded_bytes: int = 0
 
     @property
     def chunk_tokens(self) -> int:
@@ -90,16 +94,24 @@ class PrefillPrices:
         inward = read_back * self.in_ns + sum(hits) * self.cached_in_ns + len(hits) * self.hit_ns
         return int(max(compute_ns, inward, tokens * self.out_ns))
 
-    def alone_ns(self, input_tokens: int, cached: int = 0) -> int:
-        """A prompt with nothing else in its chunks, of which the first `cached` tokens are there already."""
-        total, start = 0, cached
+    def kept_tokens(self, free_bytes: int) -> int:
+        """Tokens of a prompt under way whose KV in offloaded layers so much free GPU memory holds."""
+        return max(0, free_bytes // self.offloaded_bytes) if self.offloaded_bytes else 0
+
+    def alone_ns(self, input_tokens: int, cached: int = 0, *, free_bytes: int = 0) -> int:
+        """A prompt with nothing else in its chunks, of which the first `cached` tokens are in the host's memory.
+
+        `free_bytes` of a GPU hold earlier tokens of offloaded layers.
+        """
+        total, start, resident, kept = 0, cached, 0, self.kept_tokens(free_bytes)
         while start < input_tokens:
             tokens = min(self.chunk_tokens, input_tokens - start)
             pairs = self.pairs(start, tokens)
             hits = [cached] if cached and start == cached else []
             compute_ns = self.compute_ns(tokens, pairs, int(start + tokens == input_tokens))
-            total += self.chunk_ns(compute_ns, tokens, start, hits)
+            total += self.chunk_ns(compute_ns, tokens, start - resident, hits)
             start += tokens
+            resident = min(start, kept)
         return total
 
 
@@ -146,6 +158,7 @@ def prefill_prices(
         cached_in_ns=share * (whole - offloaded) / link.h2d_bytes_per_s * NS_PER_S,
         hit_ns=share * model.state_bytes / link.h2d_bytes_per_s * NS_PER_S,
         out_ns=share * leaving / link.d2h_bytes_per_s * NS_PER_S,
+        offloaded_bytes=math.ceil(share * offloaded),
     )
 
 

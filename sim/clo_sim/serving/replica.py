@@ -27,9 +27,23 @@ WATERMARK = 0.01
 
 
 class Sequence:
-    """A request in a worker. `target` is what must be prefilled: the prompt, and after a preemption its own tokens."""
+    """A request in a worker. `target` is what must be prefilled: the prompt, and after a preemption its own tokens.
 
-    __slots__ = ("blocks", "cached", "emitted", "last_ns", "number", "order", "prefilled", "request", "target")
+    `resident` of those prefilled are still on the GPU in offloaded layers, while the prompt is under way.
+    """
+
+    __slots__ = (
+        "blocks",
+        "cached",
+        "emitted",
+        "last_ns",
+        "number",
+        "order",
+        "prefilled",
+        "request",
+        "resident",
+        "target",
+    )
 
     def __init__(self, number: int, request: Request, block_tokens: int) -> None:
         self.number = number
@@ -37,6 +51,7 @@ class Sequence:
         self.blocks = request.prefix_blocks[: request.input_tokens // block_tokens]
         self.target = request.input_tokens
         self.prefilled = 0
+        self.resident = 0
         self.cached = 0
         self.emitted = 0
         self.last_ns = NOT_YET
@@ -187,7 +202,7 @@ class Replica:
             self.prefixes.shrink(self._prefix_limit())
             held = self.prefixes.use(sequence.blocks)
             sequence.cached = self.costs.reused_tokens(held, self._block_tokens, sequence.target)
-        sequence.prefilled = sequence.cached
+        sequence.prefilled, sequence.resident = sequence.cached, 0
         self.tally.prompt_tokens += sequence.target
         self.tally.prefix_hit_tokens += sequence.cached
 
@@ -195,10 +210,12 @@ class Replica:
         """A chunk of prefill, then a decode step of those that were running."""
         prefill, tokens, pairs, read_back, finished = self.costs.prefill, 0, 0.0, 0, 0
         hits: list[int] = []
+        kept = prefill.kept_tokens(self.costs.room.device - self._device_used)
         for sequence, start, count in chunk:
             tokens += count
             pairs += prefill.pairs(start, count)
-            read_back += start
+            read_back += start - min(sequence.resident, kept)
+            sequence.resident = min(start + count, kept)
             if start and start == sequence.cached:
                 hits.append(start)
             finished += start + count == sequence.target

@@ -8,9 +8,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,7 +98,7 @@ def read_requests(path: Path) -> RequestTrace:
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
+            first = next(filter(str.strip, file), "")
             file.seek(0)
             rows = _mooncake(file) if first.lstrip().startswith("{") else _azure(file)
             requests = _in_order(rows)
@@ -180,12 +181,15 @@ def _count(line: int, name: str, value: Any) -> int:
     return value
 
 
+_TIMESTAMP = re.compile(r"(?P<whole>[-\d]+[ T][:\d]+)(\.(?P<fraction>\d+))?(?P<zone>Z|[-+]\d\d:\d\d)?")
 _AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
 def _azure(lines: Iterator[str]) -> Iterator[tuple[int, Request]]:
     reader = csv.reader(lines)
-    header = [name.strip() for name in next(reader, [])]
+    header = [name.strip() for name in next(filter(None, reader), [])]
+    if not header:
+        return  # an empty file, of either kind
     for name in _AZURE_COLUMNS:
         if name not in header:
             needs = f"an Azure trace needs {', '.join(_AZURE_COLUMNS)}; a Mooncake trace has a JSON object a line"
@@ -214,11 +218,16 @@ def _parsed(kind: Callable[[str], Any], text: str) -> Any:
 
 
 def _timestamp_ns(line: int, text: str) -> int:
-    """`2023-11-16 18:15:46.6805900` in nanoseconds: the file has seven digits, `datetime` keeps six."""
-    whole, _, fraction = text.partition(".")
+    """`2023-11-16 18:15:46.6805900` in nanoseconds: that file has seven digits, `datetime` keeps six.
+
+    Those of 2024 have six or none, and a zone: `2024-05-10 00:00:00.009930+00:00`.
+    """
+    found = _TIMESTAMP.fullmatch(text)
     try:
-        seconds = (datetime.fromisoformat(whole) - datetime(1970, 1, 1)).total_seconds()
-        nanoseconds = int(fraction[:9].ljust(9, "0"))
-    except (ValueError, TypeError):
+        if found is None:
+            raise ValueError
+        moment = datetime.fromisoformat(f"{found['whole']}{found['zone'] or '+00:00'}")
+    except ValueError:
         raise _BadLineError(line, f"TIMESTAMP = {text!r}: must look like 2023-11-16 18:15:46.6805900") from None
-    return round(seconds) * NS_PER_S + nanoseconds
+    nanoseconds = int((found["fraction"] or "0")[:9].ljust(9, "0"))
+    return round((moment - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds()) * NS_PER_S + nanoseconds

@@ -40,6 +40,11 @@ class WorkerCosts:
     goes_on_at_blocks: bool = False
     decode_prices: DecodePrices | None = None
 
+    def alone_ns(self, input_tokens: int, cached: int = 0) -> int:
+        """Prefill of a prompt on an idle worker, of which the first `cached` tokens are in the host's memory."""
+        free = self.room.device - self.need.device(input_tokens + 1)
+        return self.prefill.alone_ns(input_tokens, cached, free_bytes=free)
+
     def reused_tokens(self, blocks: int, block_tokens: int, tokens: int) -> int:
         """What so many kept blocks save of `tokens` to prefill: never the last one, whose logits are needed."""
         most = max(0, tokens - 1)
