@@ -64,6 +64,8 @@ class Step:
     needs: tuple[str, ...] = ()
     last_s: float = 30.0
     """{seconds} ends so long before the step does: what has begun by then takes no longer."""
+    workers: int = 12
+    """Processes that tests run in. They take turns on the device: a kernel that waits for a flag uses up its turn."""
 
 
 PYTEST = (
@@ -73,7 +75,6 @@ PYTEST = (
 )
 CLO = ("-m", "clo_cli.main")
 CLO_NEEDS = ("transformers", "pydantic", "triton", "scipy", "simpy", "click", "rich", "matplotlib")
-WORKERS = 12
 GRACE_S = 10.0
 """A step whose time is over is interrupted first, and ended after this: tests say what has failed so far."""
 NO_GPU = ("test_ptx.py", "test_bench.py", "test_sanitizer.py")
@@ -104,6 +105,7 @@ STEPS = (
         (*PYTEST, "tests/engine/test_cuda_decoder.py", "--junitxml={out}/engine-tests.xml"),
         70,
         ("pytest", "transformers", "pydantic", "triton"),
+        workers=5,
     ),
     Step(
         "decode-128k",
@@ -123,7 +125,7 @@ STEPS = (
         38,
         CLO_NEEDS,
     ),
-    Step("memory-checker", (*PYTEST, "tests/kernels/test_sanitizer.py", "-rs"), 40, ("pytest", "triton")),
+    Step("memory-checker", (*PYTEST, "tests/kernels/test_sanitizer.py", "-rs"), 40, ("pytest", "triton"), workers=1),
 )
 
 
@@ -224,9 +226,9 @@ def run_step(step: Step, out: Path, limit_s: float) -> Outcome:
     """One process group, ended when its time is over. What it prints goes to the log and to the terminal."""
     values = {"out": str(out), "seconds": f"{max(1.0, limit_s - step.last_s):.0f}"}
     command = [sys.executable, *(part.format(**values) for part in step.command)]
-    if "pytest" in step.command and installed("xdist"):
+    if "pytest" in step.command and step.workers > 1 and installed("xdist"):
         # tests that share something costly are a group; the others go to whoever is free
-        command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "loadgroup"]
+        command += ["-n", str(min(step.workers, os.cpu_count() or 1)), "--dist", "loadgroup"]
     paths = [str(ROOT / folder) for folder in SOURCES] + list(filter(None, [os.environ.get("PYTHONPATH")]))
     variables = {
         **QUEUES,

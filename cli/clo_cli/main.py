@@ -15,6 +15,8 @@ from clo.errors import CloError, ran_out
 
 # every product here is small: a second BLAS thread costs more than it brings, tenfold on a busy machine
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# of a GPU, that streams share: with the default of 8 a copy may wait behind a kernel that waits for it
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 COMMANDS = {
     "explore": "Compare designs, sweep their choices, and show what each choice is worth.",
