@@ -15,6 +15,11 @@ from clo_sim.serving.prefill import PrefillPrices
 PLENTY = 10**15
 
 
+def growing_clock(batch: int) -> StepClock:
+    """Longer steps for larger batches and contexts, with no common divisor."""
+    return StepClock.of([997 + 101 * batch + 13 * bucket * batch for bucket in range(12)], shift=2)
+
+
 def toy_costs(
     *,
     step_ns: int = 1_000_000,
@@ -26,7 +31,7 @@ def toy_costs(
     block_tokens: int = 0,
     max_tokens: int = PLENTY,
 ) -> WorkerCosts:
-    """A token takes a byte of either memory; with `block_tokens`, prompts are kept as prefixes."""
+    """A token takes a byte of either memory, and of a network; with `block_tokens`, prompts are kept as prefixes."""
     flat = StepClock.of([step_ns], shift=50)
     return WorkerCosts(
         clock=clock or (lambda batch: flat),
@@ -35,6 +40,7 @@ def toy_costs(
         room=MemoryRoom(device=device_tokens, host=host_tokens),
         max_tokens=max_tokens,
         block_bytes=block_tokens,
+        handed_token_bytes=1.0,
     )
 
 

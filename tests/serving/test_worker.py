@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_service import PLENTY, times_in_system, toy_costs, trace_of
+from toy_service import PLENTY, growing_clock, times_in_system, toy_costs, trace_of
 
 from clo.errors import RequestError, SpecError
 from clo_sim.serving import (
@@ -22,12 +22,6 @@ from clo_sim.serving import (
     generate,
     serve,
 )
-from clo_sim.serving.clocks import StepClock
-
-
-def growing_clock(batch: int) -> StepClock:
-    """Longer steps for larger batches and contexts, with no common divisor."""
-    return StepClock.of([997 + 101 * batch + 13 * bucket * batch for bucket in range(12)], shift=2)
 
 
 @st.composite
@@ -49,8 +43,11 @@ def services(draw: st.DrawFn) -> tuple[RequestTrace, WorkerCosts, ServiceSetting
         block_tokens=draw(st.sampled_from([0, 4])),
         max_tokens=draw(st.sampled_from([65, PLENTY])),
     )
+    gpus = draw(st.integers(1, 3))
     service = ServiceSettings(
-        gpus=draw(st.integers(1, 3)),
+        gpus=gpus,
+        prefill_gpus=draw(st.integers(0, gpus - 1)),
+        network_bytes_per_s=draw(st.sampled_from([1e6, 1e12])),
         routing=draw(st.sampled_from(["least_loaded", "round_robin", "prefix"])),
         pressure=draw(st.sampled_from(["preempt", "queue"])),
         max_batch=draw(st.sampled_from([1, 3, 256])),
@@ -137,6 +134,8 @@ class TestEveryRun:
         assert tokens == sum(request.output_tokens for request in served)
         # Little's law: requests times time, summed while running, is time in system, summed over requests
         sojourn = sum(stamp - request.arrival_ns for stamp, request in zip(finish, served, strict=True))
+        moving = [costs.hand_over_ns(each.input_tokens, service.network_bytes_per_s) for each in served if each[2] > 1]
+        sojourn -= sum(moving) if service.prefill_gpus else 0
         assert sum(tally.area_ns for tally in tallies) == sojourn
         gaps = sum(gap * count for tally in tallies for gap, count in tally.gaps.items())
         assert gaps == sum(b - a for a, b in zip(first, finish, strict=True))
@@ -150,7 +149,7 @@ class TestEveryRun:
     @given(services())
     def test_samples_count_who_is_there(self, case: tuple[RequestTrace, WorkerCosts, ServiceSettings]) -> None:
         trace, costs, service = case
-        run = serve(trace, costs, replace(service, gpus=1))
+        run = serve(trace, costs, replace(service, gpus=1, prefill_gpus=0))
         (replica,) = run.replicas
         stays = [(one.arrival_ns, end) for one, end in zip(trace.requests, run.stamps.finish_ns, strict=True)]
         for sample in replica.tally.samples:

@@ -29,13 +29,15 @@ WATERMARK = 0.01
 class Sequence:
     """A request in a worker. `target` is what must be prefilled: the prompt, and after a preemption its own tokens.
 
-    `resident` of those prefilled are still on the GPU in offloaded layers, while the prompt is under way.
+    `resident` of those prefilled are still on the GPU in offloaded layers, while the prompt is under way. One that was
+    prefilled elsewhere (its first token came out there at `handed_ns`) has nothing to compute unless it is preempted.
     """
 
     __slots__ = (
         "blocks",
         "cached",
         "emitted",
+        "handed_ns",
         "last_ns",
         "number",
         "order",
@@ -45,8 +47,9 @@ class Sequence:
         "target",
     )
 
-    def __init__(self, number: int, request: Request, block_tokens: int) -> None:
+    def __init__(self, number: int, request: Request, block_tokens: int, handed_ns: int = NOT_YET) -> None:
         self.number = number
+        self.handed_ns = handed_ns
         self.request = request
         self.blocks = request.prefix_blocks[: request.input_tokens // block_tokens]
         self.target = request.input_tokens
@@ -56,6 +59,11 @@ class Sequence:
         self.emitted = 0
         self.last_ns = NOT_YET
         self.order = 0
+
+    @property
+    def arrives_prefilled(self) -> bool:
+        """Whether its prompt's KV came from elsewhere, and is not lost."""
+        return self.handed_ns != NOT_YET and not self.emitted
 
     def __lt__(self, other: Sequence) -> bool:
         return self.order < other.order
@@ -92,6 +100,7 @@ class Replica:
         self._waiting: deque[Sequence] = deque()
         self._partial: Sequence | None = None
         self._running: list[tuple[int, Sequence]] = []
+        self._waits: dict[int, int] = {}
         self._steps_done = self._context_sum = self._admitted = 0
         self._device_used = self._host_used = 0
         self._grows = pressure == "preempt"
@@ -160,10 +169,11 @@ class Replica:
             sequence = self._partial or self._admit(joining)
             if sequence is None:
                 break
-            tokens = min(room, sequence.target - sequence.prefilled)
+            left = sequence.target - sequence.prefilled
+            tokens = left if sequence.arrives_prefilled else min(room, left)
             pieces.append((sequence, sequence.prefilled, tokens))
             sequence.prefilled += tokens
-            room -= tokens
+            room -= 0 if sequence.arrives_prefilled else tokens
             ends = sequence.prefilled == sequence.target
             self._partial = None if ends else sequence
             joining += ends
@@ -178,8 +188,10 @@ class Replica:
         held = self._held_at_start(sequence)
         device, host = self._device_used + need.device(held), self._host_used + need.host(held)
         if running:
-            device += running * self._growth[0] + int(WATERMARK * room.device)
-            host += running * self._growth[1]
+            # one that arrives prefilled grows in the same step
+            growing = running + sequence.arrives_prefilled
+            device += growing * self._growth[0] + int(WATERMARK * room.device)
+            host += growing * self._growth[1]
         if device > room.device or host > room.host:
             return None
         self._waiting.popleft()
@@ -203,11 +215,16 @@ class Replica:
             held = self.prefixes.use(sequence.blocks)
             sequence.cached = self.costs.reused_tokens(held, self._block_tokens, sequence.target)
         sequence.prefilled, sequence.resident = sequence.cached, 0
-        self.tally.prompt_tokens += sequence.target
-        self.tally.prefix_hit_tokens += sequence.cached
+        if not sequence.arrives_prefilled:
+            self.tally.prompt_tokens += sequence.target
+            self.tally.prefix_hit_tokens += sequence.cached
 
     def _mixed(self, chunk: list[Piece]) -> None:
-        """A chunk of prefill, then a decode step of those that were running."""
+        """A chunk of prefill, then a decode step of those that were running, and of those that arrived prefilled."""
+        handed = [sequence for sequence, _, _ in chunk if sequence.arrives_prefilled]
+        chunk = [piece for piece in chunk if not piece[0].arrives_prefilled]
+        for sequence in handed:
+            self._join(sequence)
         prefill, tokens, pairs, read_back, finished = self.costs.prefill, 0, 0.0, 0, 0
         hits: list[int] = []
         kept = prefill.kept_tokens(self.costs.room.device - self._device_used)
@@ -241,14 +258,28 @@ class Replica:
             step_ns = self._clock().total(mean, 1)
             duration += step_ns
             tally.gaps[duration] = tally.gaps.get(duration, 0) + batch
+            self._lengthen_gaps(duration)
             tally.decode_ns += step_ns
             tally.context_area += mean * step_ns
         self._pass(duration, batch, 1)
 
+    def _lengthen_gaps(self, duration: int) -> None:
+        """Of those that joined since the last step, prefilled elsewhere: the gap before their second token is longer.
+
+        Among `duration`s of this step, counted or about to be, one each is not as long as the others.
+        """
+        gaps = self.tally.gaps
+        for wait in self._waits.values():
+            gaps[duration] -= 1
+            gaps[duration + wait] = gaps.get(duration + wait, 0) + 1
+        self._waits.clear()
+
     def _join(self, sequence: Sequence) -> None:
         """A prompt is done: its first token comes out, and it decodes from the next iteration on."""
         number, request = sequence.number, sequence.request
-        if sequence.emitted == 0:
+        if sequence.arrives_prefilled:
+            self._waits[number] = self.now_ns - sequence.handed_ns
+        elif sequence.emitted == 0:
             self._stamps.first_ns[number] = self.now_ns
             self._stamps.late_first += self.now_ns - request.arrival_ns > self._limits.ttft_ns
         else:
@@ -292,6 +323,10 @@ class Replica:
             if until_ns < NEVER:
                 steps = min(steps, clock.steps_to_pass(mean, until_ns - self.now_ns))
         tally, gaps = self.tally, self.tally.gaps
+        if self._waits:
+            first_ns = clock.total(mean, 1)
+            gaps[first_ns] = gaps.get(first_ns, 0)
+            self._lengthen_gaps(first_ns)
         for step_ns, count in clock.pieces(mean, steps):
             gaps[step_ns] = gaps.get(step_ns, 0) + batch * count
             # mean contexts m, m + 1, ... of equal steps: their sum in closed form
@@ -362,7 +397,9 @@ class Replica:
             tokens = newest.request.total_tokens - remaining
             self._context_sum -= tokens
             newest.emitted = newest.request.output_tokens - remaining
-            newest.last_ns = self.now_ns
+            # without a step since it came its last token is the one that came out elsewhere
+            joined = self._waits.pop(newest.number, None) is not None
+            newest.last_ns = newest.handed_ns if joined else self.now_ns
             newest.target = newest.request.input_tokens + newest.emitted
             self._release(tokens)
         newest.prefilled = 0

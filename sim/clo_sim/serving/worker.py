@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from clo.errors import SpecError
-from clo.placement import hosted_block_bytes
+from clo.placement import hosted_block_bytes, hosted_token_bytes
 from clo.specs import Design
 from clo_sim.intervals import CostDraw
 from clo_sim.run import Executor
@@ -15,7 +15,7 @@ from clo_sim.serving.clocks import StepClock
 from clo_sim.serving.decode import BATCHES, DecodePrices
 from clo_sim.serving.memory import MemoryNeed, MemoryRoom, memory_need, memory_room
 from clo_sim.serving.prefill import PrefillPrices, prefill_prices
-from clo_sim.serving.requests import RequestTrace
+from clo_sim.serving.requests import NS_PER_S, RequestTrace
 
 MAX_BATCH = BATCHES[-1]
 
@@ -27,6 +27,7 @@ class WorkerCosts:
     `block_bytes` is a prefix block of `block_tokens` in host memory (both 0: none is kept); `max_tokens` the longest
     sequence the model accepts; `replica_gpus` the GPUs that a worker is, of which one's memory and transfers count.
     `goes_on_at_blocks`: a prompt can go on at the ends of blocks only, where states of linear attention are kept.
+    `handed_bytes` and, for each token, `handed_token_bytes` are what a GPU sends of a prompt that goes on elsewhere.
     """
 
     clock: Callable[[int], StepClock]
@@ -38,12 +39,19 @@ class WorkerCosts:
     block_tokens: int = 0
     replica_gpus: int = 1
     goes_on_at_blocks: bool = False
+    handed_bytes: float = 0.0
+    handed_token_bytes: float = 0.0
     decode_prices: DecodePrices | None = None
 
     def alone_ns(self, input_tokens: int, cached: int = 0) -> int:
         """Prefill of a prompt on an idle worker, of which the first `cached` tokens are in the host's memory."""
         free = self.room.device - self.need.device(input_tokens + 1)
         return self.prefill.alone_ns(input_tokens, cached, free_bytes=free)
+
+    def hand_over_ns(self, input_tokens: int, bytes_per_s: float) -> int:
+        """Sending what a prompt has left in the caches of a worker to another one."""
+        num_bytes = self.handed_bytes + input_tokens * self.handed_token_bytes
+        return round(num_bytes / bytes_per_s * NS_PER_S)
 
     def reused_tokens(self, blocks: int, block_tokens: int, tokens: int) -> int:
         """What so many kept blocks save of `tokens` to prefill: never the last one, whose logits are needed."""
@@ -81,6 +89,8 @@ def worker_costs(
         block_tokens=block_tokens,
         replica_gpus=scene.machine.tensor_parallel,
         goes_on_at_blocks=scene.model.linear is not None,
+        handed_bytes=scene.part.state_bytes,
+        handed_token_bytes=hosted_token_bytes(scene.part, design),
         decode_prices=prices,
     )
 
