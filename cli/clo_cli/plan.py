@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from clo.specs import Design
     from clo_cli.plan_jobs import FleetJob, Question
     from clo_sim.serving.crossover import CrossoverMap
-    from clo_sim.serving.plan import Attempt, Fleet
+    from clo_sim.serving.fleet_search import Attempt
+    from clo_sim.serving.plan import Fleet
 
 Job = TypeVar("Job")
 Done = TypeVar("Done")
@@ -56,6 +57,7 @@ DRAWS_AT_ONCE = 10
     "--price", multiple=True, metavar="MACHINE=DOLLARS", help="Dollars a GPU and hour: h200=3.5. Repeat for more."
 )
 @click.option("--max-gpus", type=click.IntRange(1), default=256, show_default=True, help="Largest fleet to try.")
+@click.option("--disaggregated", is_flag=True, help="Prefill on GPUs of its own: as many as the limits on TTFT need.")
 @click.option(
     "--intervals", is_flag=True, help="How many GPUs the best design of each machine needs with a probability of 90%."
 )
@@ -82,6 +84,7 @@ def plan(
     designs: str,
     price: tuple[str, ...],
     max_gpus: int,
+    disaggregated: bool,
     intervals: bool,
     with_map: bool,
     map_machine: str | None,
@@ -116,7 +119,7 @@ def plan(
     _check_names("--designs", {name: design.name for name, design in chosen.items()})
     if map_machine:
         serving_scene(options, overrides, map_machine)
-    service = service_from(options, gpus=1)
+    service = service_from(options, gpus=1, disaggregated=disaggregated)
     if out is not None:
         claim_folder(out)
     question = Question(
@@ -126,6 +129,7 @@ def plan(
         slo=slo,
         service=service,
         max_gpus=max_gpus,
+        disaggregated=disaggregated,
     )
     count = workers or os.cpu_count() or 1
     fleets = _fleets(question, machine_names, list(chosen.values()), count, intervals=intervals)
@@ -263,6 +267,7 @@ def _curve(
             machine=machine,
             design=design,
             gpus=fleet.gpus or 1,
+            prefill_gpus=fleet.prefill_gpus,
             multipliers=(share * (fleet.head_room or 1.0),),
         )
         for share in CURVE

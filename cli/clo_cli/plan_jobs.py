@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from clo.specs.overrides import Overrides
     from clo_sim.serving import RequestTrace, ServiceSettings, Slo
     from clo_sim.serving.crossover import CrossoverMap
+    from clo_sim.serving.fleet_search import Attempt
     from clo_sim.serving.intervals import DrawnFleet
-    from clo_sim.serving.plan import Attempt, Fleet
+    from clo_sim.serving.plan import Fleet
 
 Job = TypeVar("Job")
 Done = TypeVar("Done")
@@ -32,6 +33,7 @@ class Question:
     slo: Slo
     service: ServiceSettings
     max_gpus: int
+    disaggregated: bool = False
 
     @property
     def prices(self) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def run_fleet(job: FleetJob) -> Fleet:
     given = (scene, job.design, ask.trace, ask.slo, ask.service)
     if job.fleet is not None:
         return with_head_room(job.fleet, *given, **ask.prices)
-    return smallest_fleet(*given, max_gpus=ask.max_gpus, near=job.near, **ask.prices)
+    return smallest_fleet(*given, max_gpus=ask.max_gpus, near=job.near, disaggregated=ask.disaggregated, **ask.prices)
 
 
 def run_draws(job: FleetJob) -> DrawnFleet:
@@ -83,6 +85,7 @@ class CurveJob:
     machine: str
     design: Design
     gpus: int
+    prefill_gpus: int
     multipliers: tuple[float, ...]
 
 
@@ -94,7 +97,7 @@ def run_curve(job: CurveJob) -> list[tuple[float, Attempt]]:
 
     ask = job.question
     scene = serving_scene(ask.options, ask.overrides, job.machine)
-    service = replace(ask.service, gpus=job.gpus)
+    service = replace(ask.service, gpus=job.gpus, prefill_gpus=job.prefill_gpus)
     return latency_curve(scene, job.design, ask.trace, ask.slo, service, job.multipliers, **ask.prices)
 
 

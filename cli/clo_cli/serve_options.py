@@ -68,6 +68,11 @@ _OPTIONS = (
         "to its end.",
     ),
     click.option(
+        "--network-gb-per-s",
+        type=float,
+        help="Network of each GPU, over which prompts' KV goes from those that only prefill.  [default: 50]",
+    ),
+    click.option(
         "--chunk-tokens",
         type=click.IntRange(1),
         default=2048,
@@ -160,12 +165,22 @@ def _without_prefixes(trace: RequestTrace, drop: bool) -> RequestTrace:
     return replace(trace, requests=tuple(one._replace(prefix_blocks=()) for one in trace.requests))
 
 
-def service_from(options: dict[str, Any], *, gpus: int, coalesce: bool = True) -> ServiceSettings:
-    """How the service is run."""
+def service_from(
+    options: dict[str, Any], *, gpus: int, disaggregated: bool, prefill_gpus: int = 0, coalesce: bool = True
+) -> ServiceSettings:
+    """How the service is run. Raises `RequestError` for a network that nothing goes over."""
     from clo_sim.serving import ServiceSettings
 
+    given = options["network_gb_per_s"]
+    if given is not None and not disaggregated:
+        raise RequestError(
+            "--network-gb-per-s: nothing goes over it unless some GPUs only prefill (--prefill-gpus, --disaggregated)"
+        )
+    network = {} if given is None else {"network_bytes_per_s": given * 1e9}
     return ServiceSettings(
         gpus=gpus,
+        prefill_gpus=prefill_gpus,
+        **network,
         routing=options["routing"],
         pressure=options["pressure"],
         max_batch=options["max_batch"],

@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     "--gpus", type=int, help="GPUs of all replicas together.  [default: one replica's: 1, or machine.tensor_parallel]"
 )
 @click.option(
+    "--prefill-gpus",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of these so many only prefill, and hand over to the others (disaggregated prefill).",
+)
+@click.option(
     "--slo",
     "slo_text",
     help='Limits (_pNN, _mean or _max of ttft, tpot, itl, e2e): "ttft_p95<2s, tpot_p95<50ms". Says which hold.',
@@ -42,6 +49,7 @@ def serve_sim(
     machine: str,
     profile: str | None,
     gpus: int | None,
+    prefill_gpus: int,
     slo_text: str | None,
     no_coalesce: bool,
     intervals: bool,
@@ -68,7 +76,9 @@ def serve_sim(
     scene = serving_scene(options, overrides, machine, profile)
     design = design_from(design_name, overrides, scene.model)
     gpus = scene.machine.tensor_parallel if gpus is None else gpus
-    service = service_from(options, gpus=gpus, coalesce=not no_coalesce)
+    service = service_from(
+        options, gpus=gpus, disaggregated=prefill_gpus > 0, prefill_gpus=prefill_gpus, coalesce=not no_coalesce
+    )
     check_outputs(out, figure=figure)
     trace = trace_from(options)
     costs = worker_costs(scene, design, trace, chunk_tokens=options["chunk_tokens"], executor=options["executor"])

@@ -28,9 +28,16 @@ _LATENCIES = {
 
 
 def _of_replicas(result: ServiceResult) -> str:
+    roles = _roles(result)
     if result.replica_gpus > 1:
-        return f" ({_replicas(result)})"
-    return " (replicas)" if result.gpus > 1 else ""
+        return f" ({_replicas(result)}{', ' * bool(roles)}{roles})"
+    return f" ({roles or 'replicas'})" if result.gpus > 1 else ""
+
+
+def _roles(result: ServiceResult) -> str:
+    """What GPUs are for, if not for all: `1 to prefill, 3 to decode`."""
+    of_prefill = result.prefill_gpus
+    return f"{of_prefill} to prefill, {result.gpus - of_prefill} to decode" if of_prefill else ""
 
 
 def _replicas(result: ServiceResult) -> str:
@@ -207,8 +214,12 @@ def _costs(one: Priced) -> tuple[str, str]:
 
 
 def _in_replicas(fleet: Fleet) -> str:
-    """Where GPUs share the model."""
-    return "" if fleet.result is None or fleet.result.replica_gpus == 1 else f"{_replicas(fleet.result)}: "
+    """Where GPUs share the model, or do not do the same."""
+    if fleet.result is None:
+        return ""
+    shared = _replicas(fleet.result) if fleet.result.replica_gpus > 1 else ""
+    told = ", ".join(one for one in (shared, _roles(fleet.result)) if one)
+    return f"{told}: " if told else ""
 
 
 def _chance(fleet: Fleet) -> str:

@@ -33,9 +33,10 @@ from clo_sim.serving import (
     summarise_service,
     worker_costs,
 )
+from clo_sim.serving.fleet_search import attempt
 from clo_sim.serving.intervals import drawn_fleet, fleet_with_intervals, numbers, of_counts, with_intervals
 from clo_sim.serving.metrics import known_spread_share
-from clo_sim.serving.plan import Fleet, alone_values, attempt, smallest_fleet
+from clo_sim.serving.plan import Fleet, alone_values, smallest_fleet
 from clo_sim.serving.prefill import prefill_prices
 from clo_sim.serving.worker import drawn_costs
 

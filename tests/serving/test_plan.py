@@ -23,8 +23,9 @@ from clo_plots.fleets import FleetPoint, fleet_front
 from clo_sim.serving import ServiceSettings, generate, lengths_of, parse_slo, read_requests, serve
 from clo_sim.serving.clocks import StepClock
 from clo_sim.serving.crossover import crossover_map
+from clo_sim.serving.fleet_search import attempt, limits_of
 from clo_sim.serving.metrics import Latency, latency_values, term_value
-from clo_sim.serving.plan import alone_values, attempt, limits_of, smallest_fleet
+from clo_sim.serving.plan import alone_values, smallest_fleet
 
 DATA = Path(__file__).parents[1] / "data"
 MOONCAKE, AZURE = DATA / "mooncake_excerpt.jsonl", DATA / "azure_excerpt.csv"

@@ -15,8 +15,9 @@ from clo.specs import Design
 from clo_sim.intervals import DRAWS, LEVEL, CostDraw, interval_of
 from clo_sim.run import Executor
 from clo_sim.scene import Scene
+from clo_sim.serving.fleet_search import Attempt, attempt, lost_terms, search, search_disaggregated
 from clo_sim.serving.metrics import ServiceResult, known_spread_share, summarise_service
-from clo_sim.serving.plan import MAX_GPUS, Attempt, Fleet, alone_values, attempt, lost_terms, search
+from clo_sim.serving.plan import MAX_GPUS, Fleet, alone_values
 from clo_sim.serving.requests import RequestTrace
 from clo_sim.serving.service import ServiceRun, ServiceSettings, serve
 from clo_sim.serving.slo import Slo
@@ -77,7 +78,7 @@ def drawn_fleet(
     """A fleet that meets the SLO, under the draws of these numbers: parts of all draws may be served side by side."""
     assert fleet.gpus is not None
     base = worker_costs(scene, design, trace, chunk_tokens=chunk_tokens, executor=executor)
-    sized = replace(settings, gpus=fleet.gpus)
+    sized = replace(settings, gpus=fleet.gpus, prefill_gpus=fleet.prefill_gpus)
     tried, needed = [], []
     for costs in _drawn(base, draws, seed):
         tried.append(attempt(trace, costs, slo, sized, stop_early=False))
@@ -102,9 +103,13 @@ def _needed(
     tried: Attempt, trace: RequestTrace, costs: WorkerCosts, slo: Slo, settings: ServiceSettings, max_gpus: int
 ) -> float:
     """The fewest GPUs that are enough, near those of `tried`; infinite where none are."""
-    if not tried.met and lost_terms(alone_values(trace, costs, slo), slo):
+    network = settings.network_bytes_per_s if tried.prefill_gpus else None
+    if not tried.met and lost_terms(alone_values(trace, costs, slo, network_bytes_per_s=network), slo):
         return math.inf
-    enough, _ = search(trace, costs, slo, settings, max_gpus, near=tried.gpus, known=tried)
+    if tried.prefill_gpus:
+        enough, _ = search_disaggregated(trace, costs, slo, settings, max_gpus, near=tried.gpus)
+    else:
+        enough, _ = search(trace, costs, slo, settings, max_gpus, near=tried.gpus, known=tried)
     return math.inf if enough is None else enough.gpus
 
 

@@ -116,6 +116,7 @@ class ServiceResult:
     interval_share: float | None = None
     slo_chance: Mapping[str, float] = field(default_factory=dict)
     chance: float | None = None
+    prefill_gpus: int = 0
     replica_gpus: int = 1
     samples: tuple[tuple[Sample, ...], ...] = ()
 
@@ -161,6 +162,7 @@ def summarise_service(
     """Sum up a run that was not stopped. `cpu_s` is what it took to simulate."""
     stamps = _Stamps(run)
     tallies = [replica.tally for replica in run.replicas]
+    decoders = [replica.tally for replica in run.decoders]
     verdict = judge(stamps.arrival, stamps.finish)
     values = latency_values(run)
     lost = verdict.unstable
@@ -171,6 +173,7 @@ def summarise_service(
         machine=machine,
         design=design,
         gpus=run.settings.gpus,
+        prefill_gpus=run.settings.prefill_gpus,
         replica_gpus=run.costs.replica_gpus,
         routing=run.settings.routing,
         pressure=run.settings.pressure,
@@ -193,8 +196,8 @@ def summarise_service(
         slo_met={} if slo is None else {term.name: _holds(term, values, bool(lost)) for term in slo.terms},
         busy_share=_total(tallies, "decode_ns", "prefill_ns") / (end_ns * len(tallies)),
         prefill_share=_total(tallies, "prefill_ns") / (end_ns * len(tallies)),
-        mean_running=_total(tallies, "decode_area_ns") / (end_ns * len(tallies)),
-        peak_running=max(tally.peak_running for tally in tallies),
+        mean_running=_total(decoders, "decode_area_ns") / (end_ns * len(decoders)),
+        peak_running=max(tally.peak_running for tally in decoders),
         mean_context_tokens=_mean_context(tallies),
         preemptions=_total(tallies, "preemptions"),
         prefix_hit_rate=_total(tallies, "prefix_hit_tokens") / max(1, _total(tallies, "prompt_tokens")),
@@ -283,7 +286,7 @@ def _measured_share(run: ServiceRun, tallies: list[Tally]) -> float | None:
     in_tables = run.costs.prefill.table_share if prices.kernels_measured else 0.0
     attention_ns = _total(tallies, "computed_prefill_ns") - _total(tallies, "computed_dense_ns")
     measured_ns = in_tables * _total(tallies, "dense_prefill_ns") + run.costs.prefill.attention_measured * attention_ns
-    return _share(tallies, measured_ns, prices.measured_share)
+    return _share(run, measured_ns, prices.measured_share)
 
 
 def known_spread_share(run: ServiceRun) -> float | None:
@@ -296,13 +299,14 @@ def known_spread_share(run: ServiceRun) -> float | None:
     unknown_ns = (1 - run.costs.prefill.known_share) * dense_ns
     if not run.costs.prefill.attention_known:
         unknown_ns += computed_ns - dense_ns
-    return _share(tallies, computed_ns - unknown_ns, prices.known_share)
+    return _share(run, computed_ns - unknown_ns, prices.known_share)
 
 
-def _share(tallies: list[Tally], of_prefill_ns: float, of_decode: Callable[[int, int], float]) -> float | None:
+def _share(run: ServiceRun, of_prefill_ns: float, of_decode: Callable[[int, int], float]) -> float | None:
+    tallies, decoders = ([one.tally for one in these] for these in (run.replicas, run.decoders))
     decode_ns, busy = _total(tallies, "decode_ns"), _total(tallies, "decode_ns", "prefill_ns")
     if not busy:
         return None
-    batch = round(_total(tallies, "decode_area_ns") / busy)
+    batch = round(_total(tallies, "decode_area_ns") / max(1, _total(decoders, "decode_ns", "prefill_ns")))
     share = of_decode(batch, round(_mean_context(tallies))) if decode_ns else 0.0
     return (of_prefill_ns + share * decode_ns) / busy

@@ -88,6 +88,11 @@ class ServiceRun:
     rejected: Counter[str] = field(default_factory=Counter)
     stopped: bool = False
 
+    @property
+    def decoders(self) -> list[Replica]:
+        """Those that do not prefill alone."""
+        return self.replicas[self.settings.prefill_gpus // self.costs.replica_gpus :]
+
 
 def serve(
     trace: RequestTrace,
@@ -110,6 +115,11 @@ def _serve_apart(
     trace: RequestTrace, costs: WorkerCosts, settings: ServiceSettings, limits: Limits, progress: Progress | None
 ) -> ServiceRun:
     """Prefill everything on some workers, then decode on others what they hand over: nothing goes the other way."""
+    size = costs.replica_gpus
+    _require(
+        settings.prefill_gpus % size == 0,
+        f"prefill_gpus = {settings.prefill_gpus}: a replica takes {size} (machine.tensor_parallel)",
+    )
     prefilling = replace(settings, gpus=settings.prefill_gpus, prefill_gpus=0)
     decoding = replace(settings, gpus=settings.gpus - settings.prefill_gpus, prefill_gpus=0)
     idle = Replica(costs, Stamps.of(0), Limits())
