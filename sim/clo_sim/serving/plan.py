@@ -91,7 +91,8 @@ def smallest_fleet(
         worst = max(hopeless, key=lambda term: alone[term.name] / term.limit_s)
         failing = (worst.name, *(term.name for term in hopeless if term is not worst))
         idle = "an idle GPU" if costs.replica_gpus == 1 else f"{costs.replica_gpus} idle GPUs"
-        problem = f"{worst.name} is {format_seconds(alone[worst.name])} even for requests alone on {idle}"
+        way = " and, once prefilled, on the way to another" if disaggregated else ""
+        problem = f"{worst.name} is {format_seconds(alone[worst.name])} even for requests alone on {idle}{way}"
         return replace(fleet, problem=problem, failing=failing, values=alone)
     find = search_disaggregated if disaggregated else search
     best, last = find(trace, costs, slo, settings, max_gpus, near=near)
