@@ -167,6 +167,7 @@ CONFIG: dict[str, Any] = {
     **{"vocab_size": 100, "max_position_embeddings": 512, "model_type": "qwen3_moe", "num_experts": 8},
     **{"num_experts_per_tok": 2, "moe_intermediate_size": 32},
 }
+FLOAT8 = {"num_bits": 8, "type": "float"}
 INT4 = {"num_bits": 4, "type": "int", "group_size": 32}
 
 
@@ -232,6 +233,46 @@ class TestConfigs:
             (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": quantized}))
         model = model_from_hf_config(tmp_path)
         assert (model.weight_bytes_per_value, model.mlp_weight_bytes, model.expert_weight_bytes) == widths
+
+    @pytest.mark.parametrize(
+        ("quantized", "weights", "cache"),
+        [
+            ({"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}, NVFP4, 1),
+            ({"quant_algo": "FP8", "kv_cache_quant_algo": None}, 1, 2),
+            ({"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "FP8"}, 2, 1),
+            ({"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": FLOAT8}, 2, 1),
+            (
+                {
+                    "quant_method": "compressed-tensors",
+                    "config_groups": {"group_0": {"weights": FLOAT8 | {"strategy": "channel"}}},
+                    "kv_cache_scheme": FLOAT8 | {"dynamic": False, "strategy": "tensor"},
+                },
+                1,
+                1,
+            ),
+            ({"quant_method": "fp8", "kv_cache_scheme": FLOAT8}, 1, 1),
+            ({"quant_algo": "FP8", "kv_cache_scheme": "FP8"}, 1, 1),
+        ],
+    )
+    def test_caches_are_read(self, tmp_path: Path, quantized: dict[str, Any], weights: float, cache: float) -> None:
+        (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": quantized}))
+        model = model_from_hf_config(tmp_path)
+        assert (model.weight_bytes_per_value, model.kv_bytes_per_value) == (weights, cache)
+        assert f"{'fp8' if cache == 1 else 'bf16'} KV" in model.source
+
+    @pytest.mark.parametrize(
+        ("cache", "problem"),
+        [
+            ({"kv_cache_quant_algo": "NVFP4"}, "kv_cache_quant_algo = 'NVFP4': such caches .* with kv_bytes_per_value"),
+            ({"kv_cache_scheme": {"num_bits": 4, "type": "float"}}, "kv_cache_scheme = .*: such caches are not known"),
+            ({"kv_cache_scheme": "INT8"}, "kv_cache_scheme = 'INT8': such caches are not known"),
+        ],
+    )
+    def test_unknown_caches_are_refused(self, tmp_path: Path, cache: dict[str, Any], problem: str) -> None:
+        quantized = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"} | cache}
+        (tmp_path / "config.json").write_text(json.dumps(CONFIG | quantized))
+        with pytest.raises(SpecError, match=problem):
+            model_from_hf_config(tmp_path)
 
     @pytest.mark.parametrize(
         ("quantized", "problem"),

@@ -9,7 +9,7 @@ from clo.errors import SpecError
 from clo.files import read_json
 from clo.specs.hf_attention import COUNTS, attention_fields, attention_problem
 from clo.specs.hf_blocks import as_others_say
-from clo.specs.hf_weights import UnknownWidthError, Widths, weight_widths
+from clo.specs.hf_weights import BF16, FP8, UnknownCacheError, UnknownWidthError, Widths, cache_width, weight_widths
 from clo.specs.model import ModelSpec
 
 _HF_FIELDS = {
@@ -99,11 +99,11 @@ def _not_modelled(config: dict[str, Any]) -> str:
     if problem := attention_problem(config) or _other_experts(config) or _other_mlp(config):
         return problem
     try:
-        weight_widths(config)
+        weight_widths(config), cache_width(config)
     except UnknownWidthError as error:
+        what = "caches" if isinstance(error, UnknownCacheError) else "weights"
         return (
-            f"quantization_config: {error}: such weights are not known: describe the model in TOML, with "
-            "weight_bytes_per_value"
+            f"quantization_config: {error}: such {what} are not known: describe the model in TOML, with {error.field}"
         )
     return ""
 
@@ -177,14 +177,15 @@ def _experts_field(config: dict[str, Any]) -> str | None:
 def _hf_values(config: dict[str, Any], file: Path) -> dict[str, Any]:
     values = {ours: config[theirs] for ours, theirs in _HF_FIELDS.items()}
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
-    widths, experts = weight_widths(config), experts_of(config)
+    widths, experts, cached = weight_widths(config), experts_of(config), cache_width(config)
     if experts is not None and widths.experts != widths.mlp:
         experts["weight_bytes_per_value"] = widths.experts
     return (
         values
         | {
             "name": file.resolve().parent.name if file.name == "config.json" else file.stem,
-            "source": f"{file}; assumed: {_named(widths, experts is not None)} weights, bf16 KV, gated MLP",
+            "source": f"{file}; assumed: {_named(widths, experts is not None)} weights, {_NAMES[cached]} KV, gated MLP",
+            "kv_bytes_per_value": cached,
             "weight_bytes_per_value": widths.attention,
             "mlp_weight_bytes_per_value": widths.mlp if widths.mlp != widths.attention else None,
             "num_kv_heads": heads if kv_heads is None else kv_heads,
@@ -196,9 +197,12 @@ def _hf_values(config: dict[str, Any], file: Path) -> dict[str, Any]:
     )
 
 
+_NAMES = {BF16: "bf16", FP8: "fp8"}
+
+
 def _named(widths: Widths, with_experts: bool) -> str:
     used = dict.fromkeys(widths if with_experts else widths[:2])
-    return ", ".join({2.0: "bf16", 1.0: "fp8"}.get(width, "4-bit") for width in used)
+    return ", ".join(_NAMES.get(width, "4-bit") for width in used)
 
 
 def _tied_unless_said(config: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""What a config says of quantised weights: how wide those of attention, of MLPs and of experts are."""
+"""What a config says of quantised weights and caches: how wide those of attention, of MLPs and of experts are."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ NVFP4, MXFP4 = 0.5 + 1 / 16, 0.5 + 1 / 32
 """Bytes of a weight of four bits, with its share of a scale of a byte for every 16 or 32."""
 _ALGORITHMS = {"FP8": FP8, "MXFP8": FP8, "NVFP4": NVFP4, "W4A16_NVFP4": NVFP4, "MXFP4": MXFP4}
 """By ModelOpt's names. Scales of 8-bit weights are not counted: they are 3% at most."""
+_FLOAT8 = (8, "float")
 _FLOAT_GROUPS = {16: NVFP4, 32: MXFP4}
+_CACHES = ("kv_cache_quant_algo", "kv_cache_scheme")
+_OF_CACHES = (None, "modelopt", "compressed-tensors")
+"""Methods that may quantise the cache alone."""
 _EXCLUDED = ("exclude_modules", "ignore", "modules_to_not_convert", "ignored_layers")
 _MIXED = "MIXED_PRECISION"
 
@@ -30,7 +34,15 @@ class Widths(NamedTuple):
 
 
 class UnknownWidthError(ValueError):
-    """A quantisation that is not known here; says what is."""
+    """A quantisation that is not known here; says what it is, and which `field` of a model to give instead."""
+
+    field = "weight_bytes_per_value"
+
+
+class UnknownCacheError(UnknownWidthError):
+    """That of a cache."""
+
+    field = "kv_bytes_per_value"
 
 
 def weight_widths(config: dict[str, Any]) -> Widths:
@@ -52,11 +64,26 @@ def weight_widths(config: dict[str, Any]) -> Widths:
     )
 
 
+def cache_width(config: dict[str, Any]) -> float:
+    """Bytes of a value in the KV cache that the weights were prepared for, and that vLLM then serves them with: bf16
+    unless the config says fp8. Raises `UnknownCacheError`."""
+    quantized = config.get("quantization_config") or {}
+    algorithm, scheme = (quantized.get(name) for name in _CACHES)
+    if algorithm not in (None, "FP8"):
+        raise UnknownCacheError(f"kv_cache_quant_algo = {algorithm!r}")
+    bits = (scheme.get("num_bits"), scheme.get("type")) if isinstance(scheme, dict) else scheme
+    if bits not in (None, "FP8", _FLOAT8):
+        raise UnknownCacheError(f"kv_cache_scheme = {scheme!r}")
+    return BF16 if algorithm is None and scheme is None else FP8
+
+
 def _width(quantized: dict[str, Any]) -> float:
     """Of all that is quantised."""
     method, algorithm = quantized.get("quant_method"), quantized.get("quant_algo")
     if algorithm:
         return _algorithm(algorithm)
+    if method in _OF_CACHES and not quantized.get("config_groups") and any(map(quantized.get, _CACHES)):
+        return BF16  # nothing but the cache is quantised
     if method == "fp8":
         return FP8
     if method == "mxfp4":
@@ -83,7 +110,7 @@ def _compressed(quantized: dict[str, Any]) -> float:
     if len(weights) != 1 or not isinstance(weights[0], dict):
         raise UnknownWidthError("config_groups: one with weights is expected")
     bits, kind, size = (weights[0].get(name) for name in ("num_bits", "type", "group_size"))
-    if (bits, kind) == (8, "float"):
+    if (bits, kind) == _FLOAT8:
         return FP8
     if (bits, kind) == (4, "float") and size in _FLOAT_GROUPS:
         return _FLOAT_GROUPS[size]
