@@ -33,7 +33,8 @@ def plot_fleets(fleets: Sequence[Mapping[str, Any]]) -> Figure:
     """Cost per million output tokens (GPUs, where a price is missing) against the SLO's first term.
 
     `fleets` are those of `clo plan --json`. Fleets on the front, which none beats in one without losing in the other,
-    carry their names; a bar is the span of GPUs needed with a probability of 90%.
+    carry their names, with (GPUs that prefill + GPUs that decode) where these differ; a bar is the span of GPUs needed
+    with a probability of 90%.
     Raises `CloError` when no fleet meets the SLO.
     """
     able = [one for one in fleets if one["gpus"] is not None]
@@ -65,7 +66,9 @@ def plot_fleets(fleets: Sequence[Mapping[str, Any]]) -> Figure:
         figure.draw_without_rendering()
         others = [(point.cost, point.latency_s) for point in points]
         steps = [(x, y) for (low, y), (high, _) in pairwise(corners) for x in np.linspace(low, high, 40)]
-        label_markers(axes, [point.name for point in front], corners, np.array([*others, *steps]), size_pt=SMALL_PT)
+        bars = [(x, y) for low, high, y in spans for x in np.linspace(low, high, 40)]
+        taken = np.array([*others, *steps, *bars])
+        label_markers(axes, [point.name for point in front], corners, taken, size_pt=SMALL_PT)
         return figure
 
 
@@ -80,7 +83,9 @@ def fleet_front(points: Sequence[FleetPoint]) -> list[FleetPoint]:
 
 def _point(fleet: Mapping[str, Any], term: str, priced: bool) -> FleetPoint:
     cost = fleet["cost_per_million_output_tokens"] if priced else fleet["gpus"]
-    name = f"{fleet['gpus']} x {fleet['machine']}, {fleet['design']}"
+    of_prefill = fleet.get("prefill_gpus", 0)
+    count = f"({of_prefill} + {fleet['gpus'] - of_prefill})" if of_prefill else fleet["gpus"]
+    name = f"{count} x {fleet['machine']}, {fleet['design']}"
     return FleetPoint(name, fleet["machine"], float(cost), float(fleet["values"][term]), _span(fleet, float(cost)))
 
 

@@ -266,6 +266,11 @@ class TestFleets:
         lines = [line for line in figure.axes[0].lines if line.get_label() == "needed with 90%"]
         assert [line.get_xdata().tolist() for line in lines] == [[1.0, 3.0]] * bars  # type: ignore[union-attr]
 
+    def test_the_figure_says_who_prefills(self) -> None:
+        fleet = {"machine": "h200", "design": "clo", "gpus": 4, "prefill_gpus": 3, "values": {"ttft_p95": 1.0}}
+        figure = plot_fleets([fleet | {"cost_per_million_output_tokens": None}])
+        assert [text.get_text() for text in figure.axes[0].texts] == ["(3 + 1) x h200, clo"]
+
 
 class TestMap:
     def test_offloading_is_only_needed_where_memory_is_not_enough(self) -> None:
