@@ -99,7 +99,8 @@ def _not_modelled(config: dict[str, Any]) -> str:
     if problem := attention_problem(config) or _other_experts(config) or _other_mlp(config):
         return problem
     try:
-        weight_widths(config), cache_width(config)
+        weight_widths(config)
+        cache_width(config)
     except UnknownWidthError as error:
         what = "caches" if isinstance(error, UnknownCacheError) else "weights"
         return (

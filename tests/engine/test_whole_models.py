@@ -1,4 +1,4 @@
-"""What `offload` refuses of models that it leaves whole, whichever of their layers are not offloaded."""
+"""Models that `offload` leaves whole, whichever of their layers are not offloaded: schedule, plan, what is refused."""
 
 from __future__ import annotations
 
@@ -6,19 +6,28 @@ import copy
 from functools import partial
 from typing import Any
 
+import hybrid
 import pytest
 import torch
 import windowed
 from hybrid import FULL, LINEAR, hybrid_model
-from small import design
-from whole_models import assert_same, batch, generated
+from small import KV_HEADS, PAGE, design
+from whole_models import assert_same, batch, everything, generated
 from windowed import windowed_model
 
-from clo.engine import hf, offload
+import clo_sim
+from clo import presets
+from clo.engine import hf, inline, offload
 from clo.engine.layers import OffloadedLayer
+from clo.engine.memory import local_machine
+from clo.engine.models.network import Network
 from clo.errors import EngineError, SpecError
+from clo.plan import make_plan
+from clo.schedule import record_step
+from clo.schedule.ops import Stage
+from clo.specs import Workload
 
-INTERRUPTED = {
+WHOLE = {
     "windowed": partial(windowed_model, "Gemma3"),
     "hybrid": partial(hybrid_model, "Qwen3_5"),
     "linear-at-the-end": partial(hybrid_model, "Qwen3_5", layers=(FULL, LINEAR, FULL, LINEAR)),
@@ -84,7 +93,7 @@ def test_what_the_cache_cannot_take_back(kind: str, first: str) -> None:
 
 
 @pytest.mark.parametrize("at", [1, 3])
-@pytest.mark.parametrize("make", INTERRUPTED.values(), ids=INTERRUPTED)
+@pytest.mark.parametrize("make", WHOLE.values(), ids=WHOLE)
 def test_an_interrupt_between_layers(make: Any, at: int) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -98,3 +107,51 @@ def test_an_interrupt_between_layers(make: Any, at: int) -> None:
         hook.remove()
         with pytest.raises(EngineError, match="broken off half-way"):
             generated(model, told, cache, 4)
+
+
+LAYERS = {"windowed": windowed.LAYERS, "hybrid": hybrid.LAYERS}
+OFFLOADED = {family: [layer for layer, kind in enumerate(kinds) if kind == FULL] for family, kinds in LAYERS.items()}
+"""The layers that follow the design; the others are the library's own."""
+DESIGNS = presets.names("designs")
+
+
+@pytest.mark.parametrize("family", LAYERS)
+class TestOneSchedule:
+    @pytest.mark.parametrize("depth", [0, 1, 2])
+    @pytest.mark.parametrize("name", [name for name in DESIGNS if presets.load_design(name).selects])
+    def test_predictions_are_those_of_the_schedule(self, name: str, depth: int, family: str) -> None:
+        model = WHOLE[family]()
+        with offload(model, everything(name, prefetch_depth=depth), max_new_tokens=9) as cache:
+            generated(model, batch(40), cache, 2)
+            plan = cache.plan
+        made = {inline.predicts(plan, layer) for layer in range(len(LAYERS[family]))} - {None}
+        ahead = Stage.PREFETCH.op_name("select_pages")
+        recorded = {node.op.layer for node in record_step(plan).nodes if node.op.name == ahead}
+        assert made == (set() if plan.design.speculates_last_step else recorded)
+        assert recorded <= set(plan.sparse_layers) <= set(OFFLOADED[family])
+
+    @pytest.mark.parametrize("name", DESIGNS)
+    def test_the_plan_is_the_simulators(self, name: str, family: str) -> None:
+        model, chosen = WHOLE[family](), everything(name)
+        with offload(model, chosen, max_new_tokens=20) as cache:
+            generated(model, batch(70), cache, 2)
+            plan = cache.plan
+            spec = Network(model, whole=True).spec
+            here, load = local_machine(torch.device("cpu")), Workload(context_tokens=70, batch=2)
+            assert plan == make_plan(spec, here, chosen, load)
+        simulated = clo_sim.make_scene(spec, "h200", context_tokens=70, batch=2).plan(chosen)
+        fields = "sparse_layers", "budget_pages", "slot_pages", "host_bytes", "attended_tokens", "offloaded_heads"
+        assert [getattr(plan, field) for field in fields] == [getattr(simulated, field) for field in fields]
+        assert plan.memory.kv == simulated.memory.kv
+        assert set(plan.sparse_layers) <= set(OFFLOADED[family])
+
+    @pytest.mark.parametrize("name", DESIGNS)
+    def test_traffic_is_of_the_layers_that_are_offloaded(self, name: str, family: str) -> None:
+        model = WHOLE[family]()
+        with offload(model, everything(name), max_new_tokens=20) as cache:
+            generated(model, batch(70), cache, 4)
+            plan, traffic = cache.plan, cache.traffic
+        assert traffic.offloaded_heads == plan.offloaded_heads * len(plan.sparse_layers)
+        assert traffic.requested_pages <= len(plan.sparse_layers) * 2 * KV_HEADS * -(-73 // PAGE)
+        if name == "streamed":
+            assert traffic.fetched_pages == len(OFFLOADED[family]) * 2 * KV_HEADS * -(-72 // PAGE)

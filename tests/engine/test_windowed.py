@@ -10,22 +10,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from small import DIM, GROUP, KV_HEADS, PAGE, design, small_model
+from small import DIM, GROUP, KV_HEADS, design, small_model
 from test_memory import held
 from whole_models import Attention, assert_same, batch, everything, generated
 from windowed import FULL, IMAGE, KINDS, LAYERS, SLIDES, WINDOW, seeing_model, windowed_config, windowed_model
 
-import clo_sim
 from clo import presets
-from clo.engine import hf, inline, memory, offload
+from clo.engine import hf, memory, offload
 from clo.engine.decoder import Decoder
-from clo.engine.memory import local_machine
 from clo.engine.models.network import Network
 from clo.errors import EngineError, SpecError
-from clo.plan import make_plan
-from clo.schedule import record_step
-from clo.schedule.ops import Stage
-from clo.specs import Workload, model_from_hf_config
+from clo.specs import model_from_hf_config
 
 SLIDING = [layer for layer, kind in enumerate(LAYERS) if kind == SLIDES]
 OTHERS = [layer for layer, kind in enumerate(LAYERS) if kind == FULL]
@@ -166,19 +161,6 @@ class TestPredictions:
             generate(model, batch(40), cache, 4)
         assert seen == {layer: True for layer in OTHERS if layer >= depth}
 
-    @pytest.mark.parametrize("depth", [0, 1, 2])
-    @pytest.mark.parametrize("name", [name for name in DESIGNS if presets.load_design(name).selects])
-    def test_are_those_of_the_schedule(self, name: str, depth: int) -> None:
-        model = windowed_model("Qwen3")
-        with offload(model, everything(name, prefetch_depth=depth), max_new_tokens=9) as cache:
-            generate(model, batch(40), cache, 2)
-            plan = cache.plan
-        made = {inline.predicts(plan, layer) for layer in range(len(LAYERS))} - {None}
-        ahead = Stage.PREFETCH.op_name("select_pages")
-        recorded = {node.op.layer for node in record_step(plan).nodes if node.op.name == ahead}
-        assert made == (set() if plan.design.speculates_last_step else recorded)
-        assert recorded <= set(plan.sparse_layers) <= set(OTHERS)
-
 
 class TestPlan:
     @pytest.mark.parametrize("kind", KINDS)
@@ -189,36 +171,6 @@ class TestPlan:
         single = {"weight_bytes_per_value": 4.0, "kv_bytes_per_value": 4.0}
         assert found == of_file.with_fields(name=found.name, source=found.source, **single)
         assert (found.window_tokens, list(found.windowed_layers)) == (WINDOW, SLIDING)
-
-    @pytest.mark.parametrize("name", DESIGNS)
-    def test_it_is_the_simulators(self, name: str) -> None:
-        model, chosen = windowed_model("Gemma3"), everything(name, **{})
-        with offload(model, chosen, max_new_tokens=20) as cache:
-            generate(model, batch(70), cache, 2)
-            plan = cache.plan
-            spec = Network(model, whole=True).spec
-            assert plan == make_plan(
-                spec,
-                local_machine(torch.device("cpu")),
-                chosen,
-                Workload(context_tokens=70, batch=2),
-            )
-        simulated = clo_sim.make_scene(spec, "h200", context_tokens=70, batch=2).plan(chosen)
-        fields = "sparse_layers", "budget_pages", "slot_pages", "host_bytes", "attended_tokens", "offloaded_heads"
-        assert [getattr(plan, field) for field in fields] == [getattr(simulated, field) for field in fields]
-        assert plan.memory.kv == simulated.memory.kv
-        assert set(plan.sparse_layers) <= set(OTHERS)
-
-    @pytest.mark.parametrize("name", DESIGNS)
-    def test_traffic_is_of_the_layers_that_are_offloaded(self, name: str) -> None:
-        model = windowed_model("Qwen2")
-        with offload(model, everything(name), max_new_tokens=20) as cache:
-            generate(model, batch(70), cache, 4)
-            plan, traffic = cache.plan, cache.traffic
-        assert traffic.offloaded_heads == plan.offloaded_heads * len(plan.sparse_layers)
-        assert traffic.requested_pages <= len(plan.sparse_layers) * 2 * KV_HEADS * -(-73 // PAGE)
-        if name == "streamed":
-            assert traffic.fetched_pages == len(OTHERS) * 2 * KV_HEADS * -(-72 // PAGE)
 
 
 class TestMemory:

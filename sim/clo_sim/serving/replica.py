@@ -266,7 +266,7 @@ class Replica:
     def _lengthen_gaps(self, duration: int) -> None:
         """Of those that joined since the last step, prefilled elsewhere: the gap before their second token is longer.
 
-        Among `duration`s of this step, counted or about to be, one each is not as long as the others.
+        Of the step's gaps of this `duration`, already counted, one each was too short.
         """
         gaps = self.tally.gaps
         for wait in self._waits.values():
@@ -323,15 +323,13 @@ class Replica:
             if until_ns < NEVER:
                 steps = min(steps, clock.steps_to_pass(mean, until_ns - self.now_ns))
         tally, gaps = self.tally, self.tally.gaps
-        if self._waits:
-            first_ns = clock.total(mean, 1)
-            gaps[first_ns] = gaps.get(first_ns, 0)
-            self._lengthen_gaps(first_ns)
         for step_ns, count in clock.pieces(mean, steps):
             gaps[step_ns] = gaps.get(step_ns, 0) + batch * count
             # mean contexts m, m + 1, ... of equal steps: their sum in closed form
             tally.context_area += step_ns * (count * mean + count * (count - 1) // 2)
             mean += count
+        if self._waits:
+            self._lengthen_gaps(clock.total(mean - steps, 1))
         duration = clock.total(mean - steps, steps)
         tally.decode_ns += duration
         self._pass(duration, batch, steps)
