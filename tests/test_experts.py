@@ -355,13 +355,6 @@ class TestFit:
         assert report.median < 0.15
 
 
-def test_the_real_decoder_says_that_it_takes_none() -> None:
-    from clo.engine.random_weights import checked
-
-    with pytest.raises(SpecError, match="mixtures of experts are simulated only"):
-        checked(mixture())
-
-
 def test_equal_work_is_priced_once() -> None:
     work = experts_work(DENSE, experts_like(), 4)
     assert isinstance(work, Experts)

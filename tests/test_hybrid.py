@@ -112,13 +112,6 @@ class TestShape:
         with pytest.raises(SpecError, match=r"the 2 linear attention's key heads of tiny cannot be dealt out evenly"):
             tiny_hybrid(num_query_heads=4, num_kv_heads=4).shard(4)
 
-    @pytest.mark.parametrize("name", ["qwen3.5-27b", "qwen3.5-35b-a3b"])
-    def test_the_real_decoder_says_that_it_takes_none(self, name: str) -> None:
-        from clo.engine.random_weights import checked
-
-        with pytest.raises(SpecError, match="simulated only"):
-            checked(presets.load_model(name))
-
 
 class TestAnyDesign:
     def test_what_was_not_timed_is_said(self) -> None:

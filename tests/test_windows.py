@@ -221,20 +221,6 @@ class TestSpecs:
         # 27 billion without the vision encoder
         assert presets.load_model("gemma-3-27b").weight_bytes / 2 == pytest.approx(27e9, rel=5e-3)
 
-    def test_the_real_decoder_says_that_it_takes_none(self) -> None:
-        from clo.engine.random_weights import checked
-
-        with pytest.raises(SpecError, match="layers with a window are simulated only"):
-            checked(LLAMA.with_fields(**EVERY_OTHER))
-
-    @pytest.mark.parametrize("name", ["gemma-3-27b", "qwen3-30b-a3b"])
-    def test_the_real_decoder_says_so_whatever_the_layers(self, name: str) -> None:
-        from clo.engine.random_weights import checked
-        from clo_cli.models import first_layers
-
-        with pytest.raises(SpecError, match="simulated only"):
-            checked(first_layers(presets.load_model(name), 2))
-
 
 class TestConfigs:
     GEMMA: ClassVar[dict[str, Any]] = {

@@ -90,11 +90,11 @@ def _calibrated(
     from clo import presets
     from clo.specs.overrides import apply, parse_overrides
     from clo_cli.bars import phases
-    from clo_cli.models import first_layers, need_engine
+    from clo_cli.models import cut_to, need_engine
 
     changes = parse_overrides(settings, ("model",))
     model = model or ("llama-3-8b" if device == "cuda" else "smollm2-135m")
-    shape = apply(first_layers(presets.load_model(model), layers), changes["model"], "model")
+    shape = apply(cut_to(presets.load_model(model), layers), changes["model"], "model")
     need_engine("calibrating", "calibrate", ("scipy",))
     from clo_calibration.calibrate import calibrate as run
     from clo_calibration.machines import device_of, half_the_cores

@@ -27,18 +27,21 @@ def load_for_decoding(name: str) -> tuple[Any, Any]:
     """A model and its tokenizer. Libraries stay quiet."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     need_engine("decoding")
+    import transformers
+
     from clo.engine.models.loading import load_model
 
+    transformers.utils.logging.set_verbosity_error()
     return load_model(name)
 
 
-def first_layers(shape: ModelSpec, layers: int | None) -> ModelSpec:
+def cut_to(shape: ModelSpec, layers: int | None) -> ModelSpec:
     """The shape with so many of its layers. Raises `SpecError` for more than it has."""
+    from clo.specs.cut import first_layers
+
     if layers is not None and layers > shape.num_layers:
         raise SpecError(f"--layers {layers}: {shape.name} has {shape.num_layers}")
-    if layers is None or shape.beyond_llama:
-        return shape  # what the real decoder does not take, it refuses by that name, whatever its layers
-    return shape.with_fields(num_layers=layers)
+    return shape if layers is None else first_layers(shape, layers)
 
 
 def heads_from(design: Design, model: Any, trace_path: str | None) -> HeadProfile | None:

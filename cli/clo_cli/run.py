@@ -121,13 +121,13 @@ def _network(model: str, weights: str | None, layers: int | None, device: str) -
     from clo import presets
     from clo.engine.models.network import Network
     from clo.engine.random_weights import checked, dtype_on, need_device, random_model
-    from clo_cli.models import first_layers, load_for_decoding
+    from clo_cli.models import cut_to, load_for_decoding
 
     need_device(device)
     if weights:
         return Network(load_for_decoding(weights)[0].to(device))
     whole = presets.load_model(model)
-    shape = first_layers(whole, layers)
+    shape = cut_to(whole, layers)
     name = shape.name if shape == whole else f"{shape.name} ({shape.num_layers} layers)"
     return Network(random_model(checked(shape, device), dtype=dtype_on(device), device=device), name)
 

@@ -47,6 +47,16 @@ def check_device(design: Design, heads: HeadProfile, device: torch.device) -> No
         raise SpecError("heads.refresh_rate: a recorded graph cannot ask the host's clock: choose design.sync = events")
 
 
+def check_recordable(design: Design, experts_by: str | None, device: torch.device) -> None:
+    """Raise `SpecError` where a step would be recorded whose experts are called one by one, for which the host must
+    know which were chosen."""
+    if device.type == "cuda" and design.sync is Sync.GRAPH and experts_by == "eager":
+        raise SpecError(
+            "design.sync = graph: experts called one by one cannot be recorded: load the model with "
+            'experts_implementation="grouped_mm" (or batched_mm), or choose sync = events'
+        )
+
+
 def stores_through_bar(design: Design) -> bool:
     """Whether CPU threads write what is fetched into device memory themselves."""
     return design.offloads and design.selects and design.transfer is Transfer.CPU_ZERO_COPY

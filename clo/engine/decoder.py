@@ -13,7 +13,14 @@ from typing import Any
 import torch
 
 from clo import presets
-from clo.engine.checks import check_design, check_device, check_heads, check_tokens, stores_through_bar
+from clo.engine.checks import (
+    check_design,
+    check_device,
+    check_heads,
+    check_recordable,
+    check_tokens,
+    stores_through_bar,
+)
 from clo.engine.cpu_machine import DEFAULT_PATIENCE_S, CpuMachine
 from clo.engine.cuda.bar import Bar, open_bar
 from clo.engine.cuda.device import torch_device
@@ -88,7 +95,7 @@ class Decoder:
         self._operations: Operations | None = None
         self._bar: Bar | None = None
         self._broken = self._closed = False
-        self._prefills = 0
+        self._prefills = self._room = 0
         self.plan: DecodePlan | None = None
 
     def __enter__(self) -> Decoder:
@@ -141,6 +148,7 @@ class Decoder:
         self._prefills += 1
         check_taken_apart(self.network)
         check_device(self.design, self.heads, self.network.device)
+        check_recordable(self.design, self.network.experts_by, self.network.device)
         for prompt in prompts:
             if not isinstance(prompt, Prompt):
                 check_tokens(prompt, "prompt", self.network.spec.vocab_size)
@@ -149,7 +157,7 @@ class Decoder:
         # until everything has been read there is nothing to decode, and what was there before makes room
         self._machine = self._operations = None
         self.plan = self.make_plan(lengths)
-        room = max(lengths) + self.max_new_tokens
+        self._room = room = max(lengths) + self.max_new_tokens
         try:
             layers = make_layers(self.network, self.plan, self.heads, room)
             if self.network.device.type == "cuda":
@@ -187,8 +195,7 @@ class Decoder:
         if not isinstance(prompt, Prompt):
             chunk = self._chunk_tokens
             return read_into(layers, sequence, self.network, prompt, patience_s=self._patience_s, chunk_tokens=chunk)
-        for layer, (keys, values) in zip(layers, prompt.kv, strict=True):
-            layer.load(sequence, keys, values)
+        prompt.load_into(layers, sequence)
         return prompt.logits
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -200,8 +207,7 @@ class Decoder:
         assert machine is not None
         check_tokens(tokens, "tokens", self.network.spec.vocab_size, count=len(operations.host_lengths))
         assert self.plan is not None
-        room = min(layer.shape.max_tokens for layer in operations.layers)
-        if max(operations.host_lengths) + 1 > room:
+        if max(operations.host_lengths) + 1 > (room := self._room):
             raise EngineError(
                 f"the cache has room for {room} tokens a sequence: give the decoder a larger max_new_tokens "
                 f"(now {self.max_new_tokens})"

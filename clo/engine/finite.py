@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from clo.engine.layers import Layer, OffloadedLayer, StreamedLayer
+from clo.engine.layers import Layer, LinearLayer, OffloadedLayer, StreamedLayer, WindowedLayer
+from clo.engine.layers.linear import Pair
 
 KINDS = ("key", "value")
 
@@ -27,6 +28,12 @@ class States(NamedTuple):
 
     projected: torch.Tensor
     states: torch.Tensor
+
+    @classmethod
+    def left(cls, kept: Pair) -> States:
+        """In what is kept after it."""
+        conv, states = kept
+        return cls(projected=conv[..., -1], states=states)
 
 
 def explain_step(
@@ -82,6 +89,13 @@ def _linear_problem(part: States) -> str | None:
 def explain_prompt(layers: Sequence[Layer], lengths: Sequence[int]) -> str:
     """The same of prompts that have just been read, by what is kept of them: their keys and values."""
     for index, layer in enumerate(layers):
+        if isinstance(layer, LinearLayer):
+            said = _linear_problem(States.left(layer.kept))
+            if said is None:
+                return _entered(index, "query, or ", "projections, and so its")
+            if said:
+                return f"first in layer {index}: its {said}"
+            continue
         kinds = {kind for kind, _ in _not_finite(layer, lengths)}
         if kinds == set(KINDS):
             return _entered(index, "query, or ")
@@ -119,9 +133,11 @@ def _not_finite(layer: Layer, lengths: Sequence[int]) -> Iterator[tuple[str, str
 def _places(layer: Layer, sequence: int, length: int) -> Iterator[tuple[str, Sequence[int], torch.Tensor]]:
     """What a sequence has, `[heads, 2, rows, ...]`, of which heads, and what a row is called."""
     heads = range(layer.shape.num_kv_heads)
+    if isinstance(layer, LinearLayer):
+        return
     if not isinstance(layer, OffloadedLayer):
         store = layer.host if isinstance(layer, StreamedLayer) else layer.kv
-        yield "token", heads, store[sequence, :, :, :length]
+        yield "window row" if isinstance(layer, WindowedLayer) else "token", heads, store[sequence, :, :, :length]
         return
     if layer.design.offloads:
         yield "host page", heads, layer.format.restored(layer.host_pages[sequence]).permute(1, 2, 0, 3, 4)

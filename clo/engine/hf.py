@@ -29,7 +29,7 @@ from clo.engine.cache_layers import FullLayer, WindowedLayer
 from clo.engine.decoder import Decoder
 from clo.engine.finite import Projected, States, explain_step
 from clo.engine.heads import HeadProfile, heads_for
-from clo.engine.layers import Layer, OffloadedLayer, StreamedLayer
+from clo.engine.layers import AttendedLayer, OffloadedLayer, StreamedLayer
 from clo.engine.make_layers import make_whole_layers
 from clo.engine.models.anatomy import project_query
 from clo.engine.models.network import Network, Rotation
@@ -163,7 +163,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         self._decoder, self._network = decoder, network
         self.plan: DecodePlan | None = None
         self.given_mask: Any = None
-        self._kv: dict[int, Layer] = {}
+        self._kv: dict[int, AttendedLayer] = {}
         self._lengths = torch.zeros(0, dtype=torch.int32)
         self._tokens: list[int] = []
         self._predicted: dict[int, torch.Tensor] = {}
@@ -209,7 +209,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         """Whether the prompt has been read and tokens are decoded under the design."""
         return self.plan is not None
 
-    def layer(self, index: int) -> Layer:
+    def layer(self, index: int) -> AttendedLayer:
         """The KV cache of one layer, once decoding has begun.
 
         Raises `EngineError` for one with a sliding window, or with linear attention.

@@ -6,13 +6,14 @@ For those who want many answers and no timeline. Knows nothing about streams, tr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
 from clo.engine import inline
 from clo.engine.decoder import Decoder
 from clo.engine.heads import HeadProfile
-from clo.engine.layers import Layer, OffloadedLayer, StreamedLayer
+from clo.engine.layers import AttendedLayer, Layer, LinearLayer, OffloadedLayer, StreamedLayer
 from clo.engine.make_layers import make_layers
 from clo.engine.models.network import Network, Rotation
 from clo.engine.models.probe import check_taken_apart
@@ -23,8 +24,20 @@ from clo.plan import DecodePlan
 from clo.schedule.ops import Stage
 from clo.specs import Design
 
-Observer = Callable[[int, OffloadedLayer, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Told of every attention: layer number, layer, query, what was attended, lengths (see `OffloadedLayer.attend`)."""
+
+class Observed(NamedTuple):
+    """One attention of a layer, which still holds what was attended. Shapes as in `OffloadedLayer.attend`."""
+
+    number: int
+    layer: OffloadedLayer
+    query: torch.Tensor
+    attended: torch.Tensor
+    lengths: torch.Tensor
+    sink_logits: torch.Tensor | None = None
+
+
+Observer = Callable[[Observed], None]
+"""Told of every attention."""
 
 
 class InlineDecoder:
@@ -71,8 +84,7 @@ class InlineDecoder:
             self.network, self._plan, self._sizes.heads, self._plan.workload.context_tokens + self.max_new_tokens
         )
         for sequence, prompt in enumerate(prompts):
-            for layer, (keys, values) in zip(self.layers, prompt.kv, strict=True):
-                layer.load(sequence, keys, values)
+            prompt.load_into(self.layers, sequence)
         self._tokens = lengths
         self._lengths = torch.tensor(lengths, dtype=torch.int32, device=self.network.device)
         return torch.stack([prompt.logits for prompt in prompts])
@@ -88,35 +100,52 @@ class InlineDecoder:
         with torch.inference_mode():
             self._lengths = self._lengths + 1
             hidden = network.embed(tokens.to(network.device))
-            rotation, predicted = network.rotation(hidden, self._lengths.long() - 1), set[int]()
+            rotations, predicted = network.rotations(hidden, self._lengths.long() - 1), set[int]()
             for layer in range(len(self.layers)):
-                hidden = hidden + network.out_proj(layer, self._attended(layer, hidden, rotation, predicted))
-                gate_up = network.gate_up_proj(layer, network.post_norm(layer, hidden))
-                hidden = hidden + network.down_proj(layer, network.activation(layer, *gate_up))
+                contribution = self._contribution(layer, hidden, rotations, predicted)
+                hidden = network.after_attention(layer, hidden, contribution)
             return network.lm_head(network.final_norm(hidden))
 
-    def _attended(self, index: int, hidden: torch.Tensor, rotation: Rotation, predicted: set[int]) -> torch.Tensor:
-        """Attention output `[batch, query_heads, head_dim]`; on the way a later layer's pages are prefetched."""
-        layer, lengths = self.layers[index], self._lengths
-        query, key, value = self.network.qkv(index, self.network.input_norm(index, hidden))
-        self._prefetch(inline.predicts(self.plan, index), hidden, rotation, predicted)
-        query, key = self.network.rotate(query, key, rotation)
-        now, new = query[:, :, 0].contiguous(), (key[:, :, 0].contiguous(), value[:, :, 0].contiguous())
+    def _contribution(
+        self, index: int, hidden: torch.Tensor, rotations: Sequence[Rotation], predicted: set[int]
+    ) -> torch.Tensor:
+        """Of a layer's attention to the hidden state; on the way a later layer's pages are prefetched."""
+        layer, network = self.layers[index], self.network
+        normed = network.input_norm(index, hidden)
+        self._prefetch(inline.predicts(self.plan, index), hidden, rotations, predicted)
+        if isinstance(layer, LinearLayer):
+            return network.linear_attention(index, normed, layer.states)
+        asked = network.qkv(index, normed)
+        query, key = network.rotate(asked.query, asked.key, rotations[index])
+        now, new = query[:, :, 0].contiguous(), (key[:, :, 0].contiguous(), asked.value[:, :, 0].contiguous())
+        attended = self._attended(index, layer, now, new, was_predicted=index in predicted)
+        return network.out_proj(index, network.output_gate(attended, asked.gate))
+
+    def _attended(
+        self,
+        index: int,
+        layer: AttendedLayer,
+        now: torch.Tensor,
+        new: tuple[torch.Tensor, torch.Tensor],
+        *,
+        was_predicted: bool,
+    ) -> torch.Tensor:
+        """Attention output `[batch, query_heads, head_dim]`."""
+        lengths, sinks = self._lengths, self.network.sink_logits(index)
         if isinstance(layer, OffloadedLayer):
             layer.append(*new, lengths, store=True)
-            observe = None if self._observer is None else lambda out: self._tell(index, layer, now, out)
-            return inline.attend(layer, now, lengths, was_predicted=index in predicted, observe=observe)
+            tell = self._observer
+            observe = tell and (lambda out: tell(Observed(index, layer, now, out, lengths, sinks)))
+            return inline.attend(layer, now, lengths, was_predicted=was_predicted, sink_logits=sinks, observe=observe)
         layer.append(*new, lengths)
         if isinstance(layer, StreamedLayer):
             layer.copy(Stage.DEMAND, self.plan.design.page_size)
-        return layer.attend(now, lengths)
+        return layer.attend(now, lengths, sinks)
 
-    def _prefetch(self, target: int | None, hidden: torch.Tensor, rotation: Rotation, predicted: set[int]) -> None:
+    def _prefetch(
+        self, target: int | None, hidden: torch.Tensor, rotations: Sequence[Rotation], predicted: set[int]
+    ) -> None:
         layer = None if target is None else self.layers[target]
         if target is not None and isinstance(layer, OffloadedLayer):
-            inline.prefetch(layer, self.network.predicted_query(target, hidden, rotation), self._lengths)
+            inline.prefetch(layer, self.network.predicted_query(target, hidden, rotations[target]), self._lengths)
             predicted.add(target)
-
-    def _tell(self, index: int, layer: OffloadedLayer, query: torch.Tensor, attended: torch.Tensor) -> None:
-        assert self._observer is not None
-        self._observer(index, layer, query, attended, self._lengths)

@@ -12,6 +12,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from clo.engine.cache_layers import Owned
 from clo.engine.finite import States
+from clo.engine.layers.linear import states_of
 
 
 class LinearLayer(Owned, LinearAttentionLayer):  # type: ignore[misc]
@@ -31,7 +32,7 @@ class LinearLayer(Owned, LinearAttentionLayer):  # type: ignore[misc]
 
     def newest(self) -> States:
         """What the newest token left here."""
-        return States(projected=_only(self.conv_states)[..., -1], states=_only(self.recurrent_states))
+        return States.left(states_of(self))
 
     def activate_past_recording(self) -> None:
         """Assisted generation takes back tokens that it guessed, which states cannot."""
@@ -40,9 +41,3 @@ class LinearLayer(Owned, LinearAttentionLayer):  # type: ignore[misc]
     def release(self) -> None:
         """Of a cache that is closed the states are not needed any more."""
         LinearAttentionLayer.__init__(self)
-
-
-def _only(states: Any) -> torch.Tensor:
-    """Newer versions of the library number the states of a layer, of which there is one."""
-    found: torch.Tensor = states[0]
-    return found if isinstance(states, dict) else states

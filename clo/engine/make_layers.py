@@ -5,7 +5,18 @@ from __future__ import annotations
 import torch
 
 from clo.engine.heads import HeadProfile
-from clo.engine.layers import DenseLayer, HeadSettings, Layer, LayerShape, OffloadedLayer, StreamedLayer
+from clo.engine.layers import (
+    AttendedLayer,
+    DenseLayer,
+    HeadSettings,
+    Layer,
+    LayerShape,
+    LinearLayer,
+    OffloadedLayer,
+    StreamedLayer,
+    WindowedLayer,
+)
+from clo.engine.layers.linear import empty_library_cache
 from clo.engine.models.network import Network
 from clo.engine.words import two_memories
 from clo.plan import DecodePlan
@@ -14,11 +25,18 @@ from clo.specs import Attend, Sync
 
 def make_layers(network: Network, plan: DecodePlan, heads: HeadProfile, max_tokens: int) -> list[Layer]:
     """The KV cache that `plan` asks for, layer by layer, with room for `max_tokens` a sequence."""
-    shape = _shape(network, plan, max_tokens)
-    return [_make_layer(plan, shape, heads, layer) for layer in range(plan.model.num_layers)]
+    shape, model = _shape(network, plan, max_tokens), plan.model
+    linear = [model.linear_in(layer) is not None for layer in range(model.num_layers)]
+    states = empty_library_cache(linear) if any(linear) else None
+    return [
+        LinearLayer(shape, states, layer) if linear[layer] else _make_layer(plan, shape, heads, layer)
+        for layer in range(model.num_layers)
+    ]
 
 
-def make_whole_layers(network: Network, plan: DecodePlan, heads: HeadProfile, max_tokens: int) -> dict[int, Layer]:
+def make_whole_layers(
+    network: Network, plan: DecodePlan, heads: HeadProfile, max_tokens: int
+) -> dict[int, AttendedLayer]:
     """The same of the layers that keep the whole context, by the layer's number: no windows, no linear attention."""
     shape = _shape(network, plan, max_tokens)
     return {layer: _make_layer(plan, shape, heads, layer) for layer in plan.model.whole_layers}
@@ -39,7 +57,10 @@ def _shape(network: Network, plan: DecodePlan, max_tokens: int) -> LayerShape:
     )
 
 
-def _make_layer(plan: DecodePlan, shape: LayerShape, heads: HeadProfile, layer: int) -> Layer:
+def _make_layer(plan: DecodePlan, shape: LayerShape, heads: HeadProfile, layer: int) -> AttendedLayer:
+    if layer in plan.model.windowed_layers:
+        assert plan.model.window_tokens is not None
+        return WindowedLayer(shape, plan.model.window_tokens)
     if not plan.is_sparse(layer):
         return DenseLayer(shape)
     if plan.design.attend is Attend.FULL:

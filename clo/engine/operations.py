@@ -12,10 +12,11 @@ import torch
 
 from clo.engine.cuda.bar import Bar
 from clo.engine.cuda.copies import copy_rows
-from clo.engine.finite import Projected, explain_step
+from clo.engine.finite import Projected, States, explain_step
 from clo.engine.inline import predicts
-from clo.engine.layers import DenseLayer, Layer, OffloadedLayer, StreamedLayer
-from clo.engine.models.network import Network, Rotation
+from clo.engine.layers import Layer, LinearLayer, OffloadedLayer, StreamedLayer
+from clo.engine.models.mlp import add
+from clo.engine.models.network import Asked, Network, Rotation
 from clo.engine.staging import Staging
 from clo.engine.words import Words, two_memories
 from clo.errors import EngineError
@@ -39,13 +40,15 @@ class Operations:
         self._tokens = torch.zeros(plan.workload.batch, dtype=torch.int64, device=network.device)
         self._finite = torch.ones((), dtype=torch.bool)
         self.logits = torch.empty(0)
-        self._hidden = self._normed = self._query = self._key = self._value = torch.empty(0)
-        self._attended = self._activated = torch.empty(0)
-        self._gate_up = (torch.empty(0), torch.empty(0))
-        self._rotation: Rotation = (torch.empty(0), torch.empty(0))
+        nothing = torch.empty(0)
+        self._hidden = self._normed = self._attended = self._activated = nothing
+        self._asked = Asked(nothing, nothing, nothing)
+        self._gate_up, self._routed = (nothing, nothing), (nothing, nothing)
+        self._of_mlp: torch.Tensor | None = None
+        self._rotations: Sequence[Rotation] = ()
         self._predicted: dict[int, torch.Tensor] = {}
         self._real: dict[int, torch.Tensor] = {}
-        self._projected: dict[int, Projected] = {}
+        self._projected: dict[int, Projected | States] = {}
         self._staging = Staging()
 
     def take(self, lengths: Sequence[int]) -> None:
@@ -64,13 +67,14 @@ class Operations:
         """The device's part: what the first layer reads."""
         self.lengths += 1
         self._hidden = self.network.embed(self._tokens)
-        self._rotation = self.network.rotation(self._hidden, self.lengths.long() - 1)
+        self._rotations = self.network.rotations(self._hidden, self.lengths.long() - 1)
         self._predicted.clear()
 
     def check(self) -> None:
         """After a step; raises `EngineError` for logits that are not finite."""
         if not bool(self._finite):
-            why = explain_step(dict(enumerate(self.layers)), self._projected, self.host_lengths)
+            kept = {index: kv for index, kv in enumerate(self.layers) if not isinstance(kv, LinearLayer)}
+            why = explain_step(kept, self._projected, self.host_lengths, gated=self.plan.model.gated_attention)
             raise EngineError(f"operation lm_head of layer {len(self.layers) - 1}: the logits are not finite, {why}")
 
     def key(self) -> Hashable:
@@ -108,23 +112,32 @@ class Operations:
         return kv
 
     def _nothing(self, _stage: Stage, _layer: int) -> None:
-        """Done elsewhere: the caller samples."""
+        """Done elsewhere: by the caller, who samples, or with another operation where the model has them in one."""
 
     def _input_norm(self, _stage: Stage, layer: int) -> None:
         self._normed = self.network.input_norm(layer, self._hidden)
 
     def _qkv_proj(self, _stage: Stage, layer: int) -> None:
-        self._query, self._key, self._value = self.network.qkv(layer, self._normed)
+        self._asked = self.network.qkv(layer, self._normed)
+        self._predict(layer)
+
+    def _linear_proj(self, _stage: Stage, layer: int) -> None:
+        """A layer with linear attention projects where it attends: the model has one module for all of it."""
+        self._predict(layer)
+
+    def _predict(self, layer: int) -> None:
         target = predicts(self.plan, layer)
         if target is not None:
-            self._predicted[target] = self.network.predicted_query(target, self._hidden, self._rotation)
+            rotation = self._rotations[target]
+            self._predicted[target] = self.network.predicted_query(target, self._hidden, rotation)
 
     def _append_kv(self, _stage: Stage, layer: int) -> None:
-        query, key = self.network.rotate(self._query, self._key, self._rotation)
+        asked, kv = self._asked, self.layers[layer]
+        query, key = self.network.rotate(asked.query, asked.key, self._rotations[layer])
         self._real[layer] = query[:, :, 0].contiguous()
-        new_key, new_value = key[:, :, 0].contiguous(), self._value[:, :, 0].contiguous()
+        new_key, new_value = key[:, :, 0].contiguous(), asked.value[:, :, 0].contiguous()
         self._projected[layer] = Projected(self._real[layer], new_key, new_value)
-        kv = self.layers[layer]
+        assert not isinstance(kv, LinearLayer), f"layer {layer} has no keys and values"
         if isinstance(kv, OffloadedLayer | StreamedLayer):
             kv.append(new_key, new_value, self.lengths, store=self._stores)
         else:
@@ -218,28 +231,53 @@ class Operations:
 
     def _attention(self, _stage: Stage, layer: int) -> None:
         kv = self.layers[layer]
-        assert isinstance(kv, DenseLayer | OffloadedLayer)
-        self._attended = kv.attend(self._real[layer], self.lengths)
+        assert not isinstance(kv, LinearLayer), f"layer {layer} has no keys and values"
+        self._attended = kv.attend(self._real[layer], self.lengths, self.network.sink_logits(layer))
 
     def _pinned_attention(self, stage: Stage, layer: int) -> None:
         """Pinned heads are attended with the others, unless there are no others."""
         if self.plan.pinned_heads_per_layer == self.plan.model.num_kv_heads:
             self._attention(stage, layer)
 
+    def _linear_attention(self, _stage: Stage, layer: int) -> None:
+        """All that such a layer adds to the hidden state: its projections, its gate and its norm, too."""
+        kv = self.layers[layer]
+        assert isinstance(kv, LinearLayer), f"layer {layer} has keys and values"
+        self._attended = self.network.linear_attention(layer, self._normed, kv.states)
+        self._projected[layer] = States.left(kv.kept)
+
+    def _output_gate(self, _stage: Stage, layer: int) -> None:
+        if not isinstance(self.layers[layer], LinearLayer):
+            self._attended = self.network.output_gate(self._attended, self._asked.gate)
+
     def _out_proj(self, _stage: Stage, layer: int) -> None:
-        self._hidden = self._hidden + self.network.out_proj(layer, self._attended)
+        linear = isinstance(self.layers[layer], LinearLayer)
+        self._hidden = self._hidden + (self._attended if linear else self.network.out_proj(layer, self._attended))
 
     def _post_norm(self, _stage: Stage, layer: int) -> None:
-        self._normed = self.network.post_norm(layer, self._hidden)
+        self._normed, self._of_mlp = self.network.post_norm(layer, self._hidden), None
 
     def _gate_up_proj(self, _stage: Stage, layer: int) -> None:
-        self._gate_up = self.network.gate_up_proj(layer, self._normed)
+        self._gate_up = self.network.mlp(layer).gate_up_proj(self._normed)
 
     def _activation(self, _stage: Stage, layer: int) -> None:
-        self._activated = self.network.activation(layer, *self._gate_up)
+        self._activated = self.network.mlp(layer).activation(*self._gate_up)
 
     def _down_proj(self, _stage: Stage, layer: int) -> None:
-        self._hidden = self._hidden + self.network.down_proj(layer, self._activated)
+        mlp = self.network.mlp(layer)
+        given = mlp.down_proj(self._normed, self._activated)
+        if mlp.has_experts:
+            self._of_mlp = given
+        else:
+            self._hidden = self._hidden + self.network.of_mlp(layer, given)
+
+    def _router_proj(self, _stage: Stage, layer: int) -> None:
+        """The choice, too: the model has one module for both."""
+        self._routed = self.network.mlp(layer).route(self._normed)
+
+    def _experts(self, _stage: Stage, layer: int) -> None:
+        given = add(self.network.mlp(layer).experts(self._normed, self._routed), self._of_mlp)
+        self._hidden = self._hidden + self.network.of_mlp(layer, given)
 
     def _final_norm(self, _stage: Stage, _layer: int) -> None:
         self._normed = self.network.final_norm(self._hidden)
@@ -253,6 +291,10 @@ class Operations:
 _BY_NAME: dict[str, Callable[[Operations, Stage, int], None]] = {
     "input_norm": Operations._input_norm,
     "qkv_proj": Operations._qkv_proj,
+    "linear_proj": Operations._linear_proj,
+    "decay_proj": Operations._nothing,
+    "linear_attention": Operations._linear_attention,
+    "output_gate": Operations._output_gate,
     "append_kv": Operations._append_kv,
     "write_back": Operations._write_back,
     "hit_test": Operations._hit_test,
@@ -272,6 +314,9 @@ _BY_NAME: dict[str, Callable[[Operations, Stage, int], None]] = {
     "gate_up_proj": Operations._gate_up_proj,
     "activation": Operations._activation,
     "down_proj": Operations._down_proj,
+    "router_proj": Operations._router_proj,
+    "route": Operations._nothing,
+    "experts": Operations._experts,
     "final_norm": Operations._final_norm,
     "lm_head": Operations._lm_head,
     "sample": Operations._nothing,

@@ -12,10 +12,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
 from clo.engine.carrier import Carrier, Errand
-from clo.engine.layers import DenseLayer, Layer, LayerShape, OffloadedLayer, StreamedLayer
+from clo.engine.layers import (
+    DenseLayer,
+    Layer,
+    LayerShape,
+    LinearLayer,
+    OffloadedLayer,
+    StreamedLayer,
+    WindowedLayer,
+)
+from clo.engine.layers.linear import empty_library_cache, states_of
 from clo.engine.models.network import Network
 from clo.plan import DecodePlan
 
@@ -51,6 +60,7 @@ def read_into(
                 chunk = tokens[None, start : start + size].to(network.device)
                 logits = network.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             carrier.wait(carrier.ask("end of the prompt", _nothing))
+            cache.hand_over()
         finally:
             belt.clear()
     last: torch.Tensor = logits[0, -1]
@@ -79,9 +89,21 @@ class _PrefillCache(Cache):  # type: ignore[misc]
 
     def __init__(self, layers: Sequence[Layer], sequence: int, belt: _Belt) -> None:
         super().__init__(layers=[_passing(layer, sequence, index, belt) for index, layer in enumerate(layers)])
+        self._given, self._sequence = tuple(layers), sequence
+
+    def hand_over(self) -> None:
+        """What is known at a prompt's end only: the states of layers with linear attention."""
+        for layer, kept in zip(self._given, self.layers, strict=True):
+            if isinstance(layer, LinearLayer):
+                conv, states = states_of(kept)
+                layer.load(self._sequence, conv[0], states[0])
 
 
-def _passing(layer: Layer, sequence: int, index: int, belt: _Belt) -> _PassingLayer:
+def _passing(layer: Layer, sequence: int, index: int, belt: _Belt) -> Any:
+    if isinstance(layer, LinearLayer):
+        return empty_library_cache([True]).layers[0]
+    if isinstance(layer, WindowedLayer):
+        return _WindowedPrompt(layer, sequence)
     if isinstance(layer, OffloadedLayer):
         return belt.add(_OffloadedPrompt(layer, sequence, index, belt), layer.shape)
     if isinstance(layer, StreamedLayer):
@@ -133,6 +155,27 @@ class _DensePrompt(_PassingLayer):
         self.seen += key_states.shape[2]
         kv = self._layer.kv[self._sequence, :, :, : self.seen]
         return kv[None, :, 0], kv[None, :, 1]
+
+
+class _WindowedPrompt(DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """The library's own: it knows how long the mask is. The layer takes what is in its window after each chunk."""
+
+    def __init__(self, layer: WindowedLayer, sequence: int) -> None:
+        # what a query sees of a window that is longer than all there will be is no less than all
+        super().__init__(sliding_window=layer.shape.max_tokens)
+        self._layer, self._sequence, self._seen = layer, sequence, 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the tokens of a chunk see: of those before it the window, and themselves."""
+        self._layer.load(self._sequence, key_states[0], value_states[0], first=self._seen)
+        self._seen += key_states.shape[2]
+        seen: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states)
+        # a view would keep the whole chunk
+        self.keys: torch.Tensor = self.keys.clone()
+        self.values: torch.Tensor = self.values.clone()
+        return seen
 
 
 class _HostedPrompt(_PassingLayer):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from clo.engine.layers import Layer
+from clo.engine.layers.linear import Pair, empty_library_cache, states_of
 from clo.engine.models.network import Network
 from clo.engine.prefill import PREFILL_CHUNK_TOKENS
 from clo.errors import SpecError
@@ -13,15 +17,20 @@ from clo.errors import SpecError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """A prompt that has been read: rotated keys and values `[kv_heads, tokens, head_dim]` by layer, and the logits."""
+    """A prompt that has been read: what each layer keeps of it, and the logits of what follows.
 
-    kv: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    A layer's pair: rotated keys and values `[kv_heads, tokens, head_dim]`; of linear attention what the convolution
+    spans `[conv_width, conv_tokens]` and the states `[value_heads, key_dim, value_dim]`.
+    """
+
+    kv: tuple[Pair, ...]
     logits: torch.Tensor
+    num_tokens: int
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the prompt."""
-        return int(self.kv[0][0].shape[1])
+    def load_into(self, layers: Sequence[Layer], sequence: int) -> None:
+        """As their `sequence`."""
+        for layer, (first, second) in zip(layers, self.kv, strict=True):
+            layer.load(sequence, first, second)
 
 
 def read_prompt(
@@ -34,20 +43,27 @@ def read_prompt(
 ) -> Prompt:
     """Prefill in chunks with the model's own attention. Raises `SpecError` for a prompt that is empty or too long.
 
-    The first `shared` tokens are those of the prompt `known`, which has been read: they are not read again.
+    The first `shared` tokens are those of the prompt `known`, which has been read: they are not read again, unless the
+    model has linear attention, whose states are those of the end.
     """
-    from transformers import DynamicCache
-
-    limit = network.spec.max_positions
-    if not 1 <= len(tokens) <= limit:
-        raise SpecError(f"prompt of {len(tokens)} tokens: {network.spec.name} takes 1 to {limit}")
+    spec = network.spec
+    if not 1 <= len(tokens) <= spec.max_positions:
+        raise SpecError(f"prompt of {len(tokens)} tokens: {spec.name} takes 1 to {spec.max_positions}")
     if not 0 <= shared < len(tokens) or shared > (known.num_tokens if known else 0):
         raise SpecError(f"prompt of {len(tokens)} tokens: {shared} of them cannot be shared with what has been read")
-    cache, logits = DynamicCache(), torch.empty(0)
+    linear = [spec.linear_in(layer) is not None for layer in range(spec.num_layers)]
+    first = 0 if any(linear) else shared
+    cache, logits = empty_library_cache(linear), torch.empty(0)
     with torch.inference_mode():
-        for layer, (keys, values) in enumerate(known.kv if known and shared else ()):
-            cache.update(keys[None, :, :shared], values[None, :, :shared], layer)
-        for start in range(shared, len(tokens), chunk_tokens):
+        for layer, (keys, values) in enumerate(known.kv if known and first else ()):
+            cache.update(keys[None, :, :first], values[None, :, :first], layer)
+        for start in range(first, len(tokens), chunk_tokens):
             chunk = tokens[None, start : start + chunk_tokens].to(network.device)
             logits = network.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    return Prompt(tuple((layer.keys[0], layer.values[0]) for layer in cache.layers), logits[0, -1])
+    kept = (_kept(layer, is_linear) for layer, is_linear in zip(cache.layers, linear, strict=True))
+    return Prompt(tuple(kept), logits[0, -1], len(tokens))
+
+
+def _kept(layer: Any, is_linear: bool) -> Pair:
+    first, second = states_of(layer) if is_linear else (layer.keys, layer.values)
+    return first[0], second[0]

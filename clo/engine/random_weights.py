@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from clo.engine.memory import local_machine
+from clo.engine.models.made_up import library_kind
 from clo.engine.models.network import Network
 from clo.engine.prompts import Prompt
 from clo.errors import SpecError
@@ -37,11 +38,9 @@ def need_device(name: str) -> None:
 
 def checked(spec: ModelSpec, device: torch.device | str = "cpu") -> ModelSpec:
     """`spec`, if this machine can hold its weights in `dtype_on` it. Raises `SpecError` that says what is needed."""
-    if beyond := spec.beyond_llama:
-        loaded = "" if spec.latent is not None else ": only clo.engine.offload takes such a model, once it is loaded"
-        raise SpecError(f"model {spec.name}: {beyond} simulated only, the real decoder has none{loaded}")
+    library_kind(spec)
     dtype = dtype_on(device)
-    needed = spec.weight_bytes / spec.weight_bytes_per_value * dtype.itemsize
+    needed = _all_weights_of(spec, dtype.itemsize).weight_bytes
     memory = local_machine(torch.device(device)).gpu.memory_bytes
     if needed > MOST_OF_MEMORY * memory:
         raise SpecError(
@@ -51,42 +50,59 @@ def checked(spec: ModelSpec, device: torch.device | str = "cpu") -> ModelSpec:
     return spec
 
 
+def _all_weights_of(spec: ModelSpec, num_bytes: int) -> ModelSpec:
+    """The same with all weights of so many bytes a value."""
+    experts = spec.experts and spec.experts.with_fields(weight_bytes_per_value=None).model_dump()
+    return spec.with_fields(weight_bytes_per_value=num_bytes, mlp_weight_bytes_per_value=None, experts=experts)
+
+
 def random_model(
     spec: ModelSpec, *, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Any:
-    """A `transformers` Llama of the shape of `spec`, in evaluation mode."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A `transformers` model of the shape of `spec`, in evaluation mode, of the kind that `library_kind` says."""
+    import transformers
 
-    config = LlamaConfig(
-        vocab_size=spec.vocab_size,
-        hidden_size=spec.hidden_size,
-        intermediate_size=spec.intermediate_size,
-        num_hidden_layers=spec.num_layers,
-        num_attention_heads=spec.num_query_heads,
-        num_key_value_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        max_position_embeddings=spec.max_positions,
-        tie_word_embeddings=spec.tied_embeddings,
-        initializer_range=WEIGHT_SCALE,
-        name_or_path=spec.name,
-    )
+    kind, fields = library_kind(spec)
+    config = getattr(transformers, f"{kind}Config")(**_common_fields(spec) | fields)
     before = torch.get_default_dtype()
     torch.manual_seed(seed)
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return LlamaForCausalLM(config).eval()
+            return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     finally:
         torch.set_default_dtype(before)
+
+
+def _common_fields(spec: ModelSpec) -> dict[str, Any]:
+    return {
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_query_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "max_position_embeddings": spec.max_positions,
+        "tie_word_embeddings": spec.tied_embeddings,
+        "initializer_range": WEIGHT_SCALE,
+        "name_or_path": spec.name,
+    } | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 
 
 def random_prompt(network: Network, num_tokens: int, *, seed: int = 0) -> Prompt:
     """Keys and values of `num_tokens` tokens that nobody computed: a long context for the price of its memory."""
     model, source = network.spec, torch.Generator(network.device).manual_seed(seed)
-    size = (model.num_kv_heads, num_tokens, model.head_dim)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=source, device=network.device).to(network.dtype)
 
-    kv = tuple((draw(*size) * KEY_SCALE, draw(*size)) for _ in range(model.num_layers))
-    return Prompt(kv, draw(model.vocab_size))
+    def layer(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        linear = model.linear_in(index)
+        if linear is not None:
+            states = draw(linear.num_value_heads, linear.key_dim, linear.value_dim)
+            return draw(linear.conv_width, linear.conv_tokens), states.float()
+        size = (model.num_kv_heads, num_tokens, model.head_dim)
+        return draw(*size) * KEY_SCALE, draw(*size)
+
+    return Prompt(tuple(map(layer, range(model.num_layers))), draw(model.vocab_size), num_tokens)

@@ -149,19 +149,6 @@ class ModelSpec(Spec):
         return self
 
     @property
-    def beyond_llama(self) -> str:
-        """What sets the model apart from Llama and Qwen, as the start of a sentence; empty if nothing does."""
-        found = {
-            "mixtures of experts are": self.experts is not None,
-            "layers with a window are": bool(self.windowed_layers),
-            "layers with linear attention are": self.linear is not None,
-            "gated attention is": self.gated_attention,
-            "a model's own indexer is": self.indexer is not None,
-            "latent attention is": self.latent is not None,
-        }
-        return next((what for what, is_so in found.items() if is_so), "")
-
-    @property
     def group_size(self) -> int:
         """Query heads that share one KV head."""
         return self.num_query_heads // self.num_kv_heads

@@ -21,8 +21,7 @@ from clo.engine.answers.quality import Quality
 from clo.engine.answers.tasks import EvaluationSettings, Passkey
 from clo.engine.decoder import Decoder
 from clo.engine.heads import HeadProfile, head_profile, heads_for, measure_heads
-from clo.engine.inline_decoder import InlineDecoder
-from clo.engine.layers import OffloadedLayer
+from clo.engine.inline_decoder import InlineDecoder, Observed
 from clo.engine.models.network import Network
 from clo.engine.prompts import read_prompt
 from clo.engine.texts import TEXTS, Split, docstrings
@@ -185,10 +184,10 @@ class TestFidelity:
         network, tokens = Network(small_model()), prompt(90)
         seen: list[int] = []
 
-        def check(index: int, layer: OffloadedLayer, query: Any, attended: Any, lengths: Any) -> None:
-            seen.append(index)
-            length = int(lengths[0])
-            error, mass = against_full(layer, 0, length, query[0], attended[0])
+        def check(observed: Observed) -> None:
+            seen.append(observed.number)
+            layer, query, length = observed.layer, observed.query, int(observed.lengths[0])
+            error, mass = against_full(observed, 0)
             keys, values = whole_cache(layer, 0, length).double().unbind(1)
             start = window_start(length, WINDOW + 1, PAGE)
             for head in range(KV_HEADS * GROUP):
@@ -213,10 +212,10 @@ class TestFidelity:
         seen: list[int] = []
 
         class Counting(Fidelity):
-            def __call__(self, index: int, *rest: Any) -> None:
+            def __call__(self, observed: Observed) -> None:
                 before = self._heads
-                super().__call__(index, *rest)
-                seen.extend([index] * (self._heads > before))
+                super().__call__(observed)
+                seen.extend([observed.number] * (self._heads > before))
 
         network = Network(small_model())
         decoder = InlineDecoder(

@@ -22,9 +22,8 @@ from clo import presets
 from clo.engine import hf, memory, offload
 from clo.engine.decoder import Decoder
 from clo.engine.models import hybrid as models_hybrid
-from clo.engine.models.anatomy import decoder_layers, project_query
+from clo.engine.models.anatomy import plain_layers, project_query
 from clo.engine.models.network import Network
-from clo.engine.random_weights import checked
 from clo.errors import EngineError, SpecError
 from clo.specs import model_from_hf_config
 
@@ -132,10 +131,6 @@ class TestQwenThatSees:
             generate(model, ids, cache, attention_mask=mask)
         configs = model.config, model.config.text_config, model.config.vision_config
         assert {config._attn_implementation for config in configs} == {"sdpa"}
-
-    def test_taken_apart_it_is_refused(self) -> None:
-        with pytest.raises(SpecError, match=r"4 layers is linear: only clo\.engine\.offload takes such a model"):
-            Decoder(hybrid_that_sees(), design("clo"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -294,19 +289,11 @@ class TestMemory:
 
 class TestRefused:
     @pytest.mark.parametrize("kind", KINDS)
-    def test_by_the_decoder(self, kind: str) -> None:
-        only = r"only clo\.engine\.offload takes such a model"
-        with pytest.raises(SpecError, match=f"attention of 4 layers is linear: {only}"):
-            Decoder(hybrid_model(kind), design("clo"))
-        with pytest.raises(SpecError, match=f"a gate scales what attention gives: {only}"):
-            Decoder(hybrid_model(kind, layers=(FULL, FULL)), design("clo"))
-        with pytest.raises(SpecError, match=f"attention of 4 layers is linear: {only}"):
-            decoder_layers(hybrid_model(kind))
-
-    @pytest.mark.parametrize("name", [name for name in presets.names("models") if name.startswith("qwen3.5")])
-    def test_by_the_commands(self, name: str) -> None:
-        with pytest.raises(SpecError, match=r"simulated only, .*: only clo\.engine\.offload takes such a model, once"):
-            checked(presets.load_model(name))
+    def test_by_the_recorder(self, kind: str) -> None:
+        with pytest.raises(SpecError, match="attention of 4 layers is linear: such models cannot be recorded"):
+            plain_layers(hybrid_model(kind))
+        with pytest.raises(SpecError, match="a gate scales what attention gives: such models cannot be recorded"):
+            plain_layers(hybrid_model(kind, layers=(FULL, FULL)))
 
     @pytest.mark.parametrize(
         ("layers", "changes", "message"),
@@ -329,7 +316,7 @@ class TestRefused:
         monkeypatch.setattr(type(model.config), "model_type", "qwen9")
         with pytest.raises(SpecError, match=rf"Qwen3_5ForCausalLM: .*{LINEAR} of model_type = 'qwen9' is not known"):
             offload(model, design("clo"))
-        with pytest.raises(SpecError, match="attention of 4 layers is linear: not a Llama or Qwen-style model"):
+        with pytest.raises(SpecError, match=rf"Qwen3_5ForCausalLM: .*{LINEAR} of model_type = 'qwen9' is not known"):
             Decoder(model, design("clo"))
 
     def test_a_library_that_is_too_old(self, monkeypatch: pytest.MonkeyPatch) -> None:

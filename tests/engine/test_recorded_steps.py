@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import EVERY, ONE_OF_EACH
 from small import design, prompt, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -26,11 +27,12 @@ from clo.engine.checks import check_device
 from clo.engine.decoder import Decoder
 from clo.engine.heads import HeadProfile
 from clo.engine.kernels import Kernels
-from clo.engine.layers import DenseLayer, Layer, LayerShape, StreamedLayer
+from clo.engine.layers import DenseLayer, Layer, LayerShape, LinearLayer, StreamedLayer
 from clo.engine.layers import shape as layer_shape
 from clo.engine.make_layers import make_layers
 from clo.engine.models.network import Network
 from clo.engine.operations import Operations
+from clo.engine.random_weights import random_prompt
 from clo.engine.words import Words
 from clo.errors import SpecError
 from clo.plan import DecodePlan
@@ -188,6 +190,13 @@ def test_a_recorded_step_finds_its_tensors_where_they_were(chosen: Design, monke
     assert len(before) > 10
 
 
+def with_prompts(operations: Operations) -> Operations:
+    """Layers with linear attention have no states before."""
+    for sequence in range(2):
+        random_prompt(operations.network, 80).load_into(operations.layers, sequence)
+    return operations
+
+
 def addresses(operations: Operations) -> dict[str, int]:
     """Of every tensor that outlives a step."""
     found = {"lengths": operations.lengths.data_ptr(), "tokens": operations._tokens.data_ptr()}
@@ -201,6 +210,8 @@ def tensors(thing: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
     """All in the attributes of a layer, and in what they hold; but for the newest key and value, which are a step's."""
     if isinstance(thing, torch.Tensor):
         yield path, thing
+    elif isinstance(thing, LinearLayer):
+        yield from zip((f"{path}.conv", f"{path}.states"), thing.kept, strict=True)
     elif isinstance(thing, dict):
         for name, part in thing.items():
             yield from tensors(part, f"{path}.{name}")
@@ -211,6 +222,25 @@ def tensors(thing: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
         names = getattr(type(thing), "__slots__", None) or vars(thing)
         for name in names:
             yield from tensors(getattr(thing, name), f"{path}.{name}")
+
+
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+@pytest.mark.parametrize("name", ["clo", "resolve", "resident"])
+def test_nor_of_models_with_experts_windows_and_states(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their tensors lie where they lay, too."""
+    operations, plan = operations_of(Network(EVERY[kind]()), design(name), monkeypatch)
+    network = operations.network
+    with_prompts(operations)
+    before: dict[str, int] = {}
+    for _ in range(3):
+        operations.begin(torch.zeros(2, dtype=torch.int64))
+        with torch.inference_mode():
+            record(operations, plan)
+        now = addresses(operations)
+        assert now == (before or now)
+        before = now
+    states = [path for path in before if path.endswith("states")]
+    assert len(states) == (0 if network.spec.linear is None else len(network.spec.linear.layers))
 
 
 class TestTheSameAnswers:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from clo.engine.inline_decoder import Observed
 from clo.engine.layers import OffloadedLayer
 from clo_kernels.layout import NO_PAGE, window_start
 
@@ -38,33 +39,33 @@ class Fidelity:
         """Share of full attention's weights that lies on the tokens attended; NaN if nothing was observed."""
         return self._mass / self._heads if self._heads else math.nan
 
-    def __call__(
-        self, index: int, layer: OffloadedLayer, query: torch.Tensor, attended: torch.Tensor, lengths: torch.Tensor
-    ) -> None:
+    def __call__(self, observed: Observed) -> None:
         """Called after each attention, layers in order."""
-        self._step += index <= self._last
-        self._last = index
-        if (self._step + index) % self.every:
+        self._step += observed.number <= self._last
+        self._last = observed.number
+        if (self._step + observed.number) % self.every:
             return
-        for sequence, length in enumerate(lengths.tolist()):
-            error, mass = against_full(layer, sequence, length, query[sequence], attended[sequence])
+        for sequence in range(len(observed.lengths)):
+            error, mass = against_full(observed, sequence)
             self._error += float(error.sum())
             self._mass += float(mass.sum())
             self._heads += len(error)
 
 
-def against_full(
-    layer: OffloadedLayer, sequence: int, length: int, query: torch.Tensor, attended: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Relative output error and attention mass recalled `[query_heads]`, of `query` and `attended` of that shape by
-    `head_dim`, against full attention over all `length` tokens."""
+def against_full(observed: Observed, sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Relative output error and attention mass recalled `[query_heads]` of one sequence, against full attention over
+    all its tokens. Of mass only what lies on tokens counts, not the sinks' own."""
+    layer, length = observed.layer, int(observed.lengths[sequence])
     keys, values = whole_cache(layer, sequence, length).double().unbind(1)
     heads, _, size = keys.shape
-    grouped, out = query.double().view(heads, -1, size), attended.double().view(heads, -1, size)
-    weights = (grouped @ keys.transpose(1, 2) * layer.shape.scale).softmax(-1)
+    query, out = (each[sequence].double().view(heads, -1, size) for each in (observed.query, observed.attended))
+    logits = query @ keys.transpose(1, 2) * layer.shape.scale
+    if observed.sink_logits is not None:
+        logits = torch.cat([logits, observed.sink_logits.double().view(heads, -1, 1)], -1)
+    weights = logits.softmax(-1)[..., :length]
     full = weights @ values
     error = (out - full).norm(dim=-1) / full.norm(dim=-1)
-    mass = (weights * attended_tokens(layer, sequence, length)[:, None]).sum(-1)
+    mass = (weights * attended_tokens(layer, sequence, length)[:, None]).sum(-1) / weights.sum(-1)
     return error.flatten(), mass.flatten()
 
 

@@ -20,25 +20,21 @@ def text_decoder(model: Any) -> Any:
     return getattr(decoder, "language_model", None) if model.config.model_type in IN_ANOTHER else decoder
 
 
-def decoder_layers(model: Any, *, whole: bool = False) -> list[Any]:
-    """The decoder layers, checked to be built as the recorder needs. Raises `SpecError` naming the missing part.
+def decoder_layers(model: Any) -> list[Any]:
+    """The decoder layers, checked to attend as Llama's or Qwen's. Raises `SpecError` naming the missing part.
 
-    Layers that stay `whole`, as their library runs them, may norm behind attention only, and attention may have sinks,
-    or be linear.
+    Layers may norm behind attention only, attention may have sinks, a gate or a window, or be linear.
     """
     layers = list(getattr(text_decoder(model), "layers", []))
     if not layers:
         raise SpecError(f"model {type(model).__name__}: no decoder layers at model.layers")
-    if not whole:
-        _check_taken_apart(model, layers)
     softmax = attending(layers)
     for part in ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj"):
         for layer in softmax:
-            if not (has_part(layer, part) or (whole and part == "input_layernorm" and _norms_behind(layer))):
+            if not (has_part(layer, part) or (part == "input_layernorm" and norms_behind(layer))):
                 raise SpecError(f"model {type(model).__name__}: layers lack {part}: not a Llama or Qwen-style model")
     for layer in softmax:
-        weights = (name for name, _ in layer.self_attn.named_parameters(recurse=False))
-        own = ", ".join(name for name in weights if not (whole and name == SINKS))
+        own = ", ".join(name for name, _ in layer.self_attn.named_parameters(recurse=False) if name != SINKS)
         if own:
             raise SpecError(
                 f"model {type(model).__name__}: attention has weights of its own ({own}): not a Llama or Qwen-style "
@@ -47,25 +43,23 @@ def decoder_layers(model: Any, *, whole: bool = False) -> list[Any]:
     return layers
 
 
-def _check_taken_apart(model: Any, layers: list[Any]) -> None:
-    """Raises `SpecError` for what stays whole."""
-    linear = len(layers) - len(attending(layers))
-    if linear:
-        known = text_decoder(model).config.model_type in WITH_LINEAR
-        raise SpecError(
-            f"model {type(model).__name__}: attention of {linear} layers is linear: "
-            + ("only clo.engine.offload takes such a model" if known else "not a Llama or Qwen-style model")
-        )
-    if not hasattr(model.model, "layers"):
-        raise SpecError(
-            f"model {type(model).__name__}: its text decoder lies in another model: only clo.engine.offload takes such "
-            "a model"
-        )
-    if any(has_gate(layer.self_attn) for layer in layers if has_part(layer, "self_attn")):
-        raise SpecError(
-            f"model {type(model).__name__}: a gate scales what attention gives: only clo.engine.offload takes such a "
-            "model"
-        )
+def plain_layers(model: Any) -> list[Any]:
+    """The same of a model all of whose layers attend to the whole context, and to nothing else (as Llama's).
+
+    Raises `SpecError` for linear attention, gates, sinks, norms behind attention only, and decoders within a model.
+    """
+    layers, name = decoder_layers(model), f"model {type(model).__name__}"
+    if linear := len(layers) - len(attending(layers)):
+        raise SpecError(f"{name}: attention of {linear} layers is linear: such models cannot be recorded")
+    beyond = {
+        "its text decoder lies in another model": text_decoder(model) is not model.model,
+        "a gate scales what attention gives": any(has_gate(layer.self_attn) for layer in layers),
+        "its attention has sinks": any(has_part(layer.self_attn, SINKS) for layer in layers),
+        "its layers norm behind attention only": not all(has_part(layer, "input_layernorm") for layer in layers),
+    }
+    if problem := next((what for what, is_so in beyond.items() if is_so), ""):
+        raise SpecError(f"{name}: {problem}: such models cannot be recorded")
+    return layers
 
 
 def attending(layers: list[Any]) -> list[Any]:
@@ -85,8 +79,8 @@ def has_part(module: Any, path: str) -> bool:
     return module is not None
 
 
-def _norms_behind(layer: Any) -> bool:
-    """Whether attention reads the hidden state as it is, and what it gives is normed (OLMo 2 and 3)."""
+def norms_behind(layer: Any) -> bool:
+    """Whether what attention and MLP give is normed: of Gemma's layers beside what they read, of OLMo's instead."""
     return has_part(layer, "post_attention_layernorm") and has_part(layer, "post_feedforward_layernorm")
 
 

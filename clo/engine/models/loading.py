@@ -15,8 +15,9 @@ from clo.errors import NotFoundError
 HUB_PATIENCE_S = 5.0
 
 
-def load_model(model: str | Path, *, attention: str = "sdpa") -> tuple[Any, Any]:
-    """A float32 `transformers` model and its tokenizer; `attention` is a name in the library's attention registry.
+def load_model(model: str | Path, *, attention: str | None = None) -> tuple[Any, Any]:
+    """A float32 `transformers` model and its tokenizer; `attention` is a name in the library's attention registry, none
+    the library's choice (SDPA, "eager" where a model's attention has sinks).
 
     Raises `NotFoundError` if there is no such folder or hub model, or the `models` extra is not installed.
     """

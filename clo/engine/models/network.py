@@ -1,14 +1,14 @@
 """A loaded `transformers` decoder taken apart into the operations of the schedule. Knows nothing about KV caches.
 
-Works for models built like Llama, Qwen2, Qwen3 and Mistral: separate projections, grouped heads, rotary positions, a
-gated MLP. Each operation runs the model's own modules.
+Works for models built like Llama, Mistral and Qwen: separate projections, grouped heads, rotary positions, a gated MLP
+or experts; for Gemma 3, gpt-oss and OLMo, and for Qwen's hybrids. Each operation runs the model's own modules.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,10 +19,12 @@ from clo.engine.models.anatomy import (
     has_gate,
     has_part,
     in_heads,
+    norms_behind,
     project_query,
     text_decoder,
 )
 from clo.engine.models.hybrid import linear_of
+from clo.engine.models.mlp import Mlp
 from clo.engine.models.windows import windows_of
 from clo.errors import SpecError
 from clo.specs import ModelSpec
@@ -32,22 +34,31 @@ Rotation = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of the positions of a step, as the model's rotary embedding gives them."""
 
 
+class Asked(NamedTuple):
+    """Query, key and value `[batch, heads, 1, head_dim]`; the gate of what attention gives `[batch, 1, query_heads *
+    head_dim]`, if it has one."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    gate: torch.Tensor | None = None
+
+
 class Network:
     """The weights of a decoder, operation by operation. Hidden states are `[batch, 1, hidden_size]`.
 
-    Of one that stays `whole`, as its library runs it, the queries only are of use, whatever follows attention; some of
-    its layers may have a sliding window, or linear attention and so no queries, and its attention may have sinks.
+    Some of its layers may have a sliding window, or linear attention and so no queries; attention may have sinks, and
+    a gate. Of one that stays `whole`, as its library runs it, the queries only are of use, whatever follows attention.
     """
 
     def __init__(self, model: Any, name: str = "", *, whole: bool = False) -> None:
         self.model = model
-        self.layers = decoder_layers(model, whole=whole)
+        self.layers = decoder_layers(model)
         self.decoder = text_decoder(model)
-        if not whole:
-            _check_mlp(model, self.layers)
         self.attentions = [layer.self_attn for layer in attending(self.layers)]
         _check_attention(model, self.attentions)
         self.spec = spec_of(model, name)
+        self._mlps = [] if whole else _taken_apart(model, self.layers, self.spec)
         first = self.attentions[0]
         self.scale = float(first.scaling)
         self.dtype: torch.dtype = first.q_proj.weight.dtype
@@ -55,8 +66,6 @@ class Network:
         self._rotate = sys.modules[type(first).__module__].apply_rotary_pos_emb
         rotary = getattr(self.decoder, "rotary_emb", None)
         self._rotates_by_kind = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
-        if not whole:
-            _check_alike(model, self.spec, self._rotates_by_kind)
 
     @property
     def addresses(self) -> tuple[int, ...]:
@@ -68,15 +77,28 @@ class Network:
         hidden: torch.Tensor = self.decoder.embed_tokens(tokens[:, None])
         return hidden
 
-    def rotation(self, hidden: torch.Tensor, positions: torch.Tensor) -> Rotation:
-        """For the new token's position in each sequence, `[batch]`."""
-        rotation: Rotation = self.decoder.rotary_emb(hidden, positions[:, None])
-        return rotation
+    def rotations(self, hidden: torch.Tensor, positions: torch.Tensor) -> list[Rotation]:
+        """For the new token's position in each sequence, `[batch]`, of every layer: kinds of layers may differ."""
+        if not self._rotates_by_kind:
+            return [self.decoder.rotary_emb(hidden, positions[:, None])] * len(self.layers)
+        kinds = self.decoder.config.layer_types
+        of_kind = {kind: self.decoder.rotary_emb(hidden, positions[:, None], kind) for kind in set(kinds)}
+        return [of_kind[kind] for kind in kinds]
 
     @property
     def has_sinks(self) -> bool:
         """Whether attention has a logit of its own that takes a share of the softmax."""
         return hasattr(self.attentions[0], SINKS)
+
+    @property
+    def experts_by(self) -> str | None:
+        """How the library runs experts ("eager": one after the other), if there are any."""
+        mixed = any(mlp.has_experts for mlp in self._mlps)
+        return getattr(self.decoder.config, "_experts_implementation", None) if mixed else None
+
+    def sink_logits(self, layer: int) -> torch.Tensor | None:
+        """Those logits, `[query_heads]`, if there are any."""
+        return getattr(self.layers[layer].self_attn, SINKS, None)
 
     def rotation_for(self, target: int, layer: int, given: Rotation, hidden: Any, positions: torch.Tensor) -> Rotation:
         """What layer `target` rotates by where `layer` is `given` its own: another, where kinds of layers differ in it.
@@ -93,18 +115,20 @@ class Network:
 
     def input_norm(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """Before attention."""
-        normed: torch.Tensor = self.layers[layer].input_layernorm(hidden)
-        return normed
+        return self._normed(layer, "input_layernorm", hidden)
 
-    def qkv(self, layer: int, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query, key and value before rotation, `[batch, heads, 1, head_dim]`."""
+    def qkv(self, layer: int, normed: torch.Tensor) -> Asked:
+        """What the layer asks for and leaves, before rotation."""
         attention = self.layers[layer].self_attn
-        head_dim = attention.head_dim
-        query, key, value = (
+        head_dim, queries, gate = attention.head_dim, attention.q_proj(normed), None
+        if has_gate(attention):
+            queries, gate = (part.flatten(-2) for part in queries.unflatten(-1, (-1, 2, head_dim)).unbind(-2))
+        query = in_heads(queries, getattr(attention, "q_norm", None), head_dim)
+        key, value = (
             in_heads(getattr(attention, f"{name}_proj")(normed), getattr(attention, f"{name}_norm", None), head_dim)
-            for name in "qkv"
+            for name in "kv"
         )
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return Asked(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), gate)
 
     def rotate(self, query: torch.Tensor, key: torch.Tensor, rotation: Rotation) -> Rotation:
         """Rotary positions into query and key."""
@@ -116,30 +140,35 @@ class Network:
         query: torch.Tensor = project_query(self.layers[layer], hidden, rotation)[:, :, 0]
         return query.contiguous()
 
+    def output_gate(self, attended: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        """As much of what attention gives, `[batch, query_heads, head_dim]`, as the gate says; all of it without."""
+        return attended if gate is None else attended * torch.sigmoid(gate[:, 0].view_as(attended))
+
     def out_proj(self, layer: int, attended: torch.Tensor) -> torch.Tensor:
         """Attention's contribution to the hidden state, from `[batch, query_heads, head_dim]`."""
         projected: torch.Tensor = self.layers[layer].self_attn.o_proj(attended.flatten(1)[:, None])
-        return projected
+        return self._normed_behind(layer, "post_attention_layernorm", projected)
+
+    def linear_attention(self, layer: int, normed: torch.Tensor, states: Any) -> torch.Tensor:
+        """The contribution of a layer with linear attention, all of it: projections, states, gate.
+
+        `states`: the library's cache, which has those of the batch.
+        """
+        given: torch.Tensor = self.layers[layer].linear_attn(normed, cache_params=states)
+        return given
 
     def post_norm(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """Before the MLP."""
-        normed: torch.Tensor = self.layers[layer].post_attention_layernorm(hidden)
-        return normed
+        behind = norms_behind(self.layers[layer])
+        return self._normed(layer, "pre_feedforward_layernorm" if behind else "post_attention_layernorm", hidden)
 
-    def gate_up_proj(self, layer: int, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The MLP's gate and what it gates."""
-        mlp = self.layers[layer].mlp
-        return mlp.gate_proj(normed), mlp.up_proj(normed)
+    def mlp(self, layer: int) -> Mlp:
+        """What follows attention; of a model that is taken apart."""
+        return self._mlps[layer]
 
-    def activation(self, layer: int, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Gated activation."""
-        activated: torch.Tensor = self.layers[layer].mlp.act_fn(gate) * up
-        return activated
-
-    def down_proj(self, layer: int, activated: torch.Tensor) -> torch.Tensor:
-        """The MLP's contribution to the hidden state."""
-        projected: torch.Tensor = self.layers[layer].mlp.down_proj(activated)
-        return projected
+    def of_mlp(self, layer: int, given: torch.Tensor) -> torch.Tensor:
+        """The contribution to the hidden state of all that the MLP gives."""
+        return self._normed_behind(layer, "post_feedforward_layernorm", given)
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """After the last layer."""
@@ -151,10 +180,24 @@ class Network:
         logits: torch.Tensor = self.model.lm_head(normed)[:, 0]
         return logits
 
+    def after_attention(self, layer: int, hidden: torch.Tensor, contribution: torch.Tensor) -> torch.Tensor:
+        """The hidden state behind a layer whose attention contributes this to it."""
+        hidden = hidden + contribution
+        return hidden + self.of_mlp(layer, self._mlps[layer].all(self.post_norm(layer, hidden)))
+
+    def _normed(self, layer: int, norm: str, hidden: torch.Tensor) -> torch.Tensor:
+        """As it is, where a layer norms behind its parts only."""
+        module = getattr(self.layers[layer], norm, None)
+        return hidden if module is None else module(hidden)
+
+    def _normed_behind(self, layer: int, norm: str, given: torch.Tensor) -> torch.Tensor:
+        block = self.layers[layer]
+        return getattr(block, norm)(given) if norms_behind(block) else given
+
 
 def spec_of(model: Any, name: str = "") -> ModelSpec:
     """The `ModelSpec` of a loaded model. Raises `SpecError` for a model that is built differently."""
-    layers, config = decoder_layers(model, whole=True), text_decoder(model).config
+    layers, config = decoder_layers(model), text_decoder(model).config
     linear = linear_of(model, layers, config)
     attention = attending(layers)[0].self_attn
     head_dim, weight = int(attention.head_dim), attention.q_proj.weight
@@ -181,13 +224,19 @@ def spec_of(model: Any, name: str = "") -> ModelSpec:
     )
 
 
-def _check_mlp(model: Any, layers: list[Any]) -> None:
-    for part in ("post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.v_proj"):
+def _taken_apart(model: Any, layers: list[Any], spec: ModelSpec) -> list[Mlp]:
+    """What follows attention in each layer. Raises `SpecError` for layers that are not what `spec` says."""
+    name = type(model).__name__
+    for part in ("post_attention_layernorm", "mlp"):
         if not all(has_part(layer, part) for layer in layers):
             raise SpecError(
-                f"model {type(model).__name__}: layers lack {part}: not a Llama or Qwen-style model: "
-                "clo.engine.offload leaves it whole"
+                f"model {name}: layers lack {part}: not a Llama or Qwen-style model: clo.engine.offload leaves it whole"
             )
+    mlps = [Mlp(layer.mlp, name) for layer in layers]
+    for layer, mlp in enumerate(mlps):
+        if mlp.has_experts != (spec.experts_in(layer) is not None) or mlp.is_gated != bool(spec.mlp_width(layer)):
+            raise SpecError(f"model {name}: experts of layer {layer} are not what its config says")
+    return mlps
 
 
 def _check_attention(model: Any, attentions: list[Any]) -> None:
@@ -203,18 +252,4 @@ def _check_attention(model: Any, attentions: list[Any]) -> None:
     if len(scales) > 1:
         raise SpecError(
             f"model {type(model).__name__}: layers scale attention differently ({sorted(scales)}): not supported"
-        )
-
-
-def _check_alike(model: Any, spec: ModelSpec, rotates_by_kind: bool) -> None:
-    """Layers that are taken apart must all do the same."""
-    if rotates_by_kind and not spec.windowed_layers:
-        raise SpecError(
-            f"model {type(model).__name__}: kinds of layers rotate differently: only clo.engine.offload takes such a "
-            "model"
-        )
-    if spec.windowed_layers:
-        raise SpecError(
-            f"model {type(model).__name__}: attention of {len(spec.windowed_layers)} layers is limited to a sliding "
-            f"window of {spec.window_tokens} tokens: only clo.engine.offload takes such a model"
         )

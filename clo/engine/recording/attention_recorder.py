@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from clo.engine.models.anatomy import decoder_layers, project_query
+from clo.engine.models.anatomy import plain_layers, project_query
 from clo.engine.recording.page_scores import PageIndex, attention_mass, page_sums
 from clo.engine.recording.settings import RecordSettings
 from clo.errors import SpecError
@@ -47,7 +47,7 @@ class AttentionRecorder:
 
     def __init__(self, model: Any, settings: RecordSettings) -> None:
         self.settings = settings
-        self._layers = decoder_layers(model)
+        self._layers = plain_layers(model)
         if max(settings.lookaheads, default=0) >= len(self._layers):
             raise SpecError(f"record.lookaheads = {settings.lookaheads}: the model has only {len(self._layers)} layers")
         attention = self._layers[0].self_attn

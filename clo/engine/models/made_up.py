@@ -1,0 +1,77 @@
+"""Which kind of `transformers` model has a shape, and the fields of its config. Knows nothing about weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clo.errors import SpecError
+from clo.specs import ExpertsSpec, ModelSpec
+from clo.specs.hf_attention import LINEAR, WINDOWED
+
+FULL = "full_attention"
+
+
+def library_kind(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
+    """The library's name of a kind of model built as `spec` says, and those fields of its config that others have not.
+
+    Raises `SpecError` where the decoder, or the library, has none.
+    """
+    experts, own = spec.experts, {}
+    if spec.latent is not None or spec.indexer is not None:
+        what = "latent attention" if spec.latent is not None else "a model's own indexer"
+        raise SpecError(f"model {spec.name}: {what} is simulated only: the real decoder has none")
+    if spec.linear is not None or spec.gated_attention:
+        return "Qwen3Next", _hybrid(spec)
+    if spec.windowed_layers:
+        own = {"sliding_window": spec.window_tokens, "layer_types": _kinds(spec, spec.windowed_layers, WINDOWED)}
+        if experts is None:
+            return "Qwen3", own | {"use_sliding_window": True}
+        if experts.shared_intermediate_size or experts.dense_layers:
+            raise SpecError(
+                f"model {spec.name}: windows together with a shared expert, or with layers without experts, are "
+                "simulated only: no such model of the library is known here"
+            )
+        routed = {"num_local_experts": experts.num_experts, "intermediate_size": experts.intermediate_size}
+        return "GptOss", own | routed | {"num_experts_per_tok": experts.experts_per_token}
+    if experts is None:
+        # a Llama's hidden size must be a multiple of its query heads
+        return ("Qwen3" if spec.hidden_size % spec.num_query_heads else "Llama"), own
+    return ("Qwen2Moe" if experts.shared_intermediate_size else "Qwen3Moe"), _mixture(experts)
+
+
+def _mixture(experts: ExpertsSpec) -> dict[str, Any]:
+    shared = experts.shared_intermediate_size
+    return {
+        "num_experts": experts.num_experts,
+        "num_experts_per_tok": experts.experts_per_token,
+        "moe_intermediate_size": experts.intermediate_size,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(range(experts.dense_layers)),
+    } | ({"shared_expert_intermediate_size": shared} if shared else {})
+
+
+def _hybrid(spec: ModelSpec) -> dict[str, Any]:
+    linear, experts = spec.linear, spec.experts
+    if not spec.gated_attention or (experts is not None and not experts.shared_intermediate_size):
+        raise SpecError(
+            f"model {spec.name}: linear attention without a gate in the other layers, or with experts none of which is "
+            "shared, is simulated only: no such model of the library is known here"
+        )
+    states = (
+        {}
+        if linear is None
+        else {
+            "linear_num_key_heads": linear.num_key_heads,
+            "linear_num_value_heads": linear.num_value_heads,
+            "linear_key_head_dim": linear.key_dim,
+            "linear_value_head_dim": linear.value_dim,
+            "linear_conv_kernel_dim": linear.conv_tokens,
+        }
+    )
+    kinds = _kinds(spec, () if linear is None else linear.layers, LINEAR)
+    routed = {"num_experts": 0, "mlp_only_layers": []} if experts is None else _mixture(experts)
+    return {"layer_types": kinds} | states | routed
+
+
+def _kinds(spec: ModelSpec, others: tuple[int, ...], name: str) -> list[str]:
+    return [name if layer in others else FULL for layer in range(spec.num_layers)]
