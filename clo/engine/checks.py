@@ -47,13 +47,12 @@ def check_device(design: Design, heads: HeadProfile, device: torch.device) -> No
         raise SpecError("heads.refresh_rate: a recorded graph cannot ask the host's clock: choose design.sync = events")
 
 
-def check_recordable(design: Design, experts_by: str | None, device: torch.device) -> None:
-    """Raise `SpecError` where a step would be recorded whose experts are called one by one, for which the host must
-    know which were chosen."""
-    if device.type == "cuda" and design.sync is Sync.GRAPH and experts_by == "eager":
+def check_recordable(design: Design, host_sees_experts: bool, device: torch.device) -> None:
+    """Raise `SpecError` where a step would be recorded in which the host must know what was computed."""
+    if device.type == "cuda" and design.sync is Sync.GRAPH and host_sees_experts:
         raise SpecError(
-            "design.sync = graph: experts called one by one cannot be recorded: load the model with "
-            'experts_implementation="grouped_mm" (or batched_mm), or choose sync = events'
+            "design.sync = graph: experts that are called one by one cannot be recorded: load the model in bfloat16 "
+            'with experts_implementation="grouped_mm", or with "batched_mm", or choose sync = events'
         )
 
 

@@ -148,7 +148,7 @@ class Decoder:
         self._prefills += 1
         check_taken_apart(self.network)
         check_device(self.design, self.heads, self.network.device)
-        check_recordable(self.design, self.network.experts_by, self.network.device)
+        check_recordable(self.design, self.network.host_sees_experts, self.network.device)
         for prompt in prompts:
             if not isinstance(prompt, Prompt):
                 check_tokens(prompt, "prompt", self.network.spec.vocab_size)

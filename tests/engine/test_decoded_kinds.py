@@ -412,16 +412,27 @@ class TestRefused:
             Network(model)
 
     def test_a_graph_of_experts_called_one_by_one(self) -> None:
-        network = Network(small_model("Qwen3Moe"))
-        assert network.experts_by is not None
-        assert Network(small_model()).experts_by is None
-        network.model.config._experts_implementation = "eager"
         recorded, cuda = design("clo"), torch.device("cuda")
-        with pytest.raises(SpecError, match="experts called one by one cannot be recorded: load the model with"):
-            check_recordable(recorded, network.experts_by, cuda)
-        check_recordable(recorded, network.experts_by, torch.device("cpu"))
-        check_recordable(recorded, "grouped_mm", cuda)
-        check_recordable(design("clo", sync="events"), "eager", cuda)
+        with pytest.raises(SpecError, match=r"one by one cannot be recorded: load the model in bfloat16 .*batched_mm"):
+            check_recordable(recorded, True, cuda)
+        check_recordable(recorded, False, cuda)
+        check_recordable(recorded, True, torch.device("cpu"))
+        check_recordable(design("clo", sync="events"), True, cuda)
+
+    @pytest.mark.parametrize(
+        ("dtype", "how", "seen"),
+        [
+            (torch.bfloat16, "eager", True),
+            (torch.bfloat16, "grouped_mm", False),
+            (torch.float32, "grouped_mm", True),
+            (torch.float32, "batched_mm", False),
+        ],
+    )
+    def test_whose_host_must_know_what_was_chosen(self, dtype: torch.dtype, how: str, seen: bool) -> None:
+        for kind in ("Qwen3Moe", "llama"):
+            model = small_model(kind, dtype=dtype)
+            model.config._experts_implementation = how
+            assert Network(model).host_sees_experts == (seen and kind != "llama")
 
 
 class TestCommands:

@@ -175,6 +175,29 @@ def test_a_recorded_step_reads_nothing_on_the_host(chosen: Design, monkeypatch: 
     assert all(step == steps[0] for step in steps)
 
 
+@pytest.mark.usefixtures("device_of_its_own")
+@pytest.mark.parametrize("kind", EVERY)
+def test_nor_of_models_with_experts_windows_and_states(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts of bf16 in one product: in others torch loops over them on the host."""
+    network = Network(EVERY[kind](dtype=torch.bfloat16).to("meta"))
+    operations, plan = operations_of(network, design("clo"), monkeypatch)
+    assert not network.host_sees_experts
+    linear = network.spec.linear
+    for layer in (one for one in operations.layers if isinstance(one, LinearLayer)):
+        assert linear is not None
+        sizes = (linear.conv_width, linear.conv_tokens), (linear.num_value_heads, linear.key_dim, linear.value_dim)
+        for sequence in range(2):
+            layer.load(sequence, *(torch.zeros(size, device="meta") for size in sizes))
+    steps = []
+    for _ in range(6):
+        operations.begin(torch.zeros(2, dtype=torch.int64, device="meta"))
+        with torch.inference_mode(), NothingRead() as read:
+            record(operations, plan)
+        steps.append(read.done)
+    assert len(steps[0]) > 100
+    assert all(step == steps[0] for step in steps)
+
+
 @pytest.mark.parametrize("chosen", named)
 def test_a_recorded_step_finds_its_tensors_where_they_were(chosen: Design, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a step reads that another has written lies where it lay."""
@@ -188,6 +211,24 @@ def test_a_recorded_step_finds_its_tensors_where_they_were(chosen: Design, monke
         assert now == (before or now)
         before = now
     assert len(before) > 10
+
+
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+@pytest.mark.parametrize("name", ["clo", "resolve", "resident"])
+def test_so_do_those_of_other_kinds(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    operations, plan = operations_of(Network(EVERY[kind]()), design(name), monkeypatch)
+    network = operations.network
+    with_prompts(operations)
+    before: dict[str, int] = {}
+    for _ in range(3):
+        operations.begin(torch.zeros(2, dtype=torch.int64))
+        with torch.inference_mode():
+            record(operations, plan)
+        now = addresses(operations)
+        assert now == (before or now)
+        before = now
+    states = [path for path in before if path.endswith("states")]
+    assert len(states) == (0 if network.spec.linear is None else len(network.spec.linear.layers))
 
 
 def with_prompts(operations: Operations) -> Operations:
@@ -222,25 +263,6 @@ def tensors(thing: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
         names = getattr(type(thing), "__slots__", None) or vars(thing)
         for name in names:
             yield from tensors(getattr(thing, name), f"{path}.{name}")
-
-
-@pytest.mark.parametrize("kind", ONE_OF_EACH)
-@pytest.mark.parametrize("name", ["clo", "resolve", "resident"])
-def test_nor_of_models_with_experts_windows_and_states(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their tensors lie where they lay, too."""
-    operations, plan = operations_of(Network(EVERY[kind]()), design(name), monkeypatch)
-    network = operations.network
-    with_prompts(operations)
-    before: dict[str, int] = {}
-    for _ in range(3):
-        operations.begin(torch.zeros(2, dtype=torch.int64))
-        with torch.inference_mode():
-            record(operations, plan)
-        now = addresses(operations)
-        assert now == (before or now)
-        before = now
-    states = [path for path in before if path.endswith("states")]
-    assert len(states) == (0 if network.spec.linear is None else len(network.spec.linear.layers))
 
 
 class TestTheSameAnswers:

@@ -91,10 +91,12 @@ class Network:
         return hasattr(self.attentions[0], SINKS)
 
     @property
-    def experts_by(self) -> str | None:
-        """How the library runs experts ("eager": one after the other), if there are any."""
-        mixed = any(mlp.has_experts for mlp in self._mlps)
-        return getattr(self.decoder.config, "_experts_implementation", None) if mixed else None
+    def host_sees_experts(self) -> bool:
+        """Whether a CUDA device's host must know which experts were chosen: where they are called one after the other
+        ("eager"), or in one grouped product of other values than bf16, which torch loops over."""
+        by = getattr(self.decoder.config, "_experts_implementation", None)
+        loops = by == "eager" or (by == "grouped_mm" and self.dtype is not torch.bfloat16)
+        return loops and any(mlp.has_experts for mlp in self._mlps)
 
     def sink_logits(self, layer: int) -> torch.Tensor | None:
         """Those logits, `[query_heads]`, if there are any."""
