@@ -29,6 +29,7 @@ from clo.schedule.work import (
     Bookkeeping,
     Copy,
     DecodeAttention,
+    Experts,
     Gemm,
     HostAction,
     HostGather,
@@ -48,6 +49,11 @@ GEMM_ROWS = (1, 2, 3, 4, 6, 8)
 """Rows of a GEMM at which its time per weight is a coefficient of its own: libraries work in tiles of rows, so that
 time grows in steps. Linear in between.
 """
+
+
+AS_WELL = {"qkv_proj:predicting": "qkv_proj:alone"}
+"""Entries that another may stand for: where layers with keys and values lie far apart, only some depths of prefetching
+predict in one of them. What a prediction adds are weights."""
 
 
 class OperationCost(Cost):
@@ -129,7 +135,7 @@ def price_key(name: str, work: Work, plan: DecodePlan) -> str:
     """The entry of a profile: operations of one name that run different code are told apart."""
     design = plan.design
     if isinstance(work, DecodeAttention):
-        return f"{name}:{'dense' if work.kv_tokens == plan.workload.context_tokens else 'sparse'}"
+        return f"{name}:{'dense' if _attends_all_it_keeps(work, plan) else 'sparse'}"
     if name == "score_pages":
         return f"{name}:{design.selector}"
     if name == "select_pages":
@@ -137,12 +143,26 @@ def price_key(name: str, work: Work, plan: DecodePlan) -> str:
         return f"{name}:{design.cache}{':replace' if design.replaces_sets else ''}"
     if name == "resolve_pages":
         return f"{name}:{'replace' if design.replaces_sets else 'diff'}"
-    if name == "qkv_proj" and isinstance(work, Gemm):
-        return f"{name}:{'predicting' if work.n > plan.model.qkv_width else 'alone'}"
+    if name in ("qkv_proj", "linear_proj") and isinstance(work, Gemm):
+        return f"{name}:{'predicting' if work.n > _width_alone(name, plan.model) else 'alone'}"
     if name == "append_kv":
         stores = isinstance(work, StreamKernel) and isinstance(work.host_store_bytes, Amount)
         return f"{name}:{'stores' if stores else _where_tokens_go(design)}"
     return name
+
+
+def _attends_all_it_keeps(work: DecodeAttention, plan: DecodePlan) -> bool:
+    """A dense layer attends to the context, one with a window to that, by the same code."""
+    in_window = work.kv_tokens == plan.model.window_tokens and work.kv_tokens != plan.attended_tokens
+    return in_window or work.kv_tokens == plan.workload.context_tokens
+
+
+def _width_alone(name: str, model: ModelSpec) -> int:
+    """Outputs of a layer's first projection that predicts nothing."""
+    if name == "qkv_proj":
+        return model.qkv_width
+    assert model.linear is not None
+    return model.projections_in(model.linear.layers[0])[0].n
 
 
 def _where_tokens_go(design: Design) -> str:
@@ -169,6 +189,10 @@ def _features_of(work: Work, plan: DecodePlan) -> dict[str, Quantity]:
     features: dict[str, Quantity] = {"calls": 1.0}
     if isinstance(work, Gemm):
         return _gemm_features(work)
+    if isinstance(work, Experts):
+        # tokens times experts, each a product with all of an expert's weights
+        passes = work.num_used * work.rows
+        return features | {"weights": work.weight_values, "products": work.weight_values * work.rows, "rows": passes}
     if isinstance(work, DecodeAttention):
         rows = float(work.batch * work.num_kv_heads)
         return features | {
@@ -287,7 +311,8 @@ class OperationPricer:
 
     def _cost(self, work: Work, name: str) -> OperationCost:
         key = price_key(name, work, self.plan)
-        cost = self.profile.operations.get(key)
+        operations = self.profile.operations
+        cost = operations.get(key) or operations.get(AS_WELL.get(key, ""))
         if cost is None:
             raise ProfileError(
                 f"profile {self.profile.name}: operation {key} was never timed: calibrate with a design that uses it"

@@ -87,7 +87,7 @@ class AttentionTrace:
     ) -> AttentionTrace:
         """Check plain arrays against the header and code them. Shapes as the properties of the same names.
 
-        Approximate queries and pages of layers below `lookahead_first_layer` are ignored. Raises `TraceError` for a
+        Approximate queries and pages of layers below `header.first_predicted` are ignored. Raises `TraceError` for a
         shape that disagrees with the header, values that are not finite, or page ids out of range or repeated.
         """
         plain = {
@@ -134,10 +134,6 @@ class AttentionTrace:
     def num_candidate_pages(self, step: int) -> int:
         """Pages a head may choose from at `step`: 1 to this number."""
         return self.header.num_candidate_pages(step)
-
-    def lookahead_first_layer(self, distance: int) -> int:
-        """First layer that has an approximate query from `distance` layers below; zeros are stored before it."""
-        return distance
 
     @cached_property
     def queries(self) -> FloatArray:
@@ -193,7 +189,7 @@ class AttentionTrace:
 
     def _lookahead(self, distance: int) -> FloatArray:
         queries = trace_file.from_codes(self._codes[distance], self.members["query_scale"])
-        queries[:, : self.lookahead_first_layer(distance)] = 0.0
+        queries[:, : self.header.first_predicted(distance)] = 0.0
         return queries
 
     def _coded_list(self, name: str) -> NDArray[Any]:
@@ -218,7 +214,7 @@ class AttentionTrace:
         code = self._coded_list(page_member(selector, distance))
         lists = trace_file.decode_lists(code, real.reshape(-1, real.shape[-1]), self.header.universe)
         pages = padded(self.header, lists)
-        pages[:, : self.lookahead_first_layer(distance)] = NO_PAGE
+        pages[:, : self.header.first_predicted(distance)] = NO_PAGE
         return pages
 
     def _check_members(self) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,15 @@ Lists = NDArray[Any]
 AnyArray = NDArray[Any]
 
 
-def query_scale(queries: AnyArray, approximate: Mapping[int, AnyArray]) -> NDArray[np.float16]:
-    """One scale per vector, float16 [steps, layers, heads], shared by the real and the approximate queries."""
+def query_scale(queries: AnyArray, approximate: Sequence[tuple[int, AnyArray]]) -> NDArray[np.float16]:
+    """One scale per vector, float16 [steps, layers, heads], shared by the real and the approximate queries.
+
+    Of these with the first layer that has any.
+    """
     rms = _rms(queries)
     peak = np.abs(queries).max(-1)
-    for distance, lookahead in approximate.items():
-        rms[:, distance:] = np.minimum(rms[:, distance:], _rms(lookahead[:, distance:]))
+    for first, lookahead in approximate:
+        rms[:, first:] = np.minimum(rms[:, first:], _rms(lookahead[:, first:]))
         peak = np.maximum(peak, np.abs(lookahead).max(-1))
     # half a step of slack, so that rounding the scale to float16 cannot push a code to 128
     scale = np.maximum(rms * STEP_PER_RMS, peak / 126.5)

@@ -49,6 +49,10 @@ class TraceHeader(Spec):
     recorded_at: str = Field(description="ISO date")
     versions: dict[str, str]
     query_encoding: str = QUERY_ENCODING
+    recorded_layers: tuple[NonNegativeInt, ...] = Field(
+        default=(), description="which of the model's layers, where others have a window or linear attention; none: all"
+    )
+    model_layers: PositiveInt | None = Field(default=None, description="layers of the model; none: those recorded")
 
     @model_validator(mode="after")
     def _consistent(self) -> TraceHeader:
@@ -56,13 +60,31 @@ class TraceHeader(Spec):
             raise ValueError("num_query_heads must be a multiple of num_kv_heads")
         if list(self.lookaheads) != sorted(set(self.lookaheads)):
             raise ValueError("lookaheads must ascend")
-        if any(distance >= self.num_layers for distance in self.lookaheads):
-            raise ValueError("lookaheads must be less than num_layers")
+        if any(distance >= self.layers_of_model for distance in self.lookaheads):
+            raise ValueError("lookaheads must be less than the model's layers")
+        if len(self.places) != self.num_layers or list(self.places) != sorted(set(self.places)):
+            raise ValueError("recorded_layers must name num_layers layers, and ascend")
+        if self.places[-1] >= self.layers_of_model:
+            raise ValueError("recorded_layers must be less than model_layers")
         if len(set(self.selectors)) != len(self.selectors):
             raise ValueError("selectors must differ")
         if self.num_candidate_pages(0) < 1 or self.num_candidate_pages(self.num_steps - 1) >= NO_PAGE:
             raise ValueError("context_tokens must give at least one candidate page, and fewer than 65535")
         return self
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Which of the model's layers each recorded one is."""
+        return self.recorded_layers or tuple(range(self.num_layers))
+
+    @property
+    def layers_of_model(self) -> int:
+        """Of any kind."""
+        return self.model_layers or self.num_layers
+
+    def first_predicted(self, distance: int) -> int:
+        """First recorded layer that has an approximate query from `distance` of the model's layers before it."""
+        return sum(place < distance for place in self.places)
 
     @property
     def group_size(self) -> int:

@@ -75,7 +75,8 @@ def code_queries(
     header: TraceHeader, queries: NDArray[Any], lookahead_queries: Mapping[int, NDArray[Any]]
 ) -> dict[str, NDArray[Any]]:
     """Members for real and approximate queries, float [steps, layers, query heads, head_dim] each."""
-    scale = trace_file.query_scale(queries, {key: lookahead_queries[key] for key in header.lookaheads})
+    ahead = [(header.first_predicted(distance), lookahead_queries[distance]) for distance in header.lookaheads]
+    scale = trace_file.query_scale(queries, ahead)
     members: dict[str, NDArray[Any]] = {"query_scale": scale}
     codes: dict[int, NDArray[np.int8]] = {}
     for distance in (0, *header.lookaheads):
@@ -84,7 +85,8 @@ def code_queries(
         else:
             closest = codes[nearer(header, distance)]
             codes[distance] = trace_file.to_codes(lookahead_queries[distance], scale)
-            codes[distance][:, :distance] = closest[:, :distance]
+            unpredicted = slice(header.first_predicted(distance))
+            codes[distance][:, unpredicted] = closest[:, unpredicted]
             part = codes[distance] - closest
         name, mean = query_member(distance), trace_file.mean_code(part)
         members[f"{name}_mean"] = mean
@@ -106,8 +108,9 @@ def code_pages(
     rows = complete.reshape(-1, complete.shape[-1])
     for distance in header.lookaheads:
         name = f"lookahead_pages[{selector}, {distance}]"
-        ahead = _complete(header, name, approximate[selector, distance], distance)
-        ahead[:, :distance] = complete[:, :distance]
+        first = header.first_predicted(distance)
+        ahead = _complete(header, name, approximate[selector, distance], first)
+        ahead[:, :first] = complete[:, :first]
         code = trace_file.encode_lists(ahead.reshape(rows.shape), rows, header.universe)
         members[page_member(selector, distance)] = trace_file.pack(code)
     return members

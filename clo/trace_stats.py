@@ -134,13 +134,13 @@ def _with_exact(trace: AttentionTrace, selector: str, budget: int) -> FloatArray
 
 
 def _lookahead_cosine(trace: AttentionTrace, distance: int) -> FloatArray:
-    known = slice(trace.lookahead_first_layer(distance), None)
+    known = slice(trace.header.first_predicted(distance), None)
     approximate = trace.lookahead_queries[distance]
     return group_cosine(trace.queries[:, known], approximate[:, known], trace.header.num_kv_heads)
 
 
 def _lookahead_overlap(trace: AttentionTrace, selector: str, distance: int, budget: int) -> FloatArray:
-    known = slice(trace.lookahead_first_layer(distance), None)
+    known = slice(trace.header.first_predicted(distance), None)
     approximate = trace.lookahead_pages[selector, distance]
     return overlap(trace.pages[selector][:, known], approximate[:, known], budget, _num_pages(trace))
 
@@ -164,8 +164,8 @@ def _layer_table(trace: AttentionTrace, budget: int) -> list[dict[str, Any]]:
                 values, (header.num_layers - len(values), 0), constant_values=np.nan
             )
     return [
-        {"layer": layer, **{name: _number(column[layer]) for name, column in columns.items()}}
-        for layer in range(header.num_layers)
+        {"layer": layer, **{name: _number(column[row]) for name, column in columns.items()}}
+        for row, layer in enumerate(header.places)
     ]
 
 

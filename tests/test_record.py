@@ -227,7 +227,7 @@ def test_minmax_pages(recorded: Recorded) -> None:
 @pytest.mark.parametrize("distance", [1, 2])
 def test_lookahead(recorded: Recorded, distance: int) -> None:
     trace, recorder, reference = recorded
-    assert trace.lookahead_first_layer(distance) == distance
+    assert trace.header.first_predicted(distance) == distance
     assert not trace.lookahead_queries[distance][:, :distance].any()
     for layer in range(distance, LAYERS):
         expected = reference.project(layer, reference.inputs[layer - distance], "q")

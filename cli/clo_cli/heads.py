@@ -12,6 +12,7 @@ from clo.errors import SpecError
 
 if TYPE_CHECKING:
     from clo.engine.heads import HeadStatistics
+    from clo.trace import TraceHeader
 
 
 @click.command()
@@ -32,46 +33,44 @@ def heads(trace: str | None, budget: float, as_json: bool) -> None:
     recorded = presets.load_trace(trace or presets.DEFAULT_TRACE)
     found = measure_heads(recorded, budget_fraction=budget)
     if as_json:
-        click.echo(json.dumps(_records(recorded.header.model, found)))
+        click.echo(json.dumps(_records(recorded.header, found)))
     else:
-        _print(recorded.header.model, found)
+        _print(recorded.header, found)
 
 
-def _records(model: str, found: HeadStatistics) -> dict[str, Any]:
-    layers, heads = found.similarity.shape
-    group = found.importance.shape[1] // heads
+def _records(header: TraceHeader, found: HeadStatistics) -> dict[str, Any]:
+    heads, group, unpredicted = header.num_kv_heads, header.group_size, header.first_predicted(1)
     return {
-        "model": model,
+        "model": header.model,
         "heads": [
             {
                 "layer": layer,
                 "kv_head": head,
-                "importance": [float(value) for value in found.importance[layer, head * group : (head + 1) * group]],
-                "similarity": float(found.similarity[layer, head]),
-                "prefetchability": None if layer == 0 else float(found.prefetchability[layer, head]),
+                "importance": [float(value) for value in found.importance[row, head * group : (head + 1) * group]],
+                "similarity": float(found.similarity[row, head]),
+                "prefetchability": None if row < unpredicted else float(found.prefetchability[row, head]),
             }
-            for layer in range(layers)
+            for row, layer in enumerate(header.places)
             for head in range(heads)
         ],
     }
 
 
-def _print(model: str, found: HeadStatistics) -> None:
+def _print(header: TraceHeader, found: HeadStatistics) -> None:
     from rich.table import Table
 
     from clo_cli.tables import console
 
-    table = Table(title=f"KV heads of {model}, one number per head of the layer")
+    table = Table(title=f"KV heads of {header.model}, one number per head of the layer")
     for name in ("layer", "importance", "similarity of adjacent queries", "best pages predicted a layer ahead"):
         table.add_column(name, justify="right")
-    layers, heads = found.similarity.shape
-    importance = found.importance.reshape(layers, heads, -1).mean(-1)
-    for layer in range(layers):
+    importance = found.importance.reshape(*found.similarity.shape, -1).mean(-1)
+    for row, layer in enumerate(header.places):
         table.add_row(
             str(layer),
-            _numbers(importance[layer], ".2f"),
-            _numbers(found.similarity[layer], ".2f"),
-            "-" if layer == 0 else _numbers(found.prefetchability[layer], ".0%"),
+            _numbers(importance[row], ".2f"),
+            _numbers(found.similarity[row], ".2f"),
+            "-" if row < header.first_predicted(1) else _numbers(found.prefetchability[row], ".0%"),
         )
     console().print(table)
 

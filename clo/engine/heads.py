@@ -6,7 +6,7 @@ Knows nothing about tensors on devices or about how a design uses the settings.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +62,7 @@ def measure_heads(trace: AttentionTrace, *, budget_fraction: float = 0.1) -> Hea
     if 1 in header.lookaheads:
         found = overlap(trace.pages[selector], trace.lookahead_pages[selector, 1], budget, header.universe + 1)
         ahead = np.asarray(found.mean(axis=0), dtype=np.float64).reshape(ahead.shape)
-        ahead[0] = np.nan
+        ahead[: header.first_predicted(1)] = np.nan
     return HeadStatistics(
         importance=np.asarray(trace.head_importance, dtype=np.float64),
         similarity=adjacent.reshape(header.num_layers, header.num_kv_heads, -1).mean(axis=-1),
@@ -80,20 +80,33 @@ def head_profile(trace: AttentionTrace, design: Design, model: ModelSpec) -> Hea
 
     header = trace.header
     shape = (header.num_layers, header.num_kv_heads, header.num_query_heads)
-    if shape != (model.num_layers, model.num_kv_heads, model.num_query_heads):
+    wanted = (len(model.whole_layers), model.num_kv_heads, model.num_query_heads)
+    if (*shape, header.places, header.layers_of_model) != (*wanted, model.whole_layers, model.num_layers):
         raise SpecError(
-            f"head profile: the trace of {header.model} has {shape[0]} layers, {shape[1]} KV and {shape[2]} query "
-            f"heads, {model.name} has {model.num_layers}, {model.num_kv_heads} and {model.num_query_heads}: record a "
-            "trace of it (clo record) and give that: --trace, or heads = heads_for(design, model, trace)"
+            f"head profile: the trace of {header.model} has {_counts(*shape, header.layers_of_model)}, {model.name} "
+            f"has {_counts(*wanted, model.num_layers)}: record a trace of it (clo record) and give that: --trace, or "
+            "heads = heads_for(design, model, trace)"
         )
     found = measure_heads(trace)
     tau = _thresholds(trace, design, found.importance)
     order = np.argsort(found.similarity, axis=1, kind="stable")
+
+    def of_all(rows: NDArray[Any]) -> NDArray[Any]:
+        """Layers that were not recorded, which never choose, have ones."""
+        every = np.ones((model.num_layers, *rows.shape[1:]), dtype=rows.dtype)
+        every[list(header.places)] = rows
+        return every
+
     return HeadProfile(
-        tau=None if tau is None else torch.tensor(tau, dtype=torch.float32),
-        importance=torch.tensor(found.importance, dtype=torch.float32),
-        pinned=tuple(tuple(int(head) for head in row) for row in order),
+        tau=None if tau is None else torch.tensor(of_all(tau), dtype=torch.float32),
+        importance=torch.tensor(of_all(found.importance), dtype=torch.float32),
+        pinned=tuple(tuple(int(head) for head in row) for row in of_all(order)),
     )
+
+
+def _counts(recorded: int, kv_heads: int, query_heads: int, layers: int) -> str:
+    whole = "" if recorded == layers else f", {recorded} of which keep the whole context"
+    return f"{layers} layers{whole}, {kv_heads} KV and {query_heads} query heads"
 
 
 def _thresholds(trace: AttentionTrace, design: Design, importance: Floats) -> Floats | None:

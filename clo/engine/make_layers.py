@@ -26,7 +26,7 @@ from clo.specs import Attend, Sync
 def make_layers(network: Network, plan: DecodePlan, heads: HeadProfile, max_tokens: int) -> list[Layer]:
     """The KV cache that `plan` asks for, layer by layer, with room for `max_tokens` a sequence."""
     shape, model = _shape(network, plan, max_tokens), plan.model
-    linear = [model.linear_in(layer) is not None for layer in range(model.num_layers)]
+    linear = model.linear_flags
     states = empty_library_cache(linear) if any(linear) else None
     return [
         LinearLayer(shape, states, layer) if linear[layer] else _make_layer(plan, shape, heads, layer)

@@ -51,7 +51,7 @@ def read_prompt(
         raise SpecError(f"prompt of {len(tokens)} tokens: {spec.name} takes 1 to {spec.max_positions}")
     if not 0 <= shared < len(tokens) or shared > (known.num_tokens if known else 0):
         raise SpecError(f"prompt of {len(tokens)} tokens: {shared} of them cannot be shared with what has been read")
-    linear = [spec.linear_in(layer) is not None for layer in range(spec.num_layers)]
+    linear = spec.linear_flags
     first = 0 if any(linear) else shared
     cache, logits = empty_library_cache(linear), torch.empty(0)
     with torch.inference_mode():

@@ -180,6 +180,11 @@ class ModelSpec(Spec):
         return tuple(sorted(set(range(self.num_layers)).difference(self.windowed_layers, linear)))
 
     @property
+    def linear_flags(self) -> tuple[bool, ...]:
+        """Of each layer, whether it has linear attention."""
+        return tuple(self.linear_in(layer) is not None for layer in range(self.num_layers))
+
+    @property
     def num_linear_layers(self) -> int:
         """Layers with a state in place of keys and values."""
         return 0 if self.linear is None else len(self.linear.layers)

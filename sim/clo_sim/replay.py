@@ -120,7 +120,7 @@ class _Replay:
         self.policy = policy
         self.num_steps = header.num_steps
         self.num_heads = header.num_layers * header.num_kv_heads
-        self.first_predicted = policy.lookahead * header.num_kv_heads
+        self.first_predicted = header.first_predicted(policy.lookahead) * header.num_kv_heads
         self.real = _head_pages(trace.pages[policy.selector], policy.budget_pages)
         self.predicted = (
             _head_pages(trace.lookahead_pages[(policy.selector, policy.lookahead)], policy.budget_pages)

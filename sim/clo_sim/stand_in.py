@@ -134,8 +134,9 @@ def _measured(plan: DecodePlan, header: TraceHeader) -> slice:
 
 def _same_heads(plan: DecodePlan, header: TraceHeader) -> bool:
     """Whether the trace is of as many heads as the model has, all GPUs that share it together."""
-    ours = (plan.model.num_layers, plan.kv_heads_of_all, plan.query_heads_of_all // plan.kv_heads_of_all)
-    return ours == (header.num_layers, header.num_kv_heads, header.group_size)
+    ours = (plan.kv_heads_of_all, plan.query_heads_of_all // plan.kv_heads_of_all)
+    same_layers = (plan.model.whole_layers, plan.model.num_layers) == (header.places, header.layers_of_model)
+    return same_layers and ours == (header.num_kv_heads, header.group_size)
 
 
 def _draw_heads(plan: DecodePlan, header: TraceHeader) -> NDArray[np.intp]:
@@ -149,15 +150,20 @@ def _draw_heads(plan: DecodePlan, header: TraceHeader) -> NDArray[np.intp]:
     heads = np.arange(model.num_kv_heads)
     shape = (len(layers), len(heads), batch)
     if _same_heads(plan, header):
-        own = layers[:, None] * header.num_kv_heads + heads
+        own = np.searchsorted(header.places, layers)[:, None] * header.num_kv_heads + heads
         return _as_chosen(plan, np.broadcast_to(own[..., None], shape).astype(np.intp))
     rng = np.random.default_rng(plan.workload.seed)
     depth = np.rint(layers * (header.num_layers - 1) / max(1, model.num_layers - 1)).astype(np.intp)
-    last, unpredicted = header.num_layers - 1, _unpredicted_layers(plan)
+    last, dense = header.num_layers - 1, _dense_with_context(plan)
     # nothing predicts the first layers: only recorded heads of which that is true can stand for theirs
-    dense = _dense_with_context(plan)
-    lowest = np.where(layers < unpredicted, dense, max(dense, unpredicted))
-    highest = np.where(layers < unpredicted, unpredicted - 1, last)
+    of_none, recorded = layers < _unpredicted_layers(plan), header.first_predicted(_unpredicted_layers(plan))
+    if of_none.any() and recorded <= dense:
+        raise TraceError(
+            f"trace of {header.model}: every recorded layer is predicted from one before it, none can stand for layer "
+            f"{layers[0]} of {model.name}, which is not: raise design.dense_layers to {_unpredicted_layers(plan)}"
+        )
+    lowest = np.where(of_none, dense, max(dense, recorded))
+    highest = np.where(of_none, recorded - 1, last)
     low = np.minimum(np.clip(depth - DEPTH_RADIUS, lowest, highest), last)
     high = np.minimum(np.clip(depth + DEPTH_RADIUS, lowest, highest), last)
     layer = rng.integers(low[:, None, None], high[:, None, None] + 1, size=shape)

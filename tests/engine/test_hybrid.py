@@ -22,7 +22,7 @@ from clo import presets
 from clo.engine import hf, memory, offload
 from clo.engine.decoder import Decoder
 from clo.engine.models import hybrid as models_hybrid
-from clo.engine.models.anatomy import plain_layers, project_query
+from clo.engine.models.anatomy import project_query
 from clo.engine.models.network import Network
 from clo.errors import EngineError, SpecError
 from clo.specs import model_from_hf_config
@@ -288,13 +288,6 @@ class TestMemory:
 
 
 class TestRefused:
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_by_the_recorder(self, kind: str) -> None:
-        with pytest.raises(SpecError, match="attention of 4 layers is linear: such models cannot be recorded"):
-            plain_layers(hybrid_model(kind))
-        with pytest.raises(SpecError, match="a gate scales what attention gives: such models cannot be recorded"):
-            plain_layers(hybrid_model(kind, layers=(FULL, FULL)))
-
     @pytest.mark.parametrize(
         ("layers", "changes", "message"),
         [

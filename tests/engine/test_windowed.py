@@ -18,7 +18,6 @@ from windowed import FULL, IMAGE, KINDS, LAYERS, SLIDES, WINDOW, seeing_model, w
 from clo import presets
 from clo.engine import hf, memory, offload
 from clo.engine.decoder import Decoder
-from clo.engine.models.anatomy import plain_layers
 from clo.engine.models.network import Network
 from clo.errors import EngineError, SpecError
 from clo.specs import model_from_hf_config
@@ -233,19 +232,6 @@ class TestRefused:
     def test_models(self, model: Any, message: str) -> None:
         with pytest.raises(SpecError, match=message):
             offload(model(), design("clo"))
-
-    @pytest.mark.parametrize(
-        ("make", "message"),
-        [
-            (lambda: windowed_model("GptOss"), "its attention has sinks"),
-            (lambda: windowed_model("Olmo3"), "its layers norm behind attention only"),
-            (seeing_model, "its text decoder lies in another model"),
-        ],
-        ids=["sinks", "norms", "eyes"],
-    )
-    def test_by_the_recorder(self, make: Any, message: str) -> None:
-        with pytest.raises(SpecError, match=f"{message}: such models cannot be recorded"):
-            plain_layers(make())
 
     def test_layers_that_scale_differently(self) -> None:
         model = windowed_model("Qwen3")

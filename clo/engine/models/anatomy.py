@@ -43,25 +43,6 @@ def decoder_layers(model: Any) -> list[Any]:
     return layers
 
 
-def plain_layers(model: Any) -> list[Any]:
-    """The same of a model all of whose layers attend to the whole context, and to nothing else (as Llama's).
-
-    Raises `SpecError` for linear attention, gates, sinks, norms behind attention only, and decoders within a model.
-    """
-    layers, name = decoder_layers(model), f"model {type(model).__name__}"
-    if linear := len(layers) - len(attending(layers)):
-        raise SpecError(f"{name}: attention of {linear} layers is linear: such models cannot be recorded")
-    beyond = {
-        "its text decoder lies in another model": text_decoder(model) is not model.model,
-        "a gate scales what attention gives": any(has_gate(layer.self_attn) for layer in layers),
-        "its attention has sinks": any(has_part(layer.self_attn, SINKS) for layer in layers),
-        "its layers norm behind attention only": not all(has_part(layer, "input_layernorm") for layer in layers),
-    }
-    if problem := next((what for what, is_so in beyond.items() if is_so), ""):
-        raise SpecError(f"{name}: {problem}: such models cannot be recorded")
-    return layers
-
-
 def attending(layers: list[Any]) -> list[Any]:
     """Those that do not have linear attention instead of keys and values."""
     return [layer for layer in layers if not has_part(layer, "linear_attn")]

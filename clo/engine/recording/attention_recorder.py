@@ -5,6 +5,7 @@ Through the library's own attention registry and through hooks; the model's resu
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from clo.engine.models.anatomy import plain_layers, project_query
+from clo.engine.models.anatomy import project_query
 from clo.engine.recording.page_scores import PageIndex, attention_mass, page_sums
 from clo.engine.recording.settings import RecordSettings
 from clo.errors import SpecError
 from clo.trace import NO_PAGE, AttentionTrace, TraceHeader
 
 ATTENTION_NAME = "clo_record"
+ATTENTION_WITH_SINKS_NAME = "clo_record_with_sinks"
 
 GROUP_FOLD = (
     "exact: attention mass of the page (softmax over all tokens), mean over the group's query heads; "
@@ -27,40 +29,61 @@ GROUP_FOLD = (
 
 
 def register_attention() -> None:
-    """Make `clo_record` known to `transformers`: SDPA that also shows decode steps to the layer's recorder."""
+    """Make two attentions known to `transformers` that also show decode steps to the layer's recorder: SDPA, and the
+    model's own for one with sinks, which SDPA leaves out."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import eager_mask, sdpa_mask
 
     def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
-        observer = getattr(module, "clo_observer", None)
-        if observer is not None:
-            observer(module, query, key, value, options.get("scaling"))
+        _show(module, query, key, options)
         return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+    def attend_with_sinks(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        _show(module, query, key, options)
+        own = sys.modules[type(module).__module__].eager_attention_forward
+        return own(module, query, key, value, mask, **options)
 
     AttentionInterface.register(ATTENTION_NAME, attend)
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    AttentionInterface.register(ATTENTION_WITH_SINKS_NAME, attend_with_sinks)
+    AttentionMaskInterface.register(ATTENTION_WITH_SINKS_NAME, eager_mask)
+
+
+def _show(module: Any, query: Any, key: Any, options: dict[str, Any]) -> None:
+    observer = getattr(module, "clo_observer", None)
+    if observer is not None:
+        observer(module, query, key, options.get("scaling"))
 
 
 class AttentionRecorder:
-    """Collects one decode step after another from a model's layers. Use `attached()` around the recorded steps."""
+    """Collects one decode step after another from those of a model's layers that keep the whole context.
+
+    Use `attached()` around the recorded steps. Layers with a window or linear attention choose nothing. From now on the
+    model attends by one of the two attentions of `register_attention`, which give what its own gives.
+    """
 
     def __init__(self, model: Any, settings: RecordSettings) -> None:
         self.settings = settings
-        self._layers = plain_layers(model)
+        from clo.engine.models.network import Network  # needs torch, which the commands ask for by name
+
+        self.network = Network(model, whole=True)
+        self.network.decoder.set_attn_implementation(
+            ATTENTION_WITH_SINKS_NAME if self.network.has_sinks else ATTENTION_NAME
+        )
+        self._layers, spec = self.network.layers, self.network.spec
         if max(settings.lookaheads, default=0) >= len(self._layers):
             raise SpecError(f"record.lookaheads = {settings.lookaheads}: the model has only {len(self._layers)} layers")
-        attention = self._layers[0].self_attn
-        self._head_dim = int(attention.head_dim)
-        self._num_query_heads = attention.q_proj.weight.shape[0] // self._head_dim
-        self._num_kv_heads = attention.k_proj.weight.shape[0] // self._head_dim
+        self._rows = {layer: row for row, layer in enumerate(spec.whole_layers)}
+        self._head_dim, self._num_query_heads = spec.head_dim, spec.num_query_heads
+        self._num_kv_heads = spec.num_kv_heads
         self._step = 0
         self._approximate: dict[tuple[int, int], Any] = {}
-        self._index = [PageIndex(settings.page_size) for _ in self._layers]
+        self._index = [PageIndex(settings.page_size) for _ in self._rows]
         self._allocate()
 
     def _allocate(self) -> None:
-        keep, steps, layers = self.settings, self.settings.num_steps, len(self._layers)
+        keep, steps, layers = self.settings, self.settings.num_steps, len(self._rows)
         query_shape = (steps, layers, self._num_query_heads, self._head_dim)
         page_shape = (steps, layers, self._num_kv_heads, keep.max_budget_pages)
         ahead = [(selector, distance) for selector in keep.selectors for distance in keep.lookaheads]
@@ -79,15 +102,17 @@ class AttentionRecorder:
             layer.register_forward_pre_hook(self._input_hook(index), with_kwargs=True)
             for index, layer in enumerate(self._layers)
         ]
-        for layer in self._layers:
-            layer.self_attn.clo_observer = self._observe
+        attentions = {row: self._layers[layer].self_attn for layer, row in self._rows.items()}
+        for row, attention in attentions.items():
+            attention.clo_observer = self._observe
+            handles.append(attention.o_proj.register_forward_pre_hook(self._output_hook(row)))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            for layer in self._layers:
-                del layer.self_attn.clo_observer
+            for attention in attentions.values():
+                del attention.clo_observer
 
     def next_step(self) -> None:
         """The forward pass of a step is over."""
@@ -100,7 +125,9 @@ class AttentionRecorder:
         header = TraceHeader.parse(
             {
                 **about,
-                "num_layers": len(self._layers),
+                "num_layers": len(self._rows),
+                "recorded_layers": () if len(self._rows) == len(self._layers) else tuple(self._rows),
+                "model_layers": len(self._layers),
                 "num_query_heads": self._num_query_heads,
                 "num_kv_heads": self._num_kv_heads,
                 "head_dim": self._head_dim,
@@ -122,40 +149,45 @@ class AttentionRecorder:
     def _input_hook(self, layer: int) -> Callable[..., None]:
         def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
+            rotation, positions = kwargs["position_embeddings"], kwargs.get("position_ids")
             for distance in self.settings.lookaheads:
-                target = layer + distance
-                if target < len(self._layers):
-                    query = project_query(self._layers[target], hidden, kwargs["position_embeddings"])
-                    self._approximate[target, distance] = query[0, :, 0]
+                row = self._rows.get(layer + distance)
+                if row is not None:
+                    target = layer + distance
+                    turned = self.network.rotation_for(target, layer, rotation, hidden, positions)
+                    query = project_query(self._layers[target], hidden, turned)
+                    self._approximate[row, distance] = query[0, :, 0]
 
         return hook
 
-    def _observe(self, module: Any, query: Any, key: Any, value: Any, scaling: float) -> None:
+    def _output_hook(self, row: int) -> Callable[..., None]:
+        """What attention gives, after sinks and gates took their part, is what its output projection reads."""
+
+        def hook(projection: Any, args: tuple[Any, ...]) -> None:
+            heads_out = args[0][0, -1].float().reshape(self._num_query_heads, self._head_dim)
+            weight = projection.weight.float().reshape(-1, self._num_query_heads, self._head_dim)
+            contribution = (weight * heads_out).sum(-1).norm(dim=0)
+            self._output_norms[row] += contribution.double().numpy() / self.settings.num_steps
+
+        return hook
+
+    def _observe(self, module: Any, query: Any, key: Any, scaling: float) -> None:
         layer, step = int(module.layer_idx), self._step
         tokens = self.settings.context_tokens + step
         if query.shape[2] != 1 or key.shape[2] != tokens:
-            raise SpecError(
-                f"model layer {layer} attends to {key.shape[2]} of {tokens} tokens: "
-                "models with sliding-window layers cannot be recorded"
-            )
-        keys, values, real = key[0].float(), value[0].float(), query[0, :, 0].float()
-        self._index[layer].extend(keys)
-        self._queries[step, layer] = real.numpy()
-        self._record_attention(layer, real, keys, values, scaling, module.o_proj.weight)
-        self._record_pages(layer, None, real, keys, scaling)
+            raise SpecError(f"model layer {layer} attends to {key.shape[2]} of {tokens} tokens: it cannot be recorded")
+        row, keys, real = self._rows[layer], key[0].float(), query[0, :, 0].float()
+        self._index[row].extend(keys)
+        self._queries[step, row] = real.numpy()
+        self._record_mass(row, real, keys, scaling)
+        self._record_pages(row, None, real, keys, scaling)
         for distance in self.settings.lookaheads:
-            if (approximate := self._approximate.get((layer, distance))) is not None:
-                self._lookahead_queries[distance][step, layer] = approximate.float().numpy()
-                self._record_pages(layer, distance, approximate.float(), keys, scaling)
+            if (approximate := self._approximate.get((row, distance))) is not None:
+                self._lookahead_queries[distance][step, row] = approximate.float().numpy()
+                self._record_pages(row, distance, approximate.float(), keys, scaling)
 
-    def _record_attention(
-        self, layer: int, query: Any, keys: Any, values: Any, scaling: float, output_weight: Any
-    ) -> None:
+    def _record_mass(self, layer: int, query: Any, keys: Any, scaling: float) -> None:
         mass = attention_mass(query, keys, scaling)
-        heads_out = (mass @ values).reshape(self._num_query_heads, self._head_dim)
-        weight = output_weight.float().reshape(-1, self._num_query_heads, self._head_dim)
-        contribution = (weight * heads_out).sum(-1).norm(dim=0)
-        self._output_norms[layer] += contribution.double().numpy() / self.settings.num_steps
         in_pages = page_sums(mass.mean(1), self.settings.page_size, self.settings.candidates(self._step))
         self._resident_mass[self._step, layer] = (1.0 - in_pages.sum(-1)).clamp(0, 1).numpy()
         best = in_pages.sort(dim=-1, descending=True).values[:, : self.settings.max_budget_pages]

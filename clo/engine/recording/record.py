@@ -2,7 +2,8 @@
 
 Any decoder of `transformers` built like Llama or Qwen (separate query projection, optional query norm, grouped heads,
 rotary positions) is observed through the library's own attention registry and through hooks on its layers; the
-model's results are not changed. Knows nothing about offloading, machines or time.
+model's results are not changed. Of one with windows or linear attention the other layers are recorded. Knows nothing
+about offloading, machines or time.
 """
 
 from __future__ import annotations
@@ -10,16 +11,19 @@ from __future__ import annotations
 import hashlib
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clo.engine.models.loading import check_packages, load_model
 from clo.engine.models.smollm2 import MODEL_NAME
-from clo.engine.recording.attention_recorder import ATTENTION_NAME, AttentionRecorder, register_attention
+from clo.engine.recording.attention_recorder import AttentionRecorder, register_attention
 from clo.engine.recording.settings import SELECTORS, RecordSettings
 from clo.engine.versions import package_versions
 from clo.errors import SpecError
 from clo.progress import PhaseProgress, nobody
 from clo.trace import AttentionTrace
+
+if TYPE_CHECKING:
+    from clo.engine.models.network import Network
 
 PREFILL_CHUNK_TOKENS = 512
 
@@ -67,10 +71,10 @@ def record(
 
 
 def _load(model: str | Path) -> tuple[Any, Any]:
-    """With attention that shows decode steps to a recorder."""
+    """With attention to choose from that shows decode steps to a recorder."""
     check_packages("recording")
     register_attention()
-    return load_model(model, attention=ATTENTION_NAME)
+    return load_model(model)
 
 
 def _token_ids(model: Any, tokenizer: Any, text: str, settings: RecordSettings) -> Any:
@@ -98,7 +102,7 @@ def _run(
     import torch
 
     with torch.inference_mode():
-        cache = _prefill(model, token_ids[:, : settings.context_tokens - 1], progress)
+        cache = _prefill(recorder.network, token_ids[:, : settings.context_tokens - 1], progress)
         losses: list[float] = []
         with recorder.attached():
             for step in range(settings.num_steps):
@@ -111,12 +115,12 @@ def _run(
     return sum(losses) / max(1, len(losses))
 
 
-def _prefill(model: Any, token_ids: Any, progress: PhaseProgress) -> Any:
-    from transformers import DynamicCache
+def _prefill(network: Network, token_ids: Any, progress: PhaseProgress) -> Any:
+    from clo.engine.layers.linear import empty_library_cache
 
-    cache, total = DynamicCache(), token_ids.shape[1]
+    cache, total = empty_library_cache(network.spec.linear_flags), token_ids.shape[1]
     for start in range(0, total, PREFILL_CHUNK_TOKENS):
         chunk = token_ids[:, start : start + PREFILL_CHUNK_TOKENS]
-        model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        network.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
         progress("prefill", start + chunk.shape[1], total)
     return cache

@@ -1,0 +1,269 @@
+"""Traces of models with experts, windows, sinks, gates and linear attention: of the layers that keep the context."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kinds import EVERY, ONE_OF_EACH, THAT_SEE
+from small import DIM, GROUP, KV_HEADS, VOCABULARY, design, prompt, small_model
+from transformers import AttentionInterface
+
+import clo_sim
+from clo.engine.decoder import Decoder
+from clo.engine.heads import head_profile, measure_heads
+from clo.engine.models.network import Network
+from clo.engine.recording.attention_recorder import AttentionRecorder, register_attention
+from clo.engine.recording.record import _run
+from clo.engine.recording.settings import RecordSettings
+from clo.errors import SpecError, TraceError
+from clo.specs import Workload
+from clo.trace import AttentionTrace
+from clo.trace_stats import describe
+from clo_sim.stand_in import TrafficSource
+from clo_sim.synthetic import fit_synthetic
+
+CONTEXT, STEPS, PAGE = 60, 8, 4
+KEEP = RecordSettings(
+    context_tokens=CONTEXT,
+    num_steps=STEPS,
+    page_size=PAGE,
+    max_budget_pages=8,
+    num_sink_tokens=2,
+    recent_window_tokens=10,
+)
+TOKENS = prompt(CONTEXT + STEPS - 1, 3).clamp(max=VOCABULARY - 5)[None]
+LOAD = Workload(context_tokens=CONTEXT, steps=4, warmup_steps=2)
+ABOUT = {
+    "model": "small",
+    "text_source": "made up",
+    "text_sha256": "0" * 64,
+    "nll_per_token": 1.0,
+    "recorded_at": "2026-01-01",
+    "versions": {},
+}
+
+
+def recorded(model: Any, settings: RecordSettings = KEEP) -> AttentionTrace:
+    register_attention()
+    recorder = AttentionRecorder(model, settings)
+    _run(model, recorder, TOKENS, settings, lambda *_: None)
+    return recorder.trace(ABOUT)
+
+
+class Whole:
+    """One forward pass over all tokens without a cache, attention in float64: what every step must have seen."""
+
+    def __init__(self, model: Any) -> None:
+        self.network = Network(model, whole=True)
+        self.seen: dict[int, SimpleNamespace] = {}
+        self.inputs: list[torch.Tensor] = []
+        self.contributions: dict[int, torch.Tensor] = {}
+        hooks = [layer.register_forward_pre_hook(self._entered, with_kwargs=True) for layer in self.network.layers]
+        places = self.network.spec.whole_layers
+        for layer in places:
+            out = self.network.layers[layer].self_attn.o_proj
+            hooks.append(
+                out.register_forward_pre_hook(lambda module, args, layer=layer: self._left(layer, module, args))
+            )
+        AttentionInterface.register("float64", self._attend)
+        self.network.decoder.set_attn_implementation("float64")
+        with torch.inference_mode():
+            model(TOKENS, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+
+    def _entered(self, _module: Any, args: Any, kwargs: Any) -> None:
+        self.inputs.append(args[0] if args else kwargs["hidden_states"])
+
+    def _left(self, layer: int, module: Any, args: Any) -> None:
+        heads = args[0][0].double().unflatten(-1, (KV_HEADS * GROUP, DIM))
+        weight = module.weight.double().unflatten(-1, (KV_HEADS * GROUP, DIM))
+        self.contributions[layer] = torch.einsum("thd,ohd->tho", heads, weight).norm(dim=-1)
+
+    def _attend(self, module: Any, query: Any, key: Any, value: Any, _mask: Any, **options: Any) -> Any:
+        layer = module.layer_idx
+        keys, values = (each[0].double().repeat_interleave(GROUP, 0) for each in (key, value))
+        logits = query[0].double() @ keys.transpose(1, 2) * options["scaling"]
+        at = torch.arange(query.shape[2])
+        hidden = at[None, :] > at[:, None]
+        if layer in self.network.spec.windowed_layers:
+            hidden |= at[None, :] <= at[:, None] - self.network.spec.window_tokens
+        logits = logits.masked_fill(hidden, float("-inf"))
+        self.seen[layer] = SimpleNamespace(query=query[0], mass=logits.softmax(-1))
+        if (sinks := options.get("s_aux")) is not None:
+            logits = torch.cat([logits, sinks.double()[:, None, None].expand(-1, len(at), 1)], -1)
+        given = logits.softmax(-1)[..., : len(at)] @ values
+        return given.transpose(0, 1)[None].to(query.dtype), None
+
+    def predicted(self, layer: int, distance: int) -> torch.Tensor:
+        """What `layer` would ask by the input of one `distance` before it, `[tokens, heads, head_dim]`."""
+        decoder, attention = self.network.decoder, self.network.layers[layer].self_attn
+        hidden, positions = self.inputs[layer - distance], torch.arange(TOKENS.shape[1])[None]
+        kinds = getattr(decoder.config, "layer_types", None)
+        by_kind = (kinds[layer],) if self.network._rotates_by_kind else ()
+        turned = decoder.rotary_emb(hidden, positions, *by_kind)
+        norm = getattr(self.network.layers[layer], "input_layernorm", None)
+        asked = attention.q_proj(hidden if norm is None else norm(hidden))
+        if self.network.spec.gated_attention:
+            asked = asked.unflatten(-1, (-1, 2, DIM))[..., 0, :].flatten(-2)
+        if (own := getattr(attention, "q_norm", None)) is not None:
+            whole = own.weight.shape[-1] != DIM
+            asked = own(asked) if whole else own(asked.unflatten(-1, (-1, DIM))).flatten(-2)
+        asked = asked.unflatten(-1, (-1, DIM)).transpose(1, 2)
+        return self.network._rotate(asked, asked, *turned)[0][0].transpose(0, 1)
+
+
+ALL = EVERY | {f"{kind} that sees": make for kind, make in THAT_SEE.items()}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ALL)
+def test_what_is_recorded_is_what_attention_saw(kind: str) -> None:
+    model = ALL[kind]()
+    trace, places = recorded(model), Network(model, whole=True).spec.whole_layers
+    header = trace.header
+    assert (header.places, header.layers_of_model, header.num_layers) == (places, len(model_layers(model)), len(places))
+    whole = Whole(model)
+    importance = np.stack([whole.contributions[layer][CONTEXT - 1 :].mean(0).numpy() for layer in places])
+    np.testing.assert_allclose(trace.head_importance, importance / importance.mean(), rtol=2e-3)
+    for row, layer in enumerate(places):
+        seen = whole.seen[layer]
+        for step in range(STEPS):
+            at, candidates = CONTEXT - 1 + step, KEEP.candidates(step)
+            close(trace.queries[step, row], seen.query[:, at])
+            mass = seen.mass[:, at].unflatten(0, (KV_HEADS, GROUP)).mean(1)
+            pages = mass[:, PAGE : (candidates + 1) * PAGE].unflatten(-1, (candidates, PAGE)).sum(-1)
+            best = pages.sort(descending=True).values[:, :8]
+            chosen = torch.from_numpy(trace.pages["exact"][step, row].astype(np.int64)) - 1
+            torch.testing.assert_close(pages.gather(1, chosen), best, rtol=1e-3, atol=1e-6)
+            np.testing.assert_allclose(trace.resident_mass[step, row], 1 - pages.sum(-1).numpy(), atol=2e-3)
+            for distance in header.lookaheads:
+                found = trace.lookahead_queries[distance][step, row]
+                if row < header.first_predicted(distance):
+                    assert not found.any()
+                else:
+                    close(found, whole.predicted(layer, distance)[at])
+
+
+def model_layers(model: Any) -> Any:
+    return Network(model, whole=True).layers
+
+
+def close(found: np.ndarray, wanted: torch.Tensor) -> None:
+    """Codes keep directions: cosines to 0.002."""
+    exact = wanted.double().numpy()
+    norms = np.linalg.norm(found, axis=-1) * np.linalg.norm(exact, axis=-1)
+    assert ((found * exact).sum(-1) / norms).min() > 0.995
+
+
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+class TestWhatItIsGoodFor:
+    def test_it_replays_head_by_head_for_its_own_model(self, kind: str) -> None:
+        """Each layer that keeps the context has its own recorded heads, and misses as they do."""
+        model = EVERY[kind]()
+        trace, spec = recorded(model), Network(model, whole=True).spec
+        scene = clo_sim.make_scene(spec, "h200", workload=LOAD)
+        chosen = design("resolve", budget_pages=3, slot_pages=4, slot_budgets=None, prefetch_depth=1, dense_layers=0)
+        plan, source = scene.plan(chosen), TrafficSource(trace, resample_heads=False)
+        traffic = source.traffic(plan)
+        assert not any("stand for" in note and "heads" in note for note in traffic.assumptions)
+        moving = np.flatnonzero((traffic.demand_heads + traffic.spec_heads).sum(0))
+        assert set(moving) == set(spec.whole_layers)
+        predicted = {layer for layer in spec.whole_layers if layer >= 1}
+        assert set(np.flatnonzero(traffic.spec_heads.sum(0))) == predicted
+        other = first_rotated(trace)
+        assert not np.array_equal(
+            TrafficSource(other, resample_heads=False).traffic(plan).demand_pages, traffic.demand_pages
+        )
+
+    def test_its_heads_have_a_profile(self, kind: str) -> None:
+        model = EVERY[kind]()
+        trace, network = recorded(model), Network(model)
+        found = measure_heads(trace)
+        assert np.isnan(found.prefetchability).sum() == KV_HEADS * trace.header.first_predicted(1)
+        chosen = design("clo", target_hit_rate=0.5, gqa_fold="importance", pinned_head_fraction=0.5, budget_pages=2)
+        profile = head_profile(trace, chosen, network.spec)
+        for row, layer in enumerate(trace.header.places):
+            assert profile.importance is not None
+            np.testing.assert_allclose(profile.importance[layer].numpy(), trace.head_importance[row], rtol=1e-6)
+        with Decoder(network, chosen, heads=profile, max_new_tokens=4) as decoder:
+            decoder.prefill([prompt(70)])
+            assert bool(torch.isfinite(decoder.step(torch.tensor([1]))).all())
+
+    def test_it_is_saved_summed_up_and_drawn_from(self, kind: str, tmp_path: Any) -> None:
+        trace = recorded(EVERY[kind]())
+        trace.save(tmp_path / "trace.npz")
+        again = AttentionTrace.load(tmp_path / "trace.npz")
+        assert again.header == trace.header
+        np.testing.assert_array_equal(again.lookahead_queries[2], trace.lookahead_queries[2])
+        assert [row["layer"] for row in describe(again)["layers"]] == list(trace.header.places)
+        synthetic = fit_synthetic(again).generate(12)
+        assert synthetic.header.places == trace.header.places
+
+
+def first_rotated(trace: AttentionTrace) -> AttentionTrace:
+    """The same with its layers in another order."""
+    order = np.roll(np.arange(trace.header.num_layers), 1)
+    keep = trace.header
+    ahead = [(selector, distance) for selector in keep.selectors for distance in keep.lookaheads]
+    return AttentionTrace.from_arrays(
+        keep,
+        queries=trace.queries[:, order],
+        lookahead_queries=dict.fromkeys(keep.lookaheads, trace.queries[:, order]),
+        pages={selector: trace.pages[selector][:, order] for selector in keep.selectors},
+        lookahead_pages={(selector, distance): trace.pages[selector][:, order] for selector, distance in ahead},
+        resident_mass=trace.resident_mass[:, order],
+        head_importance=trace.head_importance[order],
+    )
+
+
+class TestStandingForOthers:
+    def test_a_hybrids_heads_for_a_plain_model(self) -> None:
+        """All of them are predicted: they stand for no layer that is not."""
+        trace, spec = recorded(EVERY["Qwen3_5"]()), Network(small_model()).spec
+        scene = clo_sim.make_scene(spec, "h200", workload=LOAD.with_fields(batch=2))
+        ahead = design("resolve", budget_pages=3, prefetch_depth=1, dense_layers=0)
+        with pytest.raises(TraceError, match=r"none can stand for layer 0 of .*: raise design\.dense_layers to 1"):
+            TrafficSource(trace).traffic(scene.plan(ahead))
+        for chosen in (ahead.with_fields(dense_layers=1), ahead.with_fields(prefetch_depth=0)):
+            traffic = TrafficSource(trace).traffic(scene.plan(chosen))
+            assert (traffic.demand_heads + traffic.spec_heads)[:, chosen.dense_layers :].all()
+        with pytest.raises(TraceError, match="let recorded heads stand for others with --resample-heads"):
+            TrafficSource(trace, resample_heads=False).traffic(scene.plan(ahead))
+
+    def test_a_profile_of_another_model_is_refused(self) -> None:
+        trace, spec = recorded(EVERY["Qwen3_5"]()), Network(small_model()).spec
+        with pytest.raises(SpecError, match="has 8 layers, 4 of which keep the whole context, 2 KV and "):
+            head_profile(trace, design("clo"), spec)
+        shallow = spec.with_fields(window_tokens=12, windowed_layers=(1,))
+        with pytest.raises(SpecError, match="4 layers, 3 of which keep the whole context"):
+            head_profile(recorded(small_model()), design("clo"), shallow)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"recorded_layers": (0, 2)}, "must name num_layers layers"),
+        ({"recorded_layers": (2, 0, 3, 4), "model_layers": 6}, "and ascend"),
+        ({"recorded_layers": (0, 2, 3, 6), "model_layers": 6}, "must be less than model_layers"),
+        ({"lookaheads": (4,)}, "must be less than the model's layers"),
+    ],
+)
+def test_headers_that_cannot_be(fields: dict[str, Any], message: str) -> None:
+    header = recorded(small_model()).header
+    with pytest.raises(SpecError, match=message):
+        header.with_fields(**fields)
+
+
+def test_the_model_attends_as_before() -> None:
+    """Whoever shows its attention: it is the model's own, with its sinks."""
+    for kind in ONE_OF_EACH:
+        model = EVERY[kind]()
+        with torch.inference_mode():
+            wanted = model(TOKENS, use_cache=False).logits
+            recorded(model)
+            torch.testing.assert_close(model(TOKENS, use_cache=False).logits, wanted, rtol=1e-4, atol=1e-4)
