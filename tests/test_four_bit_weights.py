@@ -62,6 +62,20 @@ class TestBytes:
         used = MIXTURE.experts.used_by(4) * 48 * 3 * 2048 * 768
         assert MIXTURE.step_weight_bytes(4) - narrow.step_weight_bytes(4) == pytest.approx(used * (2 - NVFP4))
 
+    @pytest.mark.parametrize(
+        ("name", "values", "of_a_token", "checkpoint"),
+        [("gpt-oss-120b", 116.83e9, 5.13e9, 60.8), ("gpt-oss-20b", 20.91e9, 3.61e9, 12.8)],
+    )
+    def test_gpt_oss_is_as_large_as_its_makers_say(
+        self, name: str, values: float, of_a_token: float, checkpoint: float
+    ) -> None:
+        """Table 1 of the model card (arXiv 2508.10925): parameters, those that a token passes, checkpoints in GiB."""
+        model = presets.load_model(name)
+        narrow = experts_of(model.with_fields(weight_bytes_per_value=2.0), 2.0)
+        assert narrow.weight_bytes / 2 == pytest.approx(values, rel=2e-3)
+        assert model.token_weight_values == pytest.approx(of_a_token, rel=1e-2)
+        assert model.weight_bytes / 2**30 == pytest.approx(checkpoint, rel=1e-2)
+
     def test_minimax_m3_is_as_large_as_its_release_in_four_bits(self) -> None:
         # 250.1 GB of files, of which vision takes 1
         assert experts_of(M3, NVFP4).weight_bytes == pytest.approx(249e9, rel=0.01)

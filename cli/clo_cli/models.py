@@ -15,23 +15,26 @@ if TYPE_CHECKING:
 
 
 def need_engine(doing: str, extra: str = "models", also: tuple[str, ...] = ()) -> None:
-    """Raises `NotFoundError` that says what to install if a library is missing for `doing` something."""
+    """Raises `NotFoundError` that says what to install if a library is missing for `doing` something.
+
+    Libraries that are there stay quiet.
+    """
     missing = [name for name in ("torch", "transformers", "triton", *also) if importlib.util.find_spec(name) is None]
     if "triton" in missing and sys.platform != "linux":
         raise NotFoundError(f"{doing} needs triton, which there is for Linux only")
     if missing:
         raise NotFoundError(f'{doing} needs {", ".join(missing)}: pip install "clo-offload[{extra}]"')
+    from clo.engine.models.loading import hush
+
+    hush()
 
 
 def load_for_decoding(name: str) -> tuple[Any, Any]:
-    """A model and its tokenizer. Libraries stay quiet."""
+    """A model and its tokenizer."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     need_engine("decoding")
-    import transformers
-
     from clo.engine.models.loading import load_model
 
-    transformers.utils.logging.set_verbosity_error()
     return load_model(name)
 
 

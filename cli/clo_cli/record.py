@@ -37,10 +37,12 @@ def record(
     The model reads the text up to --context tokens, then decodes its continuation. The file is written whole or not at
     all.
     """
+    from clo.engine.models.loading import hush
     from clo.engine.recording.record import record as record_trace
     from clo_cli.bars import phases
 
     check_outputs(out)
+    hush()
     words, source = read_text(text)
     with phases() as progress:
         trace = record_trace(

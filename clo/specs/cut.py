@@ -11,7 +11,7 @@ def first_layers(model: ModelSpec, count: int) -> ModelSpec:
 
     Raises `SpecError` where none of these keeps the whole context, and so nothing could be offloaded.
     """
-    if model.whole_layers[0] >= count:
+    if 1 <= count <= model.whole_layers[0]:
         raise SpecError(
             f"{count} layers of {model.name}: the first that keeps the whole context is layer {model.whole_layers[0]}: "
             f"take at least {model.whole_layers[0] + 1}"

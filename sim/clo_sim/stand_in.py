@@ -133,10 +133,11 @@ def _measured(plan: DecodePlan, header: TraceHeader) -> slice:
 
 
 def _same_heads(plan: DecodePlan, header: TraceHeader) -> bool:
-    """Whether the trace is of as many heads as the model has, all GPUs that share it together."""
-    ours = (plan.kv_heads_of_all, plan.query_heads_of_all // plan.kv_heads_of_all)
-    same_layers = (plan.model.whole_layers, plan.model.num_layers) == (header.places, header.layers_of_model)
-    return same_layers and ours == (header.num_kv_heads, header.group_size)
+    """Whether the trace has each layer that keeps the context, with as many heads as all GPUs that share the model."""
+    model, heads = plan.model, plan.kv_heads_of_all
+    ours = (model.num_layers, heads, plan.query_heads_of_all // heads)
+    recorded = (header.layers_of_model, header.num_kv_heads, header.group_size)
+    return ours == recorded and set(model.whole_layers) <= set(header.places)
 
 
 def _draw_heads(plan: DecodePlan, header: TraceHeader) -> NDArray[np.intp]:

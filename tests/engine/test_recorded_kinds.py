@@ -201,7 +201,7 @@ class TestWhatItIsGoodFor:
         assert again.header == trace.header
         np.testing.assert_array_equal(again.lookahead_queries[2], trace.lookahead_queries[2])
         assert [row["layer"] for row in describe(again)["layers"]] == list(trace.header.places)
-        synthetic = fit_synthetic(again).generate(12)
+        synthetic = fit_synthetic(again).generate(num_steps=12)
         assert synthetic.header.places == trace.header.places
 
 
@@ -234,6 +234,16 @@ class TestStandingForOthers:
             assert (traffic.demand_heads + traffic.spec_heads)[:, chosen.dense_layers :].all()
         with pytest.raises(TraceError, match="let recorded heads stand for others with --resample-heads"):
             TrafficSource(trace, resample_heads=False).traffic(scene.plan(ahead))
+
+    def test_a_plain_models_heads_for_one_with_windows(self) -> None:
+        """Of as many layers and heads: those of the layers that keep the whole context stand for them one by one."""
+        trace, spec = recorded(small_model()), Network(small_model()).spec
+        windowed = spec.with_fields(window_tokens=12, windowed_layers=(1, 2))
+        chosen = design("resolve", budget_pages=3, dense_layers=0, prefetch_depth=0)
+        plans = [clo_sim.make_scene(model, "h200", workload=LOAD).plan(chosen) for model in (windowed, spec)]
+        found, wanted = (TrafficSource(trace, resample_heads=False).traffic(plan).demand_pages for plan in plans)
+        np.testing.assert_array_equal(found[:, [0, 3]], wanted[:, [0, 3]])
+        assert not found[:, [1, 2]].any()
 
     def test_a_profile_of_another_model_is_refused(self) -> None:
         trace, spec = recorded(EVERY["Qwen3_5"]()), Network(small_model()).spec

@@ -48,6 +48,15 @@ def load_model(model: str | Path, *, attention: str | None = None) -> tuple[Any,
     return loaded.eval(), tokenizer
 
 
+def hush() -> None:
+    """`transformers` says nothing but errors from now on: for commands, whose own output it would break into."""
+    if find_spec("transformers") is None:
+        return
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+
+
 def check_packages(doing: str) -> None:
     """Raises `NotFoundError` that says what to install for `doing` something with a model."""
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
