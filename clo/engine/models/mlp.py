@@ -31,6 +31,9 @@ class Mlp:
         self._gate_of_shared: Any = getattr(module, "shared_expert_gate", None)
         self._router: Any = _first(module, ROUTERS) if self.has_experts else None
         self._correction: Any = getattr(module, CORRECTION, None)
+        # in versions of the library before 5.11 some routers give scores, and the mixture chooses
+        self._choose: Any = getattr(module, "route_tokens_to_experts", None)
+        self._owner = owner
         missing = [f"mlp.{part}" for part in GATED if self.is_gated and not has_part(self._gated, part)]
         missing += ["mlp.gate"] if self.has_experts and self._router is None else []
         if missing:
@@ -68,8 +71,13 @@ class Mlp:
     def route(self, normed: torch.Tensor) -> Routed:
         """The experts of every token and their weights, by the model's own router."""
         correction = () if self._correction is None else (self._correction,)
-        _, weights, experts = self._router(normed[:, 0], *correction)
-        return experts, weights
+        given = self._router(normed[:, 0], *correction)
+        if isinstance(given, tuple) and len(given) == 3:
+            return given[2], given[1]
+        if self._choose is None or isinstance(given, tuple):
+            raise SpecError(f"model {self._owner}: its router gives neither scores nor experts: use clo.engine.offload")
+        chosen: Routed = self._choose(given)
+        return chosen
 
     def experts(self, normed: torch.Tensor, routed: Routed) -> torch.Tensor:
         """The sum of what its experts give for each token."""
