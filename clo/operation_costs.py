@@ -153,8 +153,7 @@ def price_key(name: str, work: Work, plan: DecodePlan) -> str:
 
 def _attends_all_it_keeps(work: DecodeAttention, plan: DecodePlan) -> bool:
     """A dense layer attends to the context, one with a window to that, by the same code."""
-    in_window = work.kv_tokens == plan.model.window_tokens and work.kv_tokens != plan.attended_tokens
-    return in_window or work.kv_tokens == plan.workload.context_tokens
+    return work.in_window or work.kv_tokens == plan.workload.context_tokens
 
 
 def _width_alone(name: str, model: ModelSpec) -> int:

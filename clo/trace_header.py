@@ -62,6 +62,8 @@ class TraceHeader(Spec):
             raise ValueError("lookaheads must ascend")
         if any(distance >= self.layers_of_model for distance in self.lookaheads):
             raise ValueError("lookaheads must be less than the model's layers")
+        if any(distance > self.places[-1] for distance in self.lookaheads):
+            raise ValueError("lookaheads must predict a recorded layer")
         if len(self.places) != self.num_layers or list(self.places) != sorted(set(self.places)):
             raise ValueError("recorded_layers must name num_layers layers, and ascend")
         if self.places[-1] >= self.layers_of_model:

@@ -67,6 +67,8 @@ def offload(
     heads = heads or _shipped_profile(chosen, network)
     decoder = Decoder(network, chosen, max_new_tokens=max_new_tokens, heads=heads, kv_memory_bytes=kv_memory_bytes)
     decoder.close()  # only its sizes and checks are needed: the model drives
+    if chosen.prefetches_layers and chosen.selects:
+        network.check_predicts()
     AttentionInterface.register(ATTENTION_NAME, _attend)
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
     AttentionInterface.register(ATTENTION_WITH_SINKS_NAME, _attend_with_sinks)
@@ -400,15 +402,15 @@ def _empty_layer(network: Network, layer: int) -> Any:
     return WindowedLayer(sliding_window=spec.window_tokens) if layer in spec.windowed_layers else FullLayer()
 
 
-def _attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
     """SDPA, but for tokens that a full layer of an `OffloadedCache` has just taken in."""
-    return _attend_by(sdpa_attention_forward, module, query, key, value, mask, **options)
+    return _attend_by(sdpa_attention_forward, module, query, key, value, attention_mask, **options)
 
 
-def _attend_with_sinks(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+def _attend_with_sinks(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
     """The same of a model whose sinks SDPA leaves out: its own attention."""
     own = sys.modules[type(module).__module__].eager_attention_forward
-    return _attend_by(own, module, query, key, value, mask, **options)
+    return _attend_by(own, module, query, key, value, attention_mask, **options)
 
 
 def _attend_by(

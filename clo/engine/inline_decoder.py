@@ -62,6 +62,7 @@ class InlineDecoder:
         self.layers: Sequence[Layer] = ()
         self._lengths = torch.empty(0)
         self._tokens: list[int] = []
+        self._broken = False
 
     @property
     def plan(self) -> DecodePlan:
@@ -85,14 +86,17 @@ class InlineDecoder:
         )
         for sequence, prompt in enumerate(prompts):
             prompt.load_into(self.layers, sequence)
-        self._tokens = lengths
+        self._tokens, self._broken = lengths, False
         self._lengths = torch.tensor(lengths, dtype=torch.int32, device=self.network.device)
         return torch.stack([prompt.logits for prompt in prompts])
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Decode one token a sequence, `[batch]`; logits `[batch, vocab_size]` of the next."""
+        if self._broken:
+            raise EngineError("decoder: the last step failed half-way: call prefill again")
         if max(self._tokens) >= self.plan.workload.context_tokens + self.max_new_tokens:
             raise EngineError(f"decoder: max_new_tokens = {self.max_new_tokens} tokens have been decoded")
+        self._broken = True
         self._tokens = [tokens + 1 for tokens in self._tokens]
         for kv in self.layers:
             kv.begin(self._tokens)
@@ -104,7 +108,9 @@ class InlineDecoder:
             for layer in range(len(self.layers)):
                 contribution = self._contribution(layer, hidden, rotations, predicted)
                 hidden = network.after_attention(layer, hidden, contribution)
-            return network.lm_head(network.final_norm(hidden))
+            logits = network.lm_head(network.final_norm(hidden))
+        self._broken = False
+        return logits
 
     def _contribution(
         self, index: int, hidden: torch.Tensor, rotations: Sequence[Rotation], predicted: set[int]

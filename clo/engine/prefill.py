@@ -172,9 +172,10 @@ class _WindowedPrompt(DynamicSlidingWindowLayer):  # type: ignore[misc]
         self._layer.load(self._sequence, key_states[0], value_states[0], first=self._seen)
         self._seen += key_states.shape[2]
         seen: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states)
-        # a view would keep the whole chunk
-        self.keys: torch.Tensor = self.keys.clone()
-        self.values: torch.Tensor = self.values.clone()
+        # a view would keep the whole chunk; of a window of one token the library keeps everything
+        kept = min(self.keys.shape[2], self.sliding_window - 1)
+        self.keys: torch.Tensor = self.keys[:, :, self.keys.shape[2] - kept :].clone()
+        self.values: torch.Tensor = self.values[:, :, self.values.shape[2] - kept :].clone()
         return seen
 
 

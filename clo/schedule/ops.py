@@ -241,8 +241,9 @@ class StepOps:
 
     def dense_attention(self, layer: int) -> Op:
         """Full attention of every head over KV that is wholly on the device, in a layer's window if it has one."""
-        tokens = self.plan.model.attended_at_most(layer, self.plan.workload.context_tokens)
-        return self._attention("attention", layer, tokens, self.plan.model.num_kv_heads)
+        model = self.plan.model
+        tokens = model.attended_at_most(layer, self.plan.workload.context_tokens)
+        return self._attention("attention", layer, tokens, model.num_kv_heads, in_window=layer in model.windowed_layers)
 
     def gate_up_proj(self, layer: int) -> Op:
         """Fused gate and up projection of the MLP, or of the shared expert."""
@@ -323,13 +324,20 @@ class StepOps:
         return Op(name, layer, Part.MODEL, LatentMap(self.plan.sequences, num_heads, head_dim, latent.kv_rank))
 
     def _attention(
-        self, name: str, layer: int, kv_tokens: int, kv_heads: int, bytes_per_value: float | None = None
+        self,
+        name: str,
+        layer: int,
+        kv_tokens: int,
+        kv_heads: int,
+        bytes_per_value: float | None = None,
+        *,
+        in_window: bool = False,
     ) -> Op:
         model, sequences = self.plan.model, self.plan.sequences
         heads, latent, width = kv_heads * model.group_size, model.latent, bytes_per_value or model.kv_bytes_per_value
         work: Work
         if latent is None:
-            work = DecodeAttention(sequences, kv_tokens, heads, kv_heads, model.head_dim, width)
+            work = DecodeAttention(sequences, kv_tokens, heads, kv_heads, model.head_dim, width, in_window)
         else:
             work = LatentAttention(sequences, kv_tokens, heads, latent.kv_rank, latent.rope_dim, width)
         return Op(name, layer, Part.ATTENTION, work)

@@ -43,7 +43,8 @@ class Gemm:
 
 @dataclass(frozen=True, slots=True)
 class DecodeAttention:
-    """One query token per sequence over `kv_tokens` keys and values in each KV head."""
+    """One query token per sequence over `kv_tokens` keys and values in each KV head; `in_window`: all that the layer
+    keeps of a sliding window."""
 
     batch: int
     kv_tokens: int
@@ -51,6 +52,7 @@ class DecodeAttention:
     num_kv_heads: int
     head_dim: int
     kv_bytes_per_value: float = 2.0
+    in_window: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -216,6 +216,9 @@ def experts_of(config: dict[str, Any]) -> dict[str, Any] | None:
     field = _experts_field(config)
     if field is None or _other_experts(config):
         return None
+    dense = config.get("first_k_dense_replace") or max(map(len, _dense_layers(config).values()), default=0)
+    if dense >= config["num_hidden_layers"]:
+        return None
     width = config.get("moe_intermediate_size") or config["intermediate_size"]
     shared = (config.get("n_shared_experts") or 0) * width
     return {
@@ -223,7 +226,7 @@ def experts_of(config: dict[str, Any]) -> dict[str, Any] | None:
         "experts_per_token": config.get("num_experts_per_tok"),
         "intermediate_size": width,
         "shared_intermediate_size": config.get("shared_expert_intermediate_size") or shared,
-        "dense_layers": config.get("first_k_dense_replace") or max(map(len, _dense_layers(config).values()), default=0),
+        "dense_layers": dense,
     }
 
 

@@ -103,9 +103,10 @@ class TrafficSource:
             )
         if not self.resample_heads and not _same_heads(plan, header):
             raise TraceError(
-                f"trace of {header.model}: {header.num_layers} layers x {header.num_kv_heads} KV heads, but "
-                f"{plan.model.name} has {plan.model.num_layers} x {plan.kv_heads_of_all}: record a trace of this "
-                "model, or let recorded heads stand for others with --resample-heads"
+                f"trace of {header.model}: {_part(header.num_layers, header.layers_of_model)} layers x "
+                f"{header.num_kv_heads} KV heads, but {plan.model.name} has "
+                f"{_part(len(plan.model.whole_layers), plan.model.num_layers)} x {plan.kv_heads_of_all}: record a "
+                "trace of this model, or let recorded heads stand for others with --resample-heads"
             )
 
     def _replayed(self, policy: Policy) -> HeadHistory:
@@ -130,6 +131,11 @@ def _measured(plan: DecodePlan, header: TraceHeader) -> slice:
     """The recorded steps behind the measured ones: those after the warm-up."""
     start = plan.workload.warmup_steps
     return slice(start, min(start + _distinct_steps(plan), header.num_steps))
+
+
+def _part(whole_layers: int, num_layers: int) -> str:
+    """Layers that keep the whole context, of how many."""
+    return str(num_layers) if whole_layers == num_layers else f"{whole_layers} of {num_layers}"
 
 
 def _same_heads(plan: DecodePlan, header: TraceHeader) -> bool:

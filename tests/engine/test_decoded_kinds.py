@@ -27,7 +27,7 @@ from clo.engine.decoder import Decoder
 from clo.engine.inline_decoder import InlineDecoder
 from clo.engine.layers import LayerShape, LinearLayer, OffloadedLayer, WindowedLayer
 from clo.engine.measure import run_steps
-from clo.engine.memory import cache_bytes
+from clo.engine.memory import cache_bytes, local_machine
 from clo.engine.models.made_up import library_kind
 from clo.engine.models.network import Network
 from clo.engine.models.probe import check_taken_apart
@@ -35,8 +35,10 @@ from clo.engine.prompts import read_prompt
 from clo.engine.random_weights import checked, random_model, random_prompt
 from clo.engine.run import result_of
 from clo.errors import EngineError, SpecError
+from clo.operation_costs import price_key
+from clo.plan import make_plan
 from clo.schedule import Lane, record_step
-from clo.specs import ModelSpec
+from clo.specs import ModelSpec, Workload
 from clo.specs.cut import first_layers
 
 DESIGNS = presets.names("designs")
@@ -364,6 +366,15 @@ class TestRandomWeights:
         with pytest.raises(SpecError, match="windows together with a shared expert"):
             library_kind(shape.with_fields(experts=shared, window_tokens=9, windowed_layers=[0]))
 
+    def test_windows_beside_gates(self) -> None:
+        shape = presets.load_model("llama-3-8b").with_fields(gated_attention=True)
+        with pytest.raises(SpecError, match="windows together with gated attention are simulated only"):
+            library_kind(shape.with_fields(window_tokens=16, windowed_layers=[0]))
+
+    def test_heads_that_cannot_be_rotated(self) -> None:
+        with pytest.raises(SpecError, match="head_dim = 15: rotary positions need an even one"):
+            checked(presets.load_model("smollm2-135m").with_fields(head_dim=15))
+
     def test_weights_of_four_bits_are_loaded_in_single_precision(self) -> None:
         with pytest.raises(SpecError, match="its weights take 467 GB in single precision"):
             checked(presets.load_model("gpt-oss-120b"))
@@ -402,7 +413,7 @@ class TestRefused:
     def test_experts_that_are_not_what_the_config_says(self) -> None:
         model = small_model("Qwen3Moe")
         model.model.layers[2].mlp = small_model("qwen3").model.layers[2].mlp
-        with pytest.raises(SpecError, match="experts of layer 2 are not what its config says"):
+        with pytest.raises(SpecError, match=r"layer 2 has other MLPs or experts than .* use clo\.engine\.offload"):
             Network(model)
 
     def test_a_router_that_is_missing(self) -> None:
@@ -460,3 +471,42 @@ def test_offloaded_are_the_layers_that_the_plan_says() -> None:
             windowed = [index for index, layer in enumerate(decoder.layers) if isinstance(layer, WindowedLayer)]
             assert offloaded == list(decoder.plan.sparse_layers), kind
             assert windowed == list(decoder.plan.model.windowed_layers), kind
+
+
+@pytest.mark.parametrize("kind", ["Gemma3", "GptOss"])
+@pytest.mark.parametrize("chunk", [7, 512])
+def test_a_window_of_the_new_token_only(kind: str, chunk: int) -> None:
+    """The library's own cache then keeps everything."""
+    model, tokens = windowed_model(kind, window=1), prompt(80)
+    found = forced_logits(model, everything("clo"), tokens, 70, prefill_chunk_tokens=chunk)
+    torch.testing.assert_close(found, dense_logits(model, tokens)[69:], rtol=1e-3, atol=1e-3)
+
+
+def test_one_thread_does_not_go_on_after_a_step_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network(HYBRID["Qwen3_5"]())
+    decoder, ready = InlineDecoder(network, design("clo", budget_pages=2), max_new_tokens=STEPS), []
+    ready = [read_prompt(network, text) for text in prompts()]
+    wanted = forced(decoder, ready)
+    decoder.prefill(ready)
+    with monkeypatch.context() as patch:
+        patch.setattr(network, "post_norm", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            decoder.step(torch.tensor([1, 2]))
+    with pytest.raises(EngineError, match="the last step failed half-way: call prefill again"):
+        decoder.step(torch.tensor([1, 2]))
+    assert torch.equal(forced(decoder, ready), wanted)
+
+
+def test_a_window_is_priced_as_one_whatever_is_attended_elsewhere() -> None:
+    """Also where a budget has as many tokens as a window."""
+    spec = Network(windowed_model("Qwen3", window=64)).spec
+    for budget in (12, 13, 14):
+        chosen = design("resolve", budget_pages=budget, dense_layers=0, slot_budgets=None, slot_pages=None)
+        plan = make_plan(spec, local_machine(torch.device("cpu")), chosen, Workload(context_tokens=200))
+        keys = {
+            node.op.layer: price_key("attention", node.op.work, plan)
+            for node in record_step(plan).nodes
+            if node.op.name == "attention"
+        }
+        for layer, key in keys.items():
+            assert key == ("attention:dense" if layer in spec.windowed_layers else "attention:sparse")

@@ -291,7 +291,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("layers", "changes", "message"),
         [
-            ((LINEAR, LINEAR), {}, "layer_types: one for each layer is expected, and one with keys and values"),
+            ((LINEAR, LINEAR), {}, "Qwen3_5ForCausalLM: no layer has keys and values"),
             ((LINEAR, FULL), {"layer_types": [FULL, FULL]}, r"not what its config says \(layer_types = \[\]\)"),
             ((LINEAR, FULL), {"attn_output_gate": False}, "attn_output_gate = False"),
         ],

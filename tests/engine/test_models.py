@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from small import DIM, GROUP, KV_HEADS, LAYERS, VOCABULARY, dense_logits, design, prompt
+from forced import forced_logits
+from small import DIM, GROUP, KV_HEADS, LAYERS, VOCABULARY, dense_logits, design, prompt, small_model
 
 from clo.engine import offload
 from clo.engine.decoder import Decoder
 from clo.engine.inline_decoder import InlineDecoder
 from clo.engine.models.network import Network
+from clo.engine.models.probe import check_taken_apart
 from clo.engine.prompts import read_prompt
 from clo.errors import SpecError
 
@@ -36,11 +38,10 @@ def model_of(kind: str, **changes: Any) -> Any:
         num_key_value_heads=KV_HEADS,
         head_dim=DIM,
         max_position_embeddings=256,
-        initializer_range=0.15,
         eos_token_id=None,
         bos_token_id=None,
         pad_token_id=None,
-        **changes,
+        **{"initializer_range": 0.15} | changes,
     )
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
@@ -80,3 +81,59 @@ def test_but_offloaded_it_stays_whole_and_is_right(kind: str) -> None:
 def test_attention_with_weights_of_its_own_is_refused() -> None:
     with pytest.raises(SpecError, match=r"DiffLlamaForCausalLM: attention has weights of its own \(lambda_q1, "):
         offload(model_of("DiffLlama"), design("clo"))
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SCALED = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+A_LITTLE_MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "residuals": ("Granite", {"residual_multiplier": 0.95}),
+    "embeddings": ("Granite", {"embedding_multiplier": 1.05}),
+    "logits": ("Granite", {"logits_scaling": 1.05}),
+    "rotation": ("SmolLM3", {"no_rope_layers": [1, 1, 1, 0]}),
+    "norms": ("Exaone4", {}),
+    "far-queries": ("Ministral3", {"rope_parameters": SCALED | {"llama_4_scaling_beta": 0.1}}),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", [0.15, 0.02])
+class TestInAnyPrecision:
+    """A model that computes a little more is told from one that rounds."""
+
+    @pytest.mark.parametrize("kind", A_LITTLE_MORE)
+    def test_what_does_more_is_refused(self, kind: str, dtype: torch.dtype, weights: float) -> None:
+        name, fields = A_LITTLE_MORE[kind]
+        if not hasattr(transformers, f"{name}Config"):
+            pytest.skip(f"this version of transformers has no {name}")
+        model = model_of(name, **fields | {"initializer_range": weights}).to(dtype)
+        with pytest.raises(SpecError, match="taken apart it computes something else"):
+            check_taken_apart(Network(model))
+
+    @pytest.mark.parametrize("kind", [*SAME, "Olmo2", "SeedOss"])
+    def test_what_does_the_same_is_taken(self, kind: str, dtype: torch.dtype, weights: float) -> None:
+        check_taken_apart(Network(model_of(kind, initializer_range=weights).to(dtype)))
+
+
+def test_rotation_of_a_part_that_attention_cuts_out_itself() -> None:
+    """The decoder says so; `offload` takes the model as long as nothing is predicted."""
+    model, tokens = model_of("StableLm", partial_rotary_factor=0.25), prompt(60)[None]
+    with pytest.raises(SpecError, match=r"taken apart it computes something else: .* \(RuntimeError: "):
+        check_taken_apart(Network(model))
+    with pytest.raises(SpecError, match="its queries cannot be predicted"):
+        offload(model, design("clo", prefetch_depth=1))
+    wanted = model.generate(tokens, max_new_tokens=15, do_sample=False)
+    with offload(model, design("clo", **EVERYTHING, prefetch_depth=0), max_new_tokens=20) as cache:
+        assert torch.equal(model.generate(tokens, past_key_values=cache, max_new_tokens=15, do_sample=False), wanted)
+
+
+@pytest.mark.parametrize("changes", [{"decoder_sparse_step": 2}, {"mlp_only_layers": [1]}])
+def test_experts_where_no_plan_has_them(changes: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match=r"layer \d has other MLPs or experts than plans .* use clo\.engine\.offload"):
+        Network(small_model("Qwen3Moe", **changes))
+
+
+def test_a_mixture_all_of_whose_layers_have_mlps_has_no_experts() -> None:
+    model, tokens = small_model("Qwen3Moe", mlp_only_layers=list(range(LAYERS))), prompt(70)
+    assert Network(model).spec.experts is None
+    found = forced_logits(model, design("clo", **EVERYTHING), tokens, 60)
+    torch.testing.assert_close(found, dense_logits(model, tokens)[59:], rtol=1e-4, atol=1e-4)

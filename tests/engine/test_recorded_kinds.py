@@ -11,11 +11,13 @@ import torch
 from kinds import EVERY, ONE_OF_EACH, THAT_SEE
 from small import DIM, GROUP, KV_HEADS, VOCABULARY, design, prompt, small_model
 from transformers import AttentionInterface
+from windowed import FULL, SLIDES, windowed_model
 
 import clo_sim
 from clo.engine.decoder import Decoder
 from clo.engine.heads import head_profile, measure_heads
 from clo.engine.models.network import Network
+from clo.engine.recording import record as record_module
 from clo.engine.recording.attention_recorder import AttentionRecorder, register_attention
 from clo.engine.recording.record import _run
 from clo.engine.recording.settings import RecordSettings
@@ -232,7 +234,7 @@ class TestStandingForOthers:
         for chosen in (ahead.with_fields(dense_layers=1), ahead.with_fields(prefetch_depth=0)):
             traffic = TrafficSource(trace).traffic(scene.plan(chosen))
             assert (traffic.demand_heads + traffic.spec_heads)[:, chosen.dense_layers :].all()
-        with pytest.raises(TraceError, match="let recorded heads stand for others with --resample-heads"):
+        with pytest.raises(TraceError, match=r"4 of 8 layers x 2 KV heads, but .* has 4 x 2: .* --resample-heads"):
             TrafficSource(trace, resample_heads=False).traffic(scene.plan(ahead))
 
     def test_a_plain_models_heads_for_one_with_windows(self) -> None:
@@ -277,3 +279,56 @@ def test_the_model_attends_as_before() -> None:
             wanted = model(TOKENS, use_cache=False).logits
             recorded(model)
             torch.testing.assert_close(model(TOKENS, use_cache=False).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+class TestFromAFolder:
+    """As `clo record` does it, tokens and all."""
+
+    @pytest.mark.parametrize("kind", [*ONE_OF_EACH, "Gemma3 that sees", "Qwen3_5 that sees"])
+    def test_every_kind(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(record_module, "load_model", lambda _: (ALL[kind](), Characters()))
+        trace = record_module.record("small", "abcdefg" * 30, context_tokens=100, num_steps=3, page_size=PAGE)
+        assert trace.header.context_tokens == 100
+        assert trace.header.nll_per_token > 0
+        with pytest.raises(SpecError, match="the model has 256"):
+            record_module.record("small", "abcdefg" * 90, context_tokens=255, num_steps=9, page_size=PAGE)
+
+
+class Characters:
+    """A tokenizer of one token a character."""
+
+    def __call__(self, text: str, **_options: Any) -> Any:
+        return SimpleNamespace(input_ids=torch.tensor([[ord(letter) % (VOCABULARY - 5) for letter in text]]))
+
+
+class TestLayersNearTheInput:
+    def test_no_query_is_predicted_from_before_the_first_layer(self) -> None:
+        """Two layers ahead of any there is none that is recorded: that distance is left out."""
+        trace = recorded(windowed_model("Qwen3", layers=(FULL, FULL, SLIDES, SLIDES)))
+        assert (trace.header.places, trace.header.lookaheads) == ((0, 1), (1,))
+        assert list(describe(trace)["lookahead_cosine"]) == ["1"]
+        alone = recorded(windowed_model("Qwen3", layers=(FULL, SLIDES, SLIDES)))
+        assert (alone.header.places, alone.header.lookaheads) == ((0,), ())
+        assert describe(alone)["lookahead_cosine"] == {}
+        with pytest.raises(SpecError, match="lookaheads must predict a recorded layer"):
+            trace.header.with_fields(lookaheads=(2,))
+
+    def test_its_heads_stand_for_others_that_are_predicted(self) -> None:
+        trace, spec = (
+            recorded(windowed_model("Qwen3", layers=(FULL, FULL, SLIDES, SLIDES))),
+            Network(small_model()).spec,
+        )
+        scene = clo_sim.make_scene(spec, "h200", workload=LOAD)
+        for dense in (0, 1, 2):
+            chosen = design("resolve", budget_pages=3, prefetch_depth=1, dense_layers=dense)
+            traffic = TrafficSource(trace).traffic(scene.plan(chosen))
+            assert set(np.flatnonzero(traffic.spec_heads.sum(0))) == set(range(max(1, dense), 4))
+        with pytest.raises(TraceError, match=r"prefetch_depth = 2: the trace recorded lookaheads \[1\]"):
+            TrafficSource(trace).traffic(scene.plan(design("resolve", budget_pages=3, prefetch_depth=2)))
+
+    def test_a_recorder_that_is_refused_leaves_the_model_alone(self) -> None:
+        model = small_model()
+        before = model.config._attn_implementation
+        with pytest.raises(SpecError, match="the model has only 4 layers"):
+            AttentionRecorder(model, replace(KEEP, lookaheads=(4,)))
+        assert model.config._attn_implementation == before

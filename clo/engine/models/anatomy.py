@@ -10,6 +10,15 @@ from clo.specs.hf_attention import WITH_LINEAR
 
 SINKS = "sinks"
 """A weight of attention: a logit of each query head that takes its share of the softmax, and has no value (gpt-oss)."""
+NEEDED = (
+    "input_layernorm",
+    "self_attn.q_proj.weight",
+    "self_attn.k_proj.weight",
+    "self_attn.o_proj.weight",
+    "self_attn.head_dim",
+    "self_attn.scaling",
+)
+"""Of each layer with keys and values."""
 IN_ANOTHER = ("gemma3", "qwen3_5", "qwen3_5_moe")
 """Kinds of model that read images too: their text decoder, and its config, lie one level deeper."""
 
@@ -29,7 +38,9 @@ def decoder_layers(model: Any) -> list[Any]:
     if not layers:
         raise SpecError(f"model {type(model).__name__}: no decoder layers at model.layers")
     softmax = attending(layers)
-    for part in ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj"):
+    if not softmax:
+        raise SpecError(f"model {type(model).__name__}: no layer has keys and values")
+    for part in NEEDED:
         for layer in softmax:
             if not (has_part(layer, part) or (part == "input_layernorm" and norms_behind(layer))):
                 raise SpecError(f"model {type(model).__name__}: layers lack {part}: not a Llama or Qwen-style model")

@@ -20,6 +20,13 @@ def library_kind(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
     if spec.latent is not None or spec.indexer is not None:
         what = "latent attention" if spec.latent is not None else "a model's own indexer"
         raise SpecError(f"model {spec.name}: {what} is simulated only: the real decoder has none")
+    if spec.head_dim % 2:
+        raise SpecError(f"model {spec.name}: head_dim = {spec.head_dim}: rotary positions need an even one")
+    if spec.gated_attention and spec.windowed_layers:
+        raise SpecError(
+            f"model {spec.name}: windows together with gated attention are simulated only: no such model of the "
+            "library is known here"
+        )
     if spec.linear is not None or spec.gated_attention:
         return "Qwen3Next", _hybrid(spec)
     if spec.windowed_layers:

@@ -6,6 +6,7 @@ or experts; for Gemma 3, gpt-oss and OLMo, and for Qwen's hybrids. Each operatio
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from typing import Any, NamedTuple
@@ -142,6 +143,20 @@ class Network:
         query: torch.Tensor = project_query(self.layers[layer], hidden, rotation)[:, :, 0]
         return query.contiguous()
 
+    def check_predicts(self) -> None:
+        """Raise `SpecError` for a model whose queries are made otherwise than by the parts that are known here."""
+        layer = self.spec.whole_layers[-1]
+        hidden = torch.zeros(1, 1, self.spec.hidden_size, dtype=self.dtype, device=self.device)
+        try:
+            with torch.inference_mode():
+                rotation = self.rotations(hidden, torch.zeros(1, dtype=torch.int64, device=self.device))[layer]
+                found = self.predicted_query(layer, hidden, rotation).shape[1:]
+        except (RuntimeError, AttributeError, TypeError) as error:
+            why = str(error).splitlines()[0]
+            raise SpecError(f"model {type(self.model).__name__}: its queries cannot be predicted: {why}") from error
+        if tuple(found) != (self.spec.num_query_heads, self.spec.head_dim):
+            raise SpecError(f"model {type(self.model).__name__}: its queries cannot be predicted: shape {list(found)}")
+
     def output_gate(self, attended: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
         """As much of what attention gives, `[batch, query_heads, head_dim]`, as the gate says; all of it without."""
         return attended if gate is None else attended * torch.sigmoid(gate[:, 0].view_as(attended))
@@ -187,6 +202,13 @@ class Network:
         hidden = hidden + contribution
         return hidden + self.of_mlp(layer, self._mlps[layer].all(self.post_norm(layer, hidden)))
 
+    def with_layer(self, layer: int, module: Any) -> Network:
+        """The same with `module` as that layer."""
+        other = copy.copy(self)
+        other.layers, other._mlps = [*self.layers], [*self._mlps]
+        other.layers[layer], other._mlps[layer] = module, Mlp(module.mlp, type(self.model).__name__)
+        return other
+
     def _normed(self, layer: int, norm: str, hidden: torch.Tensor) -> torch.Tensor:
         """As it is, where a layer norms behind its parts only."""
         module = getattr(self.layers[layer], norm, None)
@@ -217,7 +239,7 @@ def spec_of(model: Any, name: str = "") -> ModelSpec:
             "vocab_size": config.vocab_size,
             "max_positions": config.max_position_embeddings,
             "experts": experts_of(config.to_dict()),
-            "tied_embeddings": bool(config.tie_word_embeddings),
+            "tied_embeddings": bool(getattr(config, "tie_word_embeddings", False)),
             "weight_bytes_per_value": float(weight.element_size()),
             "kv_bytes_per_value": float(weight.element_size()),
             **windows_of(config),
@@ -237,7 +259,10 @@ def _taken_apart(model: Any, layers: list[Any], spec: ModelSpec) -> list[Mlp]:
     mlps = [Mlp(layer.mlp, name) for layer in layers]
     for layer, mlp in enumerate(mlps):
         if mlp.has_experts != (spec.experts_in(layer) is not None) or mlp.is_gated != bool(spec.mlp_width(layer)):
-            raise SpecError(f"model {name}: experts of layer {layer} are not what its config says")
+            raise SpecError(
+                f"model {name}: layer {layer} has other MLPs or experts than plans count with (experts from a first "
+                "layer on, all alike): use clo.engine.offload, which leaves it whole"
+            )
     return mlps
 
 

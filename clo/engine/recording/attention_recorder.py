@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -35,14 +35,14 @@ def register_attention() -> None:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import eager_mask, sdpa_mask
 
-    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+    def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
         _show(module, query, key, options)
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
-    def attend_with_sinks(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+    def attend_with_sinks(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
         _show(module, query, key, options)
         own = sys.modules[type(module).__module__].eager_attention_forward
-        return own(module, query, key, value, mask, **options)
+        return own(module, query, key, value, attention_mask, **options)
 
     AttentionInterface.register(ATTENTION_NAME, attend)
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
@@ -64,16 +64,20 @@ class AttentionRecorder:
     """
 
     def __init__(self, model: Any, settings: RecordSettings) -> None:
-        self.settings = settings
         from clo.engine.models.network import Network  # needs torch, which the commands ask for by name
 
         self.network = Network(model, whole=True)
-        self.network.decoder.set_attn_implementation(
-            ATTENTION_WITH_SINKS_NAME if self.network.has_sinks else ATTENTION_NAME
-        )
         self._layers, spec = self.network.layers, self.network.spec
         if max(settings.lookaheads, default=0) >= len(self._layers):
             raise SpecError(f"record.lookaheads = {settings.lookaheads}: the model has only {len(self._layers)} layers")
+        # where every layer that is recorded lies among the first, none lies so far behind another
+        last = spec.whole_layers[-1]
+        self.settings = replace(settings, lookaheads=tuple(each for each in settings.lookaheads if each <= last))
+        if self.settings.lookaheads:
+            self.network.check_predicts()
+        self.network.decoder.set_attn_implementation(
+            ATTENTION_WITH_SINKS_NAME if self.network.has_sinks else ATTENTION_NAME
+        )
         self._rows = {layer: row for row, layer in enumerate(spec.whole_layers)}
         self._head_dim, self._num_query_heads = spec.head_dim, spec.num_query_heads
         self._num_kv_heads = spec.num_kv_heads

@@ -56,8 +56,9 @@ def record(
         lookaheads=tuple(lookaheads),
     )
     loaded, tokenizer = _load(model)
-    token_ids = _token_ids(loaded, tokenizer, text, settings)
     recorder = AttentionRecorder(loaded, settings)
+    settings = recorder.settings
+    token_ids = _token_ids(recorder.network.spec.max_positions, tokenizer, text, settings)
     nll = _run(loaded, recorder, token_ids, settings, progress)
     about = {
         "model": model if str(model) == MODEL_NAME else Path(model).name,
@@ -77,9 +78,8 @@ def _load(model: str | Path) -> tuple[Any, Any]:
     return load_model(model)
 
 
-def _token_ids(model: Any, tokenizer: Any, text: str, settings: RecordSettings) -> Any:
+def _token_ids(limit: int, tokenizer: Any, text: str, settings: RecordSettings) -> Any:
     needed = settings.context_tokens + settings.num_steps - 1
-    limit = int(model.config.max_position_embeddings)
     if needed > limit:
         raise SpecError(
             f"record.context_tokens = {settings.context_tokens} and num_steps = {settings.num_steps} need {needed} "
