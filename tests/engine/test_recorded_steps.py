@@ -146,6 +146,18 @@ def record(operations: Operations, plan: DecodePlan) -> None:
         operations.run(node.op)
 
 
+def assert_nothing_is_read(operations: Operations, plan: DecodePlan) -> None:
+    """On the host, in six steps that all do the same."""
+    steps = []
+    for _ in range(6):  # in some of which a page leaves the window
+        operations.begin(torch.zeros(2, dtype=torch.int64, device="meta"))
+        with torch.inference_mode(), NothingRead() as read:
+            record(operations, plan)
+        steps.append(read.done)
+    assert len(steps[0]) > 100
+    assert all(step == steps[0] for step in steps)
+
+
 @pytest.fixture
 def device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device is `meta`: another memory than the CPU's, and one that holds nothing to be read."""
@@ -165,14 +177,7 @@ def device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_recorded_step_reads_nothing_on_the_host(chosen: Design, monkeypatch: pytest.MonkeyPatch) -> None:
     operations, plan = operations_of(Network(small_model().to("meta")), chosen, monkeypatch)
     assert all(layer.shape.recorded for layer in operations.layers)
-    steps = []
-    for _ in range(6):  # in some of which a page leaves the window
-        operations.begin(torch.zeros(2, dtype=torch.int64, device="meta"))
-        with torch.inference_mode(), NothingRead() as read:
-            record(operations, plan)
-        steps.append(read.done)
-    assert len(steps[0]) > 100
-    assert all(step == steps[0] for step in steps)
+    assert_nothing_is_read(operations, plan)
 
 
 @pytest.mark.usefixtures("device_of_its_own")
@@ -188,29 +193,14 @@ def test_nor_of_models_with_experts_windows_and_states(kind: str, monkeypatch: p
         sizes = (linear.conv_width, linear.conv_tokens), (linear.num_value_heads, linear.key_dim, linear.value_dim)
         for sequence in range(2):
             layer.load(sequence, *(torch.zeros(size, device="meta") for size in sizes))
-    steps = []
-    for _ in range(6):
-        operations.begin(torch.zeros(2, dtype=torch.int64, device="meta"))
-        with torch.inference_mode(), NothingRead() as read:
-            record(operations, plan)
-        steps.append(read.done)
-    assert len(steps[0]) > 100
-    assert all(step == steps[0] for step in steps)
+    assert_nothing_is_read(operations, plan)
 
 
 @pytest.mark.parametrize("chosen", named)
 def test_a_recorded_step_finds_its_tensors_where_they_were(chosen: Design, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a step reads that another has written lies where it lay."""
     operations, plan = operations_of(Network(small_model()), chosen, monkeypatch)
-    before: dict[str, int] = {}
-    for _ in range(3):
-        operations.begin(torch.zeros(2, dtype=torch.int64))
-        with torch.inference_mode():
-            record(operations, plan)
-        now = addresses(operations)
-        assert now == (before or now)
-        before = now
-    assert len(before) > 10
+    assert len(lasting(operations, plan)) > 10
 
 
 @pytest.mark.parametrize("kind", ONE_OF_EACH)
@@ -219,6 +209,12 @@ def test_so_do_those_of_other_kinds(kind: str, name: str, monkeypatch: pytest.Mo
     operations, plan = operations_of(Network(EVERY[kind]()), design(name), monkeypatch)
     network = operations.network
     with_prompts(operations)
+    states = [path for path in lasting(operations, plan) if path.endswith("states")]
+    assert len(states) == (0 if network.spec.linear is None else len(network.spec.linear.layers))
+
+
+def lasting(operations: Operations, plan: DecodePlan) -> dict[str, int]:
+    """The tensors that outlive a step, which lie in each of three steps where they lay."""
     before: dict[str, int] = {}
     for _ in range(3):
         operations.begin(torch.zeros(2, dtype=torch.int64))
@@ -227,8 +223,7 @@ def test_so_do_those_of_other_kinds(kind: str, name: str, monkeypatch: pytest.Mo
         now = addresses(operations)
         assert now == (before or now)
         before = now
-    states = [path for path in before if path.endswith("states")]
-    assert len(states) == (0 if network.spec.linear is None else len(network.spec.linear.layers))
+    return before
 
 
 def with_prompts(operations: Operations) -> Operations:
