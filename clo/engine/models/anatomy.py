@@ -40,18 +40,23 @@ def decoder_layers(model: Any) -> list[Any]:
     softmax = attending(layers)
     if not softmax:
         raise SpecError(f"model {type(model).__name__}: no layer has keys and values")
-    for part in NEEDED:
-        for layer in softmax:
-            if not (has_part(layer, part) or (part == "input_layernorm" and norms_behind(layer))):
-                raise SpecError(f"model {type(model).__name__}: layers lack {part}: not a Llama or Qwen-style model")
     for layer in softmax:
-        own = ", ".join(name for name, _ in layer.self_attn.named_parameters(recurse=False) if name != SINKS)
+        own = ", ".join(name for name, _ in _own_weights(layer) if name != SINKS)
         if own:
             raise SpecError(
                 f"model {type(model).__name__}: attention has weights of its own ({own}): not a Llama or Qwen-style "
                 "model"
             )
+    for part in NEEDED:
+        for layer in softmax:
+            if not (has_part(layer, part) or (part == "input_layernorm" and norms_behind(layer))):
+                raise SpecError(f"model {type(model).__name__}: layers lack {part}: not a Llama or Qwen-style model")
     return layers
+
+
+def _own_weights(layer: Any) -> list[tuple[str, Any]]:
+    attention = getattr(layer, "self_attn", None)
+    return [] if attention is None else list(attention.named_parameters(recurse=False))
 
 
 def attending(layers: list[Any]) -> list[Any]:

@@ -35,6 +35,10 @@ Rotation = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of the positions of a step, as the model's rotary embedding gives them."""
 
 
+BY_POSITION = "llama_4_scaling_beta"
+"""The field of `rope_parameters` that says how much queries far behind are scaled up (Ministral 3)."""
+
+
 class Asked(NamedTuple):
     """Query, key and value `[batch, heads, 1, head_dim]`; the gate of what attention gives `[batch, 1, query_heads *
     head_dim]`, if it has one."""
@@ -256,6 +260,13 @@ def _taken_apart(model: Any, layers: list[Any], spec: ModelSpec) -> list[Mlp]:
             raise SpecError(
                 f"model {name}: layers lack {part}: not a Llama or Qwen-style model: clo.engine.offload leaves it whole"
             )
+    turns = getattr(text_decoder(model).config, "rope_parameters", None) or {}
+    if turns.get(BY_POSITION):
+        # asked by name: versions of the library before 5.5 scale by positions that a short text has not
+        raise SpecError(
+            f"model {name}: queries are scaled by their position ({BY_POSITION} = {turns[BY_POSITION]}): taken apart "
+            "it computes something else: use clo.engine.offload, which leaves it whole"
+        )
     mlps = [Mlp(layer.mlp, name) for layer in layers]
     for layer, mlp in enumerate(mlps):
         if mlp.has_experts != (spec.experts_in(layer) is not None) or mlp.is_gated != bool(spec.mlp_width(layer)):
