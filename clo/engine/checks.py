@@ -47,6 +47,12 @@ def check_device(design: Design, heads: HeadProfile, device: torch.device) -> No
         raise SpecError("heads.refresh_rate: a recorded graph cannot ask the host's clock: choose design.sync = events")
 
 
+def check_vectors(model: ModelSpec, device: torch.device) -> None:
+    """Raise `SpecError` for latent attention on a CUDA device, whose kernels read keys and values apart."""
+    if model.latent is not None and device.type == "cuda":
+        raise SpecError(f"model {model.name}: latent attention is decoded on a CPU only: its kernels are not written")
+
+
 def check_recordable(design: Design, host_sees_experts: bool, device: torch.device) -> None:
     """Raise `SpecError` where a step would be recorded in which the host must know what was computed."""
     if device.type == "cuda" and design.sync is Sync.GRAPH and host_sees_experts:

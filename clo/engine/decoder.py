@@ -19,6 +19,7 @@ from clo.engine.checks import (
     check_heads,
     check_recordable,
     check_tokens,
+    check_vectors,
     stores_through_bar,
 )
 from clo.engine.cpu_machine import DEFAULT_PATIENCE_S, CpuMachine
@@ -147,6 +148,7 @@ class Decoder:
             raise EngineError("the decoder is closed: make a new one")
         self._prefills += 1
         check_taken_apart(self.network)
+        check_vectors(self.network.spec, self.network.device)
         check_device(self.design, self.heads, self.network.device)
         check_recordable(self.design, self.network.host_sees_experts, self.network.device)
         for prompt in prompts:

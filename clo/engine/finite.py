@@ -131,7 +131,7 @@ def _not_finite(layer: Layer, lengths: Sequence[int]) -> Iterator[tuple[str, str
 
 
 def _places(layer: Layer, sequence: int, length: int) -> Iterator[tuple[str, Sequence[int], torch.Tensor]]:
-    """What a sequence has, `[heads, 2, rows, ...]`, of which heads, and what a row is called."""
+    """What a sequence has, `[heads, rows_per_token, rows, ...]`, of which heads, and what a row is called."""
     heads = range(layer.shape.num_kv_heads)
     if isinstance(layer, LinearLayer):
         return

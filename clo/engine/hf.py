@@ -312,8 +312,9 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         Nothing overlaps here, so that a prefetch may as well be done when its layer runs.
         """
         predicted = self._predicted.pop(arrived.layer, None)
+        query = self._network.of_cache(arrived.layer, query)
         attended = [self._attend_one(arrived, query, predicted, sink_logits, at) for at in range(query.shape[2])]
-        return torch.stack(attended, dim=1)
+        return self._network.values(arrived.layer, torch.stack(attended, dim=1))
 
     def holds(self, layer: int) -> bool:
         """Whether a layer decodes under the design, and not in a window."""
@@ -361,7 +362,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         assert self.plan is not None
         kv, before = self._kv[arrived.layer], query.shape[2] - 1 - at
         lengths = self._lengths - before
-        key, value = (tensor[:, :, at].contiguous() for tensor in (arrived.key, arrived.value))
+        key, value = kv.shape.appended(*(tensor[:, :, at].contiguous() for tensor in (arrived.key, arrived.value)))
         now = query[:, :, at].contiguous()
         kv.begin([tokens - before for tokens in self._tokens])
         if isinstance(kv, OffloadedLayer):
@@ -385,7 +386,8 @@ class OffloadedCache(Cache):  # type: ignore[misc]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Arrived:
-    """New keys and values `[batch, kv_heads, tokens, head_dim]` of a layer, on their way to its attention."""
+    """New keys and values `[batch, kv_heads, tokens, head_dim]` of a layer, on their way to its attention; of latent
+    attention the values' share of vectors, and their rest."""
 
     cache: OffloadedCache
     layer: int

@@ -123,16 +123,16 @@ class InlineDecoder:
             return network.linear_attention(index, normed, layer.states)
         asked = network.qkv(index, normed)
         query, key = network.rotate(asked.query, asked.key, rotations[index])
-        now, new = query[:, :, 0].contiguous(), (key[:, :, 0].contiguous(), asked.value[:, :, 0].contiguous())
-        attended = self._attended(index, layer, now, new, was_predicted=index in predicted)
-        return network.out_proj(index, network.output_gate(attended, asked.gate))
+        now = query[:, :, 0].contiguous()
+        attended = self._attended(index, layer, now, asked.kept(key), was_predicted=index in predicted)
+        return network.out_proj(index, network.output_gate(network.values(index, attended), asked.gate))
 
     def _attended(
         self,
         index: int,
         layer: AttendedLayer,
         now: torch.Tensor,
-        new: tuple[torch.Tensor, torch.Tensor],
+        new: tuple[torch.Tensor, torch.Tensor | None],
         *,
         was_predicted: bool,
     ) -> torch.Tensor:

@@ -53,6 +53,7 @@ def _shape(network: Network, plan: DecodePlan, max_tokens: int) -> LayerShape:
         dtype=network.dtype,
         device=network.device,
         scale=network.scale,
+        value_dim=None if model.latent is None else model.latent.kv_rank,
         recorded=two_memories(network.device) and plan.design.sync is Sync.GRAPH,
     )
 

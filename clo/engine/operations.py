@@ -15,6 +15,7 @@ from clo.engine.cuda.copies import copy_rows
 from clo.engine.finite import Projected, States, explain_step
 from clo.engine.inline import predicts
 from clo.engine.layers import Layer, LinearLayer, OffloadedLayer, StreamedLayer
+from clo.engine.models.latent import Low
 from clo.engine.models.mlp import add
 from clo.engine.models.network import Asked, Network, Rotation
 from clo.engine.staging import Staging
@@ -42,7 +43,7 @@ class Operations:
         self.logits = torch.empty(0)
         nothing = torch.empty(0)
         self._hidden = self._normed = self._attended = self._activated = nothing
-        self._asked = Asked(nothing, nothing, nothing)
+        self._asked, self._low = Asked(nothing, nothing, nothing), Low(nothing, nothing)
         self._gate_up, self._routed = (nothing, nothing), (nothing, nothing)
         self._of_mlp: torch.Tensor | None = None
         self._rotations: Sequence[Rotation] = ()
@@ -121,6 +122,22 @@ class Operations:
         self._asked = self.network.qkv(layer, self._normed)
         self._predict(layer)
 
+    def _latent_proj(self, _stage: Stage, layer: int) -> None:
+        self._low = self.network.latent(layer).project(self._normed)
+        self._predict(layer)
+
+    def _latent_norm(self, _stage: Stage, layer: int) -> None:
+        self._low = self.network.latent(layer).norm(self._low)
+
+    def _query_proj(self, _stage: Stage, layer: int) -> None:
+        self._low = self.network.latent(layer).widen(self._low)
+
+    def _map_queries(self, _stage: Stage, layer: int) -> None:
+        self._asked = self.network.mapped(layer, self._low)
+
+    def _map_outputs(self, _stage: Stage, layer: int) -> None:
+        self._attended = self.network.values(layer, self._attended)
+
     def _linear_proj(self, _stage: Stage, layer: int) -> None:
         """A layer with linear attention projects where it attends: the model has one module for all of it."""
         self._predict(layer)
@@ -135,8 +152,8 @@ class Operations:
         asked, kv = self._asked, self.layers[layer]
         query, key = self.network.rotate(asked.query, asked.key, self._rotations[layer])
         self._real[layer] = query[:, :, 0].contiguous()
-        new_key, new_value = key[:, :, 0].contiguous(), asked.value[:, :, 0].contiguous()
-        self._projected[layer] = Projected(self._real[layer], new_key, new_value)
+        new_key, new_value = asked.kept(key)
+        self._projected[layer] = Projected(self._real[layer], new_key, new_key if new_value is None else new_value)
         assert not isinstance(kv, LinearLayer), f"layer {layer} has no keys and values"
         if isinstance(kv, OffloadedLayer | StreamedLayer):
             kv.append(new_key, new_value, self.lengths, store=self._stores)
@@ -291,6 +308,11 @@ class Operations:
 _BY_NAME: dict[str, Callable[[Operations, Stage, int], None]] = {
     "input_norm": Operations._input_norm,
     "qkv_proj": Operations._qkv_proj,
+    "latent_proj": Operations._latent_proj,
+    "latent_norm": Operations._latent_norm,
+    "query_proj": Operations._query_proj,
+    "map_queries": Operations._map_queries,
+    "map_outputs": Operations._map_outputs,
     "linear_proj": Operations._linear_proj,
     "decay_proj": Operations._nothing,
     "linear_attention": Operations._linear_attention,

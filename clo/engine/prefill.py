@@ -7,6 +7,7 @@ Knows nothing about prompts' text, about decode steps or about time.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -154,7 +155,7 @@ class _DensePrompt(_PassingLayer):
         self._layer.load(self._sequence, key_states[0], value_states[0], first=self.seen)
         self.seen += key_states.shape[2]
         kv = self._layer.kv[self._sequence, :, :, : self.seen]
-        return kv[None, :, 0], kv[None, :, 1]
+        return self._layer.shape.parted(kv.transpose(0, 1)[:, None])
 
 
 class _WindowedPrompt(DynamicSlidingWindowLayer):  # type: ignore[misc]
@@ -182,27 +183,31 @@ class _WindowedPrompt(DynamicSlidingWindowLayer):  # type: ignore[misc]
 class _HostedPrompt(_PassingLayer):
     """A layer whose prompt is on the host: on the device it is while it is attended."""
 
-    def __init__(self, index: int, belt: _Belt) -> None:
+    def __init__(self, shape: LayerShape, index: int, belt: _Belt) -> None:
         super().__init__()
-        self.index, self._belt = index, belt
+        self.index, self._shape, self._belt = index, shape, belt
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values so far, `[1, kv_heads, tokens, head_dim]`, from those of a chunk."""
         kv = self._belt.take(self)
-        kv[0, :, self.seen :], kv[1, :, self.seen :] = key_states[0], value_states[0]
+        for row, given in zip(kv, self._shape.rows_of(key_states[0], value_states[0]), strict=True):
+            row[:, self.seen :] = given
         self.seen += key_states.shape[2]
         self._belt.pass_on(self, kv, key_states.shape[2])
-        return kv[0][None], kv[1][None]
+        return self._shape.parted(kv[:, None])
 
     @abstractmethod
     def fetch(self, out: torch.Tensor) -> None:
-        """The prompt so far, as many tokens as `out` `[2, kv_heads, tokens, head_dim]` has room for."""
+        """The prompt so far, as many tokens as `out` `[rows_per_token, kv_heads, tokens, head_dim]` has room for."""
 
     @abstractmethod
     def store(self, kv: torch.Tensor, *, complete: bool) -> None:
-        """What is new in the prompt so far, `[2, kv_heads, tokens, head_dim]`; `complete`: no more of it will come."""
+        """What is new in the prompt so far, `[rows_per_token, kv_heads, tokens, head_dim]`.
+
+        `complete`: no more of it will come.
+        """
 
     @abstractmethod
     def part(self, first: int, end: int) -> str:
@@ -211,7 +216,7 @@ class _HostedPrompt(_PassingLayer):
 
 class _StreamedPrompt(_HostedPrompt):
     def __init__(self, layer: StreamedLayer, sequence: int, index: int, belt: _Belt) -> None:
-        super().__init__(index, belt)
+        super().__init__(layer.shape, index, belt)
         self._layer, self._sequence, self._stored = layer, sequence, 0
 
     def fetch(self, out: torch.Tensor) -> None:
@@ -219,7 +224,7 @@ class _StreamedPrompt(_HostedPrompt):
 
     def store(self, kv: torch.Tensor, *, complete: bool) -> None:
         new = kv[:, :, self._stored :]
-        self._layer.load(self._sequence, new[0], new[1], first=self._stored)
+        self._layer.load(self._sequence, *self._layer.shape.parted(new), first=self._stored)
         self._stored = kv.shape[2]
 
     def part(self, first: int, end: int) -> str:
@@ -231,7 +236,7 @@ class _OffloadedPrompt(_HostedPrompt):
     the prompt ends and it is the window's."""
 
     def __init__(self, layer: OffloadedLayer, sequence: int, index: int, belt: _Belt) -> None:
-        super().__init__(index, belt)
+        super().__init__(layer.shape, index, belt)
         self._layer, self._sequence, self._stored = layer, sequence, 0
         # of the tokens in the window, none is ever the host's
         self._pages = layer.pages_of_prompt(belt.tokens)
@@ -263,16 +268,16 @@ class _Belt:
         self.tokens = tokens
         self._carrier, self._chunk_tokens = carrier, chunk_tokens
         self._buffers: list[torch.Tensor] = []
-        self._heads = self._head_dim = 0
+        self._rows = self._heads = self._head_dim = 0
         self._prompts: list[_HostedPrompt] = []
         self._turn = 0
         self._coming: tuple[Errand, torch.Tensor] | None = None
 
     def add(self, prompt: _HostedPrompt, shape: LayerShape) -> _HostedPrompt:
         """Layers take turns in the order in which they are added."""
-        self._heads, self._head_dim = shape.num_kv_heads, shape.head_dim
+        self._rows, self._heads, self._head_dim = shape.rows_per_token, shape.num_kv_heads, shape.head_dim
         if not self._buffers:
-            size = 2 * self._heads * self.tokens * self._head_dim
+            size = self._rows * self._heads * self.tokens * self._head_dim
             self._buffers = [torch.empty(size, dtype=shape.dtype, device=shape.device) for _ in range(2)]
         self._prompts.append(prompt)
         return prompt
@@ -282,8 +287,10 @@ class _Belt:
         self._prompts, self._buffers, self._coming = [], [], None
 
     def take(self, prompt: _HostedPrompt) -> torch.Tensor:
-        """Room for the prompt up to the end of this chunk, `[2, kv_heads, tokens, head_dim]`; what came before it is
-        there already."""
+        """Room for the prompt up to the end of this chunk, `[rows_per_token, kv_heads, tokens, head_dim]`.
+
+        What came before it is there already.
+        """
         if self._coming is None:
             self._fetch_next()
         assert self._coming is not None
@@ -314,6 +321,7 @@ class _Belt:
             return
         self._turn += 1
         # contiguous, as the library's own cache has it
-        kv = buffer[: 2 * self._heads * end * self._head_dim].view(2, self._heads, end, self._head_dim)
+        size = (self._rows, self._heads, end, self._head_dim)
+        kv = buffer[: math.prod(size)].view(size)
         what = f"fetching {prompt.part(0, max(1, seen))} of layer {prompt.index}"
         self._coming = self._carrier.ask(what, lambda: prompt.fetch(kv[:, :, :seen]) if seen else None), kv

@@ -19,7 +19,8 @@ from clo.errors import SpecError
 class Prompt:
     """A prompt that has been read: what each layer keeps of it, and the logits of what follows.
 
-    A layer's pair: rotated keys and values `[kv_heads, tokens, head_dim]`; of linear attention what the convolution
+    A layer's pair: rotated keys and values `[kv_heads, tokens, head_dim]`; of latent attention the values' share of
+    its vectors `[1, tokens, kv_rank]` and their rest `[1, tokens, rope_dim]`; of linear attention what the convolution
     spans `[conv_width, conv_tokens]` and the states `[value_heads, key_dim, value_dim]`.
     """
 

@@ -102,7 +102,9 @@ def random_prompt(network: Network, num_tokens: int, *, seed: int = 0) -> Prompt
         if linear is not None:
             states = draw(linear.num_value_heads, linear.key_dim, linear.value_dim)
             return draw(linear.conv_width, linear.conv_tokens), states.float()
-        size = (model.num_kv_heads, num_tokens, model.head_dim)
-        return draw(*size) * KEY_SCALE, draw(*size)
+        size = (model.num_kv_heads, num_tokens)
+        latent = model.latent
+        widths = (model.head_dim, model.head_dim) if latent is None else (latent.kv_rank, latent.rope_dim)
+        return draw(*size, widths[0]) * KEY_SCALE, draw(*size, widths[1])
 
     return Prompt(tuple(map(layer, range(model.num_layers))), draw(model.vocab_size), num_tokens)

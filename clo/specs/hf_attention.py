@@ -41,7 +41,7 @@ def attention_fields(config: dict[str, Any]) -> dict[str, Any]:
 
 _WITH_INDEXER = ("deepseek_v32", "glm_moe_dsa")
 """Kinds of model whose latent attention is to what an indexer chooses."""
-_WITH_LATENT = ("deepseek_v2", "deepseek_v3", "kimi_k2", *_WITH_INDEXER)
+_WITH_LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2", "youtu", *_WITH_INDEXER)
 _INDEXER_FIELDS = {"num_heads": "index_n_heads", "head_dim": "index_head_dim", "top_tokens": "index_topk"}
 _LATENT_FIELDS = {
     "kv_rank": "kv_lora_rank",

@@ -58,6 +58,7 @@ _WITH_EXPERTS = (
     "deepseek_v3",
     "deepseek_v32",
     "glm4_moe",
+    "glm4_moe_lite",
     "glm_moe_dsa",
     "gpt_oss",
     "kimi_k2",

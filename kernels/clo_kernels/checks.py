@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+LARGEST_HEAD_DIM = 256
+LARGEST_VECTOR_DIM = 1024
+"""Of a vector that all query heads share (latent attention)."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -39,11 +42,11 @@ def check_host_tensor(name: str, tensor: torch.Tensor, device: torch.device) -> 
     require(tensor.device == device or pinned, f"{name}: on {tensor.device}, expected {device} or pinned host memory")
 
 
-def check_head_dim(name: str, head_dim: int) -> None:
+def check_head_dim(name: str, head_dim: int, most: int = LARGEST_HEAD_DIM) -> None:
     """Kernels hold a head vector in a block and read it 16 bytes at a time."""
     require(
-        16 <= head_dim <= 256 and head_dim % 8 == 0,
-        f"{name}: head_dim = {head_dim}, expected a multiple of 8 from 16 to 256",
+        16 <= head_dim <= most and head_dim % 8 == 0,
+        f"{name}: head_dim = {head_dim}, expected a multiple of 8 from 16 to {most}",
     )
 
 

@@ -8,6 +8,9 @@ also in the sinks. Pages that left the window are on the host, `host_pages` [B, 
 to `window_start / page_size - 1` are the candidates of selection, and slots hold copies of some of those. A pinned head
 has all of its tokens on the device instead. Pages on the host and in slots are both as computed, or both coded
 (`coded_pages`): then their rows are int8 and `coded_width(head_dim)` wide.
+
+Where one vector a token is key and value in one (latent attention), there is one row where shapes here say two, and its
+first `value_dim` values are the value.
 """
 
 from __future__ import annotations
@@ -16,7 +19,14 @@ from dataclasses import dataclass
 
 import torch
 
-from clo_kernels.checks import FLOATS, check_head_dim, check_tensor, require
+from clo_kernels.checks import (
+    FLOATS,
+    LARGEST_HEAD_DIM,
+    LARGEST_VECTOR_DIM,
+    check_head_dim,
+    check_tensor,
+    require,
+)
 from clo_kernels.coded_pages import CODE_DTYPE, coded_width
 
 NO_PAGE = -1
@@ -93,7 +103,7 @@ class Resolved:
 
 @dataclass(frozen=True, slots=True)
 class DeviceKV:
-    """Keys (0) and values (1) of one layer on the device. One float dtype, but for coded slots."""
+    """Keys (0) and values (1) of one layer on the device, or what is both. One float dtype, but for coded slots."""
 
     sinks: torch.Tensor
     """[B, H, 2, num_sinks, head_dim]: the first tokens."""
@@ -107,6 +117,18 @@ class DeviceKV:
     """[H] int32: which of `pinned` a KV head is; -1: not pinned."""
     recent_tokens: int
     """Tokens that never leave the window."""
+    value_dim: int | None = None
+    """Of vectors that are key and value in one, the values' share; none: each has a row of its own."""
+
+    @property
+    def rows_per_token(self) -> int:
+        """Key and value, or one vector that is both."""
+        return 2 if self.value_dim is None else 1
+
+    @property
+    def value_width(self) -> int:
+        """Values of a value."""
+        return self.head_dim if self.value_dim is None else self.value_dim
 
     @property
     def page_size(self) -> int:
@@ -136,14 +158,21 @@ class DeviceKV:
     def check(self, device: torch.device, dtype: torch.dtype) -> None:
         """Raise `ValueError` unless the tensors agree with each other and with `device` and `dtype`."""
         require(dtype in FLOATS, f"dtype {dtype}, expected one of {FLOATS}")
-        check_tensor("window", self.window, (-1, -1, 2, -1, -1), dtype, device)
+        rows = self.rows_per_token
+        check_tensor("window", self.window, (-1, -1, rows, -1, -1), dtype, device)
         batch, heads, _, _, head_dim = self.window.shape
-        check_head_dim("window", head_dim)
+        check_head_dim("window", head_dim, LARGEST_HEAD_DIM if rows == 2 else LARGEST_VECTOR_DIM)
+        require(
+            self.value_width <= head_dim and self.value_width % 8 == 0,
+            f"value_dim = {self.value_dim}, expected a multiple of 8 up to head_dim = {head_dim}",
+        )
         width = coded_width(head_dim) if self.coded else head_dim
-        check_tensor("slots", self.slots, (batch, heads, -1, 2, -1, width), CODE_DTYPE if self.coded else dtype, device)
+        check_tensor(
+            "slots", self.slots, (batch, heads, -1, rows, -1, width), CODE_DTYPE if self.coded else dtype, device
+        )
         page_size = self.page_size
-        check_tensor("sinks", self.sinks, (batch, heads, 2, -1, head_dim), dtype, device)
-        check_tensor("pinned", self.pinned, (batch, -1, 2, -1, head_dim), dtype, device)
+        check_tensor("sinks", self.sinks, (batch, heads, rows, -1, head_dim), dtype, device)
+        check_tensor("pinned", self.pinned, (batch, -1, rows, -1, head_dim), dtype, device)
         check_tensor("pinned_row", self.pinned_row, (heads,), INT32, device)
         require(self.recent_tokens > 0, f"recent_tokens = {self.recent_tokens} must be positive")
         require(

@@ -20,7 +20,7 @@ from enum import StrEnum
 
 import torch
 
-from clo_kernels.checks import FLOATS, check_head_dim, check_tensor, require
+from clo_kernels.checks import FLOATS, LARGEST_VECTOR_DIM, check_head_dim, check_tensor, require
 from clo_kernels.layout import INT32
 
 HASH_BITS = 128
@@ -62,7 +62,7 @@ def check_index(
     index: torch.Tensor, rows: tuple[int, int], head_dim: int, planes: torch.Tensor | None, device: torch.device
 ) -> IndexKind:
     """The kind of `index` [batch, num_kv_heads, num_pages, *entry]; of int32 a sign hash where there are `planes`."""
-    check_head_dim("index", head_dim)
+    check_head_dim("index", head_dim, LARGEST_VECTOR_DIM)
     check_tensor("index", index, (*rows, -1, -1, -1), (*FLOATS, INT32), device)
     entries, width = index.shape[3:]
     if index.dtype != INT32:

@@ -119,7 +119,8 @@ def sparse_decode_attention(
     batch, heads = selected.shape[:2]
     for b in range(batch):
         for h in range(heads):
-            keys, values = attended(kv, b, h, selected[b, h], int(lengths[b])).float()
+            rows = attended(kv, b, h, selected[b, h], int(lengths[b])).float()
+            keys, values = rows[0], rows[-1, :, : kv.value_width]
             group = slice(h * (query.shape[1] // heads), (h + 1) * (query.shape[1] // heads))
             logits = query[b, group].float() @ keys.T * scale
             if sink_logits is not None:
@@ -130,7 +131,7 @@ def sparse_decode_attention(
 
 
 def attended(kv: DeviceKV, sequence: int, head: int, selected: torch.Tensor, length: int) -> torch.Tensor:
-    """Keys and values [2, tokens, head_dim] that a KV head attends to."""
+    """Keys and values [2, tokens, head_dim] that a KV head attends to, or [1, tokens, head_dim] that are both."""
     pin = int(kv.pinned_row[head])
     if pin >= 0:
         return kv.pinned[sequence, pin, :, :length]
@@ -185,7 +186,7 @@ def score_pages(
 
 def append_kv(
     key: torch.Tensor,
-    value: torch.Tensor,
+    value: torch.Tensor | None,
     lengths: torch.Tensor,
     kv: DeviceKV,
     host_pages: torch.Tensor,
@@ -194,7 +195,7 @@ def append_kv(
     planes: torch.Tensor | None = None,
 ) -> None:
     """See `clo_kernels.append_kv`."""
-    new, size = torch.stack([key, value], 2), kv.page_size
+    new, size = torch.stack([key] if value is None else [key, value], 2), kv.page_size
     kind = check_index(index, (len(lengths), -1), key.shape[2], planes, key.device)
     pins = kv.pinned_row.tolist()
     for b, length in enumerate(lengths.tolist()):

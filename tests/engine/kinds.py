@@ -1,4 +1,4 @@
-"""Small random models of every kind that the decoder takes beyond Llama, Mistral and Qwen: experts, windows, states."""
+"""Small random models of every kind that the decoder takes beyond Llama, Mistral and Qwen."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from functools import partial
 from typing import Any
 
 import hybrid
+import latent
 import windowed
 from hybrid import hybrid_model
+from latent import latent_model
 from small import EXPERTS, small_model
 from windowed import windowed_model
 
@@ -18,8 +20,12 @@ WITH_EXPERTS: dict[str, Make] = {kind: partial(small_model, kind) for kind in EX
 # Gemma 2 caps its logits where no operation of the schedule is
 WITH_WINDOWS: dict[str, Make] = {kind: partial(windowed_model, kind) for kind in windowed.KINDS if kind != "Gemma2"}
 HYBRID: dict[str, Make] = {kind: partial(hybrid_model, kind) for kind in hybrid.KINDS}
-EVERY: dict[str, Make] = WITH_EXPERTS | WITH_WINDOWS | HYBRID
-ONE_OF_EACH = ("Qwen2Moe", "Gemma3", "GptOss", "Olmo3", "Qwen3Next", "Qwen3_5")
+LATENT: dict[str, Make] = {kind: partial(latent_model, kind) for kind in latent.KINDS}
+ON_CUDA: dict[str, Make] = WITH_EXPERTS | WITH_WINDOWS | HYBRID
+EVERY: dict[str, Make] = ON_CUDA | LATENT
+ONE_OF_EACH_ON_CUDA = ("Qwen2Moe", "Gemma3", "GptOss", "Olmo3", "Qwen3Next", "Qwen3_5")
 """Experts with a shared one; norms before and behind; experts, windows and sinks; norms behind; states with experts and
 without."""
+ONE_OF_EACH = (*ONE_OF_EACH_ON_CUDA, "DeepseekV2", "DeepseekV3")
+"""And vectors that are key and value in one, with queries from the hidden state and from a low rank."""
 THAT_SEE: dict[str, Make] = {"Gemma3": windowed.seeing_model, "Qwen3_5": hybrid.seeing_model}

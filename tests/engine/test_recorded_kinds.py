@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from kinds import EVERY, ONE_OF_EACH, THAT_SEE
+from latent import NOPE, in_vectors
 from small import DIM, GROUP, KV_HEADS, VOCABULARY, design, prompt, small_model
 from transformers import AttentionInterface
 from windowed import FULL, SLIDES, windowed_model
@@ -62,6 +64,7 @@ class Whole:
 
     def __init__(self, model: Any) -> None:
         self.network = Network(model, whole=True)
+        self.latent = self.network.spec.latent is not None
         self.seen: dict[int, SimpleNamespace] = {}
         self.inputs: list[torch.Tensor] = []
         self.contributions: dict[int, torch.Tensor] = {}
@@ -83,20 +86,21 @@ class Whole:
         self.inputs.append(args[0] if args else kwargs["hidden_states"])
 
     def _left(self, layer: int, module: Any, args: Any) -> None:
-        heads = args[0][0].double().unflatten(-1, (KV_HEADS * GROUP, DIM))
-        weight = module.weight.double().unflatten(-1, (KV_HEADS * GROUP, DIM))
+        heads = args[0][0].double().unflatten(-1, (KV_HEADS * GROUP, -1))
+        weight = module.weight.double().unflatten(-1, (KV_HEADS * GROUP, -1))
         self.contributions[layer] = torch.einsum("thd,ohd->tho", heads, weight).norm(dim=-1)
 
     def _attend(self, module: Any, query: Any, key: Any, value: Any, _mask: Any, **options: Any) -> Any:
         layer = module.layer_idx
-        keys, values = (each[0].double().repeat_interleave(GROUP, 0) for each in (key, value))
+        keys, values = (each[0].double().repeat_interleave(query.shape[1] // key.shape[1], 0) for each in (key, value))
         logits = query[0].double() @ keys.transpose(1, 2) * options["scaling"]
         at = torch.arange(query.shape[2])
         hidden = at[None, :] > at[:, None]
         if layer in self.network.spec.windowed_layers:
             hidden |= at[None, :] <= at[:, None] - self.network.spec.window_tokens
         logits = logits.masked_fill(hidden, float("-inf"))
-        self.seen[layer] = SimpleNamespace(query=query[0], mass=logits.softmax(-1))
+        asked = in_vectors(module, query[0]) if self.latent else query[0]
+        self.seen[layer] = SimpleNamespace(query=asked, mass=logits.softmax(-1))
         if (sinks := options.get("s_aux")) is not None:
             logits = torch.cat([logits, sinks.double()[:, None, None].expand(-1, len(at), 1)], -1)
         given = logits.softmax(-1)[..., : len(at)] @ values
@@ -110,6 +114,8 @@ class Whole:
         by_kind = (kinds[layer],) if self.network._rotates_by_kind else ()
         turned = decoder.rotary_emb(hidden, positions, *by_kind)
         norm = getattr(self.network.layers[layer], "input_layernorm", None)
+        if self.latent:
+            return self._predicted_in_vectors(attention, norm(hidden), turned)
         asked = attention.q_proj(hidden if norm is None else norm(hidden))
         if self.network.spec.gated_attention:
             asked = asked.unflatten(-1, (-1, 2, DIM))[..., 0, :].flatten(-2)
@@ -117,7 +123,20 @@ class Whole:
             whole = own.weight.shape[-1] != DIM
             asked = own(asked) if whole else own(asked.unflatten(-1, (-1, DIM))).flatten(-2)
         asked = asked.unflatten(-1, (-1, DIM)).transpose(1, 2)
-        return self.network._rotate(asked, asked, *turned)[0][0].transpose(0, 1)
+        return self.network.rotate(asked, asked, turned)[0][0].transpose(0, 1)
+
+    def _predicted_in_vectors(self, attention: Any, normed: torch.Tensor, turned: Any) -> torch.Tensor:
+        """The same of latent attention."""
+        low = attention.q_lora_rank is not None
+        asked = attention.q_b_proj(attention.q_a_layernorm(attention.q_a_proj(normed))) if low else None
+        asked = (attention.q_proj(normed) if asked is None else asked).unflatten(-1, (KV_HEADS * GROUP, -1))
+        plain, end = asked[0].transpose(0, 1).split([NOPE, asked.shape[-1] - NOPE], dim=-1)
+        library = sys.modules[type(attention).__module__]
+        if isinstance(turned, torch.Tensor):
+            end = library.apply_rotary_emb(end[None], end[None], turned)[0][0]
+        else:
+            end = library.apply_rotary_pos_emb_interleave(end[None], end[None], *turned)[0][0]
+        return in_vectors(attention, torch.cat([plain, end], -1)).transpose(0, 1)
 
 
 ALL = EVERY | {f"{kind} that sees": make for kind, make in THAT_SEE.items()}
@@ -138,7 +157,7 @@ def test_what_is_recorded_is_what_attention_saw(kind: str) -> None:
         for step in range(STEPS):
             at, candidates = CONTEXT - 1 + step, KEEP.candidates(step)
             close(trace.queries[step, row], seen.query[:, at])
-            mass = seen.mass[:, at].unflatten(0, (KV_HEADS, GROUP)).mean(1)
+            mass = seen.mass[:, at].unflatten(0, (header.num_kv_heads, -1)).mean(1)
             pages = mass[:, PAGE : (candidates + 1) * PAGE].unflatten(-1, (candidates, PAGE)).sum(-1)
             best = pages.sort(descending=True).values[:, :8]
             chosen = torch.from_numpy(trace.pages["exact"][step, row].astype(np.int64)) - 1
@@ -187,7 +206,7 @@ class TestWhatItIsGoodFor:
         model = EVERY[kind]()
         trace, network = recorded(model), Network(model)
         found = measure_heads(trace)
-        assert np.isnan(found.prefetchability).sum() == KV_HEADS * trace.header.first_predicted(1)
+        assert np.isnan(found.prefetchability).sum() == trace.header.num_kv_heads * trace.header.first_predicted(1)
         chosen = design("clo", target_hit_rate=0.5, gqa_fold="importance", pinned_head_fraction=0.5, budget_pages=2)
         profile = head_profile(trace, chosen, network.spec)
         for row, layer in enumerate(trace.header.places):

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from kinds import EVERY, ONE_OF_EACH
+from kinds import ON_CUDA, ONE_OF_EACH_ON_CUDA
 from small import design, prompt, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -181,10 +181,10 @@ def test_a_recorded_step_reads_nothing_on_the_host(chosen: Design, monkeypatch: 
 
 
 @pytest.mark.usefixtures("device_of_its_own")
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("kind", ON_CUDA)
 def test_nor_of_models_with_experts_windows_and_states(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts of bf16 in one product: in others torch loops over them on the host."""
-    network = Network(EVERY[kind](dtype=torch.bfloat16).to("meta"))
+    network = Network(ON_CUDA[kind](dtype=torch.bfloat16).to("meta"))
     operations, plan = operations_of(network, design("clo"), monkeypatch)
     assert not network.host_sees_experts
     linear = network.spec.linear
@@ -203,10 +203,10 @@ def test_a_recorded_step_finds_its_tensors_where_they_were(chosen: Design, monke
     assert len(lasting(operations, plan)) > 10
 
 
-@pytest.mark.parametrize("kind", ONE_OF_EACH)
+@pytest.mark.parametrize("kind", ONE_OF_EACH_ON_CUDA)
 @pytest.mark.parametrize("name", ["clo", "resolve", "resident"])
 def test_so_do_those_of_other_kinds(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    operations, plan = operations_of(Network(EVERY[kind]()), design(name), monkeypatch)
+    operations, plan = operations_of(Network(ON_CUDA[kind]()), design(name), monkeypatch)
     network = operations.network
     with_prompts(operations)
     states = [path for path in lasting(operations, plan) if path.endswith("states")]

@@ -56,12 +56,15 @@ def against_full(observed: Observed, sequence: int) -> tuple[torch.Tensor, torch
     """Relative output error and attention mass recalled `[query_heads]` of one sequence, against full attention over
     all its tokens. Of mass only what lies on tokens counts, not the sinks' own."""
     layer, length = observed.layer, int(observed.lengths[sequence])
-    keys, values = whole_cache(layer, sequence, length).double().unbind(1)
-    heads, _, size = keys.shape
-    query, out = (each[sequence].double().view(heads, -1, size) for each in (observed.query, observed.attended))
+    whole = whole_cache(layer, sequence, length).double()
+    keys, values = whole[:, 0], whole[:, -1, :, : layer.shape.value_dim]
+    query, out = (
+        given[sequence].double().view(len(keys), -1, size)
+        for given, size in ((observed.query, keys.shape[2]), (observed.attended, values.shape[2]))
+    )
     logits = query @ keys.transpose(1, 2) * layer.shape.scale
     if observed.sink_logits is not None:
-        logits = torch.cat([logits, observed.sink_logits.double().view(heads, -1, 1)], -1)
+        logits = torch.cat([logits, observed.sink_logits.double().view(len(keys), -1, 1)], -1)
     weights = logits.softmax(-1)[..., :length]
     full = weights @ values
     error = (out - full).norm(dim=-1) / full.norm(dim=-1)
@@ -70,8 +73,10 @@ def against_full(observed: Observed, sequence: int) -> tuple[torch.Tensor, torch
 
 
 def whole_cache(layer: OffloadedLayer, sequence: int, length: int) -> torch.Tensor:
-    """Keys and values of every token `[kv_heads, 2, length, head_dim]`, as attention has them: what the sinks and the
-    window hold from there, pages as kept."""
+    """Keys and values of every token `[kv_heads, rows_per_token, length, head_dim]`, as attention has them.
+
+    What the sinks and the window hold is taken from there, pages as kept.
+    """
     start = window_start(length, layer.attended_kv.recent_tokens, layer.page_size)
     pages = layer.format.restored(layer.host_pages[sequence, : start // layer.page_size].to(layer.shape.device))
     ring = torch.arange(start, length, device=layer.shape.device) % layer.kv.ring_tokens

@@ -29,8 +29,8 @@ class OffloadedLayer:
     one: it has a whole step to arrive, whoever moves it. The first page is always attended (the sinks are in it), the
     pages between it and the window are the candidates of selection.
 
-    `host_pages` is `[batch, pages, kv_heads, 2, page_size, head_dim]`. Where nothing is offloaded every page has a slot
-    of its own, and these are the slots.
+    `host_pages` is `[batch, pages, kv_heads, rows_per_token, page_size, head_dim]`. Where nothing is offloaded every
+    page has a slot of its own, and these are the slots.
     """
 
     def __init__(self, plan: DecodePlan, shape: LayerShape, heads: HeadSettings) -> None:
@@ -41,7 +41,7 @@ class OffloadedLayer:
         everything = self.design.cache is Cache.RESIDENT
         num_slots = num_pages if everything else max(1, min(plan.slot_pages, num_pages))
         self.format = PageFormat(self.design.page_coding, shape.head_dim, shape.dtype)
-        page = (2, self.page_size, self.format.width)
+        page = (shape.rows_per_token, self.page_size, self.format.width)
         size = (shape.batch, num_pages, shape.num_kv_heads, *page)
         self.kv = _device_kv(self.design, self.format, num_slots, shape, heads.pinned)
         self.host_pages = (
@@ -105,8 +105,8 @@ class OffloadedLayer:
     # ---- prompts
 
     def load(self, sequence: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Take in a prompt's rotated keys and values, `[kv_heads, tokens, head_dim]`; the last pages stay in slots."""
-        full, kv = self.pages_of_prompt(keys.shape[1]), torch.stack([keys, values])
+        """Take in what the library keeps of a prompt (see `LayerShape.rows_of`); the last pages stay in slots."""
+        full, kv = self.pages_of_prompt(keys.shape[1]), torch.stack(self.shape.rows_of(keys, values))
         self.load_pages(sequence, 0, kv[:, :, : full * self.page_size])
         self.load_rest(sequence, full, kv[:, :, full * self.page_size :])
 
@@ -115,7 +115,7 @@ class OffloadedLayer:
         return window_start(tokens, self.kv.recent_tokens, self.page_size) // self.page_size
 
     def load_pages(self, sequence: int, first: int, kv: torch.Tensor) -> None:
-        """Pages of a prompt from page `first` on, `[2, kv_heads, tokens, head_dim]`: to the host and indexed.
+        """Pages of a prompt from page `first` on, `[rows_per_token, kv_heads, tokens, head_dim]`: to the host, indexed.
 
         What is kept of them besides is kept now, as computed: coded pages do not come back as they were.
         """
@@ -130,7 +130,8 @@ class OffloadedLayer:
         self._keep(sequence, first * self.page_size, kv)
 
     def fetch_pages(self, sequence: int, count: int, out: torch.Tensor) -> None:
-        """The first `count` pages into `out` `[2, kv_heads, count * page_size, head_dim]`, on the device."""
+        """The first `count` pages into `out` `[rows_per_token, kv_heads, count * page_size, head_dim]`, on the
+        device."""
         pages = self.host_pages[sequence]
         at_once = max(1, FETCH_TOKENS // self.page_size)
         for first in range(0, count, at_once):
@@ -142,7 +143,8 @@ class OffloadedLayer:
             rows.unflatten(2, (end - first, self.page_size)).copy_(restored.permute(2, 1, 0, 3, 4))
 
     def load_rest(self, sequence: int, full: int, kv: torch.Tensor) -> None:
-        """Tokens behind the `full` pages of a prompt, `[2, kv_heads, tokens, head_dim]`: it ends in the window."""
+        """Tokens behind the `full` pages of a prompt, `[rows_per_token, kv_heads, tokens, head_dim]`: it ends in the
+        window."""
         start = full * self.page_size
         self._keep(sequence, start, kv)
         rows = torch.arange(start, start + kv.shape[2], device=kv.device) % self.kv.ring_tokens
@@ -178,8 +180,11 @@ class OffloadedLayer:
         """The slots, `[rows, page values]`: a view."""
         return self.kv.slots.view(self.kv.slots.shape[:3].numel(), -1)
 
-    def append(self, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor, *, store: bool) -> None:
-        """The new token into the window. With `store`, the page that leaves goes to the host by the same kernel."""
+    def append(self, key: torch.Tensor, value: torch.Tensor | None, lengths: torch.Tensor, *, store: bool) -> None:
+        """The new token into the window; without a `value` the key is both.
+
+        With `store`, the page that leaves goes to the host by the same kernel.
+        """
         self.selection.remember_token(key, lengths)
         planes = self.selection.planes
         if store:
@@ -190,7 +195,7 @@ class OffloadedLayer:
             self.selection.index_pages(sequence, page, self._window_page(sequence, page)[:, None, 0])
 
     def _window_page(self, sequence: int, page: int) -> torch.Tensor:
-        """`[kv_heads, 2, page_size, head_dim]`; pages lie whole in the ring."""
+        """`[kv_heads, rows_per_token, page_size, head_dim]`; pages lie whole in the ring."""
         first = page * self.page_size % self.kv.ring_tokens
         return self.kv.window[sequence, :, :, first : first + self.page_size].contiguous()
 
@@ -240,7 +245,7 @@ class OffloadedLayer:
             lengths,
             scale=self.shape.scale,
             sink_logits=sink_logits,
-            out=torch.empty_like(query),
+            out=query.new_empty((*query.shape[:2], self.kv.value_width)),
         )
         return attended
 
@@ -250,16 +255,18 @@ def _device_kv(
 ) -> DeviceKV:
     on_device = {"dtype": shape.dtype, "device": shape.device}
     page_size, recent_tokens, head_dim = design.page_size, design.recent_window_tokens, shape.head_dim
-    slots = (*shape.rows, num_slots, 2, page_size, pages.width)
+    rows = shape.rows_per_token
+    slots = (*shape.rows, num_slots, rows, page_size, pages.width)
     ring = ring_rows(recent_tokens + 1, page_size)
     pinned_row = torch.full((shape.num_kv_heads,), -1, dtype=INT32, device=shape.device)
     for row, head in enumerate(pinned):
         pinned_row[head] = row
     return DeviceKV(
-        sinks=torch.zeros((*shape.rows, 2, page_size, head_dim), **on_device),
-        window=torch.zeros((*shape.rows, 2, ring, head_dim), **on_device),
+        sinks=torch.zeros((*shape.rows, rows, page_size, head_dim), **on_device),
+        window=torch.zeros((*shape.rows, rows, ring, head_dim), **on_device),
         slots=torch.zeros(slots, dtype=pages.kept_dtype, device=shape.device),
-        pinned=torch.zeros((shape.batch, len(pinned), 2, shape.max_tokens, head_dim), **on_device),
+        pinned=torch.zeros((shape.batch, len(pinned), rows, shape.max_tokens, head_dim), **on_device),
         pinned_row=pinned_row,
         recent_tokens=recent_tokens,
+        value_dim=shape.value_dim,
     )

@@ -22,9 +22,9 @@ class StreamedLayer(DenseLayer):
     def __init__(self, shape: LayerShape) -> None:
         super().__init__(shape)
         self.host = torch.zeros(self.kv.shape, dtype=shape.dtype, pin_memory=shape.apart)
-        newest = (2, shape.batch, shape.num_kv_heads, shape.head_dim)
+        newest = (shape.rows_per_token, shape.batch, shape.num_kv_heads, shape.head_dim)
         self._newest = torch.zeros(newest, dtype=shape.dtype, pin_memory=shape.apart)
-        self._new: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._new: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._copied: Stage | None = None
 
     @property
@@ -49,17 +49,20 @@ class StreamedLayer(DenseLayer):
         super().begin(lengths)
 
     def load(self, sequence: int, keys: torch.Tensor, values: torch.Tensor, first: int = 0) -> None:
-        self.host[sequence, :, 0, first : first + keys.shape[1]] = keys
-        self.host[sequence, :, 1, first : first + keys.shape[1]] = values
+        for row, given in enumerate(self.shape.rows_of(keys, values)):
+            self.host[sequence, :, row, first : first + given.shape[1]] = given
 
     def fetch(self, sequence: int, out: torch.Tensor) -> None:
-        """The first tokens of the host's copy, as many as `out` `[2, kv_heads, tokens, head_dim]` has room for."""
+        """The first tokens of the host's copy, as many as `out` `[rows_per_token, kv_heads, tokens, head_dim]` has room
+        for."""
         # head by head, where the host's copy is contiguous: a copy engine moves it as it is
         for head in range(self.shape.num_kv_heads):
-            for part in range(2):
+            for part in range(len(out)):
                 out[part, head].copy_(self.host[sequence, head, part, : out.shape[2]], non_blocking=True)
 
-    def append(self, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor, *, store: bool = True) -> None:
+    def append(
+        self, key: torch.Tensor, value: torch.Tensor | None, lengths: torch.Tensor, *, store: bool = True
+    ) -> None:
         """The new token goes into the buffer now, and with `store` to the host, for the next step."""
         self._new = key, value
         super().append(key, value, lengths)
@@ -69,8 +72,9 @@ class StreamedLayer(DenseLayer):
     def write_back(self) -> None:
         """The new token of each sequence, to the host."""
         assert self._new is not None
-        for staged, new in zip(self._newest, self._new, strict=True):
-            staged.copy_(new, non_blocking=True)
+        new = [each for each in self._new if each is not None]
+        for staged, each in zip(self._newest, new, strict=True):
+            staged.copy_(each, non_blocking=True)
 
     def copy(self, stage: Stage, page_size: int) -> None:
         """Bring all tokens but the newest, which is only now being computed; a recorded step the whole buffer."""
@@ -80,7 +84,7 @@ class StreamedLayer(DenseLayer):
             return
         for sequence, tokens in enumerate(self._tokens):
             for head in range(self.shape.num_kv_heads):
-                for part in range(2):  # contiguous runs: a copy engine takes them as they are
+                for part in range(self.shape.rows_per_token):  # contiguous runs: a copy engine takes them as they are
                     target = self.kv[sequence, head, part, : tokens - 1]
                     target.copy_(self.host[sequence, head, part, : tokens - 1], non_blocking=True)
 

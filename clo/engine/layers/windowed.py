@@ -28,7 +28,7 @@ class WindowedLayer(DenseLayer):
         self.kv[sequence, :, 0, places] = keys[:, tokens - kept :]
         self.kv[sequence, :, 1, places] = values[:, tokens - kept :]
 
-    def append(self, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor) -> None:
+    def append(self, key: torch.Tensor, value: torch.Tensor | None, lengths: torch.Tensor) -> None:
         super().append(key, value, (lengths - 1) % self.shape.max_tokens + 1)
 
     def attend(

@@ -5,20 +5,14 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from clo.engine.models import latent
 from clo.errors import SpecError
 from clo.specs.hf_attention import WITH_LINEAR
 
 SINKS = "sinks"
 """A weight of attention: a logit of each query head that takes its share of the softmax, and has no value (gpt-oss)."""
-NEEDED = (
-    "input_layernorm",
-    "self_attn.q_proj.weight",
-    "self_attn.k_proj.weight",
-    "self_attn.o_proj.weight",
-    "self_attn.head_dim",
-    "self_attn.scaling",
-)
-"""Of each layer with keys and values."""
+NEEDED = ("q_proj.weight", "k_proj.weight", "o_proj.weight", "head_dim", "scaling")
+"""Of each attention to keys and values."""
 IN_ANOTHER = ("gemma3", "qwen3_5", "qwen3_5_moe")
 """Kinds of model that read images too: their text decoder, and its config, lie one level deeper."""
 
@@ -47,11 +41,19 @@ def decoder_layers(model: Any) -> list[Any]:
                 f"model {type(model).__name__}: attention has weights of its own ({own}): not a Llama or Qwen-style "
                 "model"
             )
-    for part in NEEDED:
-        for layer in softmax:
-            if not (has_part(layer, part) or (part == "input_layernorm" and norms_behind(layer))):
-                raise SpecError(f"model {type(model).__name__}: layers lack {part}: not a Llama or Qwen-style model")
+    for layer in softmax:
+        attention = getattr(layer, "self_attn", None)
+        needed = latent.PARTS if is_latent(attention) else NEEDED
+        missing = [] if has_part(layer, "input_layernorm") or norms_behind(layer) else ["input_layernorm"]
+        missing += [f"self_attn.{part}" for part in needed if not has_part(attention, part)]
+        if missing:
+            raise SpecError(f"model {type(model).__name__}: layers lack {missing[0]}: not a Llama or Qwen-style model")
     return layers
+
+
+def is_latent(attention: Any) -> bool:
+    """Whether it caches one vector a token for all heads."""
+    return has_part(attention, "kv_a_proj_with_mqa")
 
 
 def _own_weights(layer: Any) -> list[tuple[str, Any]]:
@@ -91,7 +93,10 @@ def in_heads(projected: Any, norm: Any, head_dim: int) -> Any:
 def project_query(layer: Any, hidden: Any, position_embeddings: tuple[Any, Any]) -> Any:
     """The rotated query [batch, num_query_heads, tokens, head_dim] that `layer` would form from `hidden`."""
     attention = layer.self_attn
-    projected = attention.q_proj(layer.input_layernorm(hidden) if has_part(layer, "input_layernorm") else hidden)
+    normed = layer.input_layernorm(hidden) if has_part(layer, "input_layernorm") else hidden
+    if is_latent(attention):
+        return latent.LatentAttention(attention).query(normed, position_embeddings)
+    projected = attention.q_proj(normed)
     if has_gate(attention):
         projected = projected.unflatten(-1, (-1, 2, attention.head_dim))[..., 0, :].flatten(-2)
     query = in_heads(projected, getattr(attention, "q_norm", None), attention.head_dim).transpose(1, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from clo.errors import SpecError
-from clo.specs import ExpertsSpec, ModelSpec
+from clo.specs import ExpertsSpec, LatentSpec, ModelSpec
 from clo.specs.hf_attention import LINEAR, WINDOWED
 
 FULL = "full_attention"
@@ -17,9 +17,10 @@ def library_kind(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
     Raises `SpecError` where the decoder, or the library, has none.
     """
     experts, own = spec.experts, {}
-    if spec.latent is not None or spec.indexer is not None:
-        what = "latent attention" if spec.latent is not None else "a model's own indexer"
-        raise SpecError(f"model {spec.name}: {what} is simulated only: the real decoder has none")
+    if spec.indexer is not None:
+        raise SpecError(f"model {spec.name}: a model's own indexer is simulated only: the real decoder has none")
+    if spec.latent is not None:
+        return "DeepseekV3", _latent(spec, spec.latent)
     if spec.head_dim % 2:
         raise SpecError(f"model {spec.name}: head_dim = {spec.head_dim}: rotary positions need an even one")
     if spec.gated_attention and spec.windowed_layers:
@@ -44,6 +45,41 @@ def library_kind(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
         # a Llama's hidden size must be a multiple of its query heads
         return ("Qwen3" if spec.hidden_size % spec.num_query_heads else "Llama"), own
     return ("Qwen2Moe" if experts.shared_intermediate_size else "Qwen3Moe"), _mixture(experts)
+
+
+def _latent(spec: ModelSpec, latent: LatentSpec) -> dict[str, Any]:
+    experts = spec.experts
+    if latent.rope_dim % 2:
+        raise SpecError(f"model {spec.name}: latent.rope_dim = {latent.rope_dim}: rotary positions need an even one")
+    heads = {
+        "num_key_value_heads": spec.num_query_heads,
+        "kv_lora_rank": latent.kv_rank,
+        "q_lora_rank": latent.query_rank or None,
+        "qk_rope_head_dim": latent.rope_dim,
+        "qk_nope_head_dim": latent.nope_dim,
+        "v_head_dim": latent.value_dim,
+        # what the library turns by the position
+        "head_dim": latent.rope_dim,
+    }
+    if experts is None:
+        return heads | {"first_k_dense_replace": spec.num_layers}
+    shared, each = experts.shared_intermediate_size, experts.intermediate_size
+    if not shared or shared % each:
+        raise SpecError(
+            f"model {spec.name}: latent attention with a shared expert of other than a multiple of "
+            f"{each} (experts.shared_intermediate_size = {shared}) is simulated only: no such model of the library is "
+            "known here"
+        )
+    return heads | {
+        "n_routed_experts": experts.num_experts,
+        "num_experts_per_tok": experts.experts_per_token,
+        "moe_intermediate_size": each,
+        "n_shared_experts": shared // each,
+        "first_k_dense_replace": experts.dense_layers,
+        # a step costs the same whatever the groups that a router looks at
+        "n_group": 1,
+        "topk_group": 1,
+    }
 
 
 def _mixture(experts: ExpertsSpec) -> dict[str, Any]:

@@ -20,11 +20,13 @@ from clo.engine.models.anatomy import (
     has_gate,
     has_part,
     in_heads,
+    is_latent,
     norms_behind,
     project_query,
     text_decoder,
 )
 from clo.engine.models.hybrid import linear_of
+from clo.engine.models.latent import LatentAttention, Low
 from clo.engine.models.mlp import Mlp
 from clo.engine.models.windows import windows_of
 from clo.errors import SpecError
@@ -40,13 +42,20 @@ BY_POSITION = "llama_4_scaling_beta"
 
 
 class Asked(NamedTuple):
-    """Query, key and value `[batch, heads, 1, head_dim]`; the gate of what attention gives `[batch, 1, query_heads *
-    head_dim]`, if it has one."""
+    """Query, key and value `[batch, heads, 1, head_dim]`, no value where the key is both (latent attention).
+
+    The gate of what attention gives is `[batch, 1, query_heads * head_dim]`, if it has one.
+    """
 
     query: torch.Tensor
     key: torch.Tensor
-    value: torch.Tensor
+    value: torch.Tensor | None
     gate: torch.Tensor | None = None
+
+    def kept(self, rotated_key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What is stored of the one token, `[batch, kv_heads, head_dim]` each."""
+        value = None if self.value is None else self.value[:, :, 0].contiguous()
+        return rotated_key[:, :, 0].contiguous(), value
 
 
 class Network:
@@ -66,16 +75,16 @@ class Network:
         self._mlps = [] if whole else _taken_apart(model, self.layers, self.spec)
         first = self.attentions[0]
         self.scale = float(first.scaling)
-        self.dtype: torch.dtype = first.q_proj.weight.dtype
-        self.device: torch.device = first.q_proj.weight.device
-        self._rotate = sys.modules[type(first).__module__].apply_rotary_pos_emb
+        self.dtype: torch.dtype = first.o_proj.weight.dtype
+        self.device: torch.device = first.o_proj.weight.device
+        self._library = sys.modules[type(first).__module__]
         rotary = getattr(self.decoder, "rotary_emb", None)
         self._rotates_by_kind = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
 
     @property
     def addresses(self) -> tuple[int, ...]:
         """Where the weights lie, by one of each layer: others after they were moved or loaded anew."""
-        return tuple(int(attention.q_proj.weight.data_ptr()) for attention in self.attentions)
+        return tuple(int(attention.o_proj.weight.data_ptr()) for attention in self.attentions)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden states of one token a sequence, `[batch]` -> `[batch, 1, hidden_size]`."""
@@ -126,6 +135,9 @@ class Network:
 
     def qkv(self, layer: int, normed: torch.Tensor) -> Asked:
         """What the layer asks for and leaves, before rotation."""
+        if self.spec.latent is not None:
+            latent = self.latent(layer)
+            return self.mapped(layer, latent.widen(latent.norm(latent.project(normed))))
         attention = self.layers[layer].self_attn
         head_dim, queries, gate = attention.head_dim, attention.q_proj(normed), None
         if has_gate(attention):
@@ -137,9 +149,28 @@ class Network:
         )
         return Asked(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), gate)
 
+    def latent(self, layer: int) -> LatentAttention:
+        """The parts of a layer with latent attention."""
+        return LatentAttention(self.layers[layer].self_attn)
+
+    def mapped(self, layer: int, low: Low) -> Asked:
+        """What such a layer asks for and leaves, before rotation."""
+        latent = self.latent(layer)
+        return Asked(latent.map_queries(latent.in_heads(low.query)), low.vector[:, None], None)
+
+    def of_cache(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+        """What meets cached keys of the library's rotated queries `[batch, query_heads, tokens, query_dim]`."""
+        return query if self.spec.latent is None else self.latent(layer).map_queries(query)
+
+    def values(self, layer: int, attended: torch.Tensor) -> torch.Tensor:
+        """Of what attention gives, `[..., query_heads, value_dim]`, every head's own."""
+        return attended if self.spec.latent is None else self.latent(layer).map_outputs(attended)
+
     def rotate(self, query: torch.Tensor, key: torch.Tensor, rotation: Rotation) -> Rotation:
         """Rotary positions into query and key."""
-        rotated: Rotation = self._rotate(query, key, *rotation)
+        if self.spec.latent is not None:
+            return self.latent(self.spec.whole_layers[0]).rotate(query, key, rotation)
+        rotated: Rotation = self._library.apply_rotary_pos_emb(query, key, *rotation)
         return rotated
 
     def predicted_query(self, layer: int, hidden: torch.Tensor, rotation: Rotation) -> torch.Tensor:
@@ -166,7 +197,7 @@ class Network:
         return attended if gate is None else attended * torch.sigmoid(gate[:, 0].view_as(attended))
 
     def out_proj(self, layer: int, attended: torch.Tensor) -> torch.Tensor:
-        """Attention's contribution to the hidden state, from `[batch, query_heads, head_dim]`."""
+        """Attention's contribution to the hidden state, from `[batch, query_heads, value_dim]`."""
         projected: torch.Tensor = self.layers[layer].self_attn.o_proj(attended.flatten(1)[:, None])
         return self._normed_behind(layer, "post_attention_layernorm", projected)
 
@@ -228,7 +259,7 @@ def spec_of(model: Any, name: str = "") -> ModelSpec:
     layers, config = decoder_layers(model), text_decoder(model).config
     linear = linear_of(model, layers, config)
     attention = attending(layers)[0].self_attn
-    head_dim, weight = int(attention.head_dim), attention.q_proj.weight
+    weight = attention.o_proj.weight
     return ModelSpec.parse(
         {
             "name": name or model.config.name_or_path.rstrip("/").rsplit("/", 1)[-1] or type(model).__name__,
@@ -237,19 +268,43 @@ def spec_of(model: Any, name: str = "") -> ModelSpec:
             "hidden_size": config.hidden_size,
             # some leave out the width of an MLP that none of their layers has
             "intermediate_size": getattr(config, "intermediate_size", None) or config.moe_intermediate_size,
-            "num_query_heads": weight.shape[0] // head_dim // (2 if has_gate(attention) else 1),
-            "num_kv_heads": attention.k_proj.weight.shape[0] // head_dim,
-            "head_dim": head_dim,
             "vocab_size": config.vocab_size,
             "max_positions": config.max_position_embeddings,
             "experts": experts_of(config.to_dict()),
             "tied_embeddings": bool(getattr(config, "tie_word_embeddings", False)),
             "weight_bytes_per_value": float(weight.element_size()),
             "kv_bytes_per_value": float(weight.element_size()),
+            **(_latent_heads(model, attention) if is_latent(attention) else _heads(attention)),
             **windows_of(config),
             **linear,
         }
     )
+
+
+def _heads(attention: Any) -> dict[str, Any]:
+    head_dim = int(attention.head_dim)
+    return {
+        "num_query_heads": attention.q_proj.weight.shape[0] // head_dim // (2 if has_gate(attention) else 1),
+        "num_kv_heads": attention.k_proj.weight.shape[0] // head_dim,
+        "head_dim": head_dim,
+    }
+
+
+def _latent_heads(model: Any, attention: Any) -> dict[str, Any]:
+    if has_part(attention, "indexer"):
+        raise SpecError(f"model {type(model).__name__}: it attends to what its own indexer chooses: simulated only")
+    if not has_part(attention, "expand_kv"):
+        raise SpecError(
+            f"model {type(model).__name__}: this version of transformers caches every head's keys and values, not the "
+            "vectors that they are made from: 5.15 or newer is needed"
+        )
+    shape = LatentAttention(attention).spec
+    return {
+        "num_query_heads": attention.num_heads,
+        "num_kv_heads": 1,
+        "head_dim": shape.vector_dim,
+        "latent": shape,
+    }
 
 
 def _taken_apart(model: Any, layers: list[Any], spec: ModelSpec) -> list[Mlp]:

@@ -8,7 +8,7 @@ from weakref import WeakSet
 
 import torch
 
-from clo.engine.models.network import Asked, Network, Rotation
+from clo.engine.models.network import Network, Rotation
 from clo.errors import SpecError
 
 TOKENS = 8
@@ -138,8 +138,10 @@ def _contribution(network: Network, layer: int, hidden: torch.Tensor, rotation: 
         return network.linear_attention(layer, normed.transpose(0, 1), None).transpose(0, 1)
     asked = network.qkv(layer, normed)
     query, key = network.rotate(asked.query, asked.key, rotation)
-    of_one = asked._replace(query=_as_one(query), key=_as_one(key), value=_as_one(asked.value))
-    attended = _attended(of_one, network.scale, network.sink_logits(layer)).transpose(0, 1)
+    latent = network.spec.latent
+    value = key[..., : latent.kv_rank] if latent is not None else asked.value
+    attended = _attended(_as_one(query), _as_one(key), _as_one(value), network.scale, network.sink_logits(layer))
+    attended = network.values(layer, attended.transpose(0, 1))
     return network.out_proj(layer, network.output_gate(attended, asked.gate))
 
 
@@ -148,9 +150,10 @@ def _as_one(heads: torch.Tensor) -> torch.Tensor:
     return heads[:, :, 0].transpose(0, 1)
 
 
-def _attended(asked: Asked, scale: float, sink_logits: torch.Tensor | None) -> torch.Tensor:
-    """Causal attention of one sequence, `[query_heads, tokens, head_dim]`, written out: torch's own has no sinks."""
-    query, key, value, _ = asked
+def _attended(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, sink_logits: torch.Tensor | None
+) -> torch.Tensor:
+    """Causal attention of one sequence, `[query_heads, tokens, value_dim]`, written out: torch's own has no sinks."""
     group, count = query.shape[0] // key.shape[0], query.shape[1]
     key, value = (tensor.float().repeat_interleave(group, 0) for tensor in (key, value))
     later = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1)

@@ -80,6 +80,8 @@ class AttentionRecorder:
         )
         self._rows = {layer: row for row, layer in enumerate(spec.whole_layers)}
         self._head_dim, self._num_query_heads = spec.head_dim, spec.num_query_heads
+        self._value_dim = spec.head_dim if spec.latent is None else spec.latent.value_dim
+        self._vectors: dict[int, Any] = {}
         self._num_kv_heads = spec.num_kv_heads
         self._step = 0
         self._approximate: dict[tuple[int, int], Any] = {}
@@ -109,6 +111,8 @@ class AttentionRecorder:
         attentions = {row: self._layers[layer].self_attn for layer, row in self._rows.items()}
         for row, attention in attentions.items():
             attention.clo_observer = self._observe
+            if self.network.spec.latent is not None:
+                attention.expand_kv = self._seeing_vectors(row, attention.expand_kv)
             handles.append(attention.o_proj.register_forward_pre_hook(self._output_hook(row)))
         try:
             yield
@@ -117,6 +121,7 @@ class AttentionRecorder:
                 handle.remove()
             for attention in attentions.values():
                 del attention.clo_observer
+                vars(attention).pop("expand_kv", None)
 
     def next_step(self) -> None:
         """The forward pass of a step is over."""
@@ -168,19 +173,30 @@ class AttentionRecorder:
         """What attention gives, after sinks and gates took their part, is what its output projection reads."""
 
         def hook(projection: Any, args: tuple[Any, ...]) -> None:
-            heads_out = args[0][0, -1].float().reshape(self._num_query_heads, self._head_dim)
-            weight = projection.weight.float().reshape(-1, self._num_query_heads, self._head_dim)
+            heads_out = args[0][0, -1].float().reshape(self._num_query_heads, self._value_dim)
+            weight = projection.weight.float().reshape(-1, self._num_query_heads, self._value_dim)
             contribution = (weight * heads_out).sum(-1).norm(dim=0)
             self._output_norms[row] += contribution.double().numpy() / self.settings.num_steps
 
         return hook
+
+    def _seeing_vectors(self, row: int, expand: Callable[..., Any]) -> Callable[..., Any]:
+        def seeing(values: Any, rest: Any) -> Any:
+            import torch
+
+            self._vectors[row] = torch.cat([values, rest], -1)
+            return expand(values, rest)
+
+        return seeing
 
     def _observe(self, module: Any, query: Any, key: Any, scaling: float) -> None:
         layer, step = int(module.layer_idx), self._step
         tokens = self.settings.context_tokens + step
         if query.shape[2] != 1 or key.shape[2] != tokens:
             raise SpecError(f"model layer {layer} attends to {key.shape[2]} of {tokens} tokens: it cannot be recorded")
-        row, keys, real = self._rows[layer], key[0].float(), query[0, :, 0].float()
+        row, real = self._rows[layer], self.network.of_cache(layer, query)[0, :, 0].float()
+        # latent attention caches none of the keys that it attends to, but the vectors that they are made from
+        keys = self._vectors.pop(row, key)[0].float()
         self._index[row].extend(keys)
         self._queries[step, row] = real.numpy()
         self._record_mass(row, real, keys, scaling)
