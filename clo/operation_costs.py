@@ -33,6 +33,8 @@ from clo.schedule.work import (
     Gemm,
     HostAction,
     HostGather,
+    LatentAttention,
+    LatentMap,
     Quantity,
     StreamKernel,
     Submit,
@@ -51,6 +53,8 @@ time grows in steps. Linear in between.
 """
 
 
+PREDICTING = ("qkv_proj", "linear_proj", "latent_proj", "query_proj", "map_queries")
+"""Operations that may do something for a later layer as well."""
 AS_WELL = {"qkv_proj:predicting": "qkv_proj:alone"}
 """Entries that another may stand for: where layers with keys and values lie far apart, only some depths of prefetching
 predict in one of them. What a prediction adds are weights."""
@@ -134,7 +138,7 @@ def load_operation_profile(path: Path) -> OperationProfile:
 def price_key(name: str, work: Work, plan: DecodePlan) -> str:
     """The entry of a profile: operations of one name that run different code are told apart."""
     design = plan.design
-    if isinstance(work, DecodeAttention):
+    if isinstance(work, DecodeAttention | LatentAttention):
         return f"{name}:{'dense' if _attends_all_it_keeps(work, plan) else 'sparse'}"
     if name == "score_pages":
         return f"{name}:{design.selector}"
@@ -143,25 +147,26 @@ def price_key(name: str, work: Work, plan: DecodePlan) -> str:
         return f"{name}:{design.cache}{':replace' if design.replaces_sets else ''}"
     if name == "resolve_pages":
         return f"{name}:{'replace' if design.replaces_sets else 'diff'}"
-    if name in ("qkv_proj", "linear_proj") and isinstance(work, Gemm):
-        return f"{name}:{'predicting' if work.n > _width_alone(name, plan.model) else 'alone'}"
+    if name in PREDICTING and isinstance(work, Gemm | LatentMap):
+        return f"{name}:{'predicting' if _predicts(name, work, plan.model) else 'alone'}"
     if name == "append_kv":
         stores = isinstance(work, StreamKernel) and isinstance(work.host_store_bytes, Amount)
         return f"{name}:{'stores' if stores else _where_tokens_go(design)}"
     return name
 
 
-def _attends_all_it_keeps(work: DecodeAttention, plan: DecodePlan) -> bool:
+def _attends_all_it_keeps(work: DecodeAttention | LatentAttention, plan: DecodePlan) -> bool:
     """A dense layer attends to the context, one with a window to that, by the same code."""
-    return work.in_window or work.kv_tokens == plan.workload.context_tokens
+    in_window = isinstance(work, DecodeAttention) and work.in_window
+    return in_window or work.kv_tokens == plan.workload.context_tokens
 
 
-def _width_alone(name: str, model: ModelSpec) -> int:
-    """Outputs of a layer's first projection that predicts nothing."""
-    if name == "qkv_proj":
-        return model.qkv_width
-    assert model.linear is not None
-    return model.projections_in(model.linear.layers[0])[0].n
+def _predicts(name: str, work: Gemm | LatentMap, model: ModelSpec) -> bool:
+    """Whether it makes the query of a later layer, too."""
+    if isinstance(work, LatentMap):
+        return work.num_heads > model.num_query_heads
+    layer = model.linear.layers[0] if name == "linear_proj" and model.linear is not None else model.whole_layers[0]
+    return work.n > next(each.n for each in model.projections_in(layer) if each.name == name)
 
 
 def _where_tokens_go(design: Design) -> str:
@@ -187,7 +192,9 @@ def feature_values(work: Work, plan: DecodePlan, traffic: Traffic) -> dict[str, 
 def _features_of(work: Work, plan: DecodePlan) -> dict[str, Quantity]:
     features: dict[str, Quantity] = {"calls": 1.0}
     if isinstance(work, Gemm):
-        return _gemm_features(work)
+        return _gemm_features(work.m, float(work.n * work.k))
+    if isinstance(work, LatentMap):
+        return _gemm_features(work.rows, float(work.num_heads * work.head_dim * work.kv_rank))
     if isinstance(work, Experts):
         # tokens times experts, each a product with all of an expert's weights
         passes = work.num_used * work.rows
@@ -198,6 +205,9 @@ def _features_of(work: Work, plan: DecodePlan) -> dict[str, Quantity]:
             "rows": rows,
             "kv_bytes": 2 * rows * work.kv_tokens * work.head_dim * work.kv_bytes_per_value,
         }
+    if isinstance(work, LatentAttention):
+        rows = float(work.batch)
+        return features | {"rows": rows, "kv_bytes": rows * work.kv_tokens * work.vector_dim * work.kv_bytes_per_value}
     if isinstance(work, StreamKernel):
         return features | _stream_features(work, plan)
     if isinstance(work, ZeroCopy):
@@ -215,16 +225,20 @@ def _features_of(work: Work, plan: DecodePlan) -> dict[str, Quantity]:
     return runtime
 
 
-def _gemm_features(work: Gemm) -> dict[str, Quantity]:
+def _gemm_features(m: int, weights: float) -> dict[str, Quantity]:
     """Weights, by the nearest numbers of rows that have a coefficient; beyond the last, as if it were called again."""
-    weights, last = float(work.n * work.k), GEMM_ROWS[-1]
-    if work.m >= last:
-        return {f"weights_{last}_rows": weights * work.m / last}
-    above = next(at for at, rows in enumerate(GEMM_ROWS) if rows > work.m)
+    last = GEMM_ROWS[-1]
+    if m >= last:
+        return {f"weights_{last}_rows": weights * m / last}
+    above = next(at for at, rows in enumerate(GEMM_ROWS) if rows > m)
     low, high = GEMM_ROWS[above - 1], GEMM_ROWS[above]
-    share = (work.m - low) / (high - low)
+    share = (m - low) / (high - low)
     near = {low: weights * (1.0 - share), high: weights * share}
     return {f"weights_{rows}_rows": count for rows, count in near.items() if count}
+
+
+def _rows(work: Gemm | LatentMap) -> int:
+    return work.m if isinstance(work, Gemm) else work.rows
 
 
 @lru_cache(maxsize=64)
@@ -277,8 +291,10 @@ class OperationPricer:
         cost = self._cost(work, name)
         total: Seconds = 0.0
         values = feature_values(work, self.plan, traffic)
-        if isinstance(work, Gemm) and not values.keys() <= cost.per_unit.keys():
-            raise ProfileError(f"profile {self.profile.name}: operation {name} was never timed for a batch of {work.m}")
+        if isinstance(work, Gemm | LatentMap) and not values.keys() <= cost.per_unit.keys():
+            raise ProfileError(
+                f"profile {self.profile.name}: operation {name} was never timed for a batch of {_rows(work)}"
+            )
         for feature, value in values.items():
             if per_unit := cost.per_unit.get(feature, 0.0):
                 total = total + per_unit * value

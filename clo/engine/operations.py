@@ -14,8 +14,8 @@ from clo.engine.cuda.bar import Bar
 from clo.engine.cuda.copies import copy_rows
 from clo.engine.finite import Projected, States, explain_step
 from clo.engine.inline import predicts
+from clo.engine.latent_queries import LatentQueries
 from clo.engine.layers import Layer, LinearLayer, OffloadedLayer, StreamedLayer
-from clo.engine.models.latent import Low
 from clo.engine.models.mlp import add
 from clo.engine.models.network import Asked, Network, Rotation
 from clo.engine.staging import Staging
@@ -43,7 +43,7 @@ class Operations:
         self.logits = torch.empty(0)
         nothing = torch.empty(0)
         self._hidden = self._normed = self._attended = self._activated = nothing
-        self._asked, self._low = Asked(nothing, nothing, nothing), Low(nothing, nothing)
+        self._asked, self._latent = Asked(nothing, nothing, nothing), LatentQueries(network)
         self._gate_up, self._routed = (nothing, nothing), (nothing, nothing)
         self._of_mlp: torch.Tensor | None = None
         self._rotations: Sequence[Rotation] = ()
@@ -123,17 +123,20 @@ class Operations:
         self._predict(layer)
 
     def _latent_proj(self, _stage: Stage, layer: int) -> None:
-        self._low = self.network.latent(layer).project(self._normed)
-        self._predict(layer)
+        self._latent.project(layer, self._normed, predicts(self.plan, layer), self._hidden)
 
     def _latent_norm(self, _stage: Stage, layer: int) -> None:
-        self._low = self.network.latent(layer).norm(self._low)
+        self._latent.norm(layer)
 
     def _query_proj(self, _stage: Stage, layer: int) -> None:
-        self._low = self.network.latent(layer).widen(self._low)
+        self._latent.widen(layer)
 
     def _map_queries(self, _stage: Stage, layer: int) -> None:
-        self._asked = self.network.mapped(layer, self._low)
+        self._asked = self._latent.mapped(layer)
+        if (ahead := self._latent.predicted()) is not None:
+            target, query = ahead
+            rotated, _ = self.network.rotate(query, query, self._rotations[target])
+            self._predicted[target] = rotated[:, :, 0].contiguous()
 
     def _map_outputs(self, _stage: Stage, layer: int) -> None:
         self._attended = self.network.values(layer, self._attended)

@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 
 from clo_kernels import reference
-from clo_kernels.checks import FLOATS, check_host_tensor, check_tensor
+from clo_kernels.checks import FLOATS, check_host_tensor, check_tensor, require
 from clo_kernels.coded_pages import STEP_DTYPE
 from clo_kernels.coded_rows import store_coded
 from clo_kernels.dispatch import on_device, runs_kernel
 from clo_kernels.index_codes import pack_4bit, sign_word
-from clo_kernels.layout import INT32, DeviceKV
+from clo_kernels.layout import INT32, DeviceKV, check_shared_vectors
 from clo_kernels.page_index import check_index
 
 TOKEN_BLOCK = 32
@@ -128,7 +128,7 @@ def append_kv_kernel(
 
 def append_kv(
     key: torch.Tensor,
-    value: torch.Tensor,
+    value: torch.Tensor | None,
     lengths: torch.Tensor,
     kv: DeviceKV,
     host_pages: torch.Tensor,
@@ -142,23 +142,29 @@ def append_kv(
     num_kv_heads, 2, page_size, head_dim] is pinned, or on the device: there also pages that lie head by head, as slots
     do, with their dimensions 1 and 2 exchanged; coded where the slots are. `index` [batch, num_kv_heads, num_pages,
     *entry] has one of the layouts in `page_index`, and `planes` are those of a sign hash. A pinned head's tokens go
-    nowhere else. A page or token beyond the room for it is dropped: the caller makes sure that sequences fit.
+    nowhere else. A page or token beyond the room for it is dropped: the caller makes sure that sequences fit. Where
+    keys are values, too (`kv.value_dim`), `value` is none, and only the reference does it.
     """
     kv.check(key.device, key.dtype)
     (batch, heads), page_size, head_dim = kv.slots.shape[:2], kv.page_size, kv.head_dim
     check_tensor("key", key, (batch, heads, head_dim), FLOATS)
-    check_tensor("value", value, (batch, heads, head_dim), key.dtype, key.device)
+    require(
+        (value is None) == (kv.value_dim is not None), "value: goes with keys that are no values, kv.value_dim none"
+    )
+    if value is not None:
+        check_tensor("value", value, (batch, heads, head_dim), key.dtype, key.device)
     check_tensor("lengths", lengths, (batch,), INT32, key.device)
     by_head = not host_pages.is_contiguous() and host_pages.dim() == 6
     stored = host_pages.transpose(1, 2) if by_head else host_pages
     places = (heads, -1) if by_head else (-1, heads)
-    check_tensor("host_pages", stored, (batch, *places, 2, page_size, kv.row_width), kv.slots.dtype)
+    check_tensor("host_pages", stored, (batch, *places, kv.rows_per_token, page_size, kv.row_width), kv.slots.dtype)
     check_host_tensor("host_pages", host_pages, key.device)
     num_pages = host_pages.shape[1]
     kind = check_index(index, (batch, heads), head_dim, planes, key.device)
     expected = (batch, heads, num_pages, page_size if kind.of_tokens else -1, -1)
     check_tensor("index", index, expected, INT32 if kind.of_tokens else key.dtype)
-    if not runs_kernel(key):
+    if not runs_kernel(key) or value is None:
+        check_shared_vectors(kv, key)
         reference.append_kv(key, value, lengths, kv, host_pages, index, planes=planes)
     elif batch:
         with on_device(key):

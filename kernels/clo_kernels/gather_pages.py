@@ -6,6 +6,8 @@ bit patterns; does not know what they mean. Not yet run on a GPU.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -73,14 +75,15 @@ def gather_pages(
     """Copy the pages that `fetch` lists from `host_pages` into `slots`; returns `slots`.
 
     `host_pages` [batch, num_pages, num_kv_heads, 2, page_size, head_dim] is pinned (or on the device), `slots` is
-    [batch, num_kv_heads, num_slots, 2, page_size, head_dim]. Pages and slots in the list are not checked.
+    [batch, num_kv_heads, num_slots, 2, page_size, head_dim], or both have one row a token. Pages and slots in the list
+    are not checked.
     """
-    check_tensor("slots", slots, (-1, -1, -1, 2, -1, -1), FLOATS_AND_BYTES)
-    batch, heads, num_slots, _, page_size, head_dim = slots.shape
-    check_tensor("host_pages", host_pages, (batch, -1, heads, 2, page_size, head_dim), slots.dtype)
+    check_tensor("slots", slots, (-1, -1, -1, -1, -1, -1), FLOATS_AND_BYTES)
+    batch, heads, num_slots, *page = slots.shape
+    check_tensor("host_pages", host_pages, (batch, -1, heads, *page), slots.dtype)
     check_host_tensor("host_pages", host_pages, slots.device)
     fetch.check((batch, heads), slots.device)
-    page_bytes = 2 * page_size * head_dim * slots.element_size()
+    page_bytes = math.prod(page) * slots.element_size()
     require(page_bytes % 4 == 0 and page_bytes > 0, f"a page is {page_bytes} bytes, expected a multiple of 4")
     for name, tensor in (("host_pages", host_pages), ("slots", slots)):
         require(tensor.data_ptr() % 16 == 0, f"{name}: starts at {tensor.data_ptr():#x}, expected a multiple of 16")

@@ -186,6 +186,14 @@ class DeviceKV:
         )
 
 
+def check_shared_vectors(kv: DeviceKV, tensor: torch.Tensor) -> None:
+    """Raise `ValueError` where vectors that are key and value in one lie on a CUDA device: no kernel reads them."""
+    require(
+        kv.value_dim is None or tensor.device.type != "cuda",
+        f"value_dim = {kv.value_dim}: vectors that are key and value in one have a reference only, for a CPU",
+    )
+
+
 def window_start(length: int, recent_tokens: int, page_size: int) -> int:
     """First token in the window: that of the first page that reaches into the last `recent_tokens`."""
     return max(0, length - recent_tokens) // page_size * page_size

@@ -18,7 +18,7 @@ from clo_kernels.checks import FLOATS, check_tensor, group_size, require
 from clo_kernels.coded_pages import STEP_DTYPE
 from clo_kernels.coded_rows import load_coded
 from clo_kernels.dispatch import INTERPRETED, on_device, runs_kernel
-from clo_kernels.layout import INT32, DeviceKV
+from clo_kernels.layout import INT32, DeviceKV, check_shared_vectors
 
 BLOCK_BYTES = 64 * 256
 """Keys of a block of tokens."""
@@ -201,12 +201,12 @@ def sparse_decode_attention(
     sink_logits: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention output [batch, num_query_heads, head_dim] of `query`, of the same shape and dtype.
+    """Attention output [batch, num_query_heads, value width of `kv`] of `query` [..., head_dim], of the same dtype.
 
     `selected` is int32 [batch, num_kv_heads, budget]: slots of full pages, no slot twice, NO_SLOT anywhere; of no use
     for pinned heads. `lengths` is int32 [batch], the new token included; a sequence of length 0 gives zeros. `scale` is
     1 / sqrt(head_dim) by default. `sink_logits`, one of each query head, take their share of the softmax, and have no
-    value.
+    value. Where keys are values, too (`kv.value_dim`), only the reference does it.
     """
     check_tensor("query", query, (-1, -1, -1), FLOATS)
     kv.check(query.device, query.dtype)
@@ -216,15 +216,17 @@ def sparse_decode_attention(
     check_tensor("lengths", lengths, (batch,), INT32, query.device)
     num_query_heads = query.shape[1]
     group = group_size(num_query_heads, heads)
-    out = torch.empty_like(query) if out is None else out
-    check_tensor("out", out, tuple(query.shape), query.dtype, query.device)
+    given = (batch, num_query_heads, kv.value_width)
+    out = query.new_empty(given) if out is None else out
+    check_tensor("out", out, given, query.dtype, query.device)
     scale = head_dim**-0.5 if scale is None else scale
     if num_splits is None:
         num_splits = default_splits(query, kv, selected)
     require(0 < num_splits <= MAX_SPLITS, f"num_splits = {num_splits}, expected 1 to {MAX_SPLITS}")
     if sink_logits is not None:
         check_tensor("sink_logits", sink_logits, (num_query_heads,), FLOATS, query.device)
-    if not runs_kernel(query):
+    if not runs_kernel(query) or kv.value_dim is not None:
+        check_shared_vectors(kv, query)
         return reference.sparse_decode_attention(
             query, kv, selected, lengths, scale=scale, sink_logits=sink_logits, out=out
         )

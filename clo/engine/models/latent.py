@@ -7,7 +7,7 @@ is applied to queries, the one that would make values to what attention gives.
 from __future__ import annotations
 
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -15,17 +15,6 @@ from clo.specs import LatentSpec
 
 PARTS = ("kv_a_proj_with_mqa.weight", "kv_a_layernorm", "kv_b_proj.weight", "o_proj.weight", "scaling")
 """Of attention."""
-
-
-class Low(NamedTuple):
-    """What is projected of hidden states `[batch, tokens, hidden_size]`.
-
-    What queries are made from, `[..., query_rank]`, later the queries themselves, `[..., heads * query_dim]`; and the
-    vector that is cached, `[..., vector_dim]`.
-    """
-
-    query: torch.Tensor
-    vector: torch.Tensor
 
 
 class LatentAttention:
@@ -47,22 +36,27 @@ class LatentAttention:
             query_rank=self._module.q_lora_rank or 0,
         )
 
-    def project(self, normed: torch.Tensor) -> Low:
-        """To the low ranks; queries that have none are projected whole."""
+    def low(self, normed: torch.Tensor) -> torch.Tensor:
+        """What queries are made from, `[batch, tokens, query_rank]`; without a low rank the queries themselves."""
         module = self._module
-        first = module.q_proj if self._is_direct else module.q_a_proj
-        return Low(first(normed), module.kv_a_proj_with_mqa(normed))
+        return (module.q_proj if self._is_direct else module.q_a_proj)(normed)
 
-    def norm(self, low: Low) -> Low:
-        """The low ranks' own norms; not of the part with the position."""
-        module, vector = self._module, low.vector
-        query = low.query if self._is_direct else module.q_a_layernorm(low.query)
-        normed = module.kv_a_layernorm(vector[..., : self._rank])
-        return Low(query, torch.cat([normed, vector[..., self._rank :]], -1))
+    def normed_low(self, low: torch.Tensor) -> torch.Tensor:
+        """By a norm of its own, if it is one."""
+        return low if self._is_direct else self._module.q_a_layernorm(low)
 
-    def widen(self, low: Low) -> Low:
-        """Queries from their low rank."""
-        return low if self._is_direct else low._replace(query=self._module.q_b_proj(low.query))
+    def queries(self, low: torch.Tensor) -> torch.Tensor:
+        """Every head's, `[batch, tokens, heads * query_dim]`."""
+        return low if self._is_direct else self._module.q_b_proj(low)
+
+    def vector(self, normed: torch.Tensor) -> torch.Tensor:
+        """What is cached, `[batch, tokens, vector_dim]`, before its norm and without the position."""
+        return self._module.kv_a_proj_with_mqa(normed)
+
+    def normed_vector(self, vector: torch.Tensor) -> torch.Tensor:
+        """All but the part that the position goes into."""
+        normed = self._module.kv_a_layernorm(vector[..., : self._rank])
+        return torch.cat([normed, vector[..., self._rank :]], -1)
 
     def in_heads(self, query: torch.Tensor) -> torch.Tensor:
         """Queries `[batch, tokens, heads * query_dim]` as `[batch, heads, tokens, query_dim]`."""
@@ -75,8 +69,7 @@ class LatentAttention:
 
     def query(self, normed: torch.Tensor, rotation: Any) -> torch.Tensor:
         """All of that one after the other, and the position: rotated queries `[batch, heads, tokens, vector_dim]`."""
-        low = self.widen(self.norm(self.project(normed)))
-        query = self.map_queries(self.in_heads(low.query))
+        query = self.map_queries(self.in_heads(self.queries(self.normed_low(self.low(normed)))))
         return self.rotate(query, query, rotation)[0]
 
     def map_outputs(self, attended: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ from clo.engine.models.anatomy import (
     text_decoder,
 )
 from clo.engine.models.hybrid import linear_of
-from clo.engine.models.latent import LatentAttention, Low
+from clo.engine.models.latent import LatentAttention
 from clo.engine.models.mlp import Mlp
 from clo.engine.models.windows import windows_of
 from clo.errors import SpecError
@@ -137,7 +137,8 @@ class Network:
         """What the layer asks for and leaves, before rotation."""
         if self.spec.latent is not None:
             latent = self.latent(layer)
-            return self.mapped(layer, latent.widen(latent.norm(latent.project(normed))))
+            vector = latent.normed_vector(latent.vector(normed))
+            return self.mapped(layer, latent.queries(latent.normed_low(latent.low(normed))), vector)
         attention = self.layers[layer].self_attn
         head_dim, queries, gate = attention.head_dim, attention.q_proj(normed), None
         if has_gate(attention):
@@ -153,10 +154,10 @@ class Network:
         """The parts of a layer with latent attention."""
         return LatentAttention(self.layers[layer].self_attn)
 
-    def mapped(self, layer: int, low: Low) -> Asked:
+    def mapped(self, layer: int, queries: torch.Tensor, vector: torch.Tensor) -> Asked:
         """What such a layer asks for and leaves, before rotation."""
         latent = self.latent(layer)
-        return Asked(latent.map_queries(latent.in_heads(low.query)), low.vector[:, None], None)
+        return Asked(latent.map_queries(latent.in_heads(queries)), vector[:, None], None)
 
     def of_cache(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         """What meets cached keys of the library's rotated queries `[batch, query_heads, tokens, query_dim]`."""
