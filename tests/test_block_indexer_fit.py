@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fitted_costs import assert_same
 from hypothesis import given
 from hypothesis import strategies as st
 from needs import needs_measurements
@@ -102,5 +103,5 @@ def test_shipped_costs_are_those_of_the_measurements(gpu: str) -> None:
     assert profile.decode_attention is not None
     found = block_indexer_costs(gpu, {"gemm": profile.gemm, "decode_attention": profile.decode_attention})
     for name in ("block_indexer", "prefill_block_indexer", "prefill_block_attention"):
-        assert getattr(profile, name) == found.get(name, Profile.model_fields[name].default)
+        assert_same(getattr(profile, name), found.get(name, Profile.model_fields[name].default))
     assert len(found) == {"a100": 0, "l40s": 1, "rtx-pro-6000": 1}.get(gpu, 3)

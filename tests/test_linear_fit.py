@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fitted_costs import assert_same
 from hypothesis import given
 from hypothesis import strategies as st
 from needs import needs_measurements
@@ -76,8 +77,8 @@ def test_the_costs_of_a_prompt_are_found_again(latency_s: float, per_token_s: fl
 @pytest.mark.parametrize("gpu", measurements.GPUS)
 def test_shipped_profiles_have_what_was_measured(gpu: str) -> None:
     profile, found = presets.load_named_profile(gpu), linear_costs(gpu)
-    assert profile.linear_attention == found["linear_attention"]
-    assert profile.prefill_linear_attention == found.get("prefill_linear_attention", PREFILL_LINEAR_ATTENTION)
+    assert_same(profile.linear_attention, found["linear_attention"])
+    assert_same(profile.prefill_linear_attention, found.get("prefill_linear_attention", PREFILL_LINEAR_ATTENTION))
     assert profile.linear_attention.source is Source.AICONFIGURATOR
     # a kernel that seems to need all of the memory's rate moves less than was counted
     assert 0.75 < profile.linear_attention.efficiency < 0.92

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fitted_costs import assert_same
 from hypothesis import given
 from hypothesis import strategies as st
 from needs import needs_measurements
@@ -53,9 +54,9 @@ class TestFit:
 @pytest.mark.parametrize("gpu", list(measurements.GPUS))
 def test_shipped_shares_are_those_of_the_measurements(gpu: str) -> None:
     profile, found = presets.load_named_profile(gpu), prefill_costs(gpu)
-    assert profile.prefill_attention == found["prefill_attention"]
+    assert_same(profile.prefill_attention, found["prefill_attention"])
     latent = found.get("prefill_latent_attention", PREFILL_ATTENTION)
-    assert profile.prefill_latent_attention == latent
+    assert_same(profile.prefill_latent_attention, latent)
     assert (latent == PREFILL_ATTENTION) == (gpu in WITHOUT_LATENT)
 
 
