@@ -53,6 +53,16 @@ def check_vectors(model: ModelSpec, device: torch.device) -> None:
         raise SpecError(f"model {model.name}: latent attention is decoded on a CPU only: its kernels are not written")
 
 
+def check_shared_choices(model: ModelSpec, design: Design) -> None:
+    """Raise `SpecError` where pages would be fetched for a layer before the one whose choice it shares has chosen."""
+    if design.asks_indexer and design.prefetches_layers and model.indexer is not None and model.indexer.shared_layers:
+        raise SpecError(
+            f"design.prefetch_depth = {design.prefetch_depth}: layer {model.indexer.shared_layers[0]} of {model.name} "
+            "shares the choice of a layer before it, which is made too late to fetch ahead: set it to 0 (this is "
+            "simulated only)"
+        )
+
+
 def check_recordable(design: Design, host_sees_experts: bool, device: torch.device) -> None:
     """Raise `SpecError` where a step would be recorded in which the host must know what was computed."""
     if device.type == "cuda" and design.sync is Sync.GRAPH and host_sees_experts:

@@ -18,6 +18,7 @@ from clo.engine.checks import (
     check_device,
     check_heads,
     check_recordable,
+    check_shared_choices,
     check_tokens,
     check_vectors,
     stores_through_bar,
@@ -73,7 +74,7 @@ class Decoder:
         prefill_chunk_tokens: int | None = None,
     ) -> None:
         self.network = model if isinstance(model, Network) else Network(model)
-        design = presets.load_design(design) if isinstance(design, str) else design
+        design = presets.load_design(design, self.network.spec) if isinstance(design, str) else design
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise SpecError(f"max_new_tokens = {max_new_tokens}: must be at least 1, a whole number")
         if kv_memory_bytes is not None and not (isinstance(kv_memory_bytes, int | float) and kv_memory_bytes > 0):
@@ -271,6 +272,7 @@ class Decoder:
         if not lengths or min(lengths) < 1:
             raise SpecError(f"prompts: lengths {list(lengths)}: each needs at least one token")
         model = self.network.spec
+        check_shared_choices(model, self.design)
         needed = max(lengths) + self.max_new_tokens
         if needed > model.max_positions:
             raise SpecError(

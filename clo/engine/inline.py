@@ -59,7 +59,9 @@ def predicts(plan: DecodePlan, layer: int) -> int | None:
 
 
 def _choose(layer: OffloadedLayer, stage: Stage, query: torch.Tensor, lengths: torch.Tensor) -> None:
-    if layer.design.gated:
+    if layer.follows is not None:
+        pass  # the layer whose choice this one shares has been asked
+    elif layer.design.gated:
         layer.gate.test(stage, query)
     else:
         layer.gate.everyone_misses(stage)

@@ -6,6 +6,7 @@ For those who want many answers and no timeline. Knows nothing about streams, tr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from clo.engine import inline
 from clo.engine.decoder import Decoder
 from clo.engine.heads import HeadProfile
 from clo.engine.layers import AttendedLayer, Layer, LinearLayer, OffloadedLayer, StreamedLayer
+from clo.engine.layers.indexed import IndexerSelection
 from clo.engine.make_layers import make_layers
 from clo.engine.models.network import Network, Rotation
 from clo.engine.models.probe import check_taken_apart
@@ -121,11 +123,25 @@ class InlineDecoder:
         self._prefetch(inline.predicts(self.plan, index), hidden, rotations, predicted)
         if isinstance(layer, LinearLayer):
             return network.linear_attention(index, normed, layer.states)
+        self._ask_indexer(index, Stage.DEMAND, normed, rotations[index])
         asked = network.qkv(index, normed)
         query, key = network.rotate(asked.query, asked.key, rotations[index])
         now = query[:, :, 0].contiguous()
         attended = self._attended(index, layer, now, asked.kept(key), was_predicted=index in predicted)
         return network.out_proj(index, network.output_gate(network.values(index, attended), asked.gate))
+
+    def _ask_indexer(self, index: int, stage: Stage, normed: torch.Tensor, rotation: Rotation) -> None:
+        """A layer whose model chooses for it does so by this hidden state; of its own, it keeps the indexer's key."""
+        layer, indexer = self.layers[index], self.network.indexer(index) if self.plan.design.asks_indexer else None
+        if indexer is None or not isinstance(layer, OffloadedLayer):
+            return
+        assert isinstance(layer.selection, IndexerSelection)
+        seen = self.network.seen(index, normed, rotation)
+        if stage is Stage.DEMAND:
+            layer.selection.append_key(indexer.key(seen), self._lengths)
+        own = stage is Stage.DEMAND and self.plan.design.speculates_last_step
+        for each in tuple(Stage) if own else (stage,):
+            layer.selection.ask(each, partial(indexer.choose, seen))
 
     def _attended(
         self,
@@ -153,5 +169,6 @@ class InlineDecoder:
     ) -> None:
         layer = None if target is None else self.layers[target]
         if target is not None and isinstance(layer, OffloadedLayer):
+            self._ask_indexer(target, Stage.PREFETCH, self.network.input_norm(target, hidden), rotations[target])
             inline.prefetch(layer, self.network.predicted_query(target, hidden, rotations[target]), self._lengths)
             predicted.add(target)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from clo.engine.heads import HeadProfile
@@ -28,10 +30,11 @@ def make_layers(network: Network, plan: DecodePlan, heads: HeadProfile, max_toke
     shape, model = _shape(network, plan, max_tokens), plan.model
     linear = model.linear_flags
     states = empty_library_cache(linear) if any(linear) else None
-    return [
-        LinearLayer(shape, states, layer) if linear[layer] else _make_layer(plan, shape, heads, layer)
-        for layer in range(model.num_layers)
-    ]
+    layers: list[Layer] = []
+    for layer in range(model.num_layers):
+        made = LinearLayer(shape, states, layer) if linear[layer] else _make_layer(plan, shape, heads, layer, layers)
+        layers.append(made)
+    return layers
 
 
 def make_whole_layers(
@@ -39,7 +42,7 @@ def make_whole_layers(
 ) -> dict[int, AttendedLayer]:
     """The same of the layers that keep the whole context, by the layer's number: no windows, no linear attention."""
     shape = _shape(network, plan, max_tokens)
-    return {layer: _make_layer(plan, shape, heads, layer) for layer in plan.model.whole_layers}
+    return {layer: _make_layer(plan, shape, heads, layer, ()) for layer in plan.model.whole_layers}
 
 
 def _shape(network: Network, plan: DecodePlan, max_tokens: int) -> LayerShape:
@@ -58,7 +61,9 @@ def _shape(network: Network, plan: DecodePlan, max_tokens: int) -> LayerShape:
     )
 
 
-def _make_layer(plan: DecodePlan, shape: LayerShape, heads: HeadProfile, layer: int) -> AttendedLayer:
+def _make_layer(
+    plan: DecodePlan, shape: LayerShape, heads: HeadProfile, layer: int, before: Sequence[Layer]
+) -> AttendedLayer:
     if layer in plan.model.windowed_layers:
         assert plan.model.window_tokens is not None
         return WindowedLayer(shape, plan.model.window_tokens)
@@ -66,7 +71,17 @@ def _make_layer(plan: DecodePlan, shape: LayerShape, heads: HeadProfile, layer: 
         return DenseLayer(shape)
     if plan.design.attend is Attend.FULL:
         return StreamedLayer(shape)
-    return OffloadedLayer(plan, shape, _settings(plan, heads, layer))
+    indexer, follows = plan.model.indexer_in(layer), _source(plan, layer, before)
+    return OffloadedLayer(plan, shape, _settings(plan, heads, layer), indexer=indexer, follows=follows)
+
+
+def _source(plan: DecodePlan, layer: int, before: Sequence[Layer]) -> OffloadedLayer | None:
+    """The layer whose choice this one shares: the last one with an indexer."""
+    if not plan.shares_choice(layer):
+        return None
+    source = before[max(each for each in range(layer) if plan.model.indexer_in(each) is not None)]
+    assert isinstance(source, OffloadedLayer), f"layer {layer} shares the choice of one that makes none"
+    return source
 
 
 def _settings(plan: DecodePlan, heads: HeadProfile, layer: int) -> HeadSettings:

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from clo.engine import containers
+from clo.engine.layers.offloaded import slots_and_budget
 from clo.engine.prefill import prefill_bytes
 from clo.errors import SpecError
 from clo.plan import DecodePlan
-from clo.specs import Attend, Cache, GpuSpec, HostSpec, LinkSpec, MachineSpec, ModelSpec, Selector
+from clo.specs import Attend, GpuSpec, HostSpec, LinkSpec, MachineSpec, ModelSpec, Selector
 from clo.units import format_bytes
 from clo_kernels.layout import ring_rows
 from clo_kernels.page_index import IndexKind, entry_shape
@@ -44,7 +45,7 @@ def cache_bytes(plan: DecodePlan, max_tokens: int) -> CacheBytes:
     sparse, windowed = len(plan.sparse_layers), len(model.windowed_layers)
     whole, dense = batch * max_tokens * model.layer_token_bytes, len(model.whole_layers) - sparse
     in_windows = windowed * batch * min(max_tokens, model.window_tokens or 0) * model.layer_token_bytes
-    others = in_windows + batch * _state_bytes(model)
+    others = in_windows + batch * (_state_bytes(model) + _indexer_bytes(plan, max_tokens))
     reading = prefill_bytes(plan, plan.workload.context_tokens)
     if plan.design.attend is Attend.FULL:
         device = (dense + sparse) * whole + others
@@ -54,6 +55,14 @@ def cache_bytes(plan: DecodePlan, max_tokens: int) -> CacheBytes:
     offloaded = sparse if plan.design.offloads else 0
     host = offloaded * batch * pages * model.num_kv_heads * plan.page_bytes
     return CacheBytes(device=device, host=host, prefill=reading, host_layers=offloaded)
+
+
+def _indexer_bytes(plan: DecodePlan, max_tokens: int) -> float:
+    """What a model's own indexers keep of one sequence, in what the model runs in."""
+    if not plan.design.asks_indexer:
+        return 0.0
+    kept = [plan.model.indexer_in(layer) for layer in plan.sparse_layers]
+    return max_tokens * plan.model.kv_bytes_per_value * sum(each.head_dim for each in kept if each is not None)
 
 
 def _state_bytes(model: ModelSpec) -> float:
@@ -71,13 +80,15 @@ def _state_bytes(model: ModelSpec) -> float:
 def _offloaded_bytes(plan: DecodePlan, max_tokens: int, pages: int) -> float:
     """Device bytes of one sequence in a layer that selects pages."""
     model, design, size = plan.model, plan.design, plan.design.page_size
-    slots = pages if design.cache is Cache.RESIDENT else min(plan.slot_pages, pages)
+    slots, _ = slots_and_budget(plan, pages)
     tokens = size + ring_rows(design.recent_window_tokens + 1, size)
     exact = design.selector is Selector.EXACT
-    kind = IndexKind.PAGE_MEAN if exact else IndexKind(design.selector.value)
-    value_bytes = 4 if kind.of_tokens else model.kv_bytes_per_value
-    index = pages * math.prod(entry_shape(kind, size, model.head_dim)) * value_bytes
-    keys = max_tokens * model.head_token_bytes / 2 if exact else 0.0
+    index = 0.0
+    if not design.asks_indexer:
+        kind = IndexKind.PAGE_MEAN if exact else IndexKind(design.selector.value)
+        value_bytes = 4 if kind.of_tokens else model.kv_bytes_per_value
+        index = pages * math.prod(entry_shape(kind, size, model.head_dim)) * value_bytes
+    keys = max_tokens * model.head_dim * model.kv_bytes_per_value if exact else 0.0
     per_head = tokens * model.head_token_bytes + slots * plan.page_bytes + index + keys
     return model.num_kv_heads * per_head + plan.pinned_heads_per_layer * max_tokens * model.head_token_bytes
 

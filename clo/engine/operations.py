@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Executor
+from functools import partial
 
 import torch
 
@@ -16,6 +17,8 @@ from clo.engine.finite import Projected, States, explain_step
 from clo.engine.inline import predicts
 from clo.engine.latent_queries import LatentQueries
 from clo.engine.layers import Layer, LinearLayer, OffloadedLayer, StreamedLayer
+from clo.engine.layers.indexed import IndexerSelection
+from clo.engine.models.indexer import Indexer, Seen
 from clo.engine.models.mlp import add
 from clo.engine.models.network import Asked, Network, Rotation
 from clo.engine.staging import Staging
@@ -48,6 +51,7 @@ class Operations:
         self._of_mlp: torch.Tensor | None = None
         self._rotations: Sequence[Rotation] = ()
         self._predicted: dict[int, torch.Tensor] = {}
+        self._seen: dict[tuple[Stage, int], Seen] = {}
         self._real: dict[int, torch.Tensor] = {}
         self._projected: dict[int, Projected | States] = {}
         self._staging = Staging()
@@ -127,6 +131,8 @@ class Operations:
 
     def _latent_norm(self, _stage: Stage, layer: int) -> None:
         self._latent.norm(layer)
+        if self.plan.design.asks_indexer:
+            self._seen |= self._latent.seen(layer, self._rotations)
 
     def _query_proj(self, _stage: Stage, layer: int) -> None:
         self._latent.widen(layer)
@@ -157,6 +163,8 @@ class Operations:
         self._real[layer] = query[:, :, 0].contiguous()
         new_key, new_value = asked.kept(key)
         self._projected[layer] = Projected(self._real[layer], new_key, new_key if new_value is None else new_value)
+        if isinstance(kv, OffloadedLayer) and isinstance(kv.selection, IndexerSelection):
+            kv.selection.append_key(self._indexer(layer).key(self._seen[Stage.DEMAND, layer]), self.lengths)
         assert not isinstance(kv, LinearLayer), f"layer {layer} has no keys and values"
         if isinstance(kv, OffloadedLayer | StreamedLayer):
             kv.append(new_key, new_value, self.lengths, store=self._stores)
@@ -176,12 +184,30 @@ class Operations:
         self._offloaded(layer).gate.test(stage, self._query_of(stage, layer))
 
     def _score_pages(self, stage: Stage, layer: int) -> None:
+        self._who_selects(stage, layer)
+        self._offloaded(layer).score(stage, self._query_of(stage, layer), self.lengths)
+
+    def _who_selects(self, stage: Stage, layer: int) -> None:
         kv, design = self._offloaded(layer), self.plan.design
         if design.speculates_last_step and stage is Stage.PREFETCH:
             kv.gate.the_others_miss(self._real[layer])
         elif not design.gated:
             kv.gate.everyone_misses(stage)
+
+    def _indexer(self, layer: int) -> Indexer:
+        indexer = self.network.indexer(layer)
+        assert indexer is not None, f"layer {layer} has no indexer"
+        return indexer
+
+    def _index_tokens(self, stage: Stage, layer: int) -> None:
+        """The model's own indexer scores and selects."""
+        kv = self._offloaded(layer)
+        assert isinstance(kv.selection, IndexerSelection), f"layer {layer} is selected for by another"
+        of = Stage.DEMAND if self.plan.design.speculates_last_step else stage
+        kv.selection.ask(stage, partial(self._indexer(layer).choose, self._seen[of, layer]))
+        self._who_selects(stage, layer)
         kv.score(stage, self._query_of(stage, layer), self.lengths)
+        kv.select(stage, self.lengths)
 
     def _select_pages(self, stage: Stage, layer: int) -> None:
         self._offloaded(layer).select(stage, self.lengths)
@@ -325,6 +351,8 @@ _BY_NAME: dict[str, Callable[[Operations, Stage, int], None]] = {
     "hit_test": Operations._hit_test,
     "score_pages": Operations._score_pages,
     "select_pages": Operations._select_pages,
+    "index_tokens": Operations._index_tokens,
+    "share_pages": Operations._select_pages,
     "resolve_pages": Operations._resolve_pages,
     "lru_update": Operations._resolve_pages,
     "gather_pages": Operations._gather_pages,
@@ -348,8 +376,12 @@ _BY_NAME: dict[str, Callable[[Operations, Stage, int], None]] = {
 }
 
 
+CHOOSING = ("select_pages", "index_tokens", "share_pages", "resolve_pages")
+"""Operations that find what CPU threads, or the launching thread, must know."""
+
+
 def _chooses(op: Op) -> bool:
-    return op.name.removeprefix(PREFETCH_MARK) in ("select_pages", "resolve_pages")
+    return op.name.removeprefix(PREFETCH_MARK) in CHOOSING
 
 
 def _stage_of(op: Op) -> Stage:

@@ -93,11 +93,13 @@ class _PrefillCache(Cache):  # type: ignore[misc]
         self._given, self._sequence = tuple(layers), sequence
 
     def hand_over(self) -> None:
-        """What is known at a prompt's end only: the states of layers with linear attention."""
+        """What is taken in at a prompt's end only: states of linear attention, keys of a model's own indexer."""
         for layer, kept in zip(self._given, self.layers, strict=True):
             if isinstance(layer, LinearLayer):
                 conv, states = states_of(kept)
                 layer.load(self._sequence, conv[0], states[0])
+            elif (keys := kept.indexer_keys) is not None and isinstance(layer, OffloadedLayer):
+                layer.load_indexer_keys(self._sequence, keys[0])
 
 
 def _passing(layer: Layer, sequence: int, index: int, belt: _Belt) -> Any:
@@ -120,6 +122,13 @@ class _PassingLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.seen = 0
+        self.indexer_keys: torch.Tensor | None = None
+
+    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+        """All keys of the model's own indexer so far, `[1, tokens, key_dim]`, from those of a chunk."""
+        known = () if self.indexer_keys is None else (self.indexer_keys,)
+        self.indexer_keys = torch.cat([*known, indexer_key_states], dim=1)
+        return self.indexer_keys
 
     def lazy_initialization(self, *_: torch.Tensor) -> None:
         """The decoder's layers have their room already."""
@@ -165,6 +174,7 @@ class _WindowedPrompt(DynamicSlidingWindowLayer):  # type: ignore[misc]
         # what a query sees of a window that is longer than all there will be is no less than all
         super().__init__(sliding_window=layer.shape.max_tokens)
         self._layer, self._sequence, self._seen = layer, sequence, 0
+        self.indexer_keys = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

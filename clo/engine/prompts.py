@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from clo.engine.layers import Layer
+from clo.engine.layers import Layer, OffloadedLayer
 from clo.engine.layers.linear import Pair, empty_library_cache, states_of
 from clo.engine.models.network import Network
 from clo.engine.prefill import PREFILL_CHUNK_TOKENS
@@ -21,17 +21,22 @@ class Prompt:
 
     A layer's pair: rotated keys and values `[kv_heads, tokens, head_dim]`; of latent attention the values' share of
     its vectors `[1, tokens, kv_rank]` and their rest `[1, tokens, rope_dim]`; of linear attention what the convolution
-    spans `[conv_width, conv_tokens]` and the states `[value_heads, key_dim, value_dim]`.
+    spans `[conv_width, conv_tokens]` and the states `[value_heads, key_dim, value_dim]`. `indexer_keys`: of
+    each layer whose model's own indexer has keys, `[tokens, key_dim]`.
     """
 
     kv: tuple[Pair, ...]
     logits: torch.Tensor
     num_tokens: int
+    indexer_keys: tuple[torch.Tensor | None, ...] = ()
 
     def load_into(self, layers: Sequence[Layer], sequence: int) -> None:
         """As their `sequence`."""
         for layer, (first, second) in zip(layers, self.kv, strict=True):
             layer.load(sequence, first, second)
+        for layer, keys in zip(layers, self.indexer_keys, strict=False):
+            if keys is not None and isinstance(layer, OffloadedLayer):
+                layer.load_indexer_keys(sequence, keys)
 
 
 def read_prompt(
@@ -54,15 +59,23 @@ def read_prompt(
         raise SpecError(f"prompt of {len(tokens)} tokens: {shared} of them cannot be shared with what has been read")
     linear = spec.linear_flags
     first = 0 if any(linear) else shared
-    cache, logits = empty_library_cache(linear), torch.empty(0)
+    cache, logits = empty_library_cache(linear, indexed=spec.indexer is not None), torch.empty(0)
     with torch.inference_mode():
         for layer, (keys, values) in enumerate(known.kv if known and first else ()):
             cache.update(keys[None, :, :first], values[None, :, :first], layer)
+        for layer, keys in enumerate(known.indexer_keys if known and first else ()):
+            if keys is not None:
+                cache.update_indexer(keys[None, :first], layer)
         for start in range(first, len(tokens), chunk_tokens):
             chunk = tokens[None, start : start + chunk_tokens].to(network.device)
             logits = network.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     kept = (_kept(layer, is_linear) for layer, is_linear in zip(cache.layers, linear, strict=True))
-    return Prompt(tuple(kept), logits[0, -1], len(tokens))
+    indexed = tuple(map(_indexer_keys, cache.layers)) if spec.indexer is not None else ()
+    return Prompt(tuple(kept), logits[0, -1], len(tokens), indexed)
+
+
+def _indexer_keys(layer: Any) -> torch.Tensor | None:
+    return None if layer.indexer_keys is None else layer.indexer_keys[0]
 
 
 def _kept(layer: Any, is_linear: bool) -> Pair:

@@ -107,4 +107,9 @@ def random_prompt(network: Network, num_tokens: int, *, seed: int = 0) -> Prompt
         widths = (model.head_dim, model.head_dim) if latent is None else (latent.kv_rank, latent.rope_dim)
         return draw(*size, widths[0]) * KEY_SCALE, draw(*size, widths[1])
 
-    return Prompt(tuple(map(layer, range(model.num_layers))), draw(model.vocab_size), num_tokens)
+    def keys(index: int) -> torch.Tensor | None:
+        indexer = model.indexer_in(index)
+        return None if indexer is None else draw(num_tokens, indexer.head_dim)
+
+    kv, logits = tuple(map(layer, range(model.num_layers))), draw(model.vocab_size)
+    return Prompt(kv, logits, num_tokens, tuple(map(keys, range(model.num_layers))) if model.indexer else ())

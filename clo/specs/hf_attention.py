@@ -39,9 +39,9 @@ def attention_fields(config: dict[str, Any]) -> dict[str, Any]:
     return _windows(config) | linear_fields(config) | _latent(config) | _indexer(config) | block_fields(config)
 
 
-_WITH_INDEXER = ("deepseek_v32", "glm_moe_dsa")
+WITH_INDEXER = ("deepseek_v32", "glm_moe_dsa")
 """Kinds of model whose latent attention is to what an indexer chooses."""
-_WITH_LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2", "youtu", *_WITH_INDEXER)
+_WITH_LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2", "youtu", *WITH_INDEXER)
 _INDEXER_FIELDS = {"num_heads": "index_n_heads", "head_dim": "index_head_dim", "top_tokens": "index_topk"}
 _LATENT_FIELDS = {
     "kv_rank": "kv_lora_rank",
@@ -72,9 +72,9 @@ def _other_latent(config: dict[str, Any]) -> str:
 
 def _other_indexer(config: dict[str, Any]) -> str:
     """What about an indexer is beyond a `ModelSpec`, or not said."""
-    if config.get("model_type") not in _WITH_INDEXER:
+    if config.get("model_type") not in WITH_INDEXER:
         topk = config.get("index_topk")
-        return f"index_topk = {topk!r}: known of model_type {', '.join(_WITH_INDEXER)} only" if topk else ""
+        return f"index_topk = {topk!r}: known of model_type {', '.join(WITH_INDEXER)} only" if topk else ""
     missing = [theirs for theirs in _INDEXER_FIELDS.values() if config.get(theirs) is None]
     if missing:
         return f"no field {missing[0]!r}: an indexer needs it"
@@ -90,7 +90,7 @@ def _other_indexer(config: dict[str, Any]) -> str:
 
 
 def _indexer(config: dict[str, Any]) -> dict[str, Any]:
-    if config.get("model_type") not in _WITH_INDEXER:
+    if config.get("model_type") not in WITH_INDEXER:
         return {}
     shared = [layer for layer, kind in enumerate(config.get("indexer_types") or []) if kind == "shared"]
     sizes = {ours: config[theirs] for ours, theirs in _INDEXER_FIELDS.items()}
@@ -180,7 +180,7 @@ def _other_windows(config: dict[str, Any]) -> str:
         kinds = [kind for kind in kinds if kind != LINEAR]
     if config.get("model_type") in WITH_BLOCKS:
         kinds = []
-    if config.get("model_type") in _WITH_INDEXER and set(kinds) & set(INDEXED):
+    if config.get("model_type") in WITH_INDEXER and set(kinds) & set(INDEXED):
         if not set(kinds) <= set(INDEXED):
             beside = ", ".join(sorted({str(kind) for kind in kinds} - set(INDEXED)))
             return f"layer_types: {beside} beside layers with an indexer is not modelled"

@@ -190,13 +190,13 @@ def append_kv(
     lengths: torch.Tensor,
     kv: DeviceKV,
     host_pages: torch.Tensor,
-    index: torch.Tensor,
+    index: torch.Tensor | None,
     *,
     planes: torch.Tensor | None = None,
 ) -> None:
-    """See `clo_kernels.append_kv`."""
+    """See `clo_kernels.append_kv`; without an `index` pages have no entries."""
     new, size = torch.stack([key] if value is None else [key, value], 2), kv.page_size
-    kind = check_index(index, (len(lengths), -1), key.shape[2], planes, key.device)
+    kind = None if index is None else check_index(index, (len(lengths), -1), key.shape[2], planes, key.device)
     pins = kv.pinned_row.tolist()
     for b, length in enumerate(lengths.tolist()):
         token = length - 1
@@ -209,7 +209,8 @@ def append_kv(
             if moves:
                 page = kv.window[b, h].roll(-(leaving % kv.ring_tokens), 1)[:, :size]
                 host_pages[b, leaving // size, h] = (encode(page) if kv.coded else page).to(host_pages.device)
-                index[b, h, leaving // size] = page_index(page[0], kind, planes)
+                if index is not None and kind is not None:
+                    index[b, h, leaving // size] = page_index(page[0], kind, planes)
             kv.window[b, h, :, token % kv.ring_tokens] = new[b, h]
             if token < kv.sinks.shape[3]:
                 kv.sinks[b, h, :, token] = new[b, h]

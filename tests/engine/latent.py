@@ -1,4 +1,4 @@
-"""Small random models with latent attention, which caches one vector a token for all heads."""
+"""Small random models with latent attention, which caches one vector a token for all heads; with an indexer, too."""
 
 from __future__ import annotations
 
@@ -30,6 +30,15 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+# so many heads that hardly a token has no positive product with any of them: such tokens would tie
+INDEXER = {"index_n_heads": 16, "index_head_dim": 16, "index_topk": 12}
+WITH_INDEXER: dict[str, dict[str, Any]] = {
+    "DeepseekV32": EXPERTS | INDEXER,
+    # every other layer attends to what the one before it chose
+    "GlmMoeDsa": EXPERTS | INDEXER | {"indexer_types": ["full", "shared", "full", "shared"]},
+}
+
+
 def latent_model(kind: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """Large weights make attention far from uniform. Skips where the library caches every head's keys and values."""
     torch.manual_seed(0)
@@ -49,7 +58,7 @@ def latent_model(kind: str, *, dtype: torch.dtype = torch.float32, **changes: An
         "initializer_range": 0.15,
     } | dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"))
     model = getattr(transformers, f"{kind}ForCausalLM")(
-        getattr(transformers, f"{kind}Config")(**shape | KINDS[kind] | changes)
+        getattr(transformers, f"{kind}Config")(**shape | (KINDS | WITH_INDEXER)[kind] | changes)
     )
     if not hasattr(model.model.layers[0].self_attn, "expand_kv"):
         pytest.skip("this version of transformers caches every head's keys and values")

@@ -18,12 +18,13 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 value_dim]`."""
 
 
-def empty_library_cache(linear: Sequence[bool]) -> Any:
-    """The library's cache of a model some of whose layers are `linear`."""
+def empty_library_cache(linear: Sequence[bool], *, indexed: bool = False) -> Any:
+    """The library's cache of a model some of whose layers are `linear`, or one with an indexer of its own."""
     from transformers import cache_utils
 
-    # by its name: the oldest versions of the library have none
-    kinds = [cache_utils.LinearAttentionLayer if is_linear else cache_utils.DynamicLayer for is_linear in linear]
+    # by their names: the oldest versions of the library have none
+    plain = cache_utils.DynamicIndexedLayer if indexed else cache_utils.DynamicLayer
+    kinds = [cache_utils.LinearAttentionLayer if is_linear else plain for is_linear in linear]
     return cache_utils.Cache(layers=[kind() for kind in kinds])
 
 

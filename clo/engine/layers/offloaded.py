@@ -9,13 +9,14 @@ import torch
 
 from clo.engine.counts import LayerCounts
 from clo.engine.layers.gate import Gate
+from clo.engine.layers.indexed import IndexerSelection, SharedSelection
 from clo.engine.layers.page_format import PageFormat
 from clo.engine.layers.residency import Residency
 from clo.engine.layers.selection import Selection
 from clo.engine.layers.shape import HeadSettings, LayerShape
 from clo.plan import DecodePlan
 from clo.schedule.ops import Stage
-from clo.specs import Cache, Design
+from clo.specs import Cache, Design, IndexerSpec
 from clo_kernels.layout import INT32, NO_PAGE, DeviceKV, ring_rows, window_start
 
 FETCH_TOKENS = 8192
@@ -29,17 +30,28 @@ class OffloadedLayer:
     one: it has a whole step to arrive, whoever moves it. The first page is always attended (the sinks are in it), the
     pages between it and the window are the candidates of selection.
 
+    In a model with an indexer of its own, that chooses pages (its shape is `indexer`), or a layer attends to what the
+    one that it `follows` chose.
+
     `host_pages` is `[batch, pages, kv_heads, rows_per_token, page_size, head_dim]`. Where nothing is offloaded every
     page has a slot of its own, and these are the slots.
     """
 
-    def __init__(self, plan: DecodePlan, shape: LayerShape, heads: HeadSettings) -> None:
-        self.design, self.shape, self.heads = plan.design, shape, heads
+    def __init__(
+        self,
+        plan: DecodePlan,
+        shape: LayerShape,
+        heads: HeadSettings,
+        *,
+        indexer: IndexerSpec | None = None,
+        follows: OffloadedLayer | None = None,
+    ) -> None:
+        self.design, self.shape, self.heads, self.follows = plan.design, shape, heads, follows
         self.kernels = shape.kernels
         self.page_size = self.design.page_size
         num_pages = -(-shape.max_tokens // self.page_size)
         everything = self.design.cache is Cache.RESIDENT
-        num_slots = num_pages if everything else max(1, min(plan.slot_pages, num_pages))
+        num_slots, budget = slots_and_budget(plan, num_pages)
         self.format = PageFormat(self.design.page_coding, shape.head_dim, shape.dtype)
         page = (shape.rows_per_token, self.page_size, self.format.width)
         size = (shape.batch, num_pages, shape.num_kv_heads, *page)
@@ -52,20 +64,24 @@ class OffloadedLayer:
         # a page that leaves the window is attended there for one step more
         self.attended_kv = replace(self.kv, recent_tokens=self.kv.recent_tokens + 1)
         self.gate = Gate(self.design, shape, heads)
-        self.selection = Selection(
-            self.design,
-            shape,
-            num_pages=num_pages,
-            budget=max(1, min(plan.budget_pages, num_slots)),
-            always_attended=self.attended_kv.recent_tokens,
-        )
+        self.selection = self._selection(num_pages, budget, indexer)
         self.residency = Residency(self.design, shape, self.selection, num_slots=num_slots, num_pages=num_pages)
         nowhere = self.host_pages.new_zeros((shape.batch, 0, shape.num_kv_heads, *page), device=shape.device)
-        self._nowhere = nowhere, self.selection.index[:, :, :0].contiguous()
+        index = self.selection.of_pages
+        self._nowhere = nowhere, None if index is None else index[:, :, :0].contiguous()
         self._selected: set[Stage] = set()
         self._attended: Stage | None = None
         self._last_selected: Stage | None = None
         self._leaving: list[tuple[int, int]] = []
+
+    def _selection(self, num_pages: int, budget: int, indexer: IndexerSpec | None) -> Selection:
+        sizes = {"num_pages": num_pages, "budget": budget, "always_attended": self.attended_kv.recent_tokens}
+        if not self.design.asks_indexer:
+            return Selection(self.design, self.shape, **sizes)
+        if self.follows is not None:
+            return SharedSelection(self.design, self.shape, **sizes, source=self.follows.selection)
+        assert indexer is not None
+        return IndexerSelection(self.design, self.shape, **sizes, key_dim=indexer.head_dim)
 
     @property
     def counts(self) -> LayerCounts:
@@ -152,6 +168,11 @@ class OffloadedLayer:
         if self.design.cache not in (Cache.RESIDENT, Cache.NONE):
             self._fill_slots(sequence, full)
 
+    def load_indexer_keys(self, sequence: int, keys: torch.Tensor) -> None:
+        """Those that the model's own indexer has of a prompt, `[tokens, key_dim]`, where that chooses."""
+        if isinstance(self.selection, IndexerSelection):
+            self.selection.load_keys(sequence, keys)
+
     def _keep(self, sequence: int, first: int, kv: torch.Tensor) -> None:
         """What stays on the device of a prompt's tokens from `first` on: those of pinned heads, sinks, exact keys."""
         end = first + kv.shape[2]
@@ -188,7 +209,8 @@ class OffloadedLayer:
         self.selection.remember_token(key, lengths)
         planes = self.selection.planes
         if store:
-            self.kernels.append_kv(key, value, lengths, self.kv, self.host_pages, self.selection.index, planes=planes)
+            index = self.selection.of_pages
+            self.kernels.append_kv(key, value, lengths, self.kv, self.host_pages, index, planes=planes)
             return
         self.kernels.append_kv(key, value, lengths, self.kv, *self._nowhere, planes=planes)
         for sequence, page in self._leaving:
@@ -212,6 +234,8 @@ class OffloadedLayer:
     def select(self, stage: Stage, lengths: torch.Tensor) -> None:
         """The budget's best pages of heads that missed."""
         missed = self.gate.missed[stage]
+        if self.follows is not None:
+            missed.copy_(self.follows.gate.missed[stage])
         self.selection.select(stage, lengths, missed)
         self._selected.add(stage)
         self._last_selected = stage
@@ -248,6 +272,20 @@ class OffloadedLayer:
             out=query.new_empty((*query.shape[:2], self.kv.value_width)),
         )
         return attended
+
+
+def slots_and_budget(plan: DecodePlan, num_pages: int) -> tuple[int, int]:
+    """Slots of a KV head, and pages that it selects, where there is room for `num_pages`.
+
+    An indexer chooses as many tokens whatever the context: of one that was shorter when the plan was made, too.
+    """
+    design, selected = plan.design, plan.budget_pages
+    if design.asks_indexer and design.budget_pages is not None:
+        selected = min(design.budget_pages, num_pages)
+    if design.cache is Cache.RESIDENT:
+        return num_pages, max(1, min(selected, num_pages))
+    slots = max(1, min(max(plan.slot_pages, selected), num_pages))
+    return slots, max(1, min(selected, slots))
 
 
 def _device_kv(

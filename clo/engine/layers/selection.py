@@ -25,9 +25,7 @@ class Selection:
     def __init__(self, design: Design, shape: LayerShape, *, num_pages: int, budget: int, always_attended: int) -> None:
         self._design, self._shape, self._always_attended = design, shape, always_attended
         self._kernels, self._device = shape.kernels, shape.device
-        entry = entry_shape(self.kind, design.page_size, shape.head_dim)
-        dtype = INT32 if self.kind.of_tokens else shape.dtype
-        self.index = torch.zeros((*shape.rows, num_pages, *entry), dtype=dtype, device=shape.device)
+        self.index = self._empty_index(num_pages)
         hashed = self.kind is IndexKind.SIGN_HASH
         self.planes = hash_planes(shape.head_dim).to(shape.device) if hashed else None
         self.pages = torch.full((*shape.rows, budget), NO_PAGE, dtype=INT32, device=shape.device)
@@ -37,18 +35,34 @@ class Selection:
         self.chosen = {stage: letter.device["chosen"].fill_(NO_PAGE) for stage, letter in self.letters.items()}
         self.scores = {stage: self._no_scores(num_pages) for stage in Stage}
 
+    def _empty_index(self, num_pages: int) -> torch.Tensor:
+        shape = self._shape
+        if self.kind is None:
+            return torch.empty(0, dtype=shape.dtype, device=shape.device)
+        entry = entry_shape(self.kind, self._design.page_size, shape.head_dim)
+        dtype = INT32 if self.kind.of_tokens else shape.dtype
+        return torch.zeros((*shape.rows, num_pages, *entry), dtype=dtype, device=shape.device)
+
+    @property
+    def of_pages(self) -> torch.Tensor | None:
+        """The index, if it is one of pages."""
+        return None if self.kind is None else self.index
+
     def _no_scores(self, num_pages: int) -> torch.Tensor:
         return torch.full((*self._shape.rows, num_pages), NEVER, dtype=torch.float32, device=self._device)
 
     @property
-    def kind(self) -> IndexKind:
-        """What the index holds of a page; the exact selector does not read it."""
+    def kind(self) -> IndexKind | None:
+        """What the index holds of a page; the exact selector does not read it. None: a model's own indexer chooses."""
         selector = self._design.selector
+        if selector is Selector.INDEXER:
+            return None
         return IndexKind.PAGE_MEAN if selector is Selector.EXACT else IndexKind(selector.value)
 
     def index_pages(self, sequence: int, first: int, keys: torch.Tensor) -> None:
         """Index whole pages from page `first` on, `[kv_heads, pages, page_size, head_dim]`."""
-        self.index[sequence, :, first : first + keys.shape[1]] = page_index(keys, self.kind, self.planes)
+        if self.kind is not None:
+            self.index[sequence, :, first : first + keys.shape[1]] = page_index(keys, self.kind, self.planes)
 
     def remember_prompt(self, sequence: int, first: int, keys: torch.Tensor) -> None:
         """What the exact selector reads of a prompt's tokens from `first` on, `[kv_heads, tokens, head_dim]`."""

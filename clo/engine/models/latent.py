@@ -87,7 +87,9 @@ class LatentAttention:
         library = sys.modules[type(self._module).__module__]
         if isinstance(rotation, torch.Tensor):  # complex numbers (DeepSeek-V2)
             return library.apply_rotary_emb(query, key, rotation)
-        if getattr(self._module.config, "rope_interleave", False):
+        # kinds of model that can only do it one way do not say so
+        paired = hasattr(library, "apply_rotary_pos_emb_interleave")
+        if getattr(self._module.config, "rope_interleave", paired):
             return library.apply_rotary_pos_emb_interleave(query, key, *rotation)
         return library.apply_rotary_pos_emb(query, key, *rotation)
 

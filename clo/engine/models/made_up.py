@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from clo.errors import SpecError
-from clo.specs import ExpertsSpec, LatentSpec, ModelSpec
+from clo.specs import ExpertsSpec, IndexerSpec, LatentSpec, ModelSpec
 from clo.specs.hf_attention import LINEAR, WINDOWED
 
 FULL = "full_attention"
@@ -17,10 +17,13 @@ def library_kind(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
     Raises `SpecError` where the decoder, or the library, has none.
     """
     experts, own = spec.experts, {}
-    if spec.indexer is not None:
-        raise SpecError(f"model {spec.name}: a model's own indexer is simulated only: the real decoder has none")
+    if spec.indexer is not None and spec.latent is None:
+        raise SpecError(
+            f"model {spec.name}: an indexer without latent attention is simulated only: the real decoder has none"
+        )
     if spec.latent is not None:
-        return "DeepseekV3", _latent(spec, spec.latent)
+        heads = _latent(spec, spec.latent)
+        return ("DeepseekV3", heads) if spec.indexer is None else _indexed(spec, spec.indexer, heads)
     if spec.head_dim % 2:
         raise SpecError(f"model {spec.name}: head_dim = {spec.head_dim}: rotary positions need an even one")
     if spec.gated_attention and spec.windowed_layers:
@@ -80,6 +83,14 @@ def _latent(spec: ModelSpec, latent: LatentSpec) -> dict[str, Any]:
         "n_group": 1,
         "topk_group": 1,
     }
+
+
+def _indexed(spec: ModelSpec, indexer: IndexerSpec, heads: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    own = {"index_n_heads": indexer.num_heads, "index_head_dim": indexer.head_dim, "index_topk": indexer.top_tokens}
+    if not indexer.shared_layers:
+        return "DeepseekV32", heads | own
+    kinds = ["shared" if layer in indexer.shared_layers else "full" for layer in range(spec.num_layers)]
+    return "GlmMoeDsa", heads | own | {"indexer_types": kinds}
 
 
 def _mixture(experts: ExpertsSpec) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from clo.engine.models.anatomy import (
     text_decoder,
 )
 from clo.engine.models.hybrid import linear_of
+from clo.engine.models.indexer import Indexer, Seen, indexer_of
 from clo.engine.models.latent import LatentAttention
 from clo.engine.models.mlp import Mlp
 from clo.engine.models.windows import windows_of
@@ -72,6 +73,11 @@ class Network:
         self.attentions = [layer.self_attn for layer in attending(self.layers)]
         _check_attention(model, self.attentions)
         self.spec = spec_of(model, name)
+        if whole and self.spec.indexer is not None:
+            raise SpecError(
+                f"model {type(model).__name__}: attention to what a model's own indexer chooses is decoded step by "
+                "step only (clo generate, clo run, clo.engine.Decoder), not recorded nor offloaded within transformers"
+            )
         self._mlps = [] if whole else _taken_apart(model, self.layers, self.spec)
         first = self.attentions[0]
         self.scale = float(first.scaling)
@@ -153,6 +159,16 @@ class Network:
     def latent(self, layer: int) -> LatentAttention:
         """The parts of a layer with latent attention."""
         return LatentAttention(self.layers[layer].self_attn)
+
+    def indexer(self, layer: int) -> Indexer | None:
+        """The indexer of such a layer, if it has one of its own."""
+        module = getattr(self.layers[layer].self_attn, "indexer", None)
+        return None if module is None else Indexer(module)
+
+    def seen(self, layer: int, normed: torch.Tensor, rotation: Rotation) -> Seen:
+        """What the indexer of such a layer reads of the newest token."""
+        latent = self.latent(layer)
+        return Seen(normed, latent.normed_low(latent.low(normed)), rotation)
 
     def mapped(self, layer: int, queries: torch.Tensor, vector: torch.Tensor) -> Asked:
         """What such a layer asks for and leaves, before rotation."""
@@ -276,6 +292,7 @@ def spec_of(model: Any, name: str = "") -> ModelSpec:
             "weight_bytes_per_value": float(weight.element_size()),
             "kv_bytes_per_value": float(weight.element_size()),
             **(_latent_heads(model, attention) if is_latent(attention) else _heads(attention)),
+            **indexer_of([layer.self_attn for layer in attending(layers)]),
             **windows_of(config),
             **linear,
         }
@@ -292,8 +309,6 @@ def _heads(attention: Any) -> dict[str, Any]:
 
 
 def _latent_heads(model: Any, attention: Any) -> dict[str, Any]:
-    if has_part(attention, "indexer"):
-        raise SpecError(f"model {type(model).__name__}: it attends to what its own indexer chooses: simulated only")
     if not has_part(attention, "expand_kv"):
         raise SpecError(
             f"model {type(model).__name__}: this version of transformers caches every head's keys and values, not the "

@@ -55,8 +55,10 @@ def _refusal(network: Network) -> str:
 
 
 def _is_same(network: Network) -> bool:
-    # as few as every window shows
-    count = min(TOKENS, network.spec.max_positions, network.spec.window_tokens or TOKENS)
+    # as few as every window shows, and every indexer chooses
+    spec = network.spec
+    chosen = TOKENS if spec.indexer is None else spec.indexer.top_tokens
+    count = min(TOKENS, spec.max_positions, spec.window_tokens or TOKENS, chosen)
     positions = torch.linspace(0, network.spec.max_positions - 1, count, device=network.device).long()
     tokens = torch.arange(count, device=network.device) % network.spec.vocab_size
     with torch.inference_mode():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from clo.errors import SpecError
-from clo.specs.hf_attention import LINEAR, WINDOWED, WITH_LINEAR, WITH_WINDOWS
+from clo.specs.hf_attention import INDEXED, LINEAR, WINDOWED, WITH_INDEXER, WITH_LINEAR, WITH_WINDOWS
 
 
 def windows_of(config: Any) -> dict[str, Any]:
@@ -32,6 +32,7 @@ def windows_of(config: Any) -> dict[str, Any]:
 def _places(config: Any) -> list[int]:
     kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     known = {"full_attention", WINDOWED, LINEAR if config.model_type in WITH_LINEAR else WINDOWED}
+    known |= set(INDEXED) if config.model_type in WITH_INDEXER else set()
     if others := sorted({str(kind) for kind in kinds or ()} - known):
         raise SpecError(f"model {config.model_type}: {', '.join(others)} of layers is not supported")
     if window is None or not getattr(config, "use_sliding_window", True):
