@@ -63,11 +63,11 @@ def calibrate(
     """Measure, fit, and return the profile; raw samples go to the folder `samples` and are taken up from there, unless
     everything is to be measured `again`.
 
-    Raises `SpecError` for fewer layers than the designs keep dense, and `CloError` if `samples` holds measurements of
-    another machine or model.
+    Raises `SpecError` for fewer layers than the designs keep dense or a model with its own indexer, and `CloError`
+    if `samples` holds measurements of another machine or model.
     """
     device = device or torch.device("cpu")
-    _check_layers(model, designs)
+    _check_model(model, designs)
     network = network_of(model, device)
     here = fingerprint(device)
     claim_samples(samples, here, network.spec, again=again)
@@ -80,8 +80,13 @@ def calibrate(
     return profile.model_copy(update={"rounds": rounds})
 
 
-def _check_layers(model: ModelSpec, designs: Sequence[str]) -> None:
+def _check_model(model: ModelSpec, designs: Sequence[str]) -> None:
     """Every design has a layer to offload: else nothing would be learnt of what it does there."""
+    if model.indexer is not None:
+        raise SpecError(
+            f"model {model.name}: what its own indexer takes is not fitted: calibrate with a model without one "
+            "(clo run times this one's steps)"
+        )
     chosen = [local_design(name, 0.1) for name in designs]
     dense = max((design.dense_layers for design in chosen if design.selects), default=0)
     if model.num_layers <= dense:

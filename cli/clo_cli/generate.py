@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -16,7 +17,7 @@ from clo_cli.options import check_outputs, check_seed, design_from, overrides_fr
 
 if TYPE_CHECKING:
     from clo.engine.decoder import Decoder
-    from clo.specs import Design
+    from clo.specs import Design, ModelSpec
 
 READING = "reading the prompt"
 Token = TypeVar("Token")
@@ -64,14 +65,16 @@ def generate(
     clo generate "The three laws of" --tokens 40
     clo generate @book.txt --design resolve --timeline step.json
     """
-    design, words = design_from(design_name, overrides_from(settings, ("design",))), _prompt(prompt)
+    overrides, words = overrides_from(settings, ("design",)), _prompt(prompt)
+    design_from(design_name, overrides)  # what is wrong whatever the model
     if not 0 <= temperature < math.inf:
         raise SpecError(f"--temperature = {temperature}: must be 0 or a positive number")
     check_seed(seed)
     if timeline is not None:
         _check_steps(tokens)
     check_outputs(timeline)
-    figures = _generate(model, design, words, tokens, temperature, seed, trace_path, timeline, as_json)
+    with_design = partial(design_from, design_name, overrides)
+    figures = _generate(model, with_design, words, tokens, temperature, seed, trace_path, timeline, as_json)
     if as_json:
         click.echo(json.dumps(figures, indent=1))
     else:
@@ -133,7 +136,7 @@ def _read(generation: Iterator[Token]) -> Token:
 
 def _generate(
     name: str,
-    design: Design,
+    with_design: Callable[[ModelSpec], Design],
     words: str,
     count: int,
     temperature: float,
@@ -146,9 +149,11 @@ def _generate(
 
     need_engine("decoding")
     from clo.engine.decoder import Decoder
+    from clo.engine.models.network import spec_of
     from clo.engine.sampling import sampler_of
 
     model, tokenizer = load_for_decoding(name)
+    design = with_design(spec_of(model))
     heads = heads_from(design, model, trace_path)
     ids = tokenizer(words, return_tensors="pt", verbose=False).input_ids[0]
     with Decoder(model, design, max_new_tokens=count, heads=heads) as decoder:

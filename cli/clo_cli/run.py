@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +15,7 @@ from clo_cli.options import check_outputs, design_from, overrides_from
 if TYPE_CHECKING:
     from clo.engine.measure import MachineRun
     from clo.engine.models.network import Network
-    from clo.specs import Design
+    from clo.specs import Design, ModelSpec
 
 LARGEST_BATCH = 65536
 PREPARING = "weights and prompts"
@@ -75,13 +77,15 @@ def run(
     clo run --design resolve --context 4096 --timeline step.json
     clo run --model llama-3-8b --layers 4 --design clo
     """
-    design = design_from(design_name, overrides_from(settings, ("design",)))
+    overrides = overrides_from(settings, ("design",))
+    design_from(design_name, overrides)  # what is wrong whatever the model
     if weights and model:
         raise SpecError(f"--model {model}: real weights have their own shape: leave it out, or --weights")
     if weights and layers:
         raise SpecError(f"--layers {layers}: real weights have their own layers: leave it out, or --weights")
     check_outputs(timeline, out)
-    measured = _measured(model or DEFAULT_MODEL, weights, layers, design, device, context, batch, steps)
+    with_design = partial(design_from, design_name, overrides)
+    design, measured = _measured(model or DEFAULT_MODEL, weights, layers, with_design, device, context, batch, steps)
     _report(measured, design, timeline, out, as_json)
 
 
@@ -89,12 +93,13 @@ def _measured(
     model: str,
     weights: str | None,
     layers: int | None,
-    design: Design,
+    with_design: Callable[[ModelSpec], Design],
     device: str,
     context: int,
     batch: int,
     steps: int,
-) -> MachineRun:
+) -> tuple[Design, MachineRun]:
+    """The design as it suits the model, and the run."""
     from clo_cli.bars import phases
     from clo_cli.models import need_engine
 
@@ -106,6 +111,7 @@ def _measured(
     with phases() as tell:
         tell(PREPARING, 0, None)
         network = _network(model, weights, layers, device)
+        design = with_design(network.spec)
         with Decoder(network, design.as_without_head_profile(), max_new_tokens=steps + 4) as decoder:
             decoder.make_plan([context] * batch)  # what does not fit is refused before a prompt is made up
             prompts = [random_prompt(network, context, seed=seed) for seed in range(batch)]
@@ -114,7 +120,7 @@ def _measured(
                 tell(PREPARING, 1, 1)
                 tell("decode steps", done, total)
 
-            return run_steps(decoder, prompts, steps=steps, progress=progress)
+            return design, run_steps(decoder, prompts, steps=steps, progress=progress)
 
 
 def _network(model: str, weights: str | None, layers: int | None, device: str) -> Network:

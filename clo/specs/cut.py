@@ -19,8 +19,10 @@ def first_layers(model: ModelSpec, count: int) -> ModelSpec:
     windowed = [layer for layer in model.windowed_layers if layer < count]
     linear = [layer for layer in model.linear.layers if layer < count] if model.linear else []
     shared = [layer for layer in model.indexer.shared_layers if layer < count] if model.indexer else []
+    experts = model.experts if model.experts and model.experts.dense_layers < count else None
     return model.with_fields(
         num_layers=count,
+        experts=experts and experts.model_dump(),
         windowed_layers=windowed,
         window_tokens=model.window_tokens if windowed else None,
         linear=model.linear.with_fields(layers=linear).model_dump() if model.linear and linear else None,

@@ -392,6 +392,13 @@ class TestFirstLayers:
             assert short.indexer_in(layer) == (short.indexer if model.indexer_in(layer) else None)
         assert first_layers(model, model.num_layers) == model
 
+    def test_layers_before_those_with_experts_have_none(self) -> None:
+        model = presets.load_model("deepseek-v3")
+        assert first_layers(model, 3).experts is None
+        assert first_layers(model, 4).experts == model.experts
+        with pytest.raises(SpecError, match=r"num_layers"):
+            first_layers(model, 0)
+
     @pytest.mark.parametrize(
         ("name", "count", "message"),
         [("gemma-3-27b", 5, "layer 5: take at least 6"), ("qwen3.5-27b", 3, "layer 3: take at least 4")],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import refuse
+from commands import refuse, run
 from forced import CLOSE
 from latent import INDEXER, WITH_INDEXER, latent_model
 from small import prompt
@@ -274,6 +276,17 @@ def test_a_made_up_prompt_has_keys_for_the_indexer() -> None:
 def test_on_a_gpu_there_are_no_kernels() -> None:
     with pytest.raises(SpecError, match="latent attention is decoded on a CPU only: its kernels are not written"):
         check_vectors(Network(latent_model("DeepseekV32")).spec, torch.device("cuda"))
+
+
+def test_a_real_run_of_a_small_shape(tmp_path: Path) -> None:
+    """What the design's file leaves open is as the model attends, from the command line too."""
+    shape, out = tmp_path / "small.json", tmp_path / "result.json"
+    shape.write_text(json.dumps(latent_model("DeepseekV32").config.to_dict()))
+    run("run", "--model", shape, "--design", "resolve", "--context", 90, "--steps", 3, "--out", out)
+    result = json.loads(out.read_text())
+    assert result["ops"]["index_tokens"]["calls"] == 4
+    assert "score_pages" not in result["ops"]
+    assert 0 < result["hit_rate"] < 1
 
 
 def test_blocks_that_heads_choose_are_simulated_only() -> None:

@@ -129,6 +129,7 @@ class TestEndToEnd:
             (["calibrate", "--figure", "fits.txt"], "fits.txt: a figure's suffix must be one of"),
             (["calibrate", "--designs", "nosuch"], "--designs nosuch"),
             (["calibrate", "--layers", "2"], "model.num_layers = 2: designs keep 2 of them dense"),
+            (["calibrate", "--model", "deepseek-v3.2"], "deepseek-v3.2: what its own indexer takes is not fitted"),
             (["validate", "--profile", "nosuch.json"], "nosuch.json: No such file"),
         ],
     )
