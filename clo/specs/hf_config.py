@@ -212,12 +212,20 @@ def _tied_unless_said(config: dict[str, Any]) -> bool:
     return str(config.get("model_type", "")).startswith(("gemma", "cohere"))
 
 
+_FIRST_DENSE: dict[Any, int] = {"glm4_moe_lite": 1}
+"""First layers without experts, of kinds that may leave that out."""
+
+
 def experts_of(config: dict[str, Any]) -> dict[str, Any] | None:
     """The fields of an `ExpertsSpec`; `None` for a model without experts, or with experts of an unknown kind."""
     field = _experts_field(config)
     if field is None or _other_experts(config):
         return None
-    dense = config.get("first_k_dense_replace") or max(map(len, _dense_layers(config).values()), default=0)
+    said, listed = config.get("first_k_dense_replace"), _dense_layers(config)
+    unsaid = said is None and not config.get("mlp_layer_types")
+    dense = said or max(
+        map(len, listed.values()), default=_FIRST_DENSE.get(config.get("model_type"), 0) if unsaid else 0
+    )
     if dense >= config["num_hidden_layers"]:
         return None
     width = config.get("moe_intermediate_size") or config["intermediate_size"]
