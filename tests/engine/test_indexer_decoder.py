@@ -23,6 +23,7 @@ from clo.engine.inline_decoder import InlineDecoder
 from clo.engine.layers import OffloadedLayer
 from clo.engine.layers.indexed import IndexerSelection
 from clo.engine.memory import cache_bytes
+from clo.engine.models import indexer as models_indexer
 from clo.engine.models.network import Network
 from clo.engine.models.probe import check_taken_apart
 from clo.engine.prompts import read_prompt
@@ -287,6 +288,14 @@ def test_a_real_run_of_a_small_shape(tmp_path: Path) -> None:
     assert result["ops"]["index_tokens"]["calls"] == 4
     assert "score_pages" not in result["ops"]
     assert 0 < result["hit_rate"] < 1
+
+
+@pytest.mark.parametrize("old", ["5.15.0", "5.17.3"])
+def test_a_library_that_is_too_old(old: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = latent_model("DeepseekV32")
+    monkeypatch.setattr(models_indexer.transformers, "__version__", old)
+    with pytest.raises(SpecError, match=rf"own indexer needs transformers 5\.18 or newer, this is {old}: before"):
+        Network(model)
 
 
 def test_blocks_that_heads_choose_are_simulated_only() -> None:

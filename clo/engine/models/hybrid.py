@@ -7,6 +7,7 @@ from typing import Any
 import transformers
 
 from clo.engine.models.anatomy import attending
+from clo.engine.versions import release_of
 from clo.errors import SpecError
 from clo.specs.hf_attention import linear_fields, linear_problem
 
@@ -32,13 +33,9 @@ def linear_of(model: Any, layers: list[Any], config: Any) -> dict[str, Any]:
         raise SpecError(
             f"{name}: which layers have linear attention is not what its config says (layer_types = {said})"
         )
-    if said and _version() < OLDEST:
+    if said and release_of(transformers.__version__) < OLDEST:
         raise SpecError(
             f"{name}: linear attention needs transformers {'.'.join(map(str, OLDEST))} or newer, this is "
             f"{transformers.__version__}, where it forgets its state when several tokens follow"
         )
     return found
-
-
-def _version() -> tuple[int, ...]:
-    return tuple(int(part) for part in transformers.__version__.split(".")[:2])

@@ -8,8 +8,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 
+from clo.engine.versions import release_of
+from clo.errors import SpecError
 from clo.specs import IndexerSpec
+
+OLDEST = (5, 18)
+"""The first version of `transformers` that was tried whose indexers choose among earlier tokens only."""
 
 
 class Seen(NamedTuple):
@@ -54,6 +60,11 @@ def indexer_of(attentions: list[Any]) -> dict[str, Any]:
     first = next((module for module in own if module is not None), None)
     if first is None:
         return {}
+    if release_of(transformers.__version__) < OLDEST:
+        raise SpecError(
+            f"{type(first).__name__}: a model's own indexer needs transformers {'.'.join(map(str, OLDEST))} or newer, this "
+            f"is {transformers.__version__}: before, it is not always told which tokens come later"
+        )
     width, weight = int(first.head_dim), first.wk.weight
     shape = IndexerSpec(
         num_heads=first.n_heads,

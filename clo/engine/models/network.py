@@ -100,7 +100,10 @@ class Network:
     def rotations(self, hidden: torch.Tensor, positions: torch.Tensor) -> list[Rotation]:
         """For the new token's position in each sequence, `[batch]`, of every layer: kinds of layers may differ."""
         if not self._rotates_by_kind:
-            return [self.decoder.rotary_emb(hidden, positions[:, None])] * len(self.layers)
+            rotary, places = self.decoder.rotary_emb, positions[:, None]
+            # of text and of both sides of images: some versions of the library do not expand them themselves
+            places = places.expand(3, -1, -1) if hasattr(rotary, "mrope_section") else places
+            return [rotary(hidden, places)] * len(self.layers)
         kinds = self.decoder.config.layer_types
         of_kind = {kind: self.decoder.rotary_emb(hidden, positions[:, None], kind) for kind in set(kinds)}
         return [of_kind[kind] for kind in kinds]
