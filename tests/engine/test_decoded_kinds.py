@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from commands import refuse, run
-from forced import CLOSE, forced_logits
+from forced import CLOSE, STEPS, TEXTS, assert_timeline_is_the_schedules, forced, forced_logits
 from hybrid import FULL, LINEAR, hybrid_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,20 +38,11 @@ from clo.engine.run import result_of
 from clo.errors import EngineError, SpecError
 from clo.operation_costs import price_key
 from clo.plan import make_plan
-from clo.schedule import Lane, record_step
+from clo.schedule import record_step
 from clo.specs import ModelSpec, Workload
 from clo.specs.cut import first_layers
 
 DESIGNS = presets.names("designs")
-TEXTS = (prompt(78, 1), prompt(53, 2))
-STEPS = 8
-
-
-def forced(decoder: Any, prompts: list[Any], texts: tuple[torch.Tensor, ...] = TEXTS) -> torch.Tensor:
-    """Logits `[steps, batch, vocabulary]` of a batch that is told the last tokens of its texts."""
-    rows = [decoder.prefill(prompts)]
-    rows += [decoder.step(torch.stack([text[at] for text in texts])).clone() for at in range(-STEPS, 0)]
-    return torch.stack(rows)
 
 
 def own_logits(model: Any) -> torch.Tensor:
@@ -96,14 +87,7 @@ class TestEveryKind:
 
     def test_its_timeline_has_the_operations_of_the_schedule(self, kind: str) -> None:
         with Decoder(EVERY[kind](), design("clo", budget_pages=3), max_new_tokens=4) as decoder:
-            decoder.prefill([prompt(80)])
-            decoder.step(torch.tensor([1]))
-            assert decoder.plan is not None
-            assert decoder.timeline is not None
-            nodes, spans = record_step(decoder.plan).nodes, decoder.timeline.spans
-        for lane in Lane:
-            recorded = [(node.op.name, node.op.layer) for node in nodes if node.lane is lane]
-            assert [(span.name, span.layer) for span in spans if span.lane == lane.value] == recorded
+            assert_timeline_is_the_schedules(decoder)
 
     @pytest.mark.parametrize("name", ["clo", "resident", "streamed"])
     def test_memory_is_what_was_planned(self, kind: str, name: str) -> None:

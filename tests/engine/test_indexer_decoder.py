@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from commands import refuse, run
-from forced import CLOSE
+from forced import CLOSE, STEPS, TEXTS, assert_timeline_is_the_schedules, forced
 from latent import INDEXER, WITH_INDEXER, latent_model
 from small import prompt
 from test_memory import held
@@ -29,14 +29,12 @@ from clo.engine.models.probe import check_taken_apart
 from clo.engine.prompts import read_prompt
 from clo.engine.random_weights import random_prompt
 from clo.errors import SpecError
-from clo.schedule import Lane, record_step
 from clo.specs import Design
 from clo_kernels.layout import NO_PAGE
 
 FRESH = ("resident-sparse", "resolve", "lru-cpu")
 """Designs that attend to what the indexer chooses in this step; so do gated ones whose queries never seem alike."""
 SPARSE = tuple(name for name in presets.names("designs") if name not in ("resident", "streamed"))
-TEXTS, STEPS = (prompt(78, 1), prompt(53, 2)), 8
 TOP = INDEXER["index_topk"]
 
 
@@ -47,13 +45,6 @@ def design(name: str, network: Network, **changes: Any) -> Design:
     if chosen.prefetches_layers and indexer is not None and indexer.shared_layers:
         plain["prefetch_depth"] = 0
     return chosen.with_fields(**plain | changes)
-
-
-def forced(decoder: Any, prompts: list[Any], texts: tuple[torch.Tensor, ...] = TEXTS) -> torch.Tensor:
-    """Logits `[steps, batch, vocabulary]` of a batch that is told the last tokens of its texts."""
-    rows = [decoder.prefill(prompts)]
-    rows += [decoder.step(torch.stack([text[at] for text in texts])).clone() for at in range(-STEPS, 0)]
-    return torch.stack(rows)
 
 
 def cut(texts: tuple[torch.Tensor, ...] = TEXTS) -> list[torch.Tensor]:
@@ -187,15 +178,7 @@ class TestEveryKind:
     def test_its_timeline_has_the_operations_of_the_schedule(self, kind: str) -> None:
         network, ahead = Network(latent_model(kind)), {"prefetch_depth": int(kind == "DeepseekV32")}
         with Decoder(network, design("clo", network, **ahead), max_new_tokens=4) as decoder:
-            decoder.prefill([prompt(80)])
-            decoder.step(torch.tensor([1]))
-            assert decoder.plan is not None
-            assert decoder.timeline is not None
-            nodes, spans = record_step(decoder.plan).nodes, decoder.timeline.spans
-        for lane in Lane:
-            recorded = [(node.op.name, node.op.layer) for node in nodes if node.lane is lane]
-            assert [(span.name, span.layer) for span in spans if span.lane == lane.value] == recorded
-        names = {span.name for span in spans}
+            names = assert_timeline_is_the_schedules(decoder)
         assert "index_tokens" in names
         assert ("share_pages" in names) == (kind == "GlmMoeDsa")
 

@@ -63,8 +63,8 @@ def indexer_of(attentions: list[Any]) -> dict[str, Any]:
     if release_of(transformers.__version__) < OLDEST:
         needed, found = ".".join(map(str, OLDEST)), transformers.__version__
         raise SpecError(
-            f"{type(first).__name__}: a model's own indexer needs transformers {needed} or newer, this is {found}: before, "
-            "it is not always told which tokens come later"
+            f"{type(first).__name__}: a model's own indexer needs transformers {needed} or newer, this is {found}: "
+            "before, it is not always told which tokens come later"
         )
     width, weight = int(first.head_dim), first.wk.weight
     shape = IndexerSpec(
