@@ -415,11 +415,15 @@ class TestConfigs:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
-def test_the_real_decoder_refuses_it_by_name() -> None:
-    from clo.engine.random_weights import checked
+def test_the_real_decoder_makes_up_one_of_its_shape() -> None:
+    pytest.importorskip("transformers")
+    from clo.engine.models.made_up import library_kind
 
-    with pytest.raises(SpecError, match="model tiny: latent attention is simulated only"):
-        checked(latent_model())
+    kind, fields = library_kind(latent_model())
+    latent = latent_model().latent
+    assert latent is not None
+    assert kind == "DeepseekV3"
+    assert (fields["kv_lora_rank"], fields["qk_rope_head_dim"]) == (latent.kv_rank, latent.rope_dim)
 
 
 def test_a_flat_table_is_flat() -> None:

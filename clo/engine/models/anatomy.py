@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from clo.engine.models import latent
 from clo.errors import SpecError
 from clo.specs.hf_attention import WITH_LINEAR
 
@@ -13,6 +12,8 @@ SINKS = "sinks"
 """A weight of attention: a logit of each query head that takes its share of the softmax, and has no value (gpt-oss)."""
 NEEDED = ("q_proj.weight", "k_proj.weight", "o_proj.weight", "head_dim", "scaling")
 """Of each attention to keys and values."""
+NEEDED_OF_LATENT = ("kv_a_proj_with_mqa.weight", "kv_a_layernorm", "kv_b_proj.weight", "o_proj.weight", "scaling")
+"""Of each that caches one vector a token for all heads."""
 IN_ANOTHER = ("gemma3", "qwen3_5", "qwen3_5_moe")
 """Kinds of model that read images too: their text decoder, and its config, lie one level deeper."""
 
@@ -43,7 +44,7 @@ def decoder_layers(model: Any) -> list[Any]:
             )
     for layer in softmax:
         attention = getattr(layer, "self_attn", None)
-        needed = latent.PARTS if is_latent(attention) else NEEDED
+        needed = NEEDED_OF_LATENT if is_latent(attention) else NEEDED
         missing = [] if has_part(layer, "input_layernorm") or norms_behind(layer) else ["input_layernorm"]
         missing += [f"self_attn.{part}" for part in needed if not has_part(attention, part)]
         if missing:
@@ -95,7 +96,9 @@ def project_query(layer: Any, hidden: Any, position_embeddings: tuple[Any, Any])
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden) if has_part(layer, "input_layernorm") else hidden
     if is_latent(attention):
-        return latent.LatentAttention(attention).query(normed, position_embeddings)
+        from clo.engine.models.latent import LatentAttention  # needs torch, which the commands ask for by name
+
+        return LatentAttention(attention).query(normed, position_embeddings)
     projected = attention.q_proj(normed)
     if has_gate(attention):
         projected = projected.unflatten(-1, (-1, 2, attention.head_dim))[..., 0, :].flatten(-2)

@@ -13,9 +13,6 @@ import torch
 
 from clo.specs import LatentSpec
 
-PARTS = ("kv_a_proj_with_mqa.weight", "kv_a_layernorm", "kv_b_proj.weight", "o_proj.weight", "scaling")
-"""Of attention."""
-
 
 class LatentAttention:
     """The parts of one attention module, each of which runs the model's own weights."""
