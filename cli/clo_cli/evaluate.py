@@ -14,7 +14,7 @@ from clo.files import write_json
 from clo_cli.options import check_outputs, check_seed, design_from, names_from, overrides_from
 
 if TYPE_CHECKING:
-    from clo.specs import Design, ModelSpec
+    from clo.specs import Design
 
     Fits = Callable[[Design], bool]
 
@@ -60,10 +60,10 @@ def evaluate(**options: Any) -> None:
     clo plot answers.json --out answers.png
     """
     check_seed(options["seed"])
-    _variants(options)  # what is wrong whatever the model
+    variants = _variants(options)
     options["contexts"] = _contexts(options)
     check_outputs(options["out"], figure=options["figure"])
-    answers = _evaluate(options)
+    answers = _evaluate(variants, options)
     if options["out"] is not None:
         write_json(options["out"], answers)
     if options["figure"] is not None:
@@ -82,10 +82,10 @@ def _draw(answers: dict[str, Any], path: Path) -> None:
     save_figure(plot_answers(parse_answers(answers, where="clo evaluate")), path)
 
 
-def _variants(options: dict[str, Any], model: ModelSpec | None = None) -> list[Design]:
-    """Every design at every value asked for, as it suits a model. Raises `SpecError`."""
+def _variants(options: dict[str, Any]) -> list[Design]:
+    """Every design at every value asked for. Raises `SpecError`."""
     overrides = overrides_from(options["settings"], ("design",))
-    variants = [design_from(name, overrides, model) for name in names_from("--designs", options["designs"])]
+    variants = [design_from(name, overrides) for name in names_from("--designs", options["designs"])]
     if options["pools"] is not None:
         pools = _numbers("--pools", options["pools"])
         keeps = _fitting("--pools", "keeps pages", variants, lambda design: design.cache in ("lru", "head_reuse"))
@@ -151,7 +151,7 @@ def _spread(designs: list[Design], fits: Fits, field: str, values: Sequence[floa
     return tried
 
 
-def _evaluate(options: dict[str, Any]) -> dict[str, Any]:
+def _evaluate(designs: list[Design], options: dict[str, Any]) -> dict[str, Any]:
     from clo_cli.models import heads_from, load_for_decoding, need_engine
 
     need_engine("decoding")
@@ -178,7 +178,6 @@ def _evaluate(options: dict[str, Any]) -> dict[str, Any]:
     words = _text(options["text"])
     model, tokenizer = load_for_decoding(options["model"])
     network = Network(model)
-    designs = _variants(options, network.spec)
     contenders = [
         Contender(name=design.name, design=design, heads=heads_from(design, model, options["trace_path"]))
         for design in designs

@@ -17,6 +17,8 @@ from transformers import DynamicCache
 
 from clo import presets
 from clo.engine import offload
+from clo.engine.answers.evaluate import evaluate
+from clo.engine.answers.tasks import EvaluationSettings
 from clo.engine.checks import check_vectors
 from clo.engine.decoder import Decoder
 from clo.engine.inline_decoder import InlineDecoder
@@ -279,6 +281,12 @@ def test_a_library_that_is_too_old(old: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(models_indexer.transformers, "__version__", old)
     with pytest.raises(SpecError, match=rf"own indexer needs transformers 5\.18 or newer, this is {old}: before"):
         Network(model)
+
+
+def test_there_is_no_full_attention_to_compare_answers_with() -> None:
+    settings = EvaluationSettings(context_tokens=64, num_texts=1, decoded_tokens=4, num_passkeys=0)
+    with pytest.raises(SpecError, match="answers are compared with full attention, which is not what Deep"):
+        evaluate(Network(latent_model("DeepseekV32")), len, "", (), settings)
 
 
 def test_blocks_that_heads_choose_are_simulated_only() -> None:

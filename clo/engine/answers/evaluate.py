@@ -42,9 +42,15 @@ def evaluate(
     """One `Quality` per contender, in order. The baseline is full attention, decoded here too.
 
     Prompts are read once, `settings.batch_texts` at a time, and decoded by all contenders in turn. Raises `SpecError`
-    for a text that is too short, for names that are not unique, and where a design does not fit.
+    for a text that is too short, for names that are not unique, where a design does not fit, and for a model with an
+    indexer of its own.
     """
     chosen = list(contenders)
+    if network.spec.indexer is not None:
+        raise SpecError(
+            f"evaluate: answers are compared with full attention, which is not what {network.spec.name} does: its own "
+            "indexer chooses what it attends to"
+        )
     _check_names(chosen)
     check_text(tokenizer, text, settings)
     baseline = _Outcome()
