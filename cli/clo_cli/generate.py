@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import click
 
 from clo.errors import SpecError
-from clo_cli.options import check_outputs, check_seed, design_from, overrides_from
+from clo_cli.options import check_design, check_outputs, check_seed, design_from, overrides_from
 
 if TYPE_CHECKING:
     from clo.engine.decoder import Decoder
@@ -66,7 +66,7 @@ def generate(
     clo generate @book.txt --design resolve --timeline step.json
     """
     overrides, words = overrides_from(settings, ("design",)), _prompt(prompt)
-    design_from(design_name, overrides)  # what is wrong whatever the model
+    check_design(design_name, overrides)
     if not 0 <= temperature < math.inf:
         raise SpecError(f"--temperature = {temperature}: must be 0 or a positive number")
     check_seed(seed)

@@ -153,6 +153,25 @@ def design_from(name: str, overrides: Overrides, model: ModelSpec | None = None)
     return apply(presets.load_design(name, model, settings), overrides["design"], "design")
 
 
+def check_design(name: str, overrides: Overrides) -> None:
+    """Raise `SpecError` for a design that is wrong whatever the model: before one is loaded.
+
+    Models with an indexer of their own have other defaults, with which it may be right.
+    """
+    from clo import presets
+
+    try:
+        design_from(name, overrides)
+    except SpecError as error:
+        try:
+            design_from(name, overrides, presets.load_model(WITH_INDEXER))
+        except SpecError:
+            raise error from None
+
+
+WITH_INDEXER = "deepseek-v3.2"
+"""A model that stands for all with an indexer of their own."""
+
 _WORKLOAD = {
     "context_tokens": "--context",
     "batch": "--batch",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from clo.errors import SpecError
-from clo_cli.options import check_outputs, design_from, overrides_from
+from clo_cli.options import check_design, check_outputs, design_from, overrides_from
 
 if TYPE_CHECKING:
     from clo.engine.measure import MachineRun
@@ -78,7 +78,7 @@ def run(
     clo run --model llama-3-8b --layers 4 --design clo
     """
     overrides = overrides_from(settings, ("design",))
-    design_from(design_name, overrides)  # what is wrong whatever the model
+    check_design(design_name, overrides)
     if weights and model:
         raise SpecError(f"--model {model}: real weights have their own shape: leave it out, or --weights")
     if weights and layers:

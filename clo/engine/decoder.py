@@ -81,6 +81,7 @@ class Decoder:
             raise SpecError(f"kv_memory_bytes = {kv_memory_bytes}: must be a positive number of bytes")
         self.design = _sized(design, kv_memory_bytes)
         check_design(self.design, heads)
+        check_vectors(self.network.spec, self.network.device)
         self.heads = heads or HeadProfile()
         check_heads(self.heads, self.network.spec)
         self.max_new_tokens = max_new_tokens
@@ -149,7 +150,6 @@ class Decoder:
             raise EngineError("the decoder is closed: make a new one")
         self._prefills += 1
         check_taken_apart(self.network)
-        check_vectors(self.network.spec, self.network.device)
         check_device(self.design, self.heads, self.network.device)
         check_recordable(self.design, self.network.host_sees_experts, self.network.device)
         for prompt in prompts:

@@ -125,6 +125,11 @@ def heads_for(design: Design, model: ModelSpec, trace: AttentionTrace | None = N
     """The head profile if `design` needs one: from `trace`, else from the shipped trace if that is of this model."""
     if not (design.tau_by_head or design.folds_by_importance or design.pinned_head_fraction):
         return None
+    if model.indexer is not None:
+        raise SpecError(
+            f"design {design.name}: what it needs of heads comes from a recorded trace, and a model with an indexer of "
+            "its own is not recorded: set design.gqa_fold = mean, target_hit_rate = none, pinned_head_fraction = 0"
+        )
     return head_profile(trace or presets.load_trace(), design, model)
 
 

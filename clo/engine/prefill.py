@@ -71,9 +71,13 @@ def read_into(
 def prefill_bytes(plan: DecodePlan, tokens: int) -> float:
     """Device bytes that reading a prompt of this length needs beside what decoding needs, without activations.
 
-    Two layers' keys and values of one sequence: of the layer that is computed and of the next.
+    Two layers' keys and values of one sequence, of the layer that is computed and of the next; all keys of a model's
+    own indexers, which are handed over at the prompt's end.
     """
-    return 2 * tokens * plan.model.layer_token_bytes if plan.sparse_layers else 0.0
+    model = plan.model
+    indexers = [model.indexer_in(layer) for layer in range(model.num_layers)]
+    keys = model.kv_bytes_per_value * sum(each.head_dim for each in indexers if each is not None)
+    return tokens * ((2 * model.layer_token_bytes if plan.sparse_layers else 0.0) + keys)
 
 
 def _nothing() -> None:

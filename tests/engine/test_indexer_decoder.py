@@ -16,11 +16,13 @@ from test_memory import held
 from transformers import DynamicCache
 
 from clo import presets
-from clo.engine import offload
+from clo.engine import decoder as decoder_module
+from clo.engine import offload, prefill
 from clo.engine.answers.evaluate import evaluate
 from clo.engine.answers.tasks import EvaluationSettings
 from clo.engine.checks import check_vectors
 from clo.engine.decoder import Decoder
+from clo.engine.heads import heads_for
 from clo.engine.inline_decoder import InlineDecoder
 from clo.engine.layers import OffloadedLayer
 from clo.engine.layers.indexed import IndexerSelection
@@ -259,9 +261,62 @@ def test_a_made_up_prompt_has_keys_for_the_indexer() -> None:
         assert bool(torch.isfinite(decoder.step(torch.tensor([1, 2]))).all())
 
 
-def test_on_a_gpu_there_are_no_kernels() -> None:
+def test_on_a_gpu_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SpecError, match="latent attention is decoded on a CPU only: its kernels are not written"):
         check_vectors(Network(latent_model("DeepseekV32")).spec, torch.device("cuda"))
+    asked: list[Any] = []
+    monkeypatch.setattr(decoder_module, "check_vectors", lambda *about: asked.append(about))
+    model = latent_model("DeepseekV3")
+    with offload(model, design("resolve", Network(model))):
+        assert len(asked) == 1
+    InlineDecoder(Network(model), design("resolve", Network(model)))
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    "changes", [("page_size=1",), ("selector=key_4bit", "page_size=2"), ("budget_pages=4",), ("slot_pages=40",)]
+)
+def test_choices_that_suit_such_models_only(changes: tuple[str, ...], tmp_path: Path) -> None:
+    shape = tmp_path / "small.json"
+    shape.write_text(json.dumps(latent_model("DeepseekV32").config.to_dict()))
+    settings = [part for change in changes for part in ("--set", f"design.{change}")]
+    run("run", "--model", shape, "--design", "resolve", "--context", 90, "--steps", 2, *settings)
+
+
+def test_what_no_model_could_take_is_refused_before_one_is_loaded() -> None:
+    said = refuse("run", "--weights", "no-such-model", "--design", "resolve", "--set", "design.page_size=0")
+    assert "design.page_size" in said
+    said = refuse("run", "--layers", "2", "--design", "resolve", "--set", "design.page_size=1")
+    assert "num_sink_tokens = 4 must fit the first page of 1 tokens" in said
+
+
+def test_keys_that_are_held_while_a_prompt_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, held_keys = Network(latent_model("DeepseekV32")), []
+    own = prefill._PrefillCache.hand_over
+
+    def counted(cache: Any) -> None:
+        held_keys.append(sum(layer.indexer_keys.nbytes for layer in cache.layers))
+        own(cache)
+
+    monkeypatch.setattr(prefill._PrefillCache, "hand_over", counted)
+    with Decoder(network, design("resolve", network), max_new_tokens=4) as decoder:
+        decoder.prefill([prompt(80)])
+        assert decoder.plan is not None
+        assert cache_bytes(decoder.plan, 84).prefill == held_keys[0] + 2 * 80 * 4 * network.spec.head_dim
+
+
+def test_what_a_head_profile_would_be_needed_for() -> None:
+    with pytest.raises(SpecError, match=r"is not recorded: set design\.gqa_fold = mean"):
+        heads_for(presets.load_design("clo-v1"), Network(latent_model("DeepseekV32")).spec)
+
+
+def test_nothing_else_takes_what_cannot_be_taken_apart() -> None:
+    model = latent_model("DeepseekV32", rope_interleave=False)
+    with (
+        Decoder(model, "resolve", max_new_tokens=4) as decoder,
+        pytest.raises(SpecError, match=r"than those of the models that are known here$"),
+    ):
+        decoder.prefill([prompt(40)])
 
 
 def test_a_real_run_of_a_small_shape(tmp_path: Path) -> None:

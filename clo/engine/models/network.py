@@ -326,27 +326,30 @@ def _latent_heads(model: Any, attention: Any) -> dict[str, Any]:
     }
 
 
+def advice(spec: ModelSpec) -> str:
+    """What to do with a model that cannot be taken apart: behind a message, if anything helps."""
+    return ": use clo.engine.offload, which leaves it whole" if spec.indexer is None else ""
+
+
 def _taken_apart(model: Any, layers: list[Any], spec: ModelSpec) -> list[Mlp]:
     """What follows attention in each layer. Raises `SpecError` for layers that are not what `spec` says."""
-    name = type(model).__name__
+    name, elsewhere = type(model).__name__, advice(spec)
     for part in ("post_attention_layernorm", "mlp"):
         if not all(has_part(layer, part) for layer in layers):
-            raise SpecError(
-                f"model {name}: layers lack {part}: not a Llama or Qwen-style model: clo.engine.offload leaves it whole"
-            )
+            raise SpecError(f"model {name}: layers lack {part}: not a Llama or Qwen-style model{elsewhere}")
     turns = getattr(text_decoder(model).config, "rope_parameters", None) or {}
     if turns.get(BY_POSITION):
         # asked by name: versions of the library before 5.5 scale by positions that a short text has not
         raise SpecError(
             f"model {name}: queries are scaled by their position ({BY_POSITION} = {turns[BY_POSITION]}): taken apart "
-            "it computes something else: use clo.engine.offload, which leaves it whole"
+            f"it computes something else{elsewhere}"
         )
     mlps = [Mlp(layer.mlp, name) for layer in layers]
     for layer, mlp in enumerate(mlps):
         if mlp.has_experts != (spec.experts_in(layer) is not None) or mlp.is_gated != bool(spec.mlp_width(layer)):
             raise SpecError(
                 f"model {name}: layer {layer} has other MLPs or experts than plans count with (experts from a first "
-                "layer on, all alike): use clo.engine.offload, which leaves it whole"
+                f"layer on, all alike){elsewhere}"
             )
     return mlps
 

@@ -8,7 +8,7 @@ from weakref import WeakSet
 
 import torch
 
-from clo.engine.models.network import Network, Rotation
+from clo.engine.models.network import Network, Rotation, advice
 from clo.errors import SpecError
 
 TOKENS = 8
@@ -50,7 +50,7 @@ def check_taken_apart(network: Network) -> None:
 def _refusal(network: Network) -> str:
     return (
         f"model {type(network.model).__name__}: taken apart it computes something else: its layers do more than "
-        "those of the models that are known here: use clo.engine.offload, which leaves it whole"
+        f"those of the models that are known here{advice(network.spec)}"
     )
 
 
