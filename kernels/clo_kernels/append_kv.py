@@ -15,11 +15,14 @@ from clo_kernels.checks import FLOATS, check_host_tensor, check_tensor, require
 from clo_kernels.coded_pages import STEP_DTYPE
 from clo_kernels.coded_rows import store_coded
 from clo_kernels.dispatch import on_device, runs_kernel
-from clo_kernels.index_codes import pack_4bit, sign_word
-from clo_kernels.layout import INT32, DeviceKV, check_shared_vectors
+from clo_kernels.index_codes import pack_4bit, sign_words
+from clo_kernels.layout import INT32, DeviceKV
 from clo_kernels.page_index import check_index
 
 TOKEN_BLOCK = 32
+BLOCK_VALUES = 8192
+"""Of keys that a program holds at once; of 16 wide ones it holds more, by twice as many warps."""
+HASHED_PART = 64
 
 
 @triton.jit
@@ -46,10 +49,12 @@ def append_kv_kernel(
     head_step,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
     PAGE: tl.constexpr,
     KIND: tl.constexpr,
     CODED: tl.constexpr,
     BLOCK: tl.constexpr,
+    HASHED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # sequence * num_kv_heads + KV head
     sequence = row // num_kv_heads
@@ -59,15 +64,17 @@ def append_kv_kernel(
     dim = tl.arange(0, DIM_PAD)
     column = dim < DIM
     new_key = tl.load(key + row * DIM + dim, mask=column, other=0.0)
-    new_value = tl.load(value + row * DIM + dim, mask=column, other=0.0)
+    if ROWS == 2:  # else keys are values, too
+        new_value = tl.load(value + row * DIM + dim, mask=column, other=0.0)
     pin = tl.load(pinned_row + head)
     if pin >= 0:
-        base = (sequence * num_pinned + pin) * 2 * max_tokens
+        base = (sequence * num_pinned + pin) * ROWS * max_tokens
         if (token >= 0) & (token < max_tokens):
             tl.store(pinned + (base + token) * DIM + dim, new_key, mask=column)
-            tl.store(pinned + (base + max_tokens + token) * DIM + dim, new_value, mask=column)
+            if ROWS == 2:
+                tl.store(pinned + (base + max_tokens + token) * DIM + dim, new_value, mask=column)
     elif token >= 0:
-        base = row * 2 * ring_tokens
+        base = row * ROWS * ring_tokens
         before = tl.maximum(token - recent_tokens, 0) // PAGE
         after = tl.maximum(length - recent_tokens, 0) // PAGE
         if (after > before) & (before < num_pages):
@@ -81,16 +88,20 @@ def append_kv_kernel(
                 inside = (lane < PAGE)[:, None] & column[None, :]
                 at = (base + first + lane)[:, None] * DIM + dim[None, :]
                 keys = tl.load(window + at, mask=inside, other=0.0)
-                values = tl.load(window + at + tl.cast(ring_tokens, tl.int64) * DIM, mask=inside, other=0.0)
                 exact = keys.to(tl.float32)
-                vector = page * 2 * PAGE + lane
+                vector = page * ROWS * PAGE + lane
+                to = vector[:, None] * DIM + dim[None, :]
                 if CODED:
                     store_coded(host_pages, host_steps, vector, exact, lane < PAGE, DIM, DIM_PAD)
-                    store_coded(host_pages, host_steps, vector + PAGE, values.to(tl.float32), lane < PAGE, DIM, DIM_PAD)
                 else:
-                    to = vector[:, None] * DIM + dim[None, :]
                     tl.store(host_pages + to, keys, mask=inside)
-                    tl.store(host_pages + to + PAGE * DIM, values, mask=inside)
+                if ROWS == 2:
+                    values = tl.load(window + at + tl.cast(ring_tokens, tl.int64) * DIM, mask=inside, other=0.0)
+                    if CODED:
+                        given = values.to(tl.float32)
+                        store_coded(host_pages, host_steps, vector + PAGE, given, lane < PAGE, DIM, DIM_PAD)
+                    else:
+                        tl.store(host_pages + to + PAGE * DIM, values, mask=inside)
                 if KIND == "key_4bit":
                     words, scales = pack_4bit(exact, inside, DIM_PAD)
                     word = tl.arange(0, DIM_PAD // 8)
@@ -101,8 +112,8 @@ def append_kv_kernel(
                     tl.store(index + at + DIM // 8, scales, mask=lane < PAGE)
                 elif KIND == "sign_hash":
                     at = ((row * num_pages + before) * PAGE + lane) * 4
-                    for word in range(4):
-                        tl.store(index + at + word, sign_word(exact, planes, word, dim, DIM), mask=lane < PAGE)
+                    words = sign_words(window, base + first + lane, lane < PAGE, planes, DIM, HASHED)
+                    tl.store(index + at[:, None] + tl.arange(0, 4)[None, :], words, mask=(lane < PAGE)[:, None])
                 elif KIND == "page_minmax":
                     low = tl.minimum(low, tl.min(tl.where(inside, exact, float("inf")), 0))
                     high = tl.maximum(high, tl.max(tl.where(inside, exact, float("-inf")), 0))
@@ -119,11 +130,13 @@ def append_kv_kernel(
         # the ring is a page larger than the window: this row is none of those that leave
         to = base + token % ring_tokens
         tl.store(window + to * DIM + dim, new_key, mask=column)
-        tl.store(window + (to + ring_tokens) * DIM + dim, new_value, mask=column)
+        if ROWS == 2:
+            tl.store(window + (to + ring_tokens) * DIM + dim, new_value, mask=column)
         if token < num_sinks:
-            to = row * 2 * num_sinks + token
+            to = row * ROWS * num_sinks + token
             tl.store(sinks + to * DIM + dim, new_key, mask=column)
-            tl.store(sinks + (to + num_sinks) * DIM + dim, new_value, mask=column)
+            if ROWS == 2:
+                tl.store(sinks + (to + num_sinks) * DIM + dim, new_value, mask=column)
 
 
 def append_kv(
@@ -143,7 +156,7 @@ def append_kv(
     do, with their dimensions 1 and 2 exchanged; coded where the slots are. `index` [batch, num_kv_heads, num_pages,
     *entry] has one of the layouts in `page_index`, and `planes` are those of a sign hash. A pinned head's tokens go
     nowhere else. A page or token beyond the room for it is dropped: the caller makes sure that sequences fit. Where
-    keys are values, too (`kv.value_dim`), `value` is none, and only the reference does it.
+    keys are values, too (`kv.value_dim`), `value` is none.
     """
     kv.check(key.device, key.dtype)
     (batch, heads), page_size, head_dim = kv.slots.shape[:2], kv.page_size, kv.head_dim
@@ -163,14 +176,17 @@ def append_kv(
     kind = check_index(index, (batch, heads), head_dim, planes, key.device)
     expected = (batch, heads, num_pages, page_size if kind.of_tokens else -1, -1)
     check_tensor("index", index, expected, INT32 if kind.of_tokens else key.dtype)
-    if not runs_kernel(key) or value is None:
-        check_shared_vectors(kv, key)
+    if not runs_kernel(key):
         reference.append_kv(key, value, lengths, kv, host_pages, index, planes=planes)
     elif batch:
+        padded = int(triton.next_power_of_2(head_dim))
+        most = max(1, min(TOKEN_BLOCK, BLOCK_VALUES // padded))
+        # a matrix product takes 16 rows
+        block = max(16 if planes is not None else 1, min(most, int(triton.next_power_of_2(page_size))))
         with on_device(key):
             append_kv_kernel[(batch * heads,)](
                 key,
-                value,
+                key if value is None else value,
                 lengths,
                 kv.sinks,
                 kv.window,
@@ -190,11 +206,12 @@ def append_kv(
                 1 if by_head else heads,
                 num_pages if by_head else 1,
                 DIM=head_dim,
-                DIM_PAD=triton.next_power_of_2(head_dim),
+                DIM_PAD=padded,
+                ROWS=kv.rows_per_token,
                 PAGE=page_size,
                 KIND=str(kind),
                 CODED=kv.coded,
-                # a matrix product takes 16 rows
-                BLOCK=max(16 if planes is not None else 1, min(TOKEN_BLOCK, triton.next_power_of_2(page_size))),
-                num_warps=4,
+                BLOCK=block,
+                HASHED=min(HASHED_PART, padded),
+                num_warps=4 if block * padded <= BLOCK_VALUES else 8,
             )

@@ -41,17 +41,28 @@ def store_coded(codes, steps, row, values, valid, DIM: tl.constexpr, DIM_PAD: tl
 
 
 @triton.jit
-def load_coded(codes, steps, row, valid, DIM: tl.constexpr, DIM_PAD: tl.constexpr, KIND: tl.constexpr):
-    """Values [rows, DIM_PAD] of dtype KIND of rows `row` of coded memory; zero where not `valid` and beyond a row."""
-    dim = tl.arange(0, DIM_PAD)
-    group = tl.arange(0, DIM_PAD // 16)
+def load_coded(
+    codes,
+    steps,
+    row,
+    valid,
+    DIM: tl.constexpr,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    PAD: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """Values [rows, PAD] of dtype KIND of rows `row` of coded memory: COUNT of a row's DIM from FIRST on, both
+    multiples of 16; zero where not `valid` and beyond those."""
+    dim = tl.arange(0, PAD)
+    group = tl.arange(0, PAD // 16)
     WIDTH: tl.constexpr = DIM + DIM // 8
-    at = row[:, None] * WIDTH + dim[None, :]
-    code = tl.load(codes + at, mask=valid[:, None] & (dim < DIM)[None, :], other=0)
-    at = row[:, None] * (WIDTH // 2) + DIM // 2 + group[None, :]
-    step = tl.load(steps + at, mask=valid[:, None] & (group < DIM // 16)[None, :], other=0.0)
+    at = row[:, None] * WIDTH + FIRST + dim[None, :]
+    code = tl.load(codes + at, mask=valid[:, None] & (dim < COUNT)[None, :], other=0)
+    at = row[:, None] * (WIDTH // 2) + (DIM // 2 + FIRST // 16) + group[None, :]
+    step = tl.load(steps + at, mask=valid[:, None] & (group < COUNT // 16)[None, :], other=0.0)
     # codes and steps are exact in bfloat16, which multiplies two at once; float16 has too few exponents for steps
     PRODUCT: tl.constexpr = KIND if KIND == tl.bfloat16 else tl.float32  # noqa: SIM300
-    groups = tl.reshape(code.to(PRODUCT), [code.shape[0], DIM_PAD // 16, 16])
-    values = tl.reshape(groups * step.to(PRODUCT)[:, :, None], [code.shape[0], DIM_PAD])
+    groups = tl.reshape(code.to(PRODUCT), [code.shape[0], PAD // 16, 16])
+    values = tl.reshape(groups * step.to(PRODUCT)[:, :, None], [code.shape[0], PAD])
     return values.to(KIND)

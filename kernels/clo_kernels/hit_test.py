@@ -15,6 +15,9 @@ from clo_kernels.checks import FLOATS, check_tensor, group_size, require
 from clo_kernels.dispatch import on_device, runs_kernel
 
 FOLDS = ("mean", "min", "importance")
+PROGRAM_VALUES = 8192
+"""Of queries, and of anchors, that a program holds at once: of more it goes through parts."""
+WARP_VALUES = 1024
 
 
 @triton.jit
@@ -28,22 +31,31 @@ def hit_test_kernel(
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
+    PART: tl.constexpr,
     FOLD: tl.constexpr,
 ):
     row = tl.program_id(0)  # sequence * num_kv_heads + KV head
     head = row % num_kv_heads
     member = tl.arange(0, GROUP_PAD)
-    dim = tl.arange(0, DIM_PAD)
     in_group = member < GROUP
-    inside = in_group[:, None] & (dim < DIM)[None, :]
-    at = (row.to(tl.int64) * GROUP + member)[:, None] * DIM + dim[None, :]
-    raw = tl.load(query + at, mask=inside, other=0.0)
-    now = raw.to(tl.float32)
-    then = tl.load(anchor + at, mask=inside, other=0.0).to(tl.float32)
+    at = (row.to(tl.int64) * GROUP + member)[:, None] * DIM
+    ours = tl.zeros([GROUP_PAD], tl.float32)
+    theirs = tl.zeros([GROUP_PAD], tl.float32)
+    both = tl.zeros([GROUP_PAD], tl.float32)
+    anchored = tl.zeros([GROUP_PAD], tl.int32)
+    for first in tl.static_range(0, DIM, PART):
+        dim = first + tl.arange(0, PART)
+        inside = in_group[:, None] & (dim < DIM)[None, :]
+        raw = tl.load(query + at + dim[None, :], mask=inside, other=0.0)
+        now = raw.to(tl.float32)
+        then = tl.load(anchor + at + dim[None, :], mask=inside, other=0.0).to(tl.float32)
+        ours += tl.sum(now * now, 1)
+        theirs += tl.sum(then * then, 1)
+        both += tl.sum(now * then, 1)
+        anchored += tl.sum((then != 0).to(tl.int32), 1)
 
-    norms = tl.sqrt(tl.sum(now * now, 1)) * tl.sqrt(tl.sum(then * then, 1))
-    cosine = tl.where(norms == 0, 0.0, tl.sum(now * then, 1) / tl.where(norms == 0, 1.0, norms))
+    norms = tl.sqrt(ours) * tl.sqrt(theirs)
+    cosine = tl.where(norms == 0, 0.0, both / tl.where(norms == 0, 1.0, norms))
     if FOLD == "min":
         # a NaN must not lose against a number
         broken = tl.sum((in_group & (cosine != cosine)).to(tl.int32), 0) > 0
@@ -53,13 +65,17 @@ def hit_test_kernel(
         folded = tl.sum(weight * cosine, 0) / tl.sum(weight, 0)
     else:
         folded = tl.sum(tl.where(in_group, cosine, 0.0), 0) / GROUP
-    anchored = tl.sum(tl.sum((then != 0).to(tl.int32), 1), 0) > 0
-    folded = tl.where(anchored, folded, float("-inf"))
+    folded = tl.where(tl.sum(anchored, 0) > 0, folded, float("-inf"))
 
     hit = folded >= tl.load(tau + head)
     tl.store(missed + row, tl.where(hit, 0, 1).to(tl.uint8))
     if hit == 0:
-        tl.store(anchor + at, raw, mask=inside)
+        for first in tl.static_range(0, DIM, PART):
+            dim = first + tl.arange(0, PART)
+            inside = in_group[:, None] & (dim < DIM)[None, :]
+            if DIM > PART:  # else it is still there
+                raw = tl.load(query + at + dim[None, :], mask=inside, other=0.0)
+            tl.store(anchor + at + dim[None, :], raw, mask=inside)
 
 
 def hit_test(
@@ -94,6 +110,8 @@ def hit_test(
     if not runs_kernel(query):
         return reference.hit_test(query, anchor, tau, fold=fold, importance=importance, out=out)
     if batch:
+        members = int(triton.next_power_of_2(group))
+        part = max(16, min(int(triton.next_power_of_2(head_dim)), PROGRAM_VALUES // members))
         with on_device(query):
             hit_test_kernel[(batch * num_kv_heads,)](
                 query,
@@ -103,10 +121,10 @@ def hit_test(
                 out.view(torch.uint8),
                 num_kv_heads,
                 GROUP=group,
-                GROUP_PAD=triton.next_power_of_2(group),
+                GROUP_PAD=members,
                 DIM=head_dim,
-                DIM_PAD=triton.next_power_of_2(head_dim),
+                PART=part,
                 FOLD=str(fold),
-                num_warps=1,
+                num_warps=max(1, members * part // WARP_VALUES),
             )
     return out

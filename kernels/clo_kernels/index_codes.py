@@ -44,13 +44,18 @@ def unpack_scales(scales):
 
 
 @triton.jit
-def sign_word(vectors, planes, word, dim, DIM: tl.constexpr):
-    """Word number `word` of the sign hash [vectors] of vectors [vectors, DIM_PAD] in float32, zero beyond DIM."""
-    bit = tl.arange(0, 32)
-    at = (word * 32 + bit)[:, None] * DIM + dim[None, :]
-    normals = tl.load(planes + at, mask=(dim < DIM)[None, :], other=0.0)
-    side = tl.dot(vectors, tl.trans(normals), input_precision="ieee") > 0
-    return tl.sum(side.to(tl.int32) << bit[None, :], 1)
+def sign_words(vectors, row, valid, planes, DIM: tl.constexpr, PART: tl.constexpr):
+    """The sign hash [rows, 4] of rows `row` of vectors of DIM elements, at least 16 of them; of zero if not `valid`."""
+    bit = tl.arange(0, 128)
+    product = tl.zeros([row.shape[0], 128], tl.float32)
+    for first in range(0, DIM, PART):
+        dim = first + tl.arange(0, PART)
+        inside = valid[:, None] & (dim < DIM)[None, :]
+        part = tl.load(vectors + row[:, None] * DIM + dim[None, :], mask=inside, other=0.0).to(tl.float32)
+        normals = tl.load(planes + bit[:, None] * DIM + dim[None, :], mask=(dim < DIM)[None, :], other=0.0)
+        product += tl.dot(part, tl.trans(normals), input_precision="ieee")
+    side = tl.reshape((product > 0).to(tl.int32), [row.shape[0], 4, 32])
+    return tl.sum(side << tl.arange(0, 32)[None, None, :], 2)
 
 
 @triton.jit

@@ -27,7 +27,7 @@ from clo_kernels.checks import (
     check_tensor,
     require,
 )
-from clo_kernels.coded_pages import CODE_DTYPE, coded_width
+from clo_kernels.coded_pages import CODE_DTYPE, STEP_VALUES, coded_width
 
 NO_PAGE = -1
 """Pads lists of pages."""
@@ -166,6 +166,11 @@ class DeviceKV:
             self.value_width <= head_dim and self.value_width % 8 == 0,
             f"value_dim = {self.value_dim}, expected a multiple of 8 up to head_dim = {head_dim}",
         )
+        require(
+            not self.coded or self.value_width % STEP_VALUES == 0,
+            f"value_dim = {self.value_dim}, expected a multiple of {STEP_VALUES}, values of a coded page that share a "
+            "step",
+        )
         width = coded_width(head_dim) if self.coded else head_dim
         check_tensor(
             "slots", self.slots, (batch, heads, -1, rows, -1, width), CODE_DTYPE if self.coded else dtype, device
@@ -184,14 +189,6 @@ class DeviceKV:
             f"window: {self.ring_tokens} rows, expected a multiple of page_size = {page_size} that is at least "
             f"recent_tokens + page_size = {self.recent_tokens + page_size}",
         )
-
-
-def check_shared_vectors(kv: DeviceKV, tensor: torch.Tensor) -> None:
-    """Raise `ValueError` where vectors that are key and value in one lie on a CUDA device: no kernel reads them."""
-    require(
-        kv.value_dim is None or tensor.device.type != "cuda",
-        f"value_dim = {kv.value_dim}: vectors that are key and value in one have a reference only, for a CPU",
-    )
 
 
 def window_start(length: int, recent_tokens: int, page_size: int) -> int:

@@ -18,10 +18,12 @@ from clo_kernels.checks import FLOATS, check_tensor, group_size, require
 from clo_kernels.dispatch import on_device, runs_kernel
 from clo_kernels.layout import INT32
 from clo_kernels.page_index import check_index
-from clo_kernels.token_logits import launch_token_logits, pages_of_block
+from clo_kernels.token_logits import group_sizes, launch_token_logits, pages_of_block, store_logits
 
 LOGIT_BLOCK = 32
 FOLD_BLOCK = 1024
+FOLD_VALUES = 8192
+"""Logits that a program holds at once, and sums of blocks: those of several query heads where there are few."""
 
 
 @triton.jit
@@ -38,35 +40,40 @@ def page_logits_kernel(
     num_pages,
     num_blocks,
     GROUP: tl.constexpr,
+    MEMBERS: tl.constexpr,
     DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
+    PART: tl.constexpr,
     VECTORS: tl.constexpr,
     BLOCK: tl.constexpr,
+    DOT: tl.constexpr,
 ):
+    """The larger of two products, by minimum and by maximum, is the latter's where the query is positive."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     if tl.load(missed + row) != 0:
         page = block * BLOCK + tl.arange(0, BLOCK)
         candidate = (page >= 1) & (page <= tl.load(num_candidates + row // num_kv_heads)) & (page < num_pages)
-        dim = tl.arange(0, DIM_PAD)
-        at = ((row * num_pages + page) * VECTORS * DIM)[:, None] + dim[None, :]
-        inside = candidate[:, None] & (dim < DIM)[None, :]
-        first = tl.load(index + at, mask=inside, other=0.0).to(tl.float32)
-        if VECTORS == 2:
-            second = tl.load(index + at + DIM, mask=inside, other=0.0).to(tl.float32)
-        for member in range(GROUP):
-            head = row * GROUP + member
-            q = tl.load(query + head * DIM + dim, mask=dim < DIM, other=0.0).to(tl.float32)[None, :]
+        member = tl.program_id(2) * MEMBERS + tl.arange(0, MEMBERS)
+        in_group = member < GROUP
+        head = row * GROUP + member
+        product = tl.zeros([BLOCK, MEMBERS], tl.float32)
+        for first in range(0, DIM, PART):
+            dim = first + tl.arange(0, PART)
+            at = ((row * num_pages + page) * VECTORS * DIM)[:, None] + dim[None, :]
+            inside = candidate[:, None] & (dim < DIM)[None, :]
+            given = in_group[:, None] & (dim < DIM)[None, :]
+            q = tl.load(query + head[:, None] * DIM + dim[None, :], mask=given, other=0.0).to(DOT)
+            low = tl.load(index + at, mask=inside, other=0.0).to(DOT)
             if VECTORS == 2:
-                logit = tl.sum(tl.maximum(q * first, q * second), 1) * scale
+                high = tl.load(index + at + DIM, mask=inside, other=0.0).to(DOT)
+                none = tl.zeros([MEMBERS, PART], DOT)
+                product += tl.dot(high, tl.trans(tl.where(q > 0, q, none)), input_precision="ieee")
+                # what is no number is not lost
+                product += tl.dot(low, tl.trans(tl.where(q > 0, none, q)), input_precision="ieee")
             else:
-                logit = tl.sum(q * first, 1) * scale
-            logit = tl.where(candidate, logit, float("-inf"))
-            peak = tl.max(logit, 0)
-            total = tl.sum(tl.exp(logit - tl.where(peak == float("-inf"), 0.0, peak)), 0)
-            tl.store(logits + head * num_pages + page, logit, mask=page < num_pages)
-            tl.store(peaks + head * num_blocks + block, peak)
-            tl.store(totals + head * num_blocks + block, total)
+                product += tl.dot(low, tl.trans(q), input_precision="ieee")
+        page_logit = tl.where(candidate[:, None], product * scale, float("-inf"))
+        store_logits(page_logit, page, head, in_group, logits, peaks, totals, block, num_pages, num_blocks)
 
 
 @triton.jit
@@ -79,6 +86,7 @@ def fold_scores_kernel(
     num_pages,
     num_blocks,
     GROUP: tl.constexpr,
+    MEMBERS: tl.constexpr,
     BLOCKS_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -87,16 +95,21 @@ def fold_scores_kernel(
         page = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         block = tl.arange(0, BLOCKS_PAD)
         share = tl.zeros([BLOCK], tl.float32)
-        for member in range(GROUP):
-            head = row * GROUP + member
-            peak = tl.load(peaks + head * num_blocks + block, mask=block < num_blocks, other=float("-inf"))
-            total = tl.load(totals + head * num_blocks + block, mask=block < num_blocks, other=0.0)
-            highest = tl.max(peak, 0)
+        for first in range(0, GROUP, MEMBERS):
+            member = first + tl.arange(0, MEMBERS)
+            in_group = (member < GROUP)[:, None]
+            head = (row * GROUP + member)[:, None]
+            given = in_group & (block < num_blocks)[None, :]
+            peak = tl.load(peaks + head * num_blocks + block[None, :], mask=given, other=float("-inf"))
+            total = tl.load(totals + head * num_blocks + block[None, :], mask=given, other=0.0)
+            highest = tl.max(peak, 1)[:, None]
             highest = tl.where(highest == float("-inf"), 0.0, highest)
-            total = tl.sum(total * tl.exp(peak - highest), 0)
+            total = tl.sum(total * tl.exp(peak - highest), 1)[:, None]
             total = tl.where(total > 0, total, 1.0)  # no candidates
-            logit = tl.load(logits + head * num_pages + page, mask=page < num_pages, other=float("-inf"))
-            share += tl.where(logit == float("-inf"), float("-inf"), tl.exp(logit - highest) / total)
+            inside = in_group & (page < num_pages)[None, :]
+            logit = tl.load(logits + head * num_pages + page[None, :], mask=inside, other=float("-inf"))
+            part = tl.where(logit == float("-inf"), float("-inf"), tl.exp(logit - highest) / total)
+            share += tl.sum(tl.where(in_group, part, 0.0), 0)
         tl.store(scores + row * num_pages + page, share / GROUP, mask=page < num_pages)
 
 
@@ -142,7 +155,8 @@ def score_pages(
         if kind.of_tokens:
             launch_token_logits(query, index, planes, num_candidates, missed, statistics, scale)
         else:
-            page_logits_kernel[(batch * heads, num_blocks)](
+            sizes = group_sizes(query, heads)
+            page_logits_kernel[(batch * heads, num_blocks, triton.cdiv(group, sizes["MEMBERS"]))](
                 query,
                 index,
                 num_candidates,
@@ -152,13 +166,13 @@ def score_pages(
                 heads,
                 num_pages,
                 num_blocks,
-                GROUP=group,
-                DIM=head_dim,
-                DIM_PAD=triton.next_power_of_2(head_dim),
+                **sizes,
                 VECTORS=vectors,
                 BLOCK=LOGIT_BLOCK,
                 num_warps=4,
             )
+        blocks_pad = int(triton.next_power_of_2(num_blocks))
+        members = max(1, min(int(triton.next_power_of_2(group)), FOLD_VALUES // max(FOLD_BLOCK, blocks_pad)))
         fold_scores_kernel[(batch * heads, triton.cdiv(num_pages, FOLD_BLOCK))](
             missed.view(torch.uint8),
             *statistics,
@@ -166,7 +180,8 @@ def score_pages(
             num_pages,
             num_blocks,
             GROUP=group,
-            BLOCKS_PAD=triton.next_power_of_2(num_blocks),
+            MEMBERS=members,
+            BLOCKS_PAD=blocks_pad,
             BLOCK=FOLD_BLOCK,
             num_warps=4,
         )

@@ -2,12 +2,14 @@
 
 Split-KV: programs attend to a share of the tokens each, a second launch merges them by their log-sum-exp. Slots, window
 and sinks are one list of blocks that programs take in turn: none gets two more than another, and one pipeline of copies
-serves all. Does not know which pages the slots hold, and applies no rotary embedding. Not yet run on a GPU.
+serves all. Vectors that are key and value in one are read once; of query heads that share them, programs take some
+each. Does not know which pages the slots hold, and applies no rotary embedding. Not yet run on a GPU.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -18,7 +20,7 @@ from clo_kernels.checks import FLOATS, check_tensor, group_size, require
 from clo_kernels.coded_pages import STEP_DTYPE
 from clo_kernels.coded_rows import load_coded
 from clo_kernels.dispatch import INTERPRETED, on_device, runs_kernel
-from clo_kernels.layout import INT32, DeviceKV, check_shared_vectors
+from clo_kernels.layout import INT32, DeviceKV
 
 BLOCK_BYTES = 64 * 256
 """Keys of a block of tokens."""
@@ -26,16 +28,20 @@ PROGRAM_BYTES = 74 * 1024
 """Shared memory of a program: keys and values of two blocks under way, and what it needs besides."""
 MAX_RESIDENT = 3
 """Programs that the registers of a multiprocessor hold."""
+MOST_SHARING = 32
+"""Query heads of a program where vectors are key and value in one: all heads of a layer share those."""
+SHARED_PROGRAM_BYTES = 120 * 1024
+"""The same of such a program; a multiprocessor has registers for one."""
+MERGED_PART = 128
 MAX_SPLITS = 64
 LOG2_E = math.log2(math.e)
 TRITON_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 @triton.jit
-def _attend(query, key, value, valid, scale, peak, total, acc, DOT: tl.constexpr):
+def _attend(score, value, valid, scale, peak, total, acc, DOT: tl.constexpr):
     """One block of tokens, of which those that are not `valid` have no share; scores are in powers of two."""
-    score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-    score = tl.where(valid[None, :], score, float("-inf"))
+    score = tl.where(valid[None, :], score * scale, float("-inf"))
     higher = tl.maximum(peak, tl.max(score, 1))
     finite = tl.where(higher == float("-inf"), 0.0, higher)  # nothing valid yet: all weights are 0
     weight = tl.exp2(score - finite[:, None])
@@ -67,15 +73,21 @@ def attend_split_kernel(
     max_tokens,
     recent_tokens,
     GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
+    MEMBERS: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
+    REST: tl.constexpr,
+    REST_PAD: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     CODED: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)  # sequence * num_kv_heads + KV head
+    """REST: dimensions of a key behind the DIM that are its value; -1 where values have vectors of their own."""
+    PARTS: tl.constexpr = (GROUP + MEMBERS - 1) // MEMBERS
+    ROWS: tl.constexpr = 2 if REST < 0 else 1
+    WIDTH: tl.constexpr = DIM + REST if REST > 0 else DIM
+    row = (tl.program_id(0) // PARTS).to(tl.int64)  # sequence * num_kv_heads + KV head
     split = tl.program_id(1)
     num_splits = tl.num_programs(1)
     sequence = row // num_kv_heads
@@ -84,13 +96,17 @@ def attend_split_kernel(
     pin = tl.load(pinned_row + row % num_kv_heads)
     dim = tl.arange(0, DIM_PAD)
     lane = tl.arange(0, BLOCK)
-    member = tl.arange(0, GROUP_PAD)
+    member = tl.program_id(0) % PARTS * MEMBERS + tl.arange(0, MEMBERS)
     head = row * GROUP + member
     given = (member < GROUP)[:, None] & (dim < DIM)[None, :]
-    q = tl.load(query + head[:, None] * DIM + dim[None, :], mask=given, other=0.0).to(DOT)
-    peak = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_PAD], tl.float32)
-    acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
+    q = tl.load(query + head[:, None] * WIDTH + dim[None, :], mask=given, other=0.0).to(DOT)
+    if REST > 0:
+        rest = tl.arange(0, REST_PAD)
+        of_rest = (member < GROUP)[:, None] & (rest < REST)[None, :]
+        q_rest = tl.load(query + head[:, None] * WIDTH + DIM + rest[None, :], mask=of_rest, other=0.0).to(DOT)
+    peak = tl.full([MEMBERS], float("-inf"), tl.float32)
+    total = tl.zeros([MEMBERS], tl.float32)
+    acc = tl.zeros([MEMBERS, DIM_PAD], tl.float32)
 
     # blocks of slots, then of the ring, then of sinks; all tokens of a pinned head are a ring that never wraps
     is_pinned = pin >= 0
@@ -117,10 +133,16 @@ def attend_split_kernel(
             entry = ((block + num_splits) * BLOCK + lane) // PAGE
             next_slot = tl.load(selected + entry, mask=entry < num_selected, other=-1)
             valid = slot >= 0
-            vector = (row * num_slots + tl.where(valid, slot, 0)) * 2 * PAGE + (block * BLOCK + lane) % PAGE
-            key = load_coded(slots, slot_steps, vector, valid, DIM, DIM_PAD, DOT)
-            value = load_coded(slots, slot_steps, vector + PAGE, valid, DIM, DIM_PAD, DOT)
-            peak, total, acc = _attend(q, key, value, valid, scale, peak, total, acc, DOT)
+            vector = (row * num_slots + tl.where(valid, slot, 0)) * ROWS * PAGE + (block * BLOCK + lane) % PAGE
+            key = load_coded(slots, slot_steps, vector, valid, WIDTH, 0, DIM, DIM_PAD, DOT)
+            score = tl.dot(q, tl.trans(key), input_precision="ieee")
+            value = key
+            if REST < 0:
+                value = load_coded(slots, slot_steps, vector + PAGE, valid, WIDTH, 0, DIM, DIM_PAD, DOT)
+            if REST > 0:
+                key_rest = load_coded(slots, slot_steps, vector, valid, WIDTH, DIM, REST, REST_PAD, DOT)
+                score += tl.dot(q_rest, tl.trans(key_rest), input_precision="ieee")
+            peak, total, acc = _attend(score, value, valid, scale, peak, total, acc, DOT)
         # what is left is not coded: this program's blocks behind those of slots
         first_block = split + tl.cdiv(tl.maximum(ring_block - split, 0), num_splits) * num_splits
         plain = window
@@ -141,12 +163,19 @@ def attend_split_kernel(
         before = tl.where(of_slots, row * num_slots, tl.where(of_sinks, row, ring_row))
         vector = tl.where(of_slots, token % PAGE, tl.where(of_sinks, token, turn))
         valid = tl.where(of_slots, slot >= 0, token < tl.where(of_sinks, in_sinks, in_ring))
-        at = ((before + tl.where(of_slots, slot, 0)) * 2 * vectors + vector) * DIM
+        at = ((before + tl.where(of_slots, slot, 0)) * ROWS * vectors + vector) * WIDTH
         place = at[:, None] + dim[None, :]
         inside = valid[:, None] & (dim < DIM)[None, :]
         key = tl.load(base + place, mask=inside, other=0.0).to(DOT)
-        value = tl.load(base + vectors * DIM + place, mask=inside, other=0.0).to(DOT)
-        peak, total, acc = _attend(q, key, value, valid, scale, peak, total, acc, DOT)
+        score = tl.dot(q, tl.trans(key), input_precision="ieee")
+        value = key
+        if REST < 0:
+            value = tl.load(base + vectors * DIM + place, mask=inside, other=0.0).to(DOT)
+        if REST > 0:
+            inside = valid[:, None] & (rest < REST)[None, :]
+            key_rest = tl.load(base + DIM + at[:, None] + rest[None, :], mask=inside, other=0.0).to(DOT)
+            score += tl.dot(q_rest, tl.trans(key_rest), input_precision="ieee")
+        peak, total, acc = _attend(score, value, valid, scale, peak, total, acc, DOT)
 
     some = total > 0
     scaled = acc / tl.where(some, total, 1.0)[:, None]
@@ -166,13 +195,13 @@ def merge_splits_kernel(
     num_query_heads,
     WITH_SINKS: tl.constexpr,
     DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
+    PART: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
 ):
     """`sink_logits`, in powers of two, have a share of the sum and no value."""
     head = tl.program_id(0).to(tl.int64)  # sequence * num_query_heads + query head
     split = tl.arange(0, SPLITS_PAD)
-    dim = tl.arange(0, DIM_PAD)
+    dim = tl.program_id(1) * PART + tl.arange(0, PART)
     inside = split < num_splits
     lse = tl.load(partial_lse + head * num_splits + split, mask=inside, other=float("-inf"))
     at = (head * num_splits + split)[:, None] * DIM + dim[None, :]
@@ -206,7 +235,7 @@ def sparse_decode_attention(
     `selected` is int32 [batch, num_kv_heads, budget]: slots of full pages, no slot twice, NO_SLOT anywhere; of no use
     for pinned heads. `lengths` is int32 [batch], the new token included; a sequence of length 0 gives zeros. `scale` is
     1 / sqrt(head_dim) by default. `sink_logits`, one of each query head, take their share of the softmax, and have no
-    value. Where keys are values, too (`kv.value_dim`), only the reference does it.
+    value.
     """
     check_tensor("query", query, (-1, -1, -1), FLOATS)
     kv.check(query.device, query.dtype)
@@ -225,17 +254,17 @@ def sparse_decode_attention(
     require(0 < num_splits <= MAX_SPLITS, f"num_splits = {num_splits}, expected 1 to {MAX_SPLITS}")
     if sink_logits is not None:
         check_tensor("sink_logits", sink_logits, (num_query_heads,), FLOATS, query.device)
-    if not runs_kernel(query) or kv.value_dim is not None:
-        check_shared_vectors(kv, query)
+    if not runs_kernel(query):
         return reference.sparse_decode_attention(
             query, kv, selected, lengths, scale=scale, sink_logits=sink_logits, out=out
         )
     if batch == 0:
         return out
-    partial = torch.empty(batch * num_query_heads, num_splits, head_dim, dtype=torch.float32, device=query.device)
+    width, tiles = kv.value_width, Tiles.of(query, kv)
+    partial = torch.empty(batch * num_query_heads, num_splits, width, dtype=torch.float32, device=query.device)
     partial_lse = torch.empty(batch * num_query_heads, num_splits, dtype=torch.float32, device=query.device)
     with on_device(query):
-        attend_split_kernel[(batch * heads, num_splits)](
+        attend_split_kernel[(batch * heads * tiles.parts, num_splits)](
             query,
             kv.sinks,
             kv.window,
@@ -257,18 +286,21 @@ def sparse_decode_attention(
             kv.pinned.shape[3],
             kv.recent_tokens,
             GROUP=group,
-            GROUP_PAD=max(16, triton.next_power_of_2(group)),
-            DIM=head_dim,
-            DIM_PAD=triton.next_power_of_2(head_dim),
+            MEMBERS=tiles.members,
+            DIM=width,
+            DIM_PAD=triton.next_power_of_2(width),
+            REST=-1 if kv.value_dim is None else head_dim - width,
+            REST_PAD=max(16, triton.next_power_of_2(head_dim - width)),
             PAGE=page_size,
-            BLOCK=block_tokens(query),
+            BLOCK=tiles.block,
             CODED=kv.coded,
             # the interpreter cannot multiply bfloat16 matrices
             DOT=tl.float32 if INTERPRETED else TRITON_TYPES[query.dtype],
-            num_warps=4,
-            num_stages=3,
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
         )
-        merge_splits_kernel[(batch * num_query_heads,)](
+        part = min(MERGED_PART, int(triton.next_power_of_2(width)))
+        merge_splits_kernel[(batch * num_query_heads, triton.cdiv(width, part))](
             partial,
             partial_lse,
             partial_lse if sink_logits is None else sink_logits.float() * LOG2_E,
@@ -276,12 +308,39 @@ def sparse_decode_attention(
             num_splits,
             num_query_heads,
             WITH_SINKS=sink_logits is not None,
-            DIM=head_dim,
-            DIM_PAD=triton.next_power_of_2(head_dim),
+            DIM=width,
+            PART=part,
             SPLITS_PAD=triton.next_power_of_2(num_splits),
             num_warps=4,
         )
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """What a program holds: query heads of a group, tokens of a block, and blocks under way beside the one in use."""
+
+    members: int
+    parts: int
+    """Programs that share a group's query heads."""
+    block: int
+    num_warps: int
+    num_stages: int
+    program_bytes: int
+    """Shared memory that a program leaves no other, about."""
+
+    @classmethod
+    def of(cls, query: torch.Tensor, kv: DeviceKV) -> Tiles:
+        """For the group and the vectors that there are."""
+        group = query.shape[1] // kv.window.shape[1]
+        members = max(16, int(triton.next_power_of_2(group)))
+        if kv.value_dim is None:
+            return cls(members, 1, block_tokens(query), 4, 3, PROGRAM_BYTES)
+        # what more heads would need beside codes, or products of float32, takes more registers than there are
+        exact = query.dtype == torch.float32
+        members = min(members, 16 if kv.coded or exact else MOST_SHARING)
+        stages = 3 if shared_memory(query.device, of_program=True) >= SHARED_PROGRAM_BYTES else 2
+        return cls(members, -(-group // members), 16 if exact else 32, 8, stages, SHARED_PROGRAM_BYTES)
 
 
 def block_tokens(query: torch.Tensor) -> int:
@@ -294,19 +353,27 @@ def block_tokens(query: torch.Tensor) -> int:
 
 def default_splits(query: torch.Tensor, kv: DeviceKV, selected: torch.Tensor) -> int:
     """As many programs as run at once, but none without tokens."""
-    block = block_tokens(query)
+    tiles = Tiles.of(query, kv)
     parts = (selected.shape[2] * kv.page_size, kv.ring_tokens, kv.sinks.shape[3])
-    blocks = sum(-(-tokens // block) for tokens in parts)
+    blocks = sum(-(-tokens // tiles.block) for tokens in parts)
     if kv.pinned.shape[1]:
-        blocks = max(blocks, -(-kv.pinned.shape[3] // block))
-    rows = kv.slots.shape[0] * kv.slots.shape[1]
-    return int(max(1, min(resident_programs(query.device) // max(1, rows), blocks, MAX_SPLITS)))
+        blocks = max(blocks, -(-kv.pinned.shape[3] // tiles.block))
+    rows = kv.slots.shape[0] * kv.slots.shape[1] * tiles.parts
+    at_once = resident_programs(query.device, tiles.program_bytes)
+    return int(max(1, min(at_once // max(1, rows), blocks, MAX_SPLITS)))
 
 
-def resident_programs(device: torch.device) -> int:
+def resident_programs(device: torch.device, program_bytes: int = PROGRAM_BYTES) -> int:
     """Programs that all multiprocessors hold at once: one more would run alone, after the others."""
     if device.type != "cuda":
         return 2
-    properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_multiprocessor", 2 * PROGRAM_BYTES)
-    return int(properties.multi_processor_count * max(1, min(MAX_RESIDENT, shared // PROGRAM_BYTES)))
+    held = shared_memory(device, of_program=False) // program_bytes
+    return int(torch.cuda.get_device_properties(device).multi_processor_count * max(1, min(MAX_RESIDENT, held)))
+
+
+def shared_memory(device: torch.device, *, of_program: bool) -> int:
+    """Bytes of a multiprocessor, or as many of them as one program may take."""
+    if device.type != "cuda":
+        return 0
+    name = "shared_memory_per_block_optin" if of_program else "shared_memory_per_multiprocessor"
+    return int(getattr(torch.cuda.get_device_properties(device), name, 2 * PROGRAM_BYTES))

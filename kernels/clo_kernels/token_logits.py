@@ -7,39 +7,52 @@ falls on each. Not yet run on a GPU.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from clo_kernels.dispatch import INTERPRETED
-from clo_kernels.index_codes import bits_set, sign_word, unpack_4bit, unpack_scales
+from clo_kernels.index_codes import bits_set, sign_words, unpack_4bit, unpack_scales
 from clo_kernels.page_index import HASH_WORDS
 
 TOKEN_BLOCK = 64
+MOST_MEMBERS, MOST_HASHED = 32, 16
+"""Query heads that a program scores for, at most."""
+MOST_PART = 256
+"""Of a query, and of keys, that is multiplied at once, at most."""
+HASHED_AT_ONCE = 16
+HASHED_PART = 64
 TRITON_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 @triton.jit
 def hash_query_kernel(
-    query,
-    planes,
-    codes,
-    lengths,
-    GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
+    query, planes, codes, lengths, num_vectors, DIM: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr
 ):
-    row = tl.program_id(0).to(tl.int64)  # sequence * num_kv_heads + KV head
-    member = tl.arange(0, GROUP_PAD)
-    dim = tl.arange(0, DIM_PAD)
-    inside = (member < GROUP)[:, None] & (dim < DIM)[None, :]
-    head = row * GROUP + member
-    q = tl.load(query + head[:, None] * DIM + dim[None, :], mask=inside, other=0.0).to(tl.float32)
-    tl.store(lengths + head, tl.sqrt(tl.sum(q * q, 1)), mask=member < GROUP)
-    for word in range(4):
-        tl.store(codes + head * 4 + word, sign_word(q, planes, word, dim, DIM), mask=member < GROUP)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)  # of queries: sequences and query heads
+    valid = row < num_vectors
+    squares = tl.zeros([ROWS], tl.float32)
+    for first in range(0, DIM, PART):
+        dim = first + tl.arange(0, PART)
+        inside = valid[:, None] & (dim < DIM)[None, :]
+        q = tl.load(query + row[:, None] * DIM + dim[None, :], mask=inside, other=0.0).to(tl.float32)
+        squares += tl.sum(q * q, 1)
+    tl.store(lengths + row, tl.sqrt(squares), mask=valid)
+    words = sign_words(query, row, valid, planes, DIM, PART)
+    tl.store(codes + row[:, None] * 4 + tl.arange(0, 4)[None, :], words, mask=valid[:, None])
+
+
+@triton.jit
+def store_logits(page_logit, page, head, in_group, logits, peaks, totals, block, num_pages, num_blocks):
+    """Logits [pages, heads] of a block, -inf for pages that are no candidates, and its share of the softmax's sums."""
+    peak = tl.max(page_logit, 0)
+    total = tl.sum(tl.exp(page_logit - tl.where(peak == float("-inf"), 0.0, peak)[None, :]), 0)
+    to = head[None, :] * num_pages + page[:, None]
+    tl.store(logits + to, page_logit, mask=in_group[None, :] & (page < num_pages)[:, None])
+    tl.store(peaks + head * num_blocks + block, peak, mask=in_group)
+    tl.store(totals + head * num_blocks + block, total, mask=in_group)
 
 
 @triton.jit
@@ -58,9 +71,9 @@ def token_logits_kernel(
     num_pages,
     num_blocks,
     GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
+    MEMBERS: tl.constexpr,
     DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
+    PART: tl.constexpr,
     PAGE: tl.constexpr,
     PAGE_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -75,11 +88,11 @@ def token_logits_kernel(
         token_page = block * BLOCK + lane // PAGE_PAD
         valid = (token_page >= 1) & (token_page <= last) & (lane % PAGE_PAD < PAGE)
         token = (row * num_pages + token_page) * PAGE + lane % PAGE_PAD
-        member = tl.arange(0, GROUP_PAD)
+        member = tl.program_id(2) * MEMBERS + tl.arange(0, MEMBERS)
         in_group = member < GROUP
         head = row * GROUP + member
         if HASHED:
-            distance = tl.zeros([BLOCK * PAGE_PAD, GROUP_PAD], tl.int32)
+            distance = tl.zeros([BLOCK * PAGE_PAD, MEMBERS], tl.int32)
             for word in tl.static_range(4):
                 theirs = tl.load(index + token * 4 + word, mask=valid, other=0)
                 ours = tl.load(query_codes + head * 4 + word, mask=in_group, other=0)
@@ -88,36 +101,55 @@ def token_logits_kernel(
             logit = tl.load(query_lengths + head, mask=in_group, other=0.0)[None, :] * cosine * scale
         else:
             WORDS: tl.constexpr = DIM // 8 + 1
-            dim = tl.arange(0, DIM_PAD)
-            word = tl.arange(0, DIM_PAD // 8)
-            inside = valid[:, None] & (word < DIM // 8)[None, :]
-            words = tl.load(index + token[:, None] * WORDS + word[None, :], mask=inside, other=0)
+            coded = tl.zeros([BLOCK * PAGE_PAD, MEMBERS], tl.float32)
+            whole = tl.zeros([MEMBERS], tl.float32)
             step, low = unpack_scales(tl.load(index + token * WORDS + DIM // 8, mask=valid, other=0))
-            given = in_group[:, None] & (dim < DIM)[None, :]
-            q = tl.load(query + head[:, None] * DIM + dim[None, :], mask=given, other=0.0)
-            whole = tl.sum(q.to(tl.float32), 1)
-            coded = tl.dot(unpack_4bit(words).to(DOT), tl.trans(q.to(DOT)), input_precision="ieee")
+            for first in range(0, DIM, PART):
+                dim = first + tl.arange(0, PART)
+                word = first // 8 + tl.arange(0, PART // 8)
+                inside = valid[:, None] & (word < DIM // 8)[None, :]
+                words = tl.load(index + token[:, None] * WORDS + word[None, :], mask=inside, other=0)
+                given = in_group[:, None] & (dim < DIM)[None, :]
+                q = tl.load(query + head[:, None] * DIM + dim[None, :], mask=given, other=0.0)
+                whole += tl.sum(q.to(tl.float32), 1)
+                coded += tl.dot(unpack_4bit(words).to(DOT), tl.trans(q.to(DOT)), input_precision="ieee")
             logit = (coded * step[:, None] + low[:, None] * whole[None, :]) * scale
         logit = tl.where(valid[:, None], logit, float("-inf"))
 
-        tokens = tl.reshape(logit, [BLOCK, PAGE_PAD, GROUP_PAD])
+        tokens = tl.reshape(logit, [BLOCK, PAGE_PAD, MEMBERS])
         top = tl.max(tokens, 1)
         top = tl.where(top == float("-inf"), 0.0, top)
         mass = tl.sum(tl.exp(tokens - top[:, None, :]), 1)
         page = block * BLOCK + tl.arange(0, BLOCK)
         candidate = ((page >= 1) & (page <= last))[:, None]
         page_logit = tl.where(candidate, top + tl.log(tl.where(candidate, mass, 1.0)), float("-inf"))
-        peak = tl.max(page_logit, 0)
-        total = tl.sum(tl.exp(page_logit - tl.where(peak == float("-inf"), 0.0, peak)[None, :]), 0)
-        to = head[None, :] * num_pages + page[:, None]
-        tl.store(logits + to, page_logit, mask=in_group[None, :] & (page < num_pages)[:, None])
-        tl.store(peaks + head * num_blocks + block, peak, mask=in_group)
-        tl.store(totals + head * num_blocks + block, total, mask=in_group)
+        store_logits(page_logit, page, head, in_group, logits, peaks, totals, block, num_pages, num_blocks)
 
 
 def pages_of_block(page_size: int) -> int:
     """Pages that one program scores."""
     return max(1, TOKEN_BLOCK // int(triton.next_power_of_2(page_size)))
+
+
+def group_sizes(query: torch.Tensor, num_kv_heads: int, most: int = MOST_MEMBERS) -> dict[str, Any]:
+    """How kernels that multiply queries with an index go through heads of a group and their dimensions."""
+    group, head_dim = query.shape[1] // num_kv_heads, query.shape[2]
+    return {
+        "GROUP": group,
+        "MEMBERS": min(most, max(16, int(triton.next_power_of_2(group)))),
+        "DIM": head_dim,
+        "PART": part_of(head_dim),
+        # the interpreter cannot multiply bfloat16 matrices
+        "DOT": tl.float32 if INTERPRETED else TRITON_TYPES[query.dtype],
+    }
+
+
+def part_of(head_dim: int) -> int:
+    """Dimensions that are multiplied at once: all of a head's, or the most that leave little of the last part over."""
+    padded = int(triton.next_power_of_2(head_dim))
+    if padded <= MOST_PART:
+        return padded
+    return max((64, 128, MOST_PART), key=lambda part: (-(-head_dim // part) * -part, part))
 
 
 def launch_token_logits(
@@ -131,22 +163,27 @@ def launch_token_logits(
 ) -> None:
     """Fill logits, and each block's peaks and totals of the softmax. The caller has checked the arguments."""
     batch, heads, num_pages, page_size, _ = index.shape
-    group, head_dim = query.shape[1] // heads, query.shape[2]
-    sizes = {
-        "GROUP": group,
-        "GROUP_PAD": max(16, triton.next_power_of_2(group)),
-        "DIM": head_dim,
-        "DIM_PAD": triton.next_power_of_2(head_dim),
-    }
+    num_vectors, head_dim = query.shape[0] * query.shape[1], query.shape[2]
+    sizes = group_sizes(query, heads, MOST_MEMBERS if planes is None else MOST_HASHED)
     codes, lengths = query, query  # of 4-bit keys neither is read
     if planes is not None:
-        codes = torch.empty(batch * query.shape[1], HASH_WORDS, dtype=torch.int32, device=query.device)
-        lengths = torch.empty(batch * query.shape[1], dtype=torch.float32, device=query.device)
-        hash_query_kernel[(batch * heads,)](query, planes, codes, lengths, **sizes, num_warps=4)
+        codes = torch.empty(num_vectors, HASH_WORDS, dtype=torch.int32, device=query.device)
+        lengths = torch.empty(num_vectors, dtype=torch.float32, device=query.device)
+        hash_query_kernel[(triton.cdiv(num_vectors, HASHED_AT_ONCE),)](
+            query,
+            planes,
+            codes,
+            lengths,
+            num_vectors,
+            DIM=head_dim,
+            PART=min(HASHED_PART, sizes["PART"]),
+            ROWS=HASHED_AT_ONCE,
+            num_warps=4,
+        )
         scale *= math.sqrt(head_dim)  # keys are taken to be this long
     block = pages_of_block(page_size)
     num_blocks = triton.cdiv(num_pages, block)
-    token_logits_kernel[(batch * heads, num_blocks)](
+    token_logits_kernel[(batch * heads, num_blocks, triton.cdiv(sizes["GROUP"], sizes["MEMBERS"]))](
         query,
         codes,
         lengths,
@@ -163,7 +200,5 @@ def launch_token_logits(
         PAGE_PAD=triton.next_power_of_2(page_size),
         BLOCK=block,
         HASHED=planes is not None,
-        # the interpreter cannot multiply bfloat16 matrices
-        DOT=tl.float32 if INTERPRETED else TRITON_TYPES[query.dtype],
         num_warps=4,
     )

@@ -34,15 +34,28 @@ from clo_kernels.wait_ready import wait_ready_kernel
 RESOLVE = "*i32/16 *u8/16" + 7 * " *i32/16"
 SELECT = "*fp32/16 *i32/16 *u8/16 *i32/16 i32 i32 i32"
 APPEND = "*bf16/16 *bf16/16 *i32/16 *bf16/16 *bf16/16 *bf16/16 *i32/16 *{1}/16 *{2}/16 *{0}/16 *fp32/16" + 9 * " i32"
-APPENDED: dict[str, Any] = {"DIM": 128, "DIM_PAD": 128, "PAGE": 16, "BLOCK": 16, "CODED": False}
+APPENDED: dict[str, Any] = {
+    "DIM": 128, "DIM_PAD": 128, "ROWS": 2, "PAGE": 16, "BLOCK": 16, "HASHED": 64, "CODED": False,
+}  # fmt: skip
+APPENDED_FOR_ALL: dict[str, Any] = APPENDED | {"DIM": 576, "DIM_PAD": 1024, "ROWS": 1, "BLOCK": 8}
 PLAIN, CODED = ("bf16", "bf16"), ("i8", "bf16")
 ATTEND = "*bf16/16 *bf16/16 *bf16/16 *{}/16 *{}/16 *bf16/16 *i32/16 *i32/16 *i32/16 *fp32/16 *fp32/16 fp32" + 8 * " i32"
 ATTENDED: dict[str, Any] = {
-    "GROUP": 8, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "PAGE": 16, "BLOCK": 64,
+    "GROUP": 8, "MEMBERS": 16, "DIM": 128, "DIM_PAD": 128, "REST": -1, "REST_PAD": 16, "PAGE": 16, "BLOCK": 64,
     "CODED": False, "DOT": tl.bfloat16,
 }  # fmt: skip
+ATTENDED_BY_ALL: dict[str, Any] = ATTENDED | {
+    "GROUP": 128, "MEMBERS": 32, "DIM": 512, "DIM_PAD": 512, "REST": 64, "REST_PAD": 64, "BLOCK": 32,
+}  # fmt: skip
 TOKEN_LOGITS: dict[str, Any] = {
-    "GROUP": 8, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "PAGE": 16, "PAGE_PAD": 16, "BLOCK": 4, "DOT": tl.bfloat16,
+    "GROUP": 8, "MEMBERS": 16, "DIM": 128, "PART": 128, "PAGE": 16, "PAGE_PAD": 16, "BLOCK": 4, "DOT": tl.bfloat16,
+}  # fmt: skip
+OF_ALL: dict[str, Any] = {"GROUP": 128, "MEMBERS": 32, "DIM": 576, "PART": 64}
+"""128 query heads that share one vector a token (latent attention)."""
+LOGITS = "*bf16/16 *bf16/16 *i32/16 *u8/16 *fp32/16 *fp32/16 *fp32/16 fp32 i32 i32 i32"
+LOGITS_OF_TOKENS = "*bf16/16 *i32/16 *fp32/16 *i32/16 *i32/16 *u8/16 *fp32/16 *fp32/16 *fp32/16 fp32 i32 i32 i32"
+PAGE_LOGITS: dict[str, Any] = {
+    "GROUP": 8, "MEMBERS": 16, "DIM": 128, "PART": 128, "VECTORS": 2, "BLOCK": 32, "DOT": tl.bfloat16,
 }  # fmt: skip
 
 
@@ -58,8 +71,14 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
     "hit_test": (
         hit_test_kernel,
         "*bf16/16 *bf16/16 *fp32/16 *fp32/16 *u8/16 i32",
-        {"GROUP": 7, "GROUP_PAD": 8, "DIM": 128, "DIM_PAD": 128, "FOLD": "importance"},
+        {"GROUP": 7, "GROUP_PAD": 8, "DIM": 128, "PART": 128, "FOLD": "importance"},
         1,
+    ),
+    "hit_test_shared": (
+        hit_test_kernel,
+        "*bf16/16 *bf16/16 *fp32/16 *fp32/16 *u8/16 i32",
+        {"GROUP": 128, "GROUP_PAD": 128, "DIM": 576, "PART": 64, "FOLD": "importance"},
+        8,
     ),
     "resolve_pages": resolve(819, 1638),
     "resolve_pages_few": resolve(5, 9),
@@ -91,49 +110,55 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
     ),
     "attend_split": (attend_split_kernel, ATTEND.format(*PLAIN), ATTENDED, 4),
     "attend_split_coded": (attend_split_kernel, ATTEND.format(*CODED), ATTENDED | {"CODED": True}, 4),
+    "attend_split_shared": (attend_split_kernel, ATTEND.format(*PLAIN), ATTENDED_BY_ALL, 8),
+    "attend_split_shared_coded": (
+        attend_split_kernel,
+        ATTEND.format(*CODED),
+        ATTENDED_BY_ALL | {"CODED": True, "MEMBERS": 16},
+        8,
+    ),
     "merge_splits": (
         merge_splits_kernel,
         "*fp32/16 *fp32/16 *fp32/16 *bf16/16 i32 i32",
-        {"WITH_SINKS": False, "DIM": 128, "DIM_PAD": 128, "SPLITS_PAD": 64},
+        {"WITH_SINKS": False, "DIM": 128, "PART": 128, "SPLITS_PAD": 64},
         4,
     ),
     "merge_splits_sinks": (
         merge_splits_kernel,
         "*fp32/16 *fp32/16 *fp32/16 *bf16/16 i32 i32",
-        {"WITH_SINKS": True, "DIM": 128, "DIM_PAD": 128, "SPLITS_PAD": 64},
+        {"WITH_SINKS": True, "DIM": 128, "PART": 128, "SPLITS_PAD": 64},
         4,
     ),
     "select_pages": (select_pages_kernel, SELECT, {"BLOCK": 8192, "HELD": True, "PLACE": 4096}, 32),
     "select_pages_32k": (select_pages_kernel, SELECT, {"BLOCK": 32768, "HELD": True, "PLACE": 4096}, 32),
     "select_pages_more": (select_pages_kernel, SELECT, {"BLOCK": 32768, "HELD": False, "PLACE": 4096}, 32),
-    "page_logits": (
-        page_logits_kernel,
-        "*bf16/16 *bf16/16 *i32/16 *u8/16 *fp32/16 *fp32/16 *fp32/16 fp32 i32 i32 i32",
-        {"GROUP": 8, "DIM": 128, "DIM_PAD": 128, "VECTORS": 2, "BLOCK": 32},
-        4,
-    ),
+    "page_logits": (page_logits_kernel, LOGITS, PAGE_LOGITS, 4),
+    "page_logits_shared": (page_logits_kernel, LOGITS, PAGE_LOGITS | OF_ALL, 4),
     "fold_scores": (
         fold_scores_kernel,
         "*u8/16 *fp32/16 *fp32/16 *fp32/16 *fp32/16 i32 i32",
-        {"GROUP": 8, "BLOCKS_PAD": 256, "BLOCK": 1024},
+        {"GROUP": 8, "MEMBERS": 8, "BLOCKS_PAD": 256, "BLOCK": 1024},
         4,
     ),
-    "token_logits_4bit": (
-        token_logits_kernel,
-        "*bf16/16 *i32/16 *fp32/16 *i32/16 *i32/16 *u8/16 *fp32/16 *fp32/16 *fp32/16 fp32 i32 i32 i32",
-        TOKEN_LOGITS | {"HASHED": False},
+    "fold_scores_many": (
+        fold_scores_kernel,
+        "*u8/16 *fp32/16 *fp32/16 *fp32/16 *fp32/16 i32 i32",
+        {"GROUP": 128, "MEMBERS": 1, "BLOCKS_PAD": 8192, "BLOCK": 1024},
         4,
     ),
-    "token_logits_hash": (
+    "token_logits_4bit": (token_logits_kernel, LOGITS_OF_TOKENS, TOKEN_LOGITS | {"HASHED": False}, 4),
+    "token_logits_hash": (token_logits_kernel, LOGITS_OF_TOKENS, TOKEN_LOGITS | {"HASHED": True}, 4),
+    "token_logits_4bit_shared": (token_logits_kernel, LOGITS_OF_TOKENS, TOKEN_LOGITS | OF_ALL | {"HASHED": False}, 4),
+    "token_logits_hash_shared": (
         token_logits_kernel,
-        "*bf16/16 *i32/16 *fp32/16 *i32/16 *i32/16 *u8/16 *fp32/16 *fp32/16 *fp32/16 fp32 i32 i32 i32",
-        TOKEN_LOGITS | {"HASHED": True},
+        LOGITS_OF_TOKENS,
+        TOKEN_LOGITS | OF_ALL | {"HASHED": True, "MEMBERS": 16},
         4,
     ),
     "hash_query": (
         hash_query_kernel,
-        "*bf16/16 *fp32/16 *i32/16 *fp32/16",
-        {"GROUP": 8, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128},
+        "*bf16/16 *fp32/16 *i32/16 *fp32/16 i32",
+        {"DIM": 128, "PART": 64, "ROWS": 16},
         4,
     ),
     "append_kv": (append_kv_kernel, APPEND.format("bf16", *PLAIN), APPENDED | {"KIND": "page_minmax"}, 4),
@@ -143,6 +168,24 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
         append_kv_kernel,
         APPEND.format("i32", *CODED),
         APPENDED | {"KIND": "key_4bit", "CODED": True},
+        4,
+    ),
+    "append_kv_shared": (
+        append_kv_kernel,
+        APPEND.format("bf16", *PLAIN),
+        APPENDED_FOR_ALL | {"KIND": "page_minmax"},
+        4,
+    ),
+    "append_kv_shared_hash": (
+        append_kv_kernel,
+        APPEND.format("i32", *PLAIN),
+        APPENDED_FOR_ALL | {"KIND": "sign_hash", "BLOCK": 16},
+        8,
+    ),
+    "append_kv_shared_coded": (
+        append_kv_kernel,
+        APPEND.format("i32", *CODED),
+        APPENDED_FOR_ALL | {"KIND": "key_4bit", "CODED": True},
         4,
     ),
     "ring_doorbell": (ring_doorbell_kernel, "*i64/16 *i32/16 *i32/16 *i64/16 i32", {"BLOCK": 1024}, 4),

@@ -6,23 +6,27 @@ from clo_kernels.layout import NO_SLOT, DeviceKV, ring_rows, window_start
 from tests.kernels.helpers import DEVICE
 
 
-def empty_kv(batch, heads, num_slots, page_size, head_dim, *, sinks, recent, max_tokens, pinned_heads=(), dtype):
+def empty_kv(
+    batch, heads, num_slots, page_size, head_dim, *, sinks, recent, max_tokens, pinned_heads=(), dtype, value_dim=None
+):
     nan = {"fill_value": float("nan"), "dtype": dtype, "device": DEVICE}
+    rows = 2 if value_dim is None else 1
     pinned_row = torch.full((heads,), -1, dtype=torch.int32, device=DEVICE)
     for row, head in enumerate(pinned_heads):
         pinned_row[head] = row
     return DeviceKV(
-        sinks=torch.full((batch, heads, 2, sinks, head_dim), **nan),
-        window=torch.full((batch, heads, 2, ring_rows(recent, page_size), head_dim), **nan),
-        slots=torch.full((batch, heads, num_slots, 2, page_size, head_dim), **nan),
-        pinned=torch.full((batch, len(pinned_heads), 2, max_tokens, head_dim), **nan),
+        sinks=torch.full((batch, heads, rows, sinks, head_dim), **nan),
+        window=torch.full((batch, heads, rows, ring_rows(recent, page_size), head_dim), **nan),
+        slots=torch.full((batch, heads, num_slots, rows, page_size, head_dim), **nan),
+        pinned=torch.full((batch, len(pinned_heads), rows, max_tokens, head_dim), **nan),
         pinned_row=pinned_row,
         recent_tokens=recent,
+        value_dim=value_dim,
     )
 
 
 def lay_out(kv, full, lengths):
-    """Fill sinks, window and pinned heads from `full` [batch, heads, 2, max_tokens, head_dim]."""
+    """Fill sinks, window and pinned heads from `full` [batch, heads, 2 or 1, max_tokens, head_dim]."""
     for b, length in enumerate(lengths):
         num_sinks = min(kv.sinks.shape[3], length)
         kv.sinks[b, :, :, :num_sinks] = full[b, :, :, :num_sinks]

@@ -1,114 +1,265 @@
-"""Vectors that are key and value in one (latent attention), against the same keys with values of their own."""
+"""Vectors that are key and value in one (latent attention): every kernel that knows of them, and its reference."""
 
-from types import SimpleNamespace
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clo_kernels import reference
+from clo_kernels import score_pages as score_module
+from clo_kernels import sparse_decode_attention as module
 from clo_kernels.append_kv import append_kv
+from clo_kernels.coded_pages import decode, encode
 from clo_kernels.gather_pages import gather_pages
-from clo_kernels.layout import DeviceKV, Resolved, check_shared_vectors, ring_rows
-from clo_kernels.page_index import IndexKind, entry_shape
-from clo_kernels.sparse_decode_attention import sparse_decode_attention
+from clo_kernels.hit_test import FOLDS, hit_test
+from clo_kernels.layout import Resolved, window_start
+from clo_kernels.page_index import IndexKind, entry_shape, hash_planes, page_index
+from clo_kernels.score_pages import score_pages
+from clo_kernels.sparse_decode_attention import Tiles, sparse_decode_attention
+from clo_kernels.token_logits import part_of
+from tests.kernels import oracle
+from tests.kernels.helpers import DEVICE, TOLERANCE, by_dtype, cases
+from tests.kernels.sequences import empty_kv, lay_out
+from tests.kernels.test_append_kv import same
+from tests.kernels.test_coded_pages import as_stored, with_coded_slots
+from tests.kernels.test_hit_test import mixed_tau
+from tests.kernels.test_ring_doorbell import pinned, synchronize
+from tests.kernels.test_sparse_decode_attention import check, exact, problem
 
-PAGE, RECENT, SLOTS, HEADS = 4, 6, 5, 2
-
-
-def shared_kv(dim, value_dim, *, batch=2, pinned=0, seed=0, dtype=torch.float32):
-    """Filled with numbers: attention reads what lengths and slots say."""
-    source = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(shape, generator=source).to(dtype)
-
-    return DeviceKV(
-        sinks=draw(batch, HEADS, 1, 3, dim),
-        window=draw(batch, HEADS, 1, ring_rows(RECENT, PAGE), dim),
-        slots=draw(batch, HEADS, SLOTS, 1, PAGE, dim),
-        pinned=draw(batch, pinned, 1, 40, dim),
-        pinned_row=torch.tensor([0 if head < pinned else -1 for head in range(HEADS)], dtype=torch.int32),
-        recent_tokens=RECENT,
-        value_dim=value_dim,
-    )
-
-
-def as_pairs(kv):
-    """Values of their own: the same numbers, with zeros behind."""
-
-    def pair(vectors, at):
-        values = vectors.clone()
-        values[..., kv.value_dim :] = 0
-        return torch.cat([vectors, values], at)
-
-    return DeviceKV(
-        sinks=pair(kv.sinks, 2),
-        window=pair(kv.window, 2),
-        slots=pair(kv.slots, 3),
-        pinned=pair(kv.pinned, 2),
-        pinned_row=kv.pinned_row,
-        recent_tokens=kv.recent_tokens,
-    )
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.sampled_from([(16, 8), (48, 32), (64, 64), (256, 240)]),
-    st.integers(0, 1),
-    st.integers(0, 99),
-    st.integers(0, 40),
+WIDE = (576, 512)
+"""Vectors and values of DeepSeek-V3."""
+ATTENDED = cases(
+    "lengths heads group dim value_dim page_size budget splits",
+    ((131,), 1, 16, *WIDE, 16, 3, 2),
+    ((97, 5, 300), 1, 37, 48, 32, 16, 5, 3),
+    ((150, 41), 2, 3, 64, 64, 1, 11, 2),
+    ((90,), 1, 70, 40, 32, 64, 1, 2),
+    ((133, 90, 1), 2, 1, 256, 240, 3, 7, 2),
+    ((60,), 1, 5, 24, 16, 4, 5, 1),
 )
-def test_attention_is_that_of_keys_and_values(sizes, pinned, seed, length):
-    kv = shared_kv(*sizes, pinned=pinned, seed=seed)
-    source = torch.Generator().manual_seed(seed)
-    query = torch.randn(2, 3 * HEADS, sizes[0], generator=source)
-    selected = torch.stack([torch.randperm(SLOTS, generator=source)[:3] for _ in range(4)]).view(2, HEADS, 3).int()
-    lengths = torch.tensor([length, 40 - length], dtype=torch.int32)
-    found = sparse_decode_attention(query, kv, selected, lengths, scale=0.3)
-    wanted = sparse_decode_attention(query, as_pairs(kv), selected, lengths, scale=0.3)
-    assert found.shape == (2, 3 * HEADS, sizes[1])
-    torch.testing.assert_close(found, wanted[..., : sizes[1]])
 
 
+# ---- attention
+
+
+@by_dtype
+@ATTENDED
+def test_attention_agrees_with_float64(lengths, heads, group, dim, value_dim, page_size, budget, splits, dtype):
+    pins = (1,) if heads > 1 else ()
+    given = problem(
+        lengths, heads, group, dim, page_size, budget=budget, value_dim=value_dim, dtype=dtype, pinned=pins, share=0.7
+    )
+    check(*given, num_splits=splits)
+
+
+@by_dtype
+@ATTENDED
+def test_the_reference_agrees_with_float64(lengths, heads, group, dim, value_dim, page_size, budget, splits, dtype):
+    query, kv, selected, length, full, tokens = problem(
+        lengths, heads, group, dim, page_size, budget=budget, value_dim=value_dim, dtype=dtype
+    )
+    out = query.new_full((*query.shape[:2], value_dim), float("nan"))
+    reference.sparse_decode_attention(query, kv, selected, length, scale=0.1, out=out)
+    expected = exact(query, full, tokens, 0.1, value_dim=value_dim)
+    torch.testing.assert_close(out.double(), expected, **TOLERANCE[dtype])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from([(16, 16), (32, 16), (48, 40)]),
+    st.sampled_from([1, 17, 33]),
+    st.integers(0, 10**6),
+    st.lists(st.integers(1, 120), min_size=1, max_size=3),
+    st.integers(1, 9),
+)
+def test_any_lengths_and_splits(sizes, group, seed, lengths, splits):
+    torch.manual_seed(seed)
+    check(*problem(tuple(lengths), 1, group, sizes[0], 4, budget=6, value_dim=sizes[1], recent=7), num_splits=splits)
+
+
+@by_dtype
+@cases("group dim value_dim page_size splits", (20, 48, 32, 16, 3), (3, 32, 32, 4, 1), (16, *WIDE, 16, 2))
+def test_attention_over_coded_slots(group, dim, value_dim, page_size, splits, dtype):
+    query, kv, selected, lengths, full, tokens = problem(
+        (150, 61), 1, group, dim, page_size, budget=4, value_dim=value_dim, dtype=dtype
+    )
+    attended = full.clone()
+    for b, count in enumerate((150, 61)):
+        start, first = window_start(count, kv.recent_tokens, page_size), kv.sinks.shape[3]
+        attended[b, :, :, first:start] = as_stored(full, page_size)[b, :, :, first:start]
+    check(query, with_coded_slots(kv), selected, lengths, attended, tokens, num_splits=splits)
+
+
+@pytest.mark.parametrize("sinks", [(-3.0, 8.0), (0.0, 30.0)])
+def test_sinks_take_their_share(sinks):
+    query, kv, selected, lengths, full, tokens = problem((97, 5), 1, 19, 48, 16, budget=5, value_dim=32)
+    logits = torch.linspace(*sinks, 19, device=DEVICE)
+    out = sparse_decode_attention(query, kv, selected, lengths, num_splits=3, sink_logits=logits)
+    torch.testing.assert_close(
+        out.double(), exact(query, full, tokens, 48**-0.5, logits, value_dim=32), **TOLERANCE[query.dtype]
+    )
+
+
+def test_no_tokens_give_zeros():
+    query, kv, selected, lengths, *_ = problem((40, 33), 1, 20, 48, 16, budget=2, value_dim=32)
+    lengths[1] = 0
+    out = sparse_decode_attention(query, kv, selected, lengths, out=query.new_full((2, 20, 32), float("nan")))
+    assert out[0].isfinite().all()
+    assert not out[1].any()
+
+
+def test_programs_share_a_group_and_run_at_once(monkeypatch):
+    query, kv, selected, *_ = problem((300,), 1, 70, 48, 16, budget=40, value_dim=32, dtype=torch.float16)
+    assert (Tiles.of(query, kv).members, Tiles.of(query, kv).parts) == (32, 3)
+    assert Tiles.of(query, with_coded_slots(kv)).parts == 5
+    assert Tiles.of(query.float(), kv).parts == 5
+    for programs, splits in ((1, 1), (6, 2), (13, 4), (10**6, 20 + 2 + 1)):
+        monkeypatch.setattr(module, "resident_programs", lambda *_, programs=programs: programs)
+        assert module.default_splits(query, kv, selected) == splits
+
+
+# ---- the index path
+
+
+@by_dtype
+@pytest.mark.parametrize("fold", FOLDS)
+@cases("batch kv_heads group dim", (2, 1, 128, 576), (3, 2, 70, 40), (2, 1, 5, 1024))
+def test_hit_test(batch, kv_heads, group, dim, fold, dtype):
+    anchor = torch.randn(batch, kv_heads * group, dim)
+    query = anchor + torch.rand(batch, kv_heads, 1).repeat_interleave(group, 1) * torch.randn_like(anchor)
+    anchor[0, :group, : dim - 1] = 0  # anchored by its last dimension alone
+    weights = (torch.rand(kv_heads * group) + 0.1).to(DEVICE)
+    query, anchor = query.to(DEVICE, dtype), anchor.to(DEVICE, dtype)
+    importance = weights if fold == "importance" else None
+    tau = mixed_tau(reference.folded_cosine(query, anchor, kv_heads, fold, importance))
+    kept, expected = anchor.clone(), torch.empty(batch, kv_heads, dtype=torch.bool, device=DEVICE)
+    reference.hit_test(query, kept, tau, fold=fold, importance=importance, out=expected)
+    missed = hit_test(query, anchor, tau, fold=fold, importance=importance, out=~expected)
+    assert torch.equal(missed, expected)
+    assert torch.equal(anchor, kept)
+    assert missed.any()
+    assert not missed.all()
+
+
+@by_dtype
 @pytest.mark.parametrize("kind", IndexKind)
-@pytest.mark.parametrize("length", [1, 6, 7, 11, 39])
-def test_a_token_and_the_page_that_leaves(kind, length):
-    kv = shared_kv(48, 32, pinned=1)
-    pairs = as_pairs(kv)
-    planes = torch.randn(128, 48) if kind is IndexKind.SIGN_HASH else None
-    dtype = torch.int32 if kind.of_tokens else torch.float32
-    key, lengths = torch.randn(2, HEADS, 48), torch.tensor([length, 0], dtype=torch.int32)
-    value = key.clone()
-    value[..., 32:] = 0
-    kept = []
-    for cache, new, rows in ((kv, None, 1), (pairs, value, 2)):
-        host = torch.full((2, 10, HEADS, rows, PAGE, 48), -7.0)
-        index = torch.full((2, HEADS, 10, *entry_shape(kind, PAGE, 48)), 3, dtype=dtype)
-        append_kv(key, new, lengths, cache, host, index, planes=planes)
-        kept.append((host, index))
-    (host, index), (host_pairs, index_pairs) = kept
-    assert torch.equal(index, index_pairs)
-    assert torch.equal(host[:, :, :, 0], host_pairs[:, :, :, 0])
-    for name in ("sinks", "window", "pinned"):
-        assert torch.equal(getattr(kv, name)[:, :, 0], getattr(pairs, name)[:, :, 0]), name
-    for name, tensor in (("window", kv.window), ("pinned", kv.pinned)):
-        assert torch.isfinite(tensor).all(), name
+@cases(
+    "candidates group dim pages page_size", ((40, 7), 37, 576, 43, 4), ((5,), 128, 40, 8, 16), ((20,), 3, 264, 22, 1)
+)
+def test_scores(kind, candidates, group, dim, pages, page_size, dtype, monkeypatch):
+    monkeypatch.setattr(score_module, "FOLD_BLOCK", 16)
+    monkeypatch.setattr(score_module, "FOLD_VALUES", 256)  # a group is folded in parts
+    batch, scale = len(candidates), dim**-0.5
+    keys = (torch.randn(batch, 1, pages, page_size, dim) + torch.randn(dim)).to(dtype)
+    planes = hash_planes(dim, seed=3) if kind is IndexKind.SIGN_HASH else None
+    index = page_index(keys, kind, planes)
+    query = torch.randn(batch, group, dim).to(dtype)
+    expected = torch.full((batch, 1, pages), -torch.inf, dtype=torch.float64)
+    for b, count in enumerate(candidates):
+        inside = slice(1, count + 1)
+        if kind.of_tokens:
+            normals = None if planes is None else planes.double().numpy()
+            scores = oracle.page_scores(query[b].double().numpy(), index[b, 0, inside].numpy(), scale, normals)
+            expected[b, 0, inside] = torch.from_numpy(scores)
+        else:
+            products = query[b, :, None, None].double() * index[b, 0, inside].double()
+            expected[b, 0, inside] = (products.amax(2).sum(-1) * scale).softmax(-1).mean(0)
+        index[b, 0, count + 1 :] = index[b, 0, :1] = 0x7E007E00 if kind.of_tokens else float("nan")
+    counts = torch.tensor(candidates, dtype=torch.int32, device=DEVICE)
+    given = (query.to(DEVICE), index.to(DEVICE), counts, torch.ones(batch, 1, dtype=torch.bool, device=DEVICE))
+    for score in (score_pages, reference.score_pages):
+        out = torch.full((batch, 1, pages), float("nan"), device=DEVICE)
+        score(*given, scale=scale, planes=None if planes is None else planes.to(DEVICE), out=out)
+        torch.testing.assert_close(out.double().cpu(), expected, rtol=3e-4, atol=1e-6)
 
 
-def test_pages_of_one_row_are_gathered():
-    host, slots = torch.randn(1, 6, HEADS, 1, PAGE, 24), torch.zeros(1, HEADS, SLOTS, 1, PAGE, 24)
+@pytest.mark.parametrize(
+    ("dim", "part"), [(64, 64), (80, 128), (256, 256), (264, 64), (320, 64), (512, 256), (576, 64), (640, 128)]
+)
+def test_parts_leave_little_of_the_last_one_over(dim, part):
+    assert part_of(dim) == part
+
+
+# ---- a new token
+
+
+@pytest.mark.parametrize("append", [append_kv, reference.append_kv], ids=["kernel", "reference"])
+@pytest.mark.parametrize("coded", [False, True], ids=["plain", "coded"])
+@cases("kind page_size dim", *[(kind, 16, 48) for kind in IndexKind], *[(kind, 16, 576) for kind in IndexKind])
+def test_growing_equals_laying_out_at_once(kind, page_size, dim, coded, append):
+    batch, heads, tokens, value_dim = 2, 2, 2 * page_size + 20, dim - 16
+    shape = {"sinks": 3, "recent": 10, "max_tokens": tokens, "pinned_heads": (1,), "value_dim": value_dim}
+    full = torch.randn(batch, heads, 1, tokens, dim).to(DEVICE, torch.float16)
+    kv, expected = (empty_kv(batch, heads, 1, page_size, dim, **shape, dtype=full.dtype) for _ in range(2))
+    kv = with_coded_slots(kv) if coded else kv
+    host = torch.full((batch, tokens // page_size + 1, heads, 1, page_size, dim), float("nan"), dtype=full.dtype)
+    host = pinned(encode(host) if coded else host)
+    untouched = host.clone()
+    planes = hash_planes(dim).to(DEVICE) if kind is IndexKind.SIGN_HASH else None
+    entries = (batch, heads, host.shape[1], *entry_shape(kind, page_size, dim))
+    index = torch.full(entries, 77, dtype=torch.int32 if kind.of_tokens else full.dtype, device=DEVICE)
+    for token in range(tokens):
+        lengths = torch.tensor([token + 1, 0], dtype=torch.int32, device=DEVICE)
+        append(full[:, :, 0, token].contiguous(), None, lengths, kv, host, index, planes=planes)
+    synchronize()
+
+    lay_out(expected, full, [tokens, 0])
+    assert same(kv.sinks[:, :1], expected.sinks[:, :1])
+    assert same(kv.pinned, expected.pinned)
+    start = window_start(tokens, 10, page_size)
+    live = [token % kv.ring_tokens for token in range(start, tokens)]
+    assert torch.equal(kv.window[0, 0][:, live], expected.window[0, 0][:, live])
+    gone = start // page_size
+    assert gone == 2
+    pages = full[0, 0, 0, :start].unflatten(0, (gone, page_size)).cpu()
+    stored = decode(host, full.dtype) if coded else host
+    wanted = decode(encode(pages), full.dtype) if coded else pages
+    assert torch.equal(stored[0, :gone, 0, 0], wanted)
+    for rest, before in ((host[0, gone:], untouched[0, gone:]), (host[1], untouched[1]), (host[:, :, 1],) * 2):
+        assert same(rest.float(), before.float())
+    assert same(host[:, :, 1].float(), untouched[:, :, 1].float())
+    _check_index(index[0, 0, :gone].cpu(), pages, kind, planes)
+    assert (index[0, 0, gone:] == 77).all()
+    assert (index[1] == 77).all()
+    assert (index[:, 1] == 77).all()
+
+
+def _check_index(entries, pages, kind, planes):
+    """Of pages [pages, page_size, dim] of keys."""
+    keys = pages.double()
+    if kind is IndexKind.PAGE_MINMAX:
+        assert torch.equal(entries.double(), torch.stack([keys.amin(1), keys.amax(1)], 1))
+    elif kind is IndexKind.PAGE_MEAN:
+        torch.testing.assert_close(entries.double(), keys.mean(1, keepdim=True), **TOLERANCE[pages.dtype])
+    elif kind is IndexKind.KEY_4BIT:
+        found, step = oracle.keys_of(entries.numpy())
+        assert (np.abs(found - keys.numpy()) <= 0.52 * step + 1e-3 * np.abs(keys.numpy()).max()).all()
+    else:
+        sides = (keys @ planes.double().cpu().T).numpy()
+        assert (oracle.bits_of(entries.numpy()) == (sides > 0))[np.abs(sides) > 1e-3].all()
+
+
+@pytest.mark.parametrize("dim", [24, 576])
+def test_pages_of_one_row_are_gathered(dim):
+    host = pinned(torch.randn(1, 6, 2, 1, 4, dim))
+    slots = torch.zeros(1, 2, 5, 1, 4, dim, device=DEVICE)
     fetch = Resolved(
-        slots=torch.zeros(1, HEADS, 2, dtype=torch.int32),
-        fetch_pages=torch.tensor([[[5, 1], [2, -1]]], dtype=torch.int32),
-        fetch_slots=torch.tensor([[[0, 4], [3, -1]]], dtype=torch.int32),
-        num_fetched=torch.tensor([[2, 1]], dtype=torch.int32),
+        slots=torch.zeros(1, 2, 2, dtype=torch.int32, device=DEVICE),
+        fetch_pages=torch.tensor([[[5, 1], [2, -1]]], dtype=torch.int32, device=DEVICE),
+        fetch_slots=torch.tensor([[[0, 4], [3, -1]]], dtype=torch.int32, device=DEVICE),
+        num_fetched=torch.tensor([[2, 1]], dtype=torch.int32, device=DEVICE),
     )
     gather_pages(host, slots, fetch)
+    synchronize()
     for head, page, slot in ((0, 5, 0), (0, 1, 4), (1, 2, 3)):
-        assert torch.equal(slots[0, head, slot], host[0, page, head])
+        assert torch.equal(slots[0, head, slot].cpu(), host[0, page, head])
     assert int((slots != 0).flatten(3).any(-1).sum()) == 3
+
+
+# ---- what is refused
 
 
 @pytest.mark.parametrize(
@@ -120,37 +271,22 @@ def test_pages_of_one_row_are_gathered():
     ],
 )
 def test_what_does_not_go_together(changes, message):
-    kv = shared_kv(48, 32)
-    wrong = DeviceKV(**{name: getattr(kv, name) for name in kv.__slots__} | changes)
+    kv = empty_kv(2, 2, 5, 4, 48, sinks=3, recent=6, max_tokens=40, dtype=torch.float32, value_dim=32)
     with pytest.raises(ValueError, match=message):
-        wrong.check(torch.device("cpu"), torch.float32)
+        replace(kv, **changes).check(torch.device(DEVICE), torch.float32)
+
+
+def test_coded_values_end_where_a_step_does():
+    kv = with_coded_slots(empty_kv(1, 1, 5, 4, 48, sinks=3, recent=6, max_tokens=40, dtype=torch.float32, value_dim=40))
+    with pytest.raises(
+        ValueError, match="value_dim = 40, expected a multiple of 16, values of a coded page that share"
+    ):
+        kv.check(torch.device(DEVICE), torch.float32)
 
 
 def test_a_value_beside_vectors_that_are_values():
-    kv, key, lengths = shared_kv(48, 32), torch.zeros(2, HEADS, 48), torch.ones(2, dtype=torch.int32)
-    host, index = torch.zeros(2, 10, HEADS, 1, PAGE, 48), torch.zeros(2, HEADS, 10, 1, 48)
+    kv = empty_kv(2, 2, 5, 4, 48, sinks=3, recent=6, max_tokens=40, dtype=torch.float32, value_dim=32)
+    key, lengths = torch.zeros(2, 2, 48, device=DEVICE), torch.ones(2, dtype=torch.int32, device=DEVICE)
+    host, index = pinned(torch.zeros(2, 10, 2, 1, 4, 48)), torch.zeros(2, 2, 10, 1, 48, device=DEVICE)
     with pytest.raises(ValueError, match=r"value: goes with keys that are no values, kv\.value_dim none"):
         append_kv(key, key, lengths, kv, host, index)
-
-
-def test_no_kernel_reads_them():
-    kv = shared_kv(48, 32)
-    with pytest.raises(ValueError, match="value_dim = 32: vectors that are key and value in one have a reference only"):
-        check_shared_vectors(kv, SimpleNamespace(device=torch.device("cuda")))
-    check_shared_vectors(as_pairs(kv), SimpleNamespace(device=torch.device("cuda")))
-
-
-def test_wide_vectors():
-    """As wide as those of DeepSeek-V3; in float64 by hand."""
-    kv = shared_kv(576, 512, batch=1)
-    query, length = torch.randn(1, 2 * HEADS, 576), 9
-    selected = torch.tensor([[[2], [0]]], dtype=torch.int32)
-    found = reference.sparse_decode_attention(
-        query, kv, selected, torch.tensor([length]), scale=0.05, out=torch.empty(1, 2 * HEADS, 512)
-    )
-    for head in range(2 * HEADS):
-        own = head // 2
-        rows = [kv.slots[0, own, int(selected[0, own, 0]), 0], kv.window[0, own, 0, :length]]
-        vectors = torch.cat(rows).double()
-        weights = (vectors @ query[0, head].double() * 0.05).softmax(0)
-        torch.testing.assert_close(found[0, head], (weights @ vectors[:, :512]).float())

@@ -12,13 +12,14 @@ from tests.kernels.helpers import DEVICE, TOLERANCE, by_dtype, cases
 from tests.kernels.sequences import choose, empty_kv, lay_out
 
 
-def exact(query, full, tokens, scale, sink_logits=None):
-    """Attention of every query head over `tokens[sequence, KV head]` of `full`."""
-    out = torch.zeros(query.shape, dtype=torch.float64, device=query.device)
+def exact(query, full, tokens, scale, sink_logits=None, value_dim=None):
+    """Attention of every query head over `tokens[sequence, KV head]` of `full`; `value_dim` of a key are its value."""
+    width = query.shape[-1] if value_dim is None else value_dim
+    out = torch.zeros(*query.shape[:2], width, dtype=torch.float64, device=query.device)
     group = query.shape[1] // full.shape[1]
     for (b, h), attended in tokens.items():
         for member in range(h * group, (h + 1) * group):
-            keys, values = full[b, h, 0, attended].double(), full[b, h, 1, attended].double()
+            keys, values = full[b, h, 0, attended].double(), full[b, h, -1, attended, :width].double()
             logits = keys @ query[b, member].double() * scale
             out[b, member] = torch.softmax(logits, 0) @ values
             if sink_logits is not None:
@@ -27,14 +28,16 @@ def exact(query, full, tokens, scale, sink_logits=None):
 
 
 def problem(
-    lengths, heads, group, dim, page_size, *, budget, sinks=4, recent=20, pinned=(), dtype=torch.float32, share=1.0
-):
-    shape = (len(lengths), heads, 2, max(lengths), dim)
+    lengths, heads, group, dim, page_size,
+    *, budget, sinks=4, recent=20, pinned=(), dtype=torch.float32, share=1.0, value_dim=None,
+):  # fmt: skip
+    shape = (len(lengths), heads, 2 if value_dim is None else 1, max(lengths), dim)
     full = torch.randn(shape, dtype=torch.float32).to(DEVICE, dtype)
     query = (2 * torch.randn(len(lengths), heads * group, dim)).to(DEVICE, dtype)
     kv = empty_kv(
         len(lengths), heads, budget + 2, page_size, dim,
         sinks=min(sinks, page_size), recent=recent, max_tokens=max(lengths), pinned_heads=pinned, dtype=dtype,
+        value_dim=value_dim,
     )  # fmt: skip
     lay_out(kv, full, lengths)
     selected, tokens = choose(kv, full, lengths, budget, share)
@@ -42,8 +45,9 @@ def problem(
 
 
 def check(query, kv, selected, lengths, full, tokens, num_splits=None, scale=None):
-    expected = exact(query, full, tokens, query.shape[-1] ** -0.5 if scale is None else scale)
-    poisoned = torch.full_like(query, float("nan"))
+    scale_given = query.shape[-1] ** -0.5 if scale is None else scale
+    expected = exact(query, full, tokens, scale_given, value_dim=kv.value_dim)
+    poisoned = query.new_full(expected.shape, float("nan"))
     out = sparse_decode_attention(query, kv, selected, lengths, scale=scale, num_splits=num_splits, out=poisoned)
     assert out is poisoned
     torch.testing.assert_close(out.double(), expected, **TOLERANCE[query.dtype])
@@ -103,7 +107,7 @@ def test_default_number_of_splits():
 def test_default_splits_run_at_once_and_have_a_block_each(monkeypatch):
     query, kv, selected, *_ = problem((300,), 2, 2, 64, 16, budget=40)
     for programs, splits in ((1, 1), (7, 3), (8, 4), (10**6, 10 + 1 + 1)):
-        monkeypatch.setattr(module, "resident_programs", lambda _, programs=programs: programs)
+        monkeypatch.setattr(module, "resident_programs", lambda *_, programs=programs: programs)
         monkeypatch.setattr(module, "block_tokens", lambda _: 64)
         assert module.default_splits(query, kv, selected) == splits
 
