@@ -47,12 +47,6 @@ def check_device(design: Design, heads: HeadProfile, device: torch.device) -> No
         raise SpecError("heads.refresh_rate: a recorded graph cannot ask the host's clock: choose design.sync = events")
 
 
-def check_vectors(model: ModelSpec, device: torch.device) -> None:
-    """Raise `SpecError` for latent attention on a CUDA device, whose kernels read keys and values apart."""
-    if model.latent is not None and device.type == "cuda":
-        raise SpecError(f"model {model.name}: latent attention is decoded on a CPU only: its kernels are not written")
-
-
 def check_shared_choices(model: ModelSpec, design: Design) -> None:
     """Raise `SpecError` where pages would be fetched for a layer before the one whose choice it shares has chosen."""
     if design.asks_indexer and design.prefetches_layers and model.indexer is not None and model.indexer.shared_layers:

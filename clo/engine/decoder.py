@@ -20,7 +20,6 @@ from clo.engine.checks import (
     check_recordable,
     check_shared_choices,
     check_tokens,
-    check_vectors,
     stores_through_bar,
 )
 from clo.engine.cpu_machine import DEFAULT_PATIENCE_S, CpuMachine
@@ -81,7 +80,6 @@ class Decoder:
             raise SpecError(f"kv_memory_bytes = {kv_memory_bytes}: must be a positive number of bytes")
         self.design = _sized(design, kv_memory_bytes)
         check_design(self.design, heads)
-        check_vectors(self.network.spec, self.network.device)
         self.heads = heads or HeadProfile()
         check_heads(self.heads, self.network.spec)
         self.max_new_tokens = max_new_tokens

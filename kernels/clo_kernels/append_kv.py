@@ -117,7 +117,7 @@ def append_kv_kernel(
                 elif KIND == "page_minmax":
                     low = tl.minimum(low, tl.min(tl.where(inside, exact, float("inf")), 0))
                     high = tl.maximum(high, tl.max(tl.where(inside, exact, float("-inf")), 0))
-                else:
+                elif KIND == "page_mean":
                     total += tl.sum(exact, 0)
             kind = index.dtype.element_ty
             if KIND == "page_minmax":
@@ -145,7 +145,7 @@ def append_kv(
     lengths: torch.Tensor,
     kv: DeviceKV,
     host_pages: torch.Tensor,
-    index: torch.Tensor,
+    index: torch.Tensor | None,
     *,
     planes: torch.Tensor | None = None,
 ) -> None:
@@ -154,8 +154,8 @@ def append_kv(
     `lengths` is int32 [batch], the new token included; nothing happens where it is 0. `host_pages` [batch, num_pages,
     num_kv_heads, 2, page_size, head_dim] is pinned, or on the device: there also pages that lie head by head, as slots
     do, with their dimensions 1 and 2 exchanged; coded where the slots are. `index` [batch, num_kv_heads, num_pages,
-    *entry] has one of the layouts in `page_index`, and `planes` are those of a sign hash. A pinned head's tokens go
-    nowhere else. A page or token beyond the room for it is dropped: the caller makes sure that sequences fit. Where
+    *entry] has one of the layouts in `page_index`, and `planes` are those of a sign hash; without it pages are not
+    indexed. A pinned head's tokens go nowhere else. A page or token beyond the room for it is dropped: the caller makes sure that sequences fit. Where
     keys are values, too (`kv.value_dim`), `value` is none.
     """
     kv.check(key.device, key.dtype)
@@ -173,9 +173,10 @@ def append_kv(
     check_tensor("host_pages", stored, (batch, *places, kv.rows_per_token, page_size, kv.row_width), kv.slots.dtype)
     check_host_tensor("host_pages", host_pages, key.device)
     num_pages = host_pages.shape[1]
-    kind = check_index(index, (batch, heads), head_dim, planes, key.device)
-    expected = (batch, heads, num_pages, page_size if kind.of_tokens else -1, -1)
-    check_tensor("index", index, expected, INT32 if kind.of_tokens else key.dtype)
+    kind = None if index is None else check_index(index, (batch, heads), head_dim, planes, key.device)
+    if index is not None and kind is not None:
+        expected = (batch, heads, num_pages, page_size if kind.of_tokens else -1, -1)
+        check_tensor("index", index, expected, INT32 if kind.of_tokens else key.dtype)
     if not runs_kernel(key):
         reference.append_kv(key, value, lengths, kv, host_pages, index, planes=planes)
     elif batch:
@@ -194,8 +195,9 @@ def append_kv(
                 kv.pinned_row,
                 host_pages,
                 host_pages.view(STEP_DTYPE) if kv.coded else host_pages,
-                index,
-                index if planes is None else planes,
+                # of pages that are not indexed nothing is read or written here
+                host_pages if index is None else index,
+                lengths if planes is None else planes,
                 heads,
                 kv.sinks.shape[3],
                 kv.ring_tokens,

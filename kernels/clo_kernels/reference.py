@@ -194,7 +194,7 @@ def append_kv(
     *,
     planes: torch.Tensor | None = None,
 ) -> None:
-    """See `clo_kernels.append_kv`; without an `index` pages have no entries."""
+    """See `clo_kernels.append_kv`."""
     new, size = torch.stack([key] if value is None else [key, value], 2), kv.page_size
     kind = None if index is None else check_index(index, (len(lengths), -1), key.shape[2], planes, key.device)
     pins = kv.pinned_row.tolist()

@@ -21,11 +21,10 @@ WITH_EXPERTS: dict[str, Make] = {kind: partial(small_model, kind) for kind in EX
 WITH_WINDOWS: dict[str, Make] = {kind: partial(windowed_model, kind) for kind in windowed.KINDS if kind != "Gemma2"}
 HYBRID: dict[str, Make] = {kind: partial(hybrid_model, kind) for kind in hybrid.KINDS}
 LATENT: dict[str, Make] = {kind: partial(latent_model, kind) for kind in latent.KINDS}
-ON_CUDA: dict[str, Make] = WITH_EXPERTS | WITH_WINDOWS | HYBRID
-EVERY: dict[str, Make] = ON_CUDA | LATENT
-ONE_OF_EACH_ON_CUDA = ("Qwen2Moe", "Gemma3", "GptOss", "Olmo3", "Qwen3Next", "Qwen3_5")
+EVERY: dict[str, Make] = WITH_EXPERTS | WITH_WINDOWS | HYBRID | LATENT
+ONE_OF_EACH = ("Qwen2Moe", "Gemma3", "GptOss", "Olmo3", "Qwen3Next", "Qwen3_5", "DeepseekV2", "DeepseekV3")
 """Experts with a shared one; norms before and behind; experts, windows and sinks; norms behind; states with experts and
-without."""
-ONE_OF_EACH = (*ONE_OF_EACH_ON_CUDA, "DeepseekV2", "DeepseekV3")
-"""And vectors that are key and value in one, with queries from the hidden state and from a low rank."""
+without; vectors that are key and value in one, with queries from the hidden state and from a low rank."""
+WITH_INDEXER: dict[str, Make] = {kind: partial(latent_model, kind) for kind in latent.WITH_INDEXER}
+"""A model's own indexer chooses what is attended."""
 THAT_SEE: dict[str, Make] = {"Gemma3": windowed.seeing_model, "Qwen3_5": hybrid.seeing_model}

@@ -9,8 +9,11 @@ import torch
 import transformers
 from small import VOCABULARY
 
+from clo import presets
 from clo.engine.models.indexer import OLDEST
+from clo.engine.models.network import Network
 from clo.engine.versions import release_of
+from clo.specs import Design
 
 LAYERS, HEADS = 4, 6
 RANK, ROPE, NOPE, VALUE, QUERY_RANK = 24, 8, 12, 10, 20
@@ -70,6 +73,15 @@ def latent_model(kind: str, *, dtype: torch.dtype = torch.float32, **changes: An
     if not hasattr(model.model.layers[0].self_attn, "expand_kv"):
         pytest.skip("this version of transformers caches every head's keys and values")
     return _varied(model.eval()).to(dtype)
+
+
+def indexer_design(name: str, network: Network, **changes: Any) -> Design:
+    """What a file leaves open is as the model attends."""
+    plain: dict[str, Any] = {"gqa_fold": "mean", "target_hit_rate": None}
+    chosen, indexer = presets.load_design(name, network.spec), network.spec.indexer
+    if chosen.prefetches_layers and indexer is not None and indexer.shared_layers:
+        plain["prefetch_depth"] = 0
+    return chosen.with_fields(**plain | changes)
 
 
 def in_vectors(attention: Any, heads: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kinds import ON_CUDA
+from kinds import EVERY
 from small import dense_logits, design, prompt, small_model
 
 from clo import presets
@@ -117,21 +117,21 @@ class TestAnswers:
 class TestOtherKinds:
     """Models with experts, windows, sinks, gates and states."""
 
-    @pytest.mark.parametrize("kind", ON_CUDA)
+    @pytest.mark.parametrize("kind", EVERY)
     @pytest.mark.parametrize(
         "chosen", [on_cuda("clo"), on_cuda("resident"), on_cuda("lru-cpu")], ids=lambda one: one.name
     )
     def test_they_decode_what_the_cpu_decodes(self, kind: str, chosen: Design) -> None:
-        tokens, model = prompt(110), ON_CUDA[kind]()
+        tokens, model = prompt(110), EVERY[kind]()
         # in single precision torch loops over experts on the host, unless each has a product of its own
         model.config._experts_implementation = "batched_mm"
         expected = decoded(model, chosen, tokens, 80)
         found = decoded(model.cuda(), chosen, tokens, 80)
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
 
-    @pytest.mark.parametrize("kind", ON_CUDA)
+    @pytest.mark.parametrize("kind", EVERY)
     def test_in_bfloat16_a_step_is_recorded_and_replayed(self, kind: str) -> None:
-        with Decoder(ON_CUDA[kind](dtype=torch.bfloat16).cuda(), on_cuda("clo"), max_new_tokens=40) as decoder:
+        with Decoder(EVERY[kind](dtype=torch.bfloat16).cuda(), on_cuda("clo"), max_new_tokens=40) as decoder:
             logits = decoder.prefill([prompt(80), prompt(30)])
             for _ in range(30):
                 logits = decoder.step(logits.argmax(-1))

@@ -11,16 +11,15 @@ import torch
 from commands import refuse, run
 from forced import CLOSE, STEPS, TEXTS, assert_timeline_is_the_schedules, forced
 from latent import INDEXER, WITH_INDEXER, latent_model
+from latent import indexer_design as design
 from small import prompt
 from test_memory import held
 from transformers import DynamicCache
 
 from clo import presets
-from clo.engine import decoder as decoder_module
 from clo.engine import offload, prefill
 from clo.engine.answers.evaluate import evaluate
 from clo.engine.answers.tasks import EvaluationSettings
-from clo.engine.checks import check_vectors
 from clo.engine.decoder import Decoder
 from clo.engine.heads import heads_for
 from clo.engine.inline_decoder import InlineDecoder
@@ -33,22 +32,12 @@ from clo.engine.models.probe import check_taken_apart
 from clo.engine.prompts import read_prompt
 from clo.engine.random_weights import random_prompt
 from clo.errors import SpecError
-from clo.specs import Design
 from clo_kernels.layout import NO_PAGE
 
 FRESH = ("resident-sparse", "resolve", "lru-cpu")
 """Designs that attend to what the indexer chooses in this step; so do gated ones whose queries never seem alike."""
 SPARSE = tuple(name for name in presets.names("designs") if name not in ("resident", "streamed"))
 TOP = INDEXER["index_topk"]
-
-
-def design(name: str, network: Network, **changes: Any) -> Design:
-    """What a file leaves open is as the model attends."""
-    plain: dict[str, Any] = {"gqa_fold": "mean", "target_hit_rate": None}
-    chosen, indexer = presets.load_design(name, network.spec), network.spec.indexer
-    if chosen.prefetches_layers and indexer is not None and indexer.shared_layers:
-        plain["prefetch_depth"] = 0
-    return chosen.with_fields(**plain | changes)
 
 
 def cut(texts: tuple[torch.Tensor, ...] = TEXTS) -> list[torch.Tensor]:
@@ -259,18 +248,6 @@ def test_a_made_up_prompt_has_keys_for_the_indexer() -> None:
     with Decoder(network, design("resolve", network), max_new_tokens=3) as decoder:
         decoder.prefill([random_prompt(network, tokens, seed=tokens) for tokens in (70, 40)])
         assert bool(torch.isfinite(decoder.step(torch.tensor([1, 2]))).all())
-
-
-def test_on_a_gpu_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SpecError, match="latent attention is decoded on a CPU only: its kernels are not written"):
-        check_vectors(Network(latent_model("DeepseekV32")).spec, torch.device("cuda"))
-    asked: list[Any] = []
-    monkeypatch.setattr(decoder_module, "check_vectors", lambda *about: asked.append(about))
-    model = latent_model("DeepseekV3")
-    with offload(model, design("resolve", Network(model))):
-        assert len(asked) == 1
-    InlineDecoder(Network(model), design("resolve", Network(model)))
-    assert len(asked) == 2
 
 
 @pytest.mark.parametrize(

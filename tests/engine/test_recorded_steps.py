@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from kinds import ON_CUDA, ONE_OF_EACH_ON_CUDA
+from kinds import EVERY, ONE_OF_EACH, WITH_INDEXER
+from latent import indexer_design
 from small import design, prompt, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -82,7 +83,7 @@ def silent_kernels(_: torch.device) -> Kernels:
         slots.add_(0)
 
     def attention(query: Any, kv: Any, selected: Any, lengths: Any, *, out: Any, **_: Any) -> Any:
-        return out.copy_(query)
+        return out.copy_(query[..., : out.shape[-1]])
 
     def append_kv(key: Any, value: Any, lengths: Any, kv: Any, host_pages: Any, index: Any, **_: Any) -> None:
         kv.window.add_(0)
@@ -181,10 +182,10 @@ def test_a_recorded_step_reads_nothing_on_the_host(chosen: Design, monkeypatch: 
 
 
 @pytest.mark.usefixtures("device_of_its_own")
-@pytest.mark.parametrize("kind", ON_CUDA)
+@pytest.mark.parametrize("kind", EVERY)
 def test_nor_of_models_with_experts_windows_and_states(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts of bf16 in one product: in others torch loops over them on the host."""
-    network = Network(ON_CUDA[kind](dtype=torch.bfloat16).to("meta"))
+    network = Network(EVERY[kind](dtype=torch.bfloat16).to("meta"))
     operations, plan = operations_of(network, design("clo"), monkeypatch)
     assert not network.host_sees_experts
     linear = network.spec.linear
@@ -196,6 +197,15 @@ def test_nor_of_models_with_experts_windows_and_states(kind: str, monkeypatch: p
     assert_nothing_is_read(operations, plan)
 
 
+@pytest.mark.usefixtures("device_of_its_own")
+@pytest.mark.parametrize("kind", WITH_INDEXER)
+@pytest.mark.parametrize("name", ["clo", "resolve", "lru-cpu", "recall", "resident-sparse"])
+def test_nor_where_the_model_s_own_indexer_chooses(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network(WITH_INDEXER[kind](dtype=torch.bfloat16).to("meta"))
+    chosen = indexer_design(name, network, sync="graph", transfer="gpu_zero_copy")
+    assert_nothing_is_read(*operations_of(network, chosen, monkeypatch))
+
+
 @pytest.mark.parametrize("chosen", named)
 def test_a_recorded_step_finds_its_tensors_where_they_were(chosen: Design, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a step reads that another has written lies where it lay."""
@@ -203,14 +213,22 @@ def test_a_recorded_step_finds_its_tensors_where_they_were(chosen: Design, monke
     assert len(lasting(operations, plan)) > 10
 
 
-@pytest.mark.parametrize("kind", ONE_OF_EACH_ON_CUDA)
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
 @pytest.mark.parametrize("name", ["clo", "resolve", "resident"])
 def test_so_do_those_of_other_kinds(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    operations, plan = operations_of(Network(ON_CUDA[kind]()), design(name), monkeypatch)
+    operations, plan = operations_of(Network(EVERY[kind]()), design(name), monkeypatch)
     network = operations.network
     with_prompts(operations)
     states = [path for path in lasting(operations, plan) if path.endswith("states")]
     assert len(states) == (0 if network.spec.linear is None else len(network.spec.linear.layers))
+
+
+@pytest.mark.parametrize("kind", WITH_INDEXER)
+@pytest.mark.parametrize("name", ["clo", "resolve"])
+def test_and_of_models_with_an_indexer(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network(WITH_INDEXER[kind]())
+    operations, plan = operations_of(network, indexer_design(name, network, sync="graph"), monkeypatch)
+    assert len(lasting(operations, plan)) > 10
 
 
 def lasting(operations: Operations, plan: DecodePlan) -> dict[str, int]:

@@ -10,8 +10,10 @@ from clo.engine.layers.selection import Selection
 from clo.engine.layers.shape import LayerShape
 from clo.schedule.ops import Stage
 from clo.specs import Design
-from clo_kernels.layout import NO_PAGE
+from clo_kernels.layout import INT32, NO_PAGE
 
+BEYOND = 2**31 - 1
+"""Comes after every page."""
 Chooser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Of keys `[batch, tokens, key_dim]` and lengths `[batch]` the chosen tokens, best first (`Indexer.choose`)."""
 
@@ -42,21 +44,20 @@ class IndexerSelection(Selection):
 
     def score(self, stage: Stage, query: torch.Tensor, lengths: torch.Tensor, missed: torch.Tensor) -> None:
         """What the indexer chooses, unless no head selects."""
-        if not bool(missed.any()):
-            return
+        longest = self._shape.max_tokens
+        if not (self._shape.apart or self._shape.recorded):  # else the host would have to wait for what it asks
+            if not bool(missed.any()):
+                return
+            longest = int(lengths.max())
         # made ahead of its layer, the choice may come before that layer's newest key
         known = lengths - int(stage is Stage.PREFETCH and not self._design.speculates_last_step)
-        self._found[stage] = self._ask[stage](self.index[:, : int(lengths.max())], known)
+        self._found[stage] = self._ask[stage](self.index[:, :longest], known)
 
     def select(self, stage: Stage, lengths: torch.Tensor, missed: torch.Tensor) -> None:
         """Of what was chosen the best pages that are not attended anyway."""
-        candidates = self.candidates(lengths).tolist()
-        for sequence in missed.any(1).nonzero()[:, 0].tolist():
-            chosen = self._found[stage][sequence]
-            pages = chosen[(chosen >= 1) & (chosen <= candidates[sequence])][: self.pages.shape[2]]
-            for head in missed[sequence].nonzero()[:, 0].tolist():
-                self.pages[sequence, head] = NO_PAGE
-                self.pages[sequence, head, : len(pages)] = pages.sort().values.to(self.pages.dtype)
+        if (found := self._found.get(stage)) is not None:
+            best = best_pages(found, self.candidates(lengths), self.pages.shape[2])
+            _take(self.pages, best[:, None], missed)
         self.chosen[stage].copy_(self.pages)
 
 
@@ -74,5 +75,24 @@ class SharedSelection(Selection):
 
     def select(self, stage: Stage, lengths: torch.Tensor, missed: torch.Tensor) -> None:
         """The same pages, of the heads that chose anew."""
-        self.pages[missed] = self._source.chosen[stage][missed]
+        _take(self.pages, self._source.chosen[stage], missed)
         self.chosen[stage].copy_(self.pages)
+
+
+def best_pages(chosen: torch.Tensor, candidates: torch.Tensor, budget: int) -> torch.Tensor:
+    """Of `chosen` `[batch, tokens]`, best first, the first `budget` of pages 1 to `candidates` `[batch]`.
+
+    `[batch, budget]`, in order of their numbers, then `NO_PAGE`; worked out without a look at what they are.
+    """
+    usable = (chosen >= 1) & (chosen <= candidates[:, None])
+    # those of no use to the end, the others as they were
+    order = (~usable).to(torch.uint8).argsort(dim=1, stable=True)
+    kept = torch.where(usable, chosen, BEYOND).gather(1, order)[:, :budget].sort(1).values
+    pages = torch.full((len(chosen), budget), NO_PAGE, dtype=INT32, device=chosen.device)
+    pages[:, : kept.shape[1]] = torch.where(kept == BEYOND, NO_PAGE, kept)
+    return pages
+
+
+def _take(pages: torch.Tensor, others: torch.Tensor, missed: torch.Tensor) -> None:
+    """Into `pages` `[batch, kv_heads, budget]` the others, for heads that missed."""
+    pages.copy_(torch.where(missed[..., None], others, pages))
