@@ -155,8 +155,8 @@ def append_kv(
     num_kv_heads, 2, page_size, head_dim] is pinned, or on the device: there also pages that lie head by head, as slots
     do, with their dimensions 1 and 2 exchanged; coded where the slots are. `index` [batch, num_kv_heads, num_pages,
     *entry] has one of the layouts in `page_index`, and `planes` are those of a sign hash; without it pages are not
-    indexed. A pinned head's tokens go nowhere else. A page or token beyond the room for it is dropped: the caller makes sure that sequences fit. Where
-    keys are values, too (`kv.value_dim`), `value` is none.
+    indexed. A pinned head's tokens go nowhere else. A page or token beyond the room for it is dropped: the caller makes
+    sure that sequences fit. Where keys are values, too (`kv.value_dim`), `value` is none.
     """
     kv.check(key.device, key.dtype)
     (batch, heads), page_size, head_dim = kv.slots.shape[:2], kv.page_size, kv.head_dim

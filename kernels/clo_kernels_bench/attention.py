@@ -36,7 +36,7 @@ def attended_bytes(sizes: Sizes) -> float:
     rows, in_pages = sizes.batch * sizes.kv_heads, sizes.budget * sizes.page_size
     plain = sizes.head_dim * sizes.dtype.itemsize
     kept = coded_width(sizes.head_dim) if sizes.coded else plain
-    return float(rows * 2 * (in_pages * kept + (attended_tokens(sizes) - in_pages) * plain))
+    return float(rows * sizes.rows_per_token * (in_pages * kept + (attended_tokens(sizes) - in_pages) * plain))
 
 
 def attention_calls(sizes: Sizes, copies: int, num_splits: int | None = None) -> list[Call]:
@@ -44,7 +44,7 @@ def attention_calls(sizes: Sizes, copies: int, num_splits: int | None = None) ->
 
     def call() -> Call:
         query, kv, selected = problems.random_query(sizes), problems.device_kv(sizes), problems.random_slots(sizes)
-        lengths, out = problems.lengths(sizes), torch.empty_like(query)
+        lengths, out = problems.lengths(sizes), problems.no_attention(sizes)
         return lambda: sparse_decode_attention(query, kv, selected, lengths, num_splits=num_splits, out=out)
 
     return [call() for _ in range(copies)]
@@ -89,7 +89,7 @@ def attention_figures(
     ]
     for sizes in shapes[:2] if quick else shapes:
         copies = copies_beyond_cache(attended_bytes(sizes), device)
-        base = _untimed("sparse_decode_attention", sizes, peaks)
+        base = untimed("sparse_decode_attention", sizes, peaks)
         yield replace(base, samples_us=graph_samples(attention_calls(sizes, copies)))
         for splits in () if quick else other_splits(sizes):
             calls = attention_calls(sizes, copies, splits)
@@ -110,10 +110,10 @@ def _coded_figures(device: torch.device, peaks: Peaks) -> Iterator[Figure]:
     for batch in (1, 16):
         sizes = Sizes(device=device, batch=batch, slots=819, coded=True)
         calls = attention_calls(sizes, copies_beyond_cache(attended_bytes(sizes), device))
-        yield replace(_untimed("attention over coded pages", sizes, peaks), samples_us=graph_samples(calls))
+        yield replace(untimed("attention over coded pages", sizes, peaks), samples_us=graph_samples(calls))
 
 
-def _untimed(operation: str, sizes: Sizes, peaks: Peaks) -> Figure:
+def untimed(operation: str, sizes: Sizes, peaks: Peaks) -> Figure:
     """A figure without samples."""
     num_bytes = attended_bytes(sizes)
     return Figure(

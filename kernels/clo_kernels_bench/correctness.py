@@ -44,14 +44,34 @@ def verdicts(device: torch.device) -> Iterator[Verdict]:
             yield verdict(name, label, operation, arguments)
         for name, variant, operation, arguments in variants(sizes):
             yield verdict(name, f"{label}, {variant}", operation, arguments)
+        shared = dataclasses.replace(sizes, group=37, head_dim=112, value_dim=96)
+        yield from _of_shared_vectors(shared, f"{label}, shared vectors")
     if device.type == "cuda":
         for name, (operation, arguments) in cases(timed_sizes(device)).items():
             yield verdict(name, "bfloat16, as timed", operation, arguments)
+        yield from _of_shared_vectors(wide_sizes(device), "bfloat16, shared vectors as timed")
 
 
 def timed_sizes(device: torch.device) -> Sizes:
     """A layer as it is timed: the same machine code, and threads that share as much. But of fewer pages on the host."""
     return Sizes(device=device, num_pages=1664)
+
+
+def wide_sizes(device: torch.device) -> Sizes:
+    """Two sequences' layers of DeepSeek-V3."""
+    return Sizes(
+        device=device, kv_heads=2, group=128, head_dim=576, value_dim=512, num_pages=1664, budget=400, slots=500
+    )
+
+
+def _of_shared_vectors(sizes: Sizes, label: str) -> Iterator[Verdict]:
+    """The operations that read or write vectors, plain and coded."""
+    given = cases(sizes)
+    for name in ("hit_test", "score_pages", "gather_pages", "sparse_decode_attention", "append_kv"):
+        yield verdict(name, label, *given[name])
+    for name, variant, operation, arguments in variants(sizes):
+        if name != "resolve_pages":
+            yield verdict(name, f"{label}, {variant}", operation, arguments)
 
 
 def verdict(name: str, case: str, operation: Callable[..., Any], arguments: Arguments) -> Verdict:
@@ -115,6 +135,7 @@ def cases(sizes: Sizes) -> dict[str, tuple[Callable[..., Any], Arguments]]:
     nan = {"fill_value": float("nan"), "device": sizes.device}
     index = torch.randn((*sizes.rows, sizes.num_pages, 2, sizes.head_dim), device=sizes.device).to(sizes.dtype)
     scores = torch.randn((*sizes.rows, sizes.num_pages), device=sizes.device)
+    value = torch.randn((*sizes.rows, sizes.head_dim), device=sizes.device).to(sizes.dtype)
     return {
         "hit_test": (hit_test, _hit_test_arguments(sizes)),
         "score_pages": (
@@ -153,14 +174,14 @@ def cases(sizes: Sizes) -> dict[str, tuple[Callable[..., Any], Arguments]]:
                 "selected": problems.random_slots(sizes),
                 "lengths": problems.lengths(sizes) - 3,
                 "scale": sizes.head_dim**-0.5,
-                "out": torch.full(query.shape, dtype=sizes.dtype, **nan),
+                "out": problems.no_attention(sizes),
             },
         ),
         "append_kv": (
             append_kv,
             {
                 "key": torch.randn((*sizes.rows, sizes.head_dim), device=sizes.device).to(sizes.dtype),
-                "value": torch.randn((*sizes.rows, sizes.head_dim), device=sizes.device).to(sizes.dtype),
+                "value": value if sizes.value_dim is None else None,
                 # a page leaves the window with this token
                 "lengths": problems.lengths(sizes) - sizes.page_size,
                 "kv": problems.device_kv(sizes),

@@ -27,6 +27,8 @@ class Sizes:
     slots: int = 1638
     dtype: torch.dtype = torch.bfloat16
     coded: bool = False
+    value_dim: int | None = None
+    """Of vectors that are key and value in one the first so many values are the value."""
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -34,15 +36,26 @@ class Sizes:
         return self.batch, self.kv_heads
 
     @property
+    def rows_per_token(self) -> int:
+        """Key and value, or one vector that is both."""
+        return 2 if self.value_dim is None else 1
+
+    @property
     def page_bytes(self) -> int:
         """Keys and values of a page of one KV head."""
-        return 2 * self.page_size * self.head_dim * int(self.dtype.itemsize)
+        return self.rows_per_token * self.page_size * self.head_dim * int(self.dtype.itemsize)
 
 
 def random_query(sizes: Sizes) -> torch.Tensor:
     """[batch, num_query_heads, head_dim]"""
     shape = (sizes.batch, sizes.kv_heads * sizes.group, sizes.head_dim)
     return torch.randn(shape, device=sizes.device).to(sizes.dtype)
+
+
+def no_attention(sizes: Sizes) -> torch.Tensor:
+    """Room for attention's outputs [batch, num_query_heads, value width], poisoned."""
+    shape = (sizes.batch, sizes.kv_heads * sizes.group, sizes.value_dim or sizes.head_dim)
+    return torch.full(shape, float("nan"), dtype=sizes.dtype, device=sizes.device)
 
 
 def candidates(sizes: Sizes) -> torch.Tensor:
@@ -100,14 +113,16 @@ def device_kv(sizes: Sizes) -> DeviceKV:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn((*sizes.rows, *shape), device=sizes.device, dtype=sizes.dtype)
 
-    slots = random(sizes.slots, 2, sizes.page_size, sizes.head_dim)
+    rows = sizes.rows_per_token
+    slots = random(sizes.slots, rows, sizes.page_size, sizes.head_dim)
     return DeviceKV(
-        sinks=random(2, SINKS, sizes.head_dim),
-        window=random(2, ring_rows(RECENT, sizes.page_size), sizes.head_dim),
+        sinks=random(rows, SINKS, sizes.head_dim),
+        window=random(rows, ring_rows(RECENT, sizes.page_size), sizes.head_dim),
         slots=encode(slots) if sizes.coded else slots,
-        pinned=torch.empty((sizes.batch, 0, 2, 1, sizes.head_dim), device=sizes.device, dtype=sizes.dtype),
+        pinned=torch.empty((sizes.batch, 0, rows, 1, sizes.head_dim), device=sizes.device, dtype=sizes.dtype),
         pinned_row=torch.full((sizes.kv_heads,), -1, dtype=INT32, device=sizes.device),
         recent_tokens=RECENT,
+        value_dim=sizes.value_dim,
     )
 
 
@@ -137,8 +152,8 @@ def fetch_list(sizes: Sizes, per_head: int) -> Resolved:
 
 
 def host_pages(sizes: Sizes) -> torch.Tensor:
-    """Random pages [batch, num_pages, num_kv_heads, 2, page_size, row width], pinned where there is a GPU."""
-    shape = (sizes.batch, sizes.num_pages, sizes.kv_heads, 2, sizes.page_size, sizes.head_dim)
+    """Random pages [batch, num_pages, num_kv_heads, 2 or 1, page_size, row width], pinned where there is a GPU."""
+    shape = (sizes.batch, sizes.num_pages, sizes.kv_heads, sizes.rows_per_token, sizes.page_size, sizes.head_dim)
     pages = torch.randn(shape).to(sizes.dtype)
     pages = encode(pages) if sizes.coded else pages
     return pages.pin_memory() if sizes.device.type == "cuda" else pages

@@ -106,7 +106,6 @@ def resolve_figures(device: torch.device, *, quick: bool) -> Iterator[Figure]:
 
 def selection_figures(device: torch.device, peaks: Peaks, *, quick: bool) -> Iterator[Figure]:
     """`score_pages` and `select_pages` with every head missed, at 8K to 64K pages; the budget is a tenth."""
-    limit = f"device memory, {peaks.hbm / 1e12:.2f} TB/s in this run"
     # scores lie in the cache of the device, as those that a step has just written do: its memory is no limit of theirs
     for thousand in (8, 64) if quick else (8, 16, 32, 64):
         num_pages = thousand * 1024
@@ -114,17 +113,7 @@ def selection_figures(device: torch.device, peaks: Peaks, *, quick: bool) -> Ite
         for kind in IndexKind:
             if kind.of_tokens and num_pages > MAX_INDEXED_PAGES:
                 continue
-            entry = math.prod(entry_shape(kind, sizes.page_size, sizes.head_dim))
-            num_bytes = float(sizes.kv_heads * num_pages * entry * (4 if kind.of_tokens else sizes.dtype.itemsize))
-            copies = copies_beyond_cache(num_bytes, device)
-            yield Figure(
-                operation="score_pages",
-                case={"index": str(kind), "pages": num_pages},
-                samples_us=graph_samples(_score_calls(sizes, kind, copies)),
-                num_bytes=num_bytes,
-                limit_us=peaks.memory_us(num_bytes),
-                limit=limit,
-            )
+            yield score_figure(sizes, kind, peaks)
         num_bytes = float(sizes.kv_heads * num_pages * 4)
         yield Figure(
             operation="select_pages",
@@ -132,6 +121,21 @@ def selection_figures(device: torch.device, peaks: Peaks, *, quick: bool) -> Ite
             samples_us=graph_samples(_select_calls(sizes, 16)),
             num_bytes=num_bytes,
         )
+
+
+def score_figure(sizes: Sizes, kind: IndexKind, peaks: Peaks) -> Figure:
+    """`score_pages` by an index of this kind."""
+    entry = math.prod(entry_shape(kind, sizes.page_size, sizes.head_dim))
+    num_bytes = float(sizes.kv_heads * sizes.num_pages * entry * (4 if kind.of_tokens else sizes.dtype.itemsize))
+    copies = copies_beyond_cache(num_bytes, sizes.device)
+    return Figure(
+        operation="score_pages",
+        case={"index": str(kind), "pages": sizes.num_pages},
+        samples_us=graph_samples(_score_calls(sizes, kind, copies)),
+        num_bytes=num_bytes,
+        limit_us=peaks.memory_us(num_bytes),
+        limit=f"device memory, {peaks.hbm / 1e12:.2f} TB/s in this run",
+    )
 
 
 def _score_calls(sizes: Sizes, kind: IndexKind, copies: int) -> list[Call]:

@@ -13,7 +13,7 @@ import torch
 
 from clo_kernels.page_index import IndexKind
 from clo_kernels.recorded_calls import RecordedCalls
-from clo_kernels_bench import attention, correctness, problems, run, selection, transfers
+from clo_kernels_bench import attention, correctness, problems, run, selection, shared_vectors, transfers
 from clo_kernels_bench.figures import Figure, Report, Verdict
 from clo_kernels_bench.goals import PAIR, goals
 from clo_kernels_bench.peaks import Peaks
@@ -287,13 +287,13 @@ class TestSections:
         ):
             # the interpreter would take minutes
             monkeypatch.setitem(operation.__globals__, "runs_kernel", lambda tensor: False)
-        for module in (attention, selection):
+        for module in (attention, selection, shared_vectors):
             monkeypatch.setattr(module, "Sizes", sizes)
         monkeypatch.setattr(selection, "LAYERS", 2)
         monkeypatch.setattr(transfers, "HOST_BYTES", 4 << 20)
         monkeypatch.setattr(transfers, "LAUNCH_BYTES", 1 << 20)
         monkeypatch.setattr(transfers, "SMALLER_BYTES", (1 << 19,))
-        for module in (attention, selection, transfers):
+        for module in (attention, selection, shared_vectors, transfers):
             monkeypatch.setattr(module, "graph_samples", once)
         monkeypatch.setattr(transfers, "recorded", Graph)
         monkeypatch.setattr(transfers, "event_samples", lambda call, **_: once([call]))
@@ -320,6 +320,12 @@ class TestSections:
         coded = [f for f in figures if f.operation == "attention over coded pages"]
         assert [f.case["batch"] for f in coded] == [1, 16]
         assert len(figures) + len(notes) == 5 * (4 + 2 * len(attention.BACKENDS)) + 2
+
+    def test_shared_vectors(self):
+        figures = list(shared_vectors.shared_vector_figures(torch.device("cpu"), Peaks(h2d=1, hbm=1), quick=False))
+        names = [f"{name} over shared vectors" for name in ("attention", "hit_test", "score_pages")]
+        assert [f.operation for f in figures] == [names[0]] * 2 + [f"{names[0]}, coded", names[1], *[names[2]] * 2]
+        assert figures[0].num_bytes == (12 * 16 + 4 + 64) * 576 * 4
 
     def test_bytes_of_coded_pages(self):
         sizes = problems.Sizes(device=torch.device("cpu"), coded=True)

@@ -3,6 +3,8 @@
 Without a GPU there are no graphs: the same comparisons then run over a few plain calls.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -20,6 +22,9 @@ SIZES = Sizes(
     device=torch.device(DEVICE), batch=2, kv_heads=2, head_dim=64, num_pages=40, budget=9, slots=14, dtype=DTYPE
 )
 
+SHARED = replace(SIZES, group=20, head_dim=48, value_dim=32)
+"""Vectors that are key and value in one."""
+
 
 def fill(tensor, values):
     tensor.copy_(values.to(tensor.dtype))
@@ -36,8 +41,9 @@ def coin(shape):
 
 def change_hit_test(given):
     """Half of the heads turn round, the others stay: no rounding decides."""
-    turned = coin((SIZES.batch, SIZES.kv_heads)).repeat_interleave(SIZES.group, 1)[..., None].to(DEVICE)
     anchor = given["anchor"]
+    group = anchor.shape[1] // SIZES.kv_heads
+    turned = coin((SIZES.batch, SIZES.kv_heads)).repeat_interleave(group, 1)[..., None].to(DEVICE)
     fill(given["query"], torch.where(turned, -anchor, anchor))
 
 
@@ -78,7 +84,7 @@ def change_attention(given):
 
 
 def change_append(given):
-    randomly(given["key"], given["value"])
+    randomly(given["key"], *([] if given["value"] is None else [given["value"]]))
     fill(given["lengths"], given["lengths"] % (SIZES.num_pages * SIZES.page_size) + 1)
 
 
@@ -110,9 +116,18 @@ def assert_agree(path, found, expected):
     torch.testing.assert_close(found, expected, **within, msg=lambda text: f"{path}: {text}")
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_replays_see_what_changed(name):
-    operation, given = cases(SIZES)[name]
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        *[pytest.param(name, SIZES, id=name) for name in CHANGES],
+        *[
+            pytest.param(name, SHARED, id=f"{name}-shared")
+            for name in ("hit_test", "score_pages", "gather_pages", "sparse_decode_attention", "append_kv")
+        ],
+    ],
+)
+def test_replays_see_what_changed(name, sizes):
+    operation, given = cases(sizes)[name]
     if name == "resolve_pages":
         given = {**given, "table": PageTable.empty(*SIZES.rows, SIZES.slots, SIZES.num_pages, DEVICE)}
     replay = recorded([lambda: operation(**given)]).replay if DEVICE == "cuda" else lambda: operation(**given)
