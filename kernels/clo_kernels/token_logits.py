@@ -20,8 +20,8 @@ from clo_kernels.page_index import HASH_WORDS
 TOKEN_BLOCK = 64
 MOST_MEMBERS, MOST_HASHED = 32, 16
 """Query heads that a program scores for, at most."""
-MOST_PART = 256
-"""Of a query, and of keys, that is multiplied at once, at most."""
+WHOLE, PART, EXACT_PART = 128, 64, 32
+"""Dimensions that are multiplied at once: all of these many, so many of more, and of float32, which registers hold."""
 HASHED_AT_ONCE = 16
 HASHED_PART = 64
 TRITON_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -134,22 +134,17 @@ def pages_of_block(page_size: int) -> int:
 def group_sizes(query: torch.Tensor, num_kv_heads: int, most: int = MOST_MEMBERS) -> dict[str, Any]:
     """How kernels that multiply queries with an index go through heads of a group and their dimensions."""
     group, head_dim = query.shape[1] // num_kv_heads, query.shape[2]
+    members = min(most, max(16, int(triton.next_power_of_2(group))))
+    padded = int(triton.next_power_of_2(head_dim))
+    part = PART if padded > WHOLE or members > 16 else WHOLE
     return {
         "GROUP": group,
-        "MEMBERS": min(most, max(16, int(triton.next_power_of_2(group)))),
+        "MEMBERS": members,
         "DIM": head_dim,
-        "PART": part_of(head_dim),
+        "PART": min(padded, EXACT_PART if query.dtype == torch.float32 else part),
         # the interpreter cannot multiply bfloat16 matrices
         "DOT": tl.float32 if INTERPRETED else TRITON_TYPES[query.dtype],
     }
-
-
-def part_of(head_dim: int) -> int:
-    """Dimensions that are multiplied at once: all of a head's, or the most that leave little of the last part over."""
-    padded = int(triton.next_power_of_2(head_dim))
-    if padded <= MOST_PART:
-        return padded
-    return max((64, 128, MOST_PART), key=lambda part: (-(-head_dim // part) * -part, part))
 
 
 def launch_token_logits(

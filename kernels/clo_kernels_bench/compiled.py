@@ -133,6 +133,7 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
     "select_pages_32k": (select_pages_kernel, SELECT, {"BLOCK": 32768, "HELD": True, "PLACE": 4096}, 32),
     "select_pages_more": (select_pages_kernel, SELECT, {"BLOCK": 32768, "HELD": False, "PLACE": 4096}, 32),
     "page_logits": (page_logits_kernel, LOGITS, PAGE_LOGITS, 4),
+    "page_logits_256": (page_logits_kernel, LOGITS, PAGE_LOGITS | {"DIM": 256, "PART": 64}, 4),
     "page_logits_shared": (page_logits_kernel, LOGITS, PAGE_LOGITS | OF_ALL, 4),
     "fold_scores": (
         fold_scores_kernel,

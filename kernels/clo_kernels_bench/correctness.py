@@ -45,11 +45,11 @@ def verdicts(device: torch.device) -> Iterator[Verdict]:
         for name, variant, operation, arguments in variants(sizes):
             yield verdict(name, f"{label}, {variant}", operation, arguments)
         shared = dataclasses.replace(sizes, group=37, head_dim=112, value_dim=96)
-        yield from _of_shared_vectors(shared, f"{label}, shared vectors")
+        yield from verdicts_of_shared_vectors(shared, f"{label}, shared vectors")
     if device.type == "cuda":
         for name, (operation, arguments) in cases(timed_sizes(device)).items():
             yield verdict(name, "bfloat16, as timed", operation, arguments)
-        yield from _of_shared_vectors(wide_sizes(device), "bfloat16, shared vectors as timed")
+        yield from verdicts_of_shared_vectors(wide_sizes(device), "bfloat16, shared vectors as timed")
 
 
 def timed_sizes(device: torch.device) -> Sizes:
@@ -64,7 +64,7 @@ def wide_sizes(device: torch.device) -> Sizes:
     )
 
 
-def _of_shared_vectors(sizes: Sizes, label: str) -> Iterator[Verdict]:
+def verdicts_of_shared_vectors(sizes: Sizes, label: str) -> Iterator[Verdict]:
     """The operations that read or write vectors, plain and coded."""
     given = cases(sizes)
     for name in ("hit_test", "score_pages", "gather_pages", "sparse_decode_attention", "append_kv"):

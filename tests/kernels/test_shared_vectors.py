@@ -19,7 +19,7 @@ from clo_kernels.layout import Resolved, window_start
 from clo_kernels.page_index import IndexKind, entry_shape, hash_planes, page_index
 from clo_kernels.score_pages import score_pages
 from clo_kernels.sparse_decode_attention import Tiles, sparse_decode_attention
-from clo_kernels.token_logits import part_of
+from clo_kernels.token_logits import group_sizes
 from tests.kernels import oracle
 from tests.kernels.helpers import DEVICE, TOLERANCE, by_dtype, cases
 from tests.kernels.sequences import empty_kv, lay_out
@@ -176,11 +176,19 @@ def test_scores(kind, candidates, group, dim, pages, page_size, dtype, monkeypat
         torch.testing.assert_close(out.double().cpu(), expected, rtol=3e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("dim", "part"), [(64, 64), (80, 128), (256, 256), (264, 64), (320, 64), (512, 256), (576, 64), (640, 128)]
+@cases(
+    "dim group dtype part",
+    (576, 128, torch.bfloat16, 64),
+    (128, 8, torch.bfloat16, 128),
+    (80, 8, torch.half, 128),
+    (256, 8, torch.half, 64),
+    (128, 20, torch.half, 64),
+    (32, 3, torch.half, 32),
+    (128, 8, torch.float32, 32),
 )
-def test_parts_leave_little_of_the_last_one_over(dim, part):
-    assert part_of(dim) == part
+def test_what_is_multiplied_at_once(dim, group, dtype, part):
+    """As much as registers hold (see `test_ptx.py`)."""
+    assert group_sizes(torch.zeros(1, 2 * group, dim, dtype=dtype), 2)["PART"] == part
 
 
 # ---- a new token
@@ -191,7 +199,13 @@ def test_parts_leave_little_of_the_last_one_over(dim, part):
 @cases("kind page_size dim", *[(kind, 16, dim) for kind in (*IndexKind, None) for dim in (48, 576)], (None, 1, 48))
 def test_growing_equals_laying_out_at_once(kind, page_size, dim, coded, append):
     batch, heads, tokens, value_dim = 2, 2, 2 * page_size + 20, dim - 16
-    shape = {"sinks": min(3, page_size), "recent": 10, "max_tokens": tokens, "pinned_heads": (1,), "value_dim": value_dim}
+    shape = {
+        "sinks": min(3, page_size),
+        "recent": 10,
+        "max_tokens": tokens,
+        "pinned_heads": (1,),
+        "value_dim": value_dim,
+    }
     full = torch.randn(batch, heads, 1, tokens, dim).to(DEVICE, torch.float16)
     kv, expected = (empty_kv(batch, heads, 1, page_size, dim, **shape, dtype=full.dtype) for _ in range(2))
     kv = with_coded_slots(kv) if coded else kv
