@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from kinds import EVERY
+from kinds import EVERY, WITH_INDEXER
+from latent import indexer_design, latent_model
 from small import dense_logits, design, prompt, small_model
 
 from clo import presets
 from clo.engine.cuda import bar
 from clo.engine.cuda.machine import CudaMachine
 from clo.engine.decoder import Decoder
+from clo.engine.models.network import Network
 from clo.errors import EngineError, SpecError
 from clo.schedule import Lane, record_step
 from clo.specs import Design
@@ -125,6 +127,31 @@ class TestOtherKinds:
         tokens, model = prompt(110), EVERY[kind]()
         # in single precision torch loops over experts on the host, unless each has a product of its own
         model.config._experts_implementation = "batched_mm"
+        expected = decoded(model, chosen, tokens, 80)
+        found = decoded(model.cuda(), chosen, tokens, 80)
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+    @pytest.mark.parametrize("selector", ["page_minmax", "page_mean", "key_4bit", "sign_hash"])
+    def test_latent_attention_by_every_selector(self, selector: str) -> None:
+        tokens, model = prompt(110), latent_model("Youtu")
+        expected = decoded(model, on_cuda("clo", selector=selector), tokens, 80)
+        found = decoded(model.cuda(), on_cuda("clo", selector=selector), tokens, 80)
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+    def test_latent_attention_over_coded_pages(self) -> None:
+        tokens, model = prompt(110), latent_model("Youtu", kv_lora_rank=32, qk_rope_head_dim=16)
+        chosen = on_cuda("clo", page_coding="int8", tau=2.0)
+        expected = decoded(model, chosen, tokens, 80)
+        found = decoded(model.cuda(), chosen, tokens, 80)
+        assert (found - expected).norm() < 0.01 * expected.norm()
+
+    @pytest.mark.parametrize("kind", WITH_INDEXER)
+    @pytest.mark.parametrize("name", ["clo", "resolve", "resident-sparse"])
+    @pytest.mark.parametrize("sync", ["events", "graph"])
+    def test_what_the_model_s_own_indexer_chooses(self, kind: str, name: str, sync: str) -> None:
+        tokens, model = prompt(110), WITH_INDEXER[kind]()
+        model.config._experts_implementation = "batched_mm"
+        chosen = indexer_design(name, Network(model), sync=sync)
         expected = decoded(model, chosen, tokens, 80)
         found = decoded(model.cuda(), chosen, tokens, 80)
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)

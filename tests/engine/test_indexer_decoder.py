@@ -10,6 +10,8 @@ import pytest
 import torch
 from commands import refuse, run
 from forced import CLOSE, STEPS, TEXTS, assert_timeline_is_the_schedules, forced
+from hypothesis import given
+from hypothesis import strategies as st
 from latent import INDEXER, WITH_INDEXER, latent_model
 from latent import indexer_design as design
 from small import prompt
@@ -24,7 +26,7 @@ from clo.engine.decoder import Decoder
 from clo.engine.heads import heads_for
 from clo.engine.inline_decoder import InlineDecoder
 from clo.engine.layers import OffloadedLayer
-from clo.engine.layers.indexed import IndexerSelection
+from clo.engine.layers.indexed import IndexerSelection, best_pages
 from clo.engine.memory import cache_bytes
 from clo.engine.models import indexer as models_indexer
 from clo.engine.models.network import Network
@@ -222,6 +224,20 @@ class TestEveryKind:
     def test_what_leaves_a_model_whole_does_not_take_it(self, kind: str) -> None:
         with pytest.raises(SpecError, match="a model's own indexer chooses is decoded step by step only"):
             offload(latent_model(kind), "clo")
+
+
+@given(
+    st.lists(st.permutations(range(12)), min_size=1, max_size=3),
+    st.integers(1, 12),
+    st.lists(st.integers(0, 11), min_size=3, max_size=3),
+    st.integers(1, 12),
+)
+def test_the_best_of_what_was_chosen(orders: list[list[int]], top: int, candidates: list[int], budget: int) -> None:
+    chosen = torch.tensor(orders)[:, :top]
+    found = best_pages(chosen, torch.tensor(candidates[: len(orders)], dtype=torch.int32), budget)
+    for row, order, last in zip(found.tolist(), orders, candidates, strict=False):
+        pages = sorted([page for page in order[:top] if 1 <= page <= last][:budget])
+        assert row == pages + [NO_PAGE] * (budget - len(pages))
 
 
 @pytest.mark.parametrize("name", ["resident", "streamed"])

@@ -301,31 +301,34 @@ class TestTheSameAnswers:
         assert done.returncode == 0, done.stderr[-2000:]
         assert float(done.stdout) < 1e-4
 
+    @pytest.mark.parametrize("value_dim", [None, 8])
     @pytest.mark.parametrize("kind", [DenseLayer, StreamedLayer])
-    def test_a_dense_layer_by_the_kernel(self, kind: type[DenseLayer]) -> None:
+    def test_a_dense_layer_by_the_kernel(self, kind: type[DenseLayer], value_dim: int | None) -> None:
         torch.manual_seed(0)
-        shape = {"batch": 2, "num_query_heads": 6, "num_kv_heads": 2, "head_dim": 16, "max_tokens": 40}
-        rest = {"dtype": torch.float32, "device": CPU, "scale": 0.25}
+        heads = 2 if value_dim is None else 1
+        shape = {"batch": 2, "num_query_heads": 6, "num_kv_heads": heads, "head_dim": 16, "max_tokens": 40}
+        rest = {"dtype": torch.float32, "device": CPU, "scale": 0.25, "value_dim": value_dim}
         plain = kind(LayerShape(**shape, **rest))
         recorded = kind(LayerShape(**shape, **rest, recorded=True))
         recorded.by_kernel = True
-        prompts = [(torch.randn(2, tokens, 16), torch.randn(2, tokens, 16)) for tokens in (30, 17)]
+        widths = (16, 16) if value_dim is None else (value_dim, 16 - value_dim)
+        prompts = [[torch.randn(heads, tokens, width) for width in widths] for tokens in (30, 17)]
         for layer in (plain, recorded):
             for sequence, (keys, values) in enumerate(prompts):
                 layer.load(sequence, keys, values)
         lengths = [30, 17]
         for _ in range(5):
             lengths = [length + 1 for length in lengths]
-            new, query = torch.randn(2, 2, 2, 16), torch.randn(2, 6, 16)
+            new, query = [torch.randn(2, heads, 16) for _ in range(heads)], torch.randn(2, 6, 16)
             found = [decoded(layer, new, query, lengths) for layer in (plain, recorded)]
             torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
 
 
-def decoded(layer: DenseLayer, new: torch.Tensor, query: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """One step of a layer."""
+def decoded(layer: DenseLayer, new: list[torch.Tensor], query: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """One step of a layer, of `new` keys and values or of what is both."""
     device_lengths = torch.tensor(lengths, dtype=torch.int32)
     layer.begin(lengths)
-    layer.append(*new, device_lengths)
+    layer.append(new[0], new[1] if len(new) > 1 else None, device_lengths)
     if isinstance(layer, StreamedLayer):
         layer.copy(Stage.DEMAND, 4)
     return layer.attend(query, device_lengths)
