@@ -1,5 +1,5 @@
 """Decode steps of a Llama-3-8B shape with 128K tokens under several designs, on a CUDA device: `python3
-benchmarks/decode_designs.py --out decode.json`. **Not yet run on a GPU.**
+benchmarks/decode_designs.py --out decode.json`; of another shape with `--model`. **Not yet run on a GPU.**
 
 Random weights and a made-up context, the same for every design. For each design: TPOT of steps whose operations are not
 timed (median, 10th and 90th percentile of all in the file), bytes over the link, what share of a pinned copy's rate
@@ -29,6 +29,7 @@ from clo.engine.random_weights import need_device, random_model, random_prompt
 from clo.engine.run import result_of
 from clo.errors import CloError
 from clo.specs import Design, ModelSpec
+from clo.specs.cut import first_layers
 
 CONTEXT = 130_816
 """With the tokens that follow at most 2**17: pinned memory comes in powers of two."""
@@ -47,12 +48,14 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300, help="begin no design after this (default 300)")
     parser.add_argument("--context", type=int, default=CONTEXT, help="tokens before the first step")
     parser.add_argument("--model", default="llama-3-8b", help="preset: only its shape")
+    parser.add_argument("--layers", type=int, help="the first layers only (default: as many as fit)")
     parser.add_argument("--steps", type=int, default=16, help="steps to measure, after three more")
     options = parser.parse_args()
     need_device("cuda")
     end = time.monotonic() + options.seconds
     device = torch.device("cuda", 0)
-    shape = fitting(presets.load_model(options.model), options.context, device)
+    memory = 0.85 * torch.cuda.get_device_properties(device).total_memory
+    shape = fitting(presets.load_model(options.model), options.context, memory, options.layers)
     network = Network(random_model(shape, dtype=torch.bfloat16, device=device), shape.name)
     prompt = random_prompt(network, options.context)
     link = copy_rate(device)
@@ -71,7 +74,8 @@ def main() -> int:
             report["left_out"].append(f"{name}: {lost or 'no time left'}")
             continue
         try:
-            row = measured(network, presets.load_design(name).as_without_head_profile(), prompt, options.steps, link)
+            design = presets.load_design(name, shape).as_without_head_profile()
+            row = measured(network, design, prompt, options.steps, link)
         except (CloError, RuntimeError) as error:
             report["left_out"].append(f"{name}: {str(error).splitlines()[0]}")
             print(report["left_out"][-1], flush=True)
@@ -96,14 +100,14 @@ def returned(device: torch.device) -> bool:
     return True
 
 
-def fitting(shape: ModelSpec, context: int, device: torch.device) -> ModelSpec:
-    """As many layers as leave room for the prompt and a copy of it on the device."""
-    memory = 0.85 * torch.cuda.get_device_properties(device).total_memory
-    for layers in range(shape.num_layers, 0, -1):
-        smaller = shape.with_fields(num_layers=layers)
+def fitting(shape: ModelSpec, context: int, memory: float, most: int | None = None) -> ModelSpec:
+    """The first layers, `most` of them or as many as leave room for the prompt and a copy of it in `memory`."""
+    fewest = shape.whole_layers[0] + 1
+    for layers in range(min(shape.num_layers, most or shape.num_layers), fewest, -1):
+        smaller = first_layers(shape, layers)
         if smaller.weight_bytes + 2.5 * layers * context * shape.layer_token_bytes < memory:
             return smaller
-    return shape.with_fields(num_layers=1)
+    return first_layers(shape, fewest)
 
 
 def copy_rate(device: torch.device) -> float:

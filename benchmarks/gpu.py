@@ -87,7 +87,7 @@ STEPS = (
     Step(
         "bench",
         ("kernels/bench.py", "--out", "{out}/bench.json", "--seconds", "{seconds}"),
-        140,
+        130,
         ("triton",),
         last_s=18.0,  # a figure takes a second or two, and what an interrupt finds is written
     ),
@@ -125,7 +125,17 @@ STEPS = (
         38,
         CLO_NEEDS,
     ),
-    Step("memory-checker", (*PYTEST, "tests/kernels/test_sanitizer.py", "-rs"), 40, ("pytest", "triton"), workers=1),
+    Step(
+        "decode-128k-latent",
+        (
+            *("benchmarks/decode_designs.py", "--model", "deepseek-v3", "--layers", "3"),
+            *("--out", "{out}/decode-latent.json", "--seconds", "{seconds}"),
+        ),
+        20,
+        ("transformers", "pydantic", "triton"),
+        last_s=10.0,
+    ),
+    Step("memory-checker", (*PYTEST, "tests/kernels/test_sanitizer.py", "-rs"), 30, ("pytest", "triton"), workers=1),
 )
 
 
@@ -269,8 +279,9 @@ def summary(environment: dict[str, object], outcomes: Sequence[Outcome], out: Pa
     lines += [f"| {outcome.step} | {outcome.result} | {outcome.seconds:.0f} |" for outcome in outcomes]
     if (out / "bench.json").exists():
         lines += ["", *bench_lines(json.loads((out / "bench.json").read_text(encoding="utf-8")))]
-    if (out / "decode.json").exists():
-        lines += ["", *decode_lines(json.loads((out / "decode.json").read_text(encoding="utf-8")))]
+    for decode in (out / name for name in ("decode.json", "decode-latent.json")):
+        if decode.exists():
+            lines += ["", *decode_lines(json.loads(decode.read_text(encoding="utf-8")))]
     if (out / "verdict" / "verdict.md").exists():
         lines += ["", (out / "verdict" / "verdict.md").read_text(encoding="utf-8")]
     return "\n".join(lines) + "\n"

@@ -17,6 +17,7 @@ import pytest
 import torch
 from small import design, small_model
 
+from clo import presets
 from clo.engine.models.network import Network
 from clo.engine.random_weights import random_prompt
 from clo_calibration import device_benchmarks as benchmarks
@@ -186,6 +187,16 @@ def test_a_design_s_row_adds_up(decode_designs: ModuleType, monkeypatch: pytest.
     assert (row["h2d_bytes_per_step"] > 0) is (name != "resident")
     assert row["timed_tpot_s"] == pytest.approx(sum(row["busy_s"].values()) + sum(row["stalls_s"].values()))
     assert name in decode_designs.line(row)
+
+
+def test_as_many_layers_as_fit(decode_designs: ModuleType) -> None:
+    deepseek, hybrid = presets.load_model("deepseek-v3"), presets.load_model("qwen3-next-80b-a3b")
+    assert decode_designs.fitting(deepseek, 130_816, 120e9, 3).experts is None
+    shape = decode_designs.fitting(deepseek, 130_816, 120e9)
+    assert shape.num_layers > 3
+    assert shape.weight_bytes + 2.5 * 130_816 * shape.num_layers * shape.layer_token_bytes < 120e9
+    assert decode_designs.fitting(deepseek, 130_816, 1e15) == deepseek
+    assert decode_designs.fitting(hybrid, 130_816, 1.0).num_layers == hybrid.whole_layers[0] + 1
 
 
 def test_without_a_device_one_line_says_so(tmp_path: Path) -> None:
