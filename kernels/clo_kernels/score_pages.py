@@ -183,6 +183,6 @@ def score_pages(
             MEMBERS=members,
             BLOCKS_PAD=blocks_pad,
             BLOCK=FOLD_BLOCK,
-            num_warps=4,
+            num_warps=4 if blocks_pad <= FOLD_VALUES else 8,
         )
     return out

@@ -144,8 +144,8 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
     "fold_scores_many": (
         fold_scores_kernel,
         "*u8/16 *fp32/16 *fp32/16 *fp32/16 *fp32/16 i32 i32",
-        {"GROUP": 128, "MEMBERS": 1, "BLOCKS_PAD": 8192, "BLOCK": 1024},
-        4,
+        {"GROUP": 128, "MEMBERS": 1, "BLOCKS_PAD": 16384, "BLOCK": 1024},
+        8,
     ),
     "token_logits_4bit": (token_logits_kernel, LOGITS_OF_TOKENS, TOKEN_LOGITS | {"HASHED": False}, 4),
     "token_logits_hash": (token_logits_kernel, LOGITS_OF_TOKENS, TOKEN_LOGITS | {"HASHED": True}, 4),
