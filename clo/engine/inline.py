@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from clo.engine.layers import OffloadedLayer
+from clo.engine.layers.selection import candidates
 from clo.engine.words import wait_for_device
 from clo.plan import DecodePlan
 from clo.schedule.ops import Stage
@@ -69,8 +70,9 @@ def _choose(layer: OffloadedLayer, stage: Stage, query: torch.Tensor, lengths: t
 
 
 def _select(layer: OffloadedLayer, stage: Stage, query: torch.Tensor, lengths: torch.Tensor) -> None:
-    layer.score(stage, query, lengths)
-    layer.select(stage, lengths)
+    usable = candidates(layer.design, lengths)
+    layer.score(stage, query, lengths, usable)
+    layer.select(stage, usable)
     if layer.design.cache in (Cache.LRU, Cache.HEAD_REUSE):
         if layer.residency.on_cpu:
             layer.residency.letter(stage).bring()

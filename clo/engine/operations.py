@@ -18,6 +18,7 @@ from clo.engine.inline import predicts
 from clo.engine.latent_queries import LatentQueries
 from clo.engine.layers import Layer, LinearLayer, OffloadedLayer, StreamedLayer
 from clo.engine.layers.indexed import IndexerSelection
+from clo.engine.layers.selection import candidates
 from clo.engine.models.indexer import Indexer, Seen
 from clo.engine.models.mlp import add
 from clo.engine.models.network import Asked, Network, Rotation
@@ -45,7 +46,7 @@ class Operations:
         self._finite = torch.ones((), dtype=torch.bool)
         self.logits = torch.empty(0)
         nothing = torch.empty(0)
-        self._hidden = self._normed = self._attended = self._activated = nothing
+        self._hidden = self._normed = self._attended = self._activated = self._candidates = nothing
         self._asked, self._latent = Asked(nothing, nothing, nothing), LatentQueries(network)
         self._gate_up, self._routed = (nothing, nothing), (nothing, nothing)
         self._of_mlp: torch.Tensor | None = None
@@ -73,6 +74,8 @@ class Operations:
         self.lengths += 1
         self._hidden = self.network.embed(self._tokens)
         self._rotations = self.network.rotations(self._hidden, self.lengths.long() - 1)
+        if any(isinstance(layer, OffloadedLayer) for layer in self.layers):
+            self._candidates = candidates(self.plan.design, self.lengths)
         self._predicted.clear()
 
     def check(self) -> None:
@@ -185,7 +188,7 @@ class Operations:
 
     def _score_pages(self, stage: Stage, layer: int) -> None:
         self._who_selects(stage, layer)
-        self._offloaded(layer).score(stage, self._query_of(stage, layer), self.lengths)
+        self._offloaded(layer).score(stage, self._query_of(stage, layer), self.lengths, self._candidates)
 
     def _who_selects(self, stage: Stage, layer: int) -> None:
         kv, design = self._offloaded(layer), self.plan.design
@@ -206,11 +209,11 @@ class Operations:
         of = Stage.DEMAND if self.plan.design.speculates_last_step else stage
         kv.selection.ask(stage, partial(self._indexer(layer).choose, self._seen[of, layer]))
         self._who_selects(stage, layer)
-        kv.score(stage, self._query_of(stage, layer), self.lengths)
-        kv.select(stage, self.lengths)
+        kv.score(stage, self._query_of(stage, layer), self.lengths, self._candidates)
+        kv.select(stage, self._candidates)
 
     def _select_pages(self, stage: Stage, layer: int) -> None:
-        self._offloaded(layer).select(stage, self.lengths)
+        self._offloaded(layer).select(stage, self._candidates)
 
     def _resolve_pages(self, stage: Stage, layer: int) -> None:
         self._offloaded(layer).resolve(stage)

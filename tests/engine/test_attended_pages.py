@@ -108,7 +108,8 @@ class TestWhatIsAttended:
             scores = []
             with torch.inference_mode():
                 for _ in range(2):
-                    selection.score(stage, operations._real[2], operations.lengths, everyone)
+                    lengths, usable = operations.lengths, operations._candidates
+                    selection.score(stage, operations._real[2], lengths, usable, everyone)
                     scores.append(selection.scores[stage].clone())
                     selection.keys[:, :, 90] = 100 * operations._real[2][:, ::3]
         assert torch.equal(*scores) == same

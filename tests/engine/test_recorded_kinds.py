@@ -110,6 +110,8 @@ class Whole:
         """What `layer` would ask by the input of one `distance` before it, `[tokens, heads, head_dim]`."""
         decoder, attention = self.network.decoder, self.network.layers[layer].self_attn
         hidden, positions = self.inputs[layer - distance], torch.arange(TOKENS.shape[1])[None]
+        if hasattr(decoder.rotary_emb, "mrope_section"):  # of text, and of both sides of images
+            positions = positions.expand(3, -1, -1)
         kinds = getattr(decoder.config, "layer_types", None)
         by_kind = (kinds[layer],) if self.network._rotates_by_kind else ()
         turned = decoder.rotary_emb(hidden, positions, *by_kind)

@@ -21,6 +21,7 @@ class DenseLayer:
         # a kernel reads lengths on the device; torch's attention wants them, or a mask, from the host
         self.by_kernel = shape.apart
         self._kernels, self._pinned = shape.kernels, _as_pinned(self.kv, shape.value_dim)
+        self._no_pages = self._pinned.slots.transpose(1, 2)
         self._no_slots = torch.full((shape.batch, shape.num_kv_heads, 1), NO_SLOT, dtype=INT32, device=shape.device)
         self._tokens: list[int] = []
 
@@ -43,6 +44,9 @@ class DenseLayer:
 
         Without a `value` the key is both.
         """
+        if self.by_kernel:
+            self._kernels.append_kv(key, value, lengths, self._pinned, self._no_pages, None)
+            return
         rows = torch.arange(len(lengths), device=self.kv.device)
         self.kv[rows, :, 0, lengths.long() - 1] = key
         if value is not None:

@@ -21,10 +21,8 @@ Chooser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class IndexerSelection(Selection):
     """Pages of one token each. `index` `[batch, max_tokens, key_dim]`: the indexer's key of every token."""
 
-    def __init__(
-        self, design: Design, shape: LayerShape, *, num_pages: int, budget: int, always_attended: int, key_dim: int
-    ) -> None:
-        super().__init__(design, shape, num_pages=num_pages, budget=budget, always_attended=always_attended)
+    def __init__(self, design: Design, shape: LayerShape, *, num_pages: int, budget: int, key_dim: int) -> None:
+        super().__init__(design, shape, num_pages=num_pages, budget=budget)
         size = (shape.batch, shape.max_tokens, key_dim)
         self.index = torch.zeros(size, dtype=shape.dtype, device=shape.device)
         self._ask: dict[Stage, Chooser] = {}
@@ -42,7 +40,14 @@ class IndexerSelection(Selection):
         """Whom to ask when `stage` scores."""
         self._ask[stage] = chooser
 
-    def score(self, stage: Stage, query: torch.Tensor, lengths: torch.Tensor, missed: torch.Tensor) -> None:
+    def score(
+        self,
+        stage: Stage,
+        query: torch.Tensor,
+        lengths: torch.Tensor,
+        candidates: torch.Tensor,
+        missed: torch.Tensor,
+    ) -> None:
         """What the indexer chooses, unless no head selects."""
         longest = self._shape.max_tokens
         if not (self._shape.apart or self._shape.recorded):  # else the host would have to wait for what it asks
@@ -53,10 +58,10 @@ class IndexerSelection(Selection):
         known = lengths - int(stage is Stage.PREFETCH and not self._design.speculates_last_step)
         self._found[stage] = self._ask[stage](self.index[:, :longest], known)
 
-    def select(self, stage: Stage, lengths: torch.Tensor, missed: torch.Tensor) -> None:
+    def select(self, stage: Stage, candidates: torch.Tensor, missed: torch.Tensor) -> None:
         """Of what was chosen the best pages that are not attended anyway."""
         if (found := self._found.get(stage)) is not None:
-            best = best_pages(found, self.candidates(lengths), self.pages.shape[2])
+            best = best_pages(found, candidates, self.pages.shape[2])
             _take(self.pages, best[:, None], missed)
         self.chosen[stage].copy_(self.pages)
 
@@ -64,16 +69,21 @@ class IndexerSelection(Selection):
 class SharedSelection(Selection):
     """What `source`, the selection of an earlier layer, chose last: this layer has no indexer."""
 
-    def __init__(
-        self, design: Design, shape: LayerShape, *, num_pages: int, budget: int, always_attended: int, source: Selection
-    ) -> None:
-        super().__init__(design, shape, num_pages=num_pages, budget=budget, always_attended=always_attended)
+    def __init__(self, design: Design, shape: LayerShape, *, num_pages: int, budget: int, source: Selection) -> None:
+        super().__init__(design, shape, num_pages=num_pages, budget=budget)
         self._source = source
 
-    def score(self, stage: Stage, query: torch.Tensor, lengths: torch.Tensor, missed: torch.Tensor) -> None:
+    def score(
+        self,
+        stage: Stage,
+        query: torch.Tensor,
+        lengths: torch.Tensor,
+        candidates: torch.Tensor,
+        missed: torch.Tensor,
+    ) -> None:
         """Done by the earlier layer."""
 
-    def select(self, stage: Stage, lengths: torch.Tensor, missed: torch.Tensor) -> None:
+    def select(self, stage: Stage, candidates: torch.Tensor, missed: torch.Tensor) -> None:
         """The same pages, of the heads that chose anew."""
         _take(self.pages, self._source.chosen[stage], missed)
         self.chosen[stage].copy_(self.pages)

@@ -75,7 +75,7 @@ class OffloadedLayer:
         self._leaving: list[tuple[int, int]] = []
 
     def _selection(self, num_pages: int, budget: int, indexer: IndexerSpec | None) -> Selection:
-        sizes = {"num_pages": num_pages, "budget": budget, "always_attended": self.attended_kv.recent_tokens}
+        sizes = {"num_pages": num_pages, "budget": budget}
         if not self.design.asks_indexer:
             return Selection(self.design, self.shape, **sizes)
         if self.follows is not None:
@@ -227,16 +227,16 @@ class OffloadedLayer:
             kept = self.format.kept(self._window_page(sequence, page))
             self.host_pages[sequence, page].copy_(kept, non_blocking=True)
 
-    def score(self, stage: Stage, query: torch.Tensor, lengths: torch.Tensor) -> None:
+    def score(self, stage: Stage, query: torch.Tensor, lengths: torch.Tensor, candidates: torch.Tensor) -> None:
         """Scores of the candidate pages of heads that missed."""
-        self.selection.score(stage, query, lengths, self.gate.missed[stage])
+        self.selection.score(stage, query, lengths, candidates, self.gate.missed[stage])
 
-    def select(self, stage: Stage, lengths: torch.Tensor) -> None:
+    def select(self, stage: Stage, candidates: torch.Tensor) -> None:
         """The budget's best pages of heads that missed."""
         missed = self.gate.missed[stage]
         if self.follows is not None:
             missed.copy_(self.follows.gate.missed[stage])
-        self.selection.select(stage, lengths, missed)
+        self.selection.select(stage, candidates, missed)
         self._selected.add(stage)
         self._last_selected = stage
         if self.design.cache is Cache.RESIDENT:

@@ -15,15 +15,23 @@ from clo_kernels.layout import INT32, NO_PAGE
 from clo_kernels.page_index import IndexKind, entry_shape, hash_planes, page_index
 
 
+def candidates(design: Design, lengths: torch.Tensor) -> torch.Tensor:
+    """Pages 1 to this number may be selected, int32 `[batch]`, of sequences of `lengths` tokens, the new one included.
+
+    The same in every layer, so once a step. The page that left the window in this step is still attended there.
+    """
+    start = (lengths - design.recent_window_tokens - 1).clamp(min=0) // design.page_size
+    return (start - 1).clamp(min=0).to(INT32)
+
+
 class Selection:
     """The selected pages of one layer, `pages` `[batch, kv_heads, budget]`, and what they are selected by.
 
-    `always_attended`: tokens at the end of a sequence that no page is selected from. `keys` is there for the exact
-    selector alone, `[batch, kv_heads, max_tokens, head_dim]`.
+    `keys` is there for the exact selector alone, `[batch, kv_heads, max_tokens, head_dim]`.
     """
 
-    def __init__(self, design: Design, shape: LayerShape, *, num_pages: int, budget: int, always_attended: int) -> None:
-        self._design, self._shape, self._always_attended = design, shape, always_attended
+    def __init__(self, design: Design, shape: LayerShape, *, num_pages: int, budget: int) -> None:
+        self._design, self._shape = design, shape
         self._kernels, self._device = shape.kernels, shape.device
         self.index = self._empty_index(num_pages)
         hashed = self.kind is IndexKind.SIGN_HASH
@@ -79,14 +87,15 @@ class Selection:
             rows = torch.arange(len(lengths), device=key.device)
             self.keys[rows, :, lengths.long() - 1] = key
 
-    def candidates(self, lengths: torch.Tensor) -> torch.Tensor:
-        """Pages 1 to this number may be selected, int32 `[batch]`."""
-        start = (lengths - self._always_attended).clamp(min=0) // self._design.page_size
-        return (start - 1).clamp(min=0).to(INT32)
-
-    def score(self, stage: Stage, query: torch.Tensor, lengths: torch.Tensor, missed: torch.Tensor) -> None:
+    def score(
+        self,
+        stage: Stage,
+        query: torch.Tensor,
+        lengths: torch.Tensor,
+        candidates: torch.Tensor,
+        missed: torch.Tensor,
+    ) -> None:
         """Scores of the candidate pages of heads that missed, by `query` `[batch, query_heads, head_dim]`."""
-        candidates = self.candidates(lengths)
         if self._design.selector is Selector.EXACT:
             # a query made ahead of its layer is scored while that layer may be storing its newest key
             ahead = stage is Stage.PREFETCH and not self._design.speculates_last_step
@@ -113,7 +122,7 @@ class Selection:
             scores[:, 1 : count + 1] = mass[:, size : (count + 1) * size].unflatten(1, (count, size)).sum(-1)
             out[b, missed[b]] = scores[missed[b]]
 
-    def select(self, stage: Stage, lengths: torch.Tensor, missed: torch.Tensor) -> None:
+    def select(self, stage: Stage, candidates: torch.Tensor, missed: torch.Tensor) -> None:
         """The budget's best pages of heads that missed."""
-        self._kernels.select_pages(self.scores[stage], self.candidates(lengths), missed, self.pages)
+        self._kernels.select_pages(self.scores[stage], candidates, missed, self.pages)
         self.chosen[stage].copy_(self.pages)
