@@ -88,23 +88,29 @@ def fold_scores_kernel(
     GROUP: tl.constexpr,
     MEMBERS: tl.constexpr,
     BLOCKS_PAD: tl.constexpr,
+    BLOCKS_PART: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     if tl.load(missed + row) != 0:
         page = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        block = tl.arange(0, BLOCKS_PAD)
         share = tl.zeros([BLOCK], tl.float32)
         for first in range(0, GROUP, MEMBERS):
             member = first + tl.arange(0, MEMBERS)
             in_group = (member < GROUP)[:, None]
             head = (row * GROUP + member)[:, None]
-            given = in_group & (block < num_blocks)[None, :]
-            peak = tl.load(peaks + head * num_blocks + block[None, :], mask=given, other=float("-inf"))
-            total = tl.load(totals + head * num_blocks + block[None, :], mask=given, other=0.0)
-            highest = tl.max(peak, 1)[:, None]
+            highest = tl.full([MEMBERS, 1], float("-inf"), tl.float32)
+            total = tl.zeros([MEMBERS, 1], tl.float32)
+            for start in range(0, BLOCKS_PAD, BLOCKS_PART):
+                block = start + tl.arange(0, BLOCKS_PART)
+                given = in_group & (block < num_blocks)[None, :]
+                peak = tl.load(peaks + head * num_blocks + block[None, :], mask=given, other=float("-inf"))
+                sums = tl.load(totals + head * num_blocks + block[None, :], mask=given, other=0.0)
+                raised = tl.maximum(highest, tl.max(peak, 1)[:, None])
+                base = tl.where(raised == float("-inf"), 0.0, raised)
+                total = total * tl.exp(highest - base) + tl.sum(sums * tl.exp(peak - base), 1)[:, None]
+                highest = raised
             highest = tl.where(highest == float("-inf"), 0.0, highest)
-            total = tl.sum(total * tl.exp(peak - highest), 1)[:, None]
             total = tl.where(total > 0, total, 1.0)  # no candidates
             inside = in_group & (page < num_pages)[None, :]
             logit = tl.load(logits + head * num_pages + page[None, :], mask=inside, other=float("-inf"))
@@ -172,7 +178,8 @@ def score_pages(
                 num_warps=4,
             )
         blocks_pad = int(triton.next_power_of_2(num_blocks))
-        members = max(1, min(int(triton.next_power_of_2(group)), FOLD_VALUES // max(FOLD_BLOCK, blocks_pad)))
+        blocks_part = min(blocks_pad, FOLD_VALUES)
+        members = max(1, min(int(triton.next_power_of_2(group)), FOLD_VALUES // max(FOLD_BLOCK, blocks_part)))
         fold_scores_kernel[(batch * heads, triton.cdiv(num_pages, FOLD_BLOCK))](
             missed.view(torch.uint8),
             *statistics,
@@ -182,7 +189,8 @@ def score_pages(
             GROUP=group,
             MEMBERS=members,
             BLOCKS_PAD=blocks_pad,
+            BLOCKS_PART=blocks_part,
             BLOCK=FOLD_BLOCK,
-            num_warps=4 if blocks_pad <= FOLD_VALUES else 8,
+            num_warps=4,
         )
     return out

@@ -138,14 +138,14 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
     "fold_scores": (
         fold_scores_kernel,
         "*u8/16 *fp32/16 *fp32/16 *fp32/16 *fp32/16 i32 i32",
-        {"GROUP": 8, "MEMBERS": 8, "BLOCKS_PAD": 256, "BLOCK": 1024},
+        {"GROUP": 8, "MEMBERS": 8, "BLOCKS_PAD": 256, "BLOCKS_PART": 256, "BLOCK": 1024},
         4,
     ),
     "fold_scores_many": (
         fold_scores_kernel,
         "*u8/16 *fp32/16 *fp32/16 *fp32/16 *fp32/16 i32 i32",
-        {"GROUP": 128, "MEMBERS": 1, "BLOCKS_PAD": 16384, "BLOCK": 1024},
-        8,
+        {"GROUP": 128, "MEMBERS": 1, "BLOCKS_PAD": 16384, "BLOCKS_PART": 8192, "BLOCK": 1024},
+        4,
     ),
     "token_logits_4bit": (token_logits_kernel, LOGITS_OF_TOKENS, TOKEN_LOGITS | {"HASHED": False}, 4),
     "token_logits_hash": (token_logits_kernel, LOGITS_OF_TOKENS, TOKEN_LOGITS | {"HASHED": True}, 4),

@@ -45,8 +45,10 @@ def exact(query, index, candidates, scale):
     ((130,), 2, 8, 128, 131),
     ((40, 7), 1, 3, 80, 42),
 )
-def test_agrees_with_float64(candidates, heads, group, dim, pages, vectors, dtype, monkeypatch):
+@pytest.mark.parametrize("fold_values", [8192, 2])
+def test_agrees_with_float64(candidates, heads, group, dim, pages, vectors, dtype, fold_values, monkeypatch):
     monkeypatch.setattr(module, "FOLD_BLOCK", 64)
+    monkeypatch.setattr(module, "FOLD_VALUES", fold_values)  # two: blocks are folded in parts, as very many are
     batch = len(candidates)
     query = torch.randn(batch, heads * group, dim).to(DEVICE, dtype)
     index = page_index(torch.randn(batch, heads, pages, 4, dim).to(DEVICE, dtype), vectors)
