@@ -144,7 +144,7 @@ class Operations:
         self._asked = self._latent.mapped(layer)
         if (ahead := self._latent.predicted()) is not None:
             target, query = ahead
-            rotated, _ = self.network.rotate(query, query, self._rotations[target])
+            rotated, _ = self.network.rotate(query, query[:, :1], self._rotations[target])
             self._predicted[target] = rotated[:, :, 0].contiguous()
 
     def _map_outputs(self, _stage: Stage, layer: int) -> None:

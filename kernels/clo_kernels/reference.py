@@ -216,6 +216,31 @@ def append_kv(
                 kv.sinks[b, h, :, token] = new[b, h]
 
 
+def rotate(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cosines: torch.Tensor,
+    sines: torch.Tensor,
+    *,
+    first: int = 0,
+    paired: bool = False,
+    out_query: torch.Tensor,
+    out_key: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `clo_kernels.rotate`."""
+    end = first + cosines.shape[1]
+
+    def turned(vectors: torch.Tensor) -> torch.Tensor:
+        own = vectors[..., first:end]
+        if paired:
+            own = own.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        low, high = own.chunk(2, -1)
+        whole = own * cosines[:, None] + torch.cat([-high, low], -1) * sines[:, None]
+        return torch.cat([vectors[..., :first], whole, vectors[..., end:]], -1)
+
+    return out_query.copy_(turned(query)), out_key.copy_(turned(key))
+
+
 def ring_doorbell(sequence: torch.Tensor, message: torch.Tensor, mailbox: torch.Tensor, doorbell: torch.Tensor) -> None:
     """See `clo_kernels.ring_doorbell`."""
     mailbox.copy_(message)

@@ -25,6 +25,7 @@ from clo_kernels.gather_pages import gather_pages_kernel
 from clo_kernels.hit_test import hit_test_kernel
 from clo_kernels.resolve_pages import MAX_BUDGET, variant
 from clo_kernels.ring_doorbell import ring_doorbell_kernel
+from clo_kernels.rotate import rotate_kernel
 from clo_kernels.score_pages import fold_scores_kernel, page_logits_kernel
 from clo_kernels.select_pages import select_pages_kernel
 from clo_kernels.sparse_decode_attention import attend_split_kernel, merge_splits_kernel
@@ -52,6 +53,7 @@ TOKEN_LOGITS: dict[str, Any] = {
 }  # fmt: skip
 OF_ALL: dict[str, Any] = {"GROUP": 128, "MEMBERS": 32, "DIM": 576, "PART": 64}
 """128 query heads that share one vector a token (latent attention)."""
+ROTATE = "*bf16/16 *bf16/16 *bf16/16 *bf16/16 *bf16/16 *bf16/16 i32 i32"
 LOGITS = "*bf16/16 *bf16/16 *i32/16 *u8/16 *fp32/16 *fp32/16 *fp32/16 fp32 i32 i32 i32"
 LOGITS_OF_TOKENS = "*bf16/16 *i32/16 *fp32/16 *i32/16 *i32/16 *u8/16 *fp32/16 *fp32/16 *fp32/16 fp32 i32 i32 i32"
 PAGE_LOGITS: dict[str, Any] = {
@@ -145,6 +147,13 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
         fold_scores_kernel,
         "*u8/16 *fp32/16 *fp32/16 *fp32/16 *fp32/16 i32 i32",
         {"GROUP": 128, "MEMBERS": 1, "BLOCKS_PAD": 16384, "BLOCKS_PART": 8192, "BLOCK": 1024},
+        4,
+    ),
+    "rotate": (rotate_kernel, ROTATE, {"FIRST": 0, "ROTATED": 128, "DIM": 128, "DIM_PAD": 128, "PAIRED": False}, 1),
+    "rotate_shared": (
+        rotate_kernel,
+        ROTATE,
+        {"FIRST": 512, "ROTATED": 64, "DIM": 576, "DIM_PAD": 1024, "PAIRED": True},
         4,
     ),
     "token_logits_4bit": (token_logits_kernel, LOGITS_OF_TOKENS, TOKEN_LOGITS | {"HASHED": False}, 4),

@@ -19,6 +19,7 @@ from clo_kernels.layout import Resolved
 from clo_kernels.page_index import IndexKind, entry_shape, hash_planes, page_index
 from clo_kernels.resolve_pages import resolve_pages
 from clo_kernels.ring_doorbell import ring_doorbell
+from clo_kernels.rotate import rotate
 from clo_kernels.score_pages import score_pages
 from clo_kernels.select_pages import select_pages
 from clo_kernels.sparse_decode_attention import sparse_decode_attention
@@ -67,7 +68,7 @@ def wide_sizes(device: torch.device) -> Sizes:
 def verdicts_of_shared_vectors(sizes: Sizes, label: str) -> Iterator[Verdict]:
     """The operations that read or write vectors, plain and coded."""
     given = cases(sizes)
-    for name in ("hit_test", "score_pages", "gather_pages", "sparse_decode_attention", "append_kv"):
+    for name in ("hit_test", "score_pages", "gather_pages", "sparse_decode_attention", "append_kv", "rotate"):
         yield verdict(name, label, *given[name])
     for name, variant, operation, arguments in variants(sizes):
         if name != "resolve_pages":
@@ -189,6 +190,7 @@ def cases(sizes: Sizes) -> dict[str, tuple[Callable[..., Any], Arguments]]:
                 "index": torch.full(index.shape, dtype=sizes.dtype, **nan),
             },
         ),
+        "rotate": (rotate, _rotation_arguments(sizes)),
         "ring_doorbell": (ring_doorbell, _doorbell_arguments(sizes.device)),
         "wait_ready": (wait_ready, _waiting_arguments(sizes.device)),
     }
@@ -224,6 +226,23 @@ def _hit_test_arguments(sizes: Sizes) -> Arguments:
     out = torch.zeros(sizes.rows, dtype=torch.bool, device=sizes.device)
     tau = torch.tensor([0.2, -0.2], device=sizes.device).repeat(sizes.kv_heads // 2)
     return {"query": query, "anchor": anchor, "tau": tau, "out": out}
+
+
+def _rotation_arguments(sizes: Sizes) -> Arguments:
+    """All values, in halves; of a vector that is key and value in one its last values, in pairs."""
+    query, key = problems.random_query(sizes), torch.randn((*sizes.rows, sizes.head_dim), device=sizes.device)
+    key, rotated = key.to(sizes.dtype), sizes.head_dim - (sizes.value_dim or 0)
+    angles = torch.rand(sizes.batch, rotated, device=sizes.device) * torch.pi
+    return {
+        "query": query,
+        "key": key,
+        "cosines": angles.cos().to(sizes.dtype),
+        "sines": angles.sin().to(sizes.dtype),
+        "first": sizes.head_dim - rotated,
+        "paired": sizes.value_dim is not None,
+        "out_query": torch.full_like(query, float("nan")),
+        "out_key": torch.full_like(key, float("nan")),
+    }
 
 
 def _poisoned(selection: torch.Tensor) -> Resolved:

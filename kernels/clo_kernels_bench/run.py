@@ -25,6 +25,7 @@ from clo_kernels_bench.host_costs import flag_figures, host_figures
 from clo_kernels_bench.peaks import Peaks, measure_peaks, sheet_bytes_per_s
 from clo_kernels_bench.selection import resolve_figures, selection_figures
 from clo_kernels_bench.shared_vectors import shared_vector_figures
+from clo_kernels_bench.small_operations import small_operation_figures
 from clo_kernels_bench.transfers import gather_figures, interference_figures, pinned_storage
 
 Say = Callable[[str], None]
@@ -143,6 +144,7 @@ def _sections(report: Report, device: torch.device, end: float, *, quick: bool, 
         "launches and synchronisation": lambda: host_figures(device, quick=quick),
         "scores and selection": lambda: selection_figures(device, limits(), quick=quick),
         "vectors that are key and value in one": lambda: shared_vector_figures(device, limits(), quick=quick),
+        "what a layer does to one token beside": lambda: small_operation_figures(device, quick=quick),
         "registers and shared memory": lambda: _compiled(report, end, say),
     }
 

@@ -157,6 +157,13 @@ class TestOtherKinds:
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
 
     @pytest.mark.parametrize("kind", EVERY)
+    def test_norms_and_rotations_are_one_launch_each(self, kind: str) -> None:
+        network = Network(EVERY[kind](dtype=torch.bfloat16).cuda())
+        assert len(network._norms) > 2 * len(network.spec.whole_layers)
+        # complex numbers, and in single precision
+        assert (network._turn is None) == (kind in ("DeepseekV2", "Olmo3"))
+
+    @pytest.mark.parametrize("kind", EVERY)
     def test_in_bfloat16_a_step_is_recorded_and_replayed(self, kind: str) -> None:
         with Decoder(EVERY[kind](dtype=torch.bfloat16).cuda(), on_cuda("clo"), max_new_tokens=40) as decoder:
             logits = decoder.prefill([prompt(80), prompt(30)])

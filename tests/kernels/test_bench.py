@@ -13,7 +13,16 @@ import torch
 
 from clo_kernels.page_index import IndexKind
 from clo_kernels.recorded_calls import RecordedCalls
-from clo_kernels_bench import attention, correctness, problems, run, selection, shared_vectors, transfers
+from clo_kernels_bench import (
+    attention,
+    correctness,
+    problems,
+    run,
+    selection,
+    shared_vectors,
+    small_operations,
+    transfers,
+)
 from clo_kernels_bench.figures import Figure, Report, Verdict
 from clo_kernels_bench.goals import PAIR, goals
 from clo_kernels_bench.peaks import Peaks
@@ -28,6 +37,7 @@ OPERATIONS = {
     "gather_pages",
     "sparse_decode_attention",
     "append_kv",
+    "rotate",
     "ring_doorbell",
     "wait_ready",
 }
@@ -284,16 +294,17 @@ class TestSections:
             selection.resolve_pages,
             selection.score_pages,
             selection.select_pages,
+            small_operations.rotate,
         ):
             # the interpreter would take minutes
             monkeypatch.setitem(operation.__globals__, "runs_kernel", lambda tensor: False)
-        for module in (attention, selection, shared_vectors):
+        for module in (attention, selection, shared_vectors, small_operations):
             monkeypatch.setattr(module, "Sizes", sizes)
         monkeypatch.setattr(selection, "LAYERS", 2)
         monkeypatch.setattr(transfers, "HOST_BYTES", 4 << 20)
         monkeypatch.setattr(transfers, "LAUNCH_BYTES", 1 << 20)
         monkeypatch.setattr(transfers, "SMALLER_BYTES", (1 << 19,))
-        for module in (attention, selection, shared_vectors, transfers):
+        for module in (attention, selection, shared_vectors, small_operations, transfers):
             monkeypatch.setattr(module, "graph_samples", once)
         monkeypatch.setattr(transfers, "recorded", Graph)
         monkeypatch.setattr(transfers, "event_samples", lambda call, **_: once([call]))
@@ -326,6 +337,15 @@ class TestSections:
         names = [f"{name} over shared vectors" for name in ("attention", "hit_test", "score_pages")]
         assert [f.operation for f in figures] == [names[0]] * 2 + [f"{names[0]}, coded", names[1], *[names[2]] * 2]
         assert figures[0].num_bytes == (12 * 16 + 4 + 64) * 576 * 4
+
+    def test_small_operations(self):
+        figures = list(small_operations.small_operation_figures(torch.device("cpu"), quick=False))
+        assert [f.operation.split(",")[0] for f in figures] == ["rotate", "rotate", "RMS norm", "RMS norm"] * 2
+
+    def test_a_norm_in_one_launch_is_the_library_s(self):
+        hidden, weight = torch.randn(3, 1, 64), torch.rand(64)
+        once = torch.nn.functional.rms_norm(hidden, (64,), weight, small_operations.EPSILON)
+        torch.testing.assert_close(small_operations.library_norm(hidden, weight), once)
 
     def test_bytes_of_coded_pages(self):
         sizes = problems.Sizes(device=torch.device("cpu"), coded=True)

@@ -88,6 +88,13 @@ def change_append(given):
     fill(given["lengths"], given["lengths"] % (SIZES.num_pages * SIZES.page_size) + 1)
 
 
+def change_rotation(given):
+    randomly(given["query"], given["key"])
+    angles = torch.rand(given["cosines"].shape) * torch.pi
+    fill(given["cosines"], angles.cos())
+    fill(given["sines"], angles.sin())
+
+
 def change_doorbell(given):
     fill(given["message"], torch.randint(-(2**31), 2**31 - 1, given["message"].shape))
 
@@ -106,6 +113,7 @@ CHANGES = {
     "gather_pages": change_gather,
     "sparse_decode_attention": change_attention,
     "append_kv": change_append,
+    "rotate": change_rotation,
     "ring_doorbell": change_doorbell,
     "wait_ready": change_wait,
 }
@@ -122,7 +130,7 @@ def assert_agree(path, found, expected):
         *[pytest.param(name, SIZES, id=name) for name in CHANGES],
         *[
             pytest.param(name, SHARED, id=f"{name}-shared")
-            for name in ("hit_test", "score_pages", "gather_pages", "sparse_decode_attention", "append_kv")
+            for name in ("hit_test", "score_pages", "gather_pages", "sparse_decode_attention", "append_kv", "rotate")
         ],
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from clo.errors import SpecError
@@ -16,6 +18,11 @@ NEEDED_OF_LATENT = ("kv_a_proj_with_mqa.weight", "kv_a_layernorm", "kv_b_proj.we
 """Of each that caches one vector a token for all heads."""
 IN_ANOTHER = ("gemma3", "qwen3_5", "qwen3_5_moe")
 """Kinds of model that read images too: their text decoder, and its config, lie one level deeper."""
+
+
+Norms = Mapping[Any, Any]
+"""By module of a norm, what computes the same."""
+AS_THEY_ARE: Norms = MappingProxyType({})
 
 
 def text_decoder(model: Any) -> Any:
@@ -91,18 +98,32 @@ def in_heads(projected: Any, norm: Any, head_dim: int) -> Any:
     return heads if norm is None or at_once else norm(heads)
 
 
-def project_query(layer: Any, hidden: Any, position_embeddings: tuple[Any, Any]) -> Any:
-    """The rotated query [batch, num_query_heads, tokens, head_dim] that `layer` would form from `hidden`."""
+def project_query(
+    layer: Any,
+    hidden: Any,
+    position_embeddings: tuple[Any, Any],
+    *,
+    norms: Norms = AS_THEY_ARE,
+    turn: Callable[..., Any] | None = None,
+) -> Any:
+    """The rotated query [batch, num_query_heads, tokens, head_dim] that `layer` would form from `hidden`.
+
+    By its own modules, but for those that `norms` stand for, and by `turn`, if there is one.
+    """
     attention = layer.self_attn
-    normed = layer.input_layernorm(hidden) if has_part(layer, "input_layernorm") else hidden
+    norm = getattr(layer, "input_layernorm", None)
+    normed = hidden if norm is None else norms.get(norm, norm)(hidden)
     if is_latent(attention):
         from clo.engine.models.latent import LatentAttention  # needs torch, which the commands ask for by name
 
-        return LatentAttention(attention).query(normed, position_embeddings)
+        return LatentAttention(attention, norms).query(normed, position_embeddings, turn)
     projected = attention.q_proj(normed)
     if has_gate(attention):
         projected = projected.unflatten(-1, (-1, 2, attention.head_dim))[..., 0, :].flatten(-2)
-    query = in_heads(projected, getattr(attention, "q_norm", None), attention.head_dim).transpose(1, 2)
+    own = getattr(attention, "q_norm", None)
+    query = in_heads(projected, norms.get(own, own), attention.head_dim).transpose(1, 2)
+    if turn is not None:
+        return turn(query, query[:, :1], position_embeddings)[0]
     # the model's own function, for models that rotate only a part or in another order
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    return rotate(query, query, *position_embeddings)[0]
+    return rotate(query, query[:, :1], *position_embeddings)[0]

@@ -7,18 +7,20 @@ is applied to queries, the one that would make values to what attention gives.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from clo.engine.models.anatomy import AS_THEY_ARE, Norms
 from clo.specs import LatentSpec
 
 
 class LatentAttention:
     """The parts of one attention module, each of which runs the model's own weights."""
 
-    def __init__(self, attention: Any) -> None:
-        self._module = attention
+    def __init__(self, attention: Any, norms: Norms = AS_THEY_ARE) -> None:
+        self._module, self._norms = attention, norms
         self._rank, self._rope = int(attention.kv_lora_rank), int(attention.qk_rope_head_dim)
         self._nope = int(attention.qk_nope_head_dim)
 
@@ -40,7 +42,7 @@ class LatentAttention:
 
     def normed_low(self, low: torch.Tensor) -> torch.Tensor:
         """By a norm of its own, if it is one."""
-        return low if self._is_direct else self._module.q_a_layernorm(low)
+        return low if self._is_direct else self._norm(self._module.q_a_layernorm)(low)
 
     def queries(self, low: torch.Tensor) -> torch.Tensor:
         """Every head's, `[batch, tokens, heads * query_dim]`."""
@@ -52,7 +54,7 @@ class LatentAttention:
 
     def normed_vector(self, vector: torch.Tensor) -> torch.Tensor:
         """All but the part that the position goes into."""
-        normed = self._module.kv_a_layernorm(vector[..., : self._rank])
+        normed = self._norm(self._module.kv_a_layernorm)(vector[..., : self._rank])
         return torch.cat([normed, vector[..., self._rank :]], -1)
 
     def in_heads(self, query: torch.Tensor) -> torch.Tensor:
@@ -64,10 +66,14 @@ class LatentAttention:
         mapped = torch.einsum("bhtd,hdr->bhtr", heads[..., : self._nope], self._maps[:, : self._nope])
         return torch.cat([mapped, heads[..., self._nope :]], -1)
 
-    def query(self, normed: torch.Tensor, rotation: Any) -> torch.Tensor:
-        """All of that one after the other, and the position: rotated queries `[batch, heads, tokens, vector_dim]`."""
+    def query(self, normed: torch.Tensor, rotation: Any, turn: Callable[..., Any] | None = None) -> torch.Tensor:
+        """All of that one after the other, and the position: rotated queries `[batch, heads, tokens, vector_dim]`.
+
+        By `turn`, if it is given, and else as the model rotates.
+        """
         query = self.map_queries(self.in_heads(self.queries(self.normed_low(self.low(normed)))))
-        return self.rotate(query, query, rotation)[0]
+        turned: torch.Tensor = (turn or self.rotate)(query, query[:, :1], rotation)[0]
+        return turned
 
     def map_outputs(self, attended: torch.Tensor) -> torch.Tensor:
         """Values of every head, `[..., heads, value_dim]`, of what attention to vectors gave, `[..., kv_rank]`."""
@@ -89,6 +95,9 @@ class LatentAttention:
         if getattr(self._module.config, "rope_interleave", paired):
             return library.apply_rotary_pos_emb_interleave(query, key, *rotation)
         return library.apply_rotary_pos_emb(query, key, *rotation)
+
+    def _norm(self, module: Any) -> Any:
+        return self._norms.get(module, module)
 
     @property
     def _is_direct(self) -> bool:

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 
 from clo.engine.models.anatomy import (
+    AS_THEY_ARE,
     SINKS,
+    Norms,
     attending,
     decoder_layers,
     has_gate,
@@ -25,6 +27,7 @@ from clo.engine.models.anatomy import (
     project_query,
     text_decoder,
 )
+from clo.engine.models.fused import Turn, fused_norms, fused_rotation, one_launch
 from clo.engine.models.hybrid import linear_of
 from clo.engine.models.indexer import Indexer, Seen, indexer_of
 from clo.engine.models.latent import LatentAttention
@@ -86,6 +89,11 @@ class Network:
         self._library = sys.modules[type(first).__module__]
         rotary = getattr(self.decoder, "rotary_emb", None)
         self._rotates_by_kind = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
+        self._norms: Norms = AS_THEY_ARE
+        self._turn: Turn | None = None
+        if one_launch(self.device) and not whole:
+            self._norms = fused_norms(self.layers, self.decoder.norm, self.dtype)
+            self._turn = self._fused_rotation()
 
     @property
     def addresses(self) -> tuple[int, ...]:
@@ -152,16 +160,16 @@ class Network:
         head_dim, queries, gate = attention.head_dim, attention.q_proj(normed), None
         if has_gate(attention):
             queries, gate = (part.flatten(-2) for part in queries.unflatten(-1, (-1, 2, head_dim)).unbind(-2))
-        query = in_heads(queries, getattr(attention, "q_norm", None), head_dim)
+        query = in_heads(queries, self._norm_in(attention, "q_norm"), head_dim)
         key, value = (
-            in_heads(getattr(attention, f"{name}_proj")(normed), getattr(attention, f"{name}_norm", None), head_dim)
+            in_heads(getattr(attention, f"{name}_proj")(normed), self._norm_in(attention, f"{name}_norm"), head_dim)
             for name in "kv"
         )
         return Asked(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), gate)
 
     def latent(self, layer: int) -> LatentAttention:
         """The parts of a layer with latent attention."""
-        return LatentAttention(self.layers[layer].self_attn)
+        return LatentAttention(self.layers[layer].self_attn, self._norms)
 
     def indexer(self, layer: int) -> Indexer | None:
         """The indexer of such a layer, if it has one of its own."""
@@ -187,7 +195,12 @@ class Network:
         return attended if self.spec.latent is None else self.latent(layer).map_outputs(attended)
 
     def rotate(self, query: torch.Tensor, key: torch.Tensor, rotation: Rotation) -> Rotation:
-        """Rotary positions into query and key."""
+        """Rotary positions into query and key, of one token in each sequence where that can be done in one launch."""
+        if self._turn is not None and query.shape[2] == 1:
+            return self._turn(query, key, rotation)
+        return self._rotate_as_the_model(query, key, rotation)
+
+    def _rotate_as_the_model(self, query: torch.Tensor, key: torch.Tensor, rotation: Rotation) -> Rotation:
         if self.spec.latent is not None:
             return self.latent(self.spec.whole_layers[0]).rotate(query, key, rotation)
         rotated: Rotation = self._library.apply_rotary_pos_emb(query, key, *rotation)
@@ -195,7 +208,9 @@ class Network:
 
     def predicted_query(self, layer: int, hidden: torch.Tensor, rotation: Rotation) -> torch.Tensor:
         """What `layer` would ask if an earlier layer's input were its own, `[batch, query_heads, head_dim]`."""
-        query: torch.Tensor = project_query(self.layers[layer], hidden, rotation)[:, :, 0]
+        query: torch.Tensor = project_query(self.layers[layer], hidden, rotation, norms=self._norms, turn=self._turn)[
+            :, :, 0
+        ]
         return query.contiguous()
 
     def check_predicts(self) -> None:
@@ -244,7 +259,7 @@ class Network:
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """After the last layer."""
-        normed: torch.Tensor = self.decoder.norm(hidden)
+        normed: torch.Tensor = self._norm_in(self.decoder, "norm")(hidden)
         return normed
 
     def lm_head(self, normed: torch.Tensor) -> torch.Tensor:
@@ -266,12 +281,26 @@ class Network:
 
     def _normed(self, layer: int, norm: str, hidden: torch.Tensor) -> torch.Tensor:
         """As it is, where a layer norms behind its parts only."""
-        module = getattr(self.layers[layer], norm, None)
+        module = self._norm_in(self.layers[layer], norm)
         return hidden if module is None else module(hidden)
 
     def _normed_behind(self, layer: int, norm: str, given: torch.Tensor) -> torch.Tensor:
         block = self.layers[layer]
-        return getattr(block, norm)(given) if norms_behind(block) else given
+        return self._norm_in(block, norm)(given) if norms_behind(block) else given
+
+    def _norm_in(self, owner: Any, name: str) -> Any:
+        """That norm, or what stands for it; `None` where there is no such norm."""
+        module = getattr(owner, name, None)
+        return self._norms.get(module, module)
+
+    def _fused_rotation(self) -> Turn | None:
+        hidden = torch.zeros(2, 1, self.spec.hidden_size, dtype=self.dtype, device=self.device)
+        places = torch.tensor([1, min(1000, self.spec.max_positions - 1)], device=self.device)
+        with torch.inference_mode():
+            rotation = self.rotations(hidden, places)[self.spec.whole_layers[0]]
+        first = 0 if self.spec.latent is None else self.spec.latent.kv_rank
+        given = {"like": hidden, "head_dim": self.spec.head_dim, "first": first}
+        return fused_rotation(self._rotate_as_the_model, rotation, **given)
 
 
 def spec_of(model: Any, name: str = "") -> ModelSpec:
