@@ -144,6 +144,14 @@ class TestWhatIsTried:
         assert fused_rotation(turn, torch.zeros(2, 1, width), like=like, head_dim=width) is None
         assert fused_rotation(turn, (rotation[0].double(),) * 2, like=like, head_dim=width) is None
 
+    def test_a_model_that_rotates_otherwise_says_so_where_it_is_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = small_model()
+        monkeypatch.delattr(model.model, "rotary_emb")
+        network = Network(model)
+        assert network._turn is None
+        with pytest.raises(AttributeError, match="rotary_emb"):
+            network.rotations(torch.zeros(1, 1, 48), torch.tensor([1]))
+
     def test_several_tokens_are_rotated_by_the_model(self) -> None:
         network = Network(small_model())
         rotation = network.decoder.rotary_emb(torch.zeros(1, 5, 1), torch.arange(5)[None])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -296,11 +297,13 @@ class Network:
     def _fused_rotation(self) -> Turn | None:
         hidden = torch.zeros(2, 1, self.spec.hidden_size, dtype=self.dtype, device=self.device)
         places = torch.tensor([1, min(1000, self.spec.max_positions - 1)], device=self.device)
-        with torch.inference_mode():
-            rotation = self.rotations(hidden, places)[self.spec.whole_layers[0]]
         first = 0 if self.spec.latent is None else self.spec.latent.kv_rank
         given = {"like": hidden, "head_dim": self.spec.head_dim, "first": first}
-        return fused_rotation(self._rotate_as_the_model, rotation, **given)
+        # a model that rotates in a way unknown here is refused where that is used, and says why
+        with suppress(RuntimeError, AttributeError, TypeError, ValueError), torch.inference_mode():
+            rotation = self.rotations(hidden, places)[self.spec.whole_layers[0]]
+            return fused_rotation(self._rotate_as_the_model, rotation, **given)
+        return None
 
 
 def spec_of(model: Any, name: str = "") -> ModelSpec:
