@@ -149,7 +149,7 @@ def test_figures_reach_the_summary(gpu: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "bench.json").write_text(json.dumps(bench))
     summary = gpu.summary({"device": "test"}, [], tmp_path)
     assert f"{bench['figures'][0]['median_us']:.2f}" in summary
-    assert "75 of 75 agree" in summary
+    assert "81 of 81 agree" in summary
     assert "- met: fast: True\n- MISSED: fast: False\n- not timed: fast: None\n" in summary
 
 

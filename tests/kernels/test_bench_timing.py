@@ -154,6 +154,7 @@ def test_a_device_is_described(done, monkeypatch):
 def test_every_section_of_a_device_is_asked_as_it_is_defined(done, monkeypatch):
     """With the arguments that it takes; limits and pinned memory are made once."""
     names = ("gather", "resolve", "attention", "interference", "flag", "host", "selection", "shared_vector")
+    names += ("small_operation",)
     for name in (f"{name}_figures" for name in names):
         figure = figures.Figure(operation=name, case={}, samples_us=(1.0,))
         monkeypatch.setattr(run, name, create_autospec(getattr(run, name), return_value=iter([figure])))
