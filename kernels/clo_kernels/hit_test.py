@@ -21,6 +21,18 @@ WARP_VALUES = 1024
 
 
 @triton.jit
+def _part(query, anchor, at, in_group, first, DIM: tl.constexpr, PART: tl.constexpr):
+    """Of values from `first` on: the query's, and per member sums of squares, of products, and of anchors not zero."""
+    dim = first + tl.arange(0, PART)
+    inside = in_group[:, None] & (dim < DIM)[None, :]
+    raw = tl.load(query + at + dim[None, :], mask=inside, other=0.0)
+    now = raw.to(tl.float32)
+    then = tl.load(anchor + at + dim[None, :], mask=inside, other=0.0).to(tl.float32)
+    anchored = tl.sum((then != 0).to(tl.int32), 1)
+    return raw, tl.sum(now * now, 1), tl.sum(then * then, 1), tl.sum(now * then, 1), anchored
+
+
+@triton.jit
 def hit_test_kernel(
     query,
     anchor,
@@ -39,20 +51,13 @@ def hit_test_kernel(
     member = tl.arange(0, GROUP_PAD)
     in_group = member < GROUP
     at = (row.to(tl.int64) * GROUP + member)[:, None] * DIM
-    ours = tl.zeros([GROUP_PAD], tl.float32)
-    theirs = tl.zeros([GROUP_PAD], tl.float32)
-    both = tl.zeros([GROUP_PAD], tl.float32)
-    anchored = tl.zeros([GROUP_PAD], tl.int32)
-    for first in tl.static_range(0, DIM, PART):
-        dim = first + tl.arange(0, PART)
-        inside = in_group[:, None] & (dim < DIM)[None, :]
-        raw = tl.load(query + at + dim[None, :], mask=inside, other=0.0)
-        now = raw.to(tl.float32)
-        then = tl.load(anchor + at + dim[None, :], mask=inside, other=0.0).to(tl.float32)
-        ours += tl.sum(now * now, 1)
-        theirs += tl.sum(then * then, 1)
-        both += tl.sum(now * then, 1)
-        anchored += tl.sum((then != 0).to(tl.int32), 1)
+    raw, ours, theirs, both, anchored = _part(query, anchor, at, in_group, 0, DIM, PART)
+    for first in range(PART, DIM, PART):
+        _, more_ours, more_theirs, more_both, more_anchored = _part(query, anchor, at, in_group, first, DIM, PART)
+        ours += more_ours
+        theirs += more_theirs
+        both += more_both
+        anchored += more_anchored
 
     norms = tl.sqrt(ours) * tl.sqrt(theirs)
     cosine = tl.where(norms == 0, 0.0, both / tl.where(norms == 0, 1.0, norms))
@@ -70,12 +75,12 @@ def hit_test_kernel(
     hit = folded >= tl.load(tau + head)
     tl.store(missed + row, tl.where(hit, 0, 1).to(tl.uint8))
     if hit == 0:
-        for first in tl.static_range(0, DIM, PART):
-            dim = first + tl.arange(0, PART)
-            inside = in_group[:, None] & (dim < DIM)[None, :]
-            if DIM > PART:  # else it is still there
-                raw = tl.load(query + at + dim[None, :], mask=inside, other=0.0)
-            tl.store(anchor + at + dim[None, :], raw, mask=inside)
+        dim = tl.arange(0, PART)
+        tl.store(anchor + at + dim[None, :], raw, mask=in_group[:, None] & (dim < DIM)[None, :])
+        for first in range(PART, DIM, PART):  # of more than a part the rest is read again
+            inside = in_group[:, None] & (first + dim < DIM)[None, :]
+            more = tl.load(query + at + (first + dim)[None, :], mask=inside, other=0.0)
+            tl.store(anchor + at + (first + dim)[None, :], more, mask=inside)
 
 
 def hit_test(
