@@ -68,12 +68,18 @@ def test_what_is_not_known_is_refused(tmp_path: Path, changes: dict[str, Any], p
         read(tmp_path, RELEASED | {"text_config": text})
 
 
+def test_experts_may_be_in_any_layers(tmp_path: Path) -> None:
+    text = RELEASED["text_config"] | {"moe_layer_freq": [0, 1, 0] + [1] * 57}  # type: ignore[operator]
+    experts = read(tmp_path, RELEASED | {"text_config": text}).experts
+    assert experts is not None
+    assert experts.layers == (1, *range(3, 60))
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
         ({"attention_output_gate": True}, "attention_output_gate = True: not modelled beside an indexer"),
         ({"sparse_attention_config": [1]}, r"sparse_attention_config = \[1\]: a JSON object is expected"),
-        ({"moe_layer_freq": [0, 1, 0] + [1] * 57}, "layers with a dense MLP must be the first ones"),
         ({"index_local_blocks": 2}, "index_local_blocks = 2: known with 1 only"),
     ],
 )

@@ -24,6 +24,7 @@ from clo.schedule import Lane, record_step
 from clo.schedule.ops import experts_work
 from clo.schedule.work import Experts, Gemm
 from clo.specs import ExpertsSpec, ModelSpec, model_from_hf_config
+from clo.specs.cut import first_layers
 from clo.table_prices import TablePrices
 from clo_calibration.tables import experts as points_of
 from clo_calibration.tables import fit, measurements
@@ -103,6 +104,21 @@ class TestWeights:
         model = mixture()
         assert 2 * model.token_weight_values * (1 - 1e-12) <= model.step_weight_bytes(batch) < model.weight_bytes
 
+    @given(st.sets(st.integers(0, 31), min_size=1))
+    def test_experts_in_any_layers(self, chosen: set[int]) -> None:
+        model = mixture(shared_intermediate_size=64, layers=sorted(chosen))
+        embeddings, summed = (
+            abs(one.weight_bytes / 2 - sum(map(one.layer_weight_values, range(32)))) for one in (mixture(), model)
+        )
+        assert summed == pytest.approx(embeddings, rel=1e-9)
+        assert [model.experts_in(layer) is not None for layer in range(32)] == [layer in chosen for layer in range(32)]
+        assert model.num_expert_layers == len(chosen)
+        first = min(chosen)
+        cut = first_layers(model, first + 1)
+        assert cut.experts is not None
+        assert cut.experts.layers == (first,)
+        assert first == 0 or first_layers(model, first).experts is None
+
     @pytest.mark.parametrize("gpus", [2, 4, 8])
     def test_gpus_share_every_expert_and_each_has_the_router(self, gpus: int) -> None:
         model = mixture(shared_intermediate_size=64)
@@ -116,10 +132,14 @@ class TestWeights:
             ({"experts_per_token": 17}, r"model.experts: experts_per_token = 17 must be at most num_experts = 16"),
             ({"dense_layers": 32}, r"experts.dense_layers = 32 must be less than num_layers = 32"),
             ({"num_experts": 0}, r"model.experts.num_experts = 0"),
+            ({"layers": [3, 1]}, r"layers = \[3, 1\]: each once, in their order"),
+            ({"layers": [1, 1]}, r"layers = \[1, 1\]: each once, in their order"),
+            ({"layers": [3], "dense_layers": 2}, "dense_layers = 2 must be 0 beside them"),
+            ({"layers": [3, 32]}, "experts.layers: 32 must be less than num_layers = 32"),
             ({"colour": 1}, r"model.experts.colour: unknown field"),
         ],
     )
-    def test_what_cannot_be_is_refused(self, fields: dict[str, int], message: str) -> None:
+    def test_what_cannot_be_is_refused(self, fields: dict[str, Any], message: str) -> None:
         with pytest.raises(SpecError, match=message):
             mixture(**fields)
 
@@ -172,10 +192,26 @@ class TestConfigs:
                 {"num_experts": 160, "shared_intermediate_size": 1536, "dense_layers": 3},
             ),
             ({"mlp_only_layers": [0, 1]}, {"dense_layers": 2}),
+            ({"mlp_only_layers": [5]}, {"layers": (*range(5), *range(6, 48))}),
+            ({"decoder_sparse_step": 2}, {"layers": tuple(range(1, 48, 2))}),
+            ({"decoder_sparse_step": 3, "mlp_only_layers": [5, 99]}, {"layers": (2, *range(8, 48, 3))}),
+            ({"mlp_layer_types": ["sparse"] * 47 + ["dense"]}, {"layers": tuple(range(47))}),
+            ({"mlp_layer_types": ["dense"] + ["sparse"] * 47, "first_k_dense_replace": 3}, {"dense_layers": 1}),
         ],
-        ids=["mixtral", "qwen2_moe", "glm4_moe", "dense first layers"],
+        ids=[
+            *(
+                "mixtral",
+                "qwen2_moe",
+                "glm4_moe",
+                "dense first layers",
+                "one dense",
+                "each second",
+                "each third but one",
+            ),
+            *("listed", "listed and said otherwise"),
+        ],
     )
-    def test_other_kinds(self, tmp_path: Path, changes: dict[str, Any], expected: dict[str, int]) -> None:
+    def test_other_kinds(self, tmp_path: Path, changes: dict[str, Any], expected: dict[str, Any]) -> None:
         experts = self.read(tmp_path, self.QWEN | changes).experts
         assert experts is not None
         assert {name: getattr(experts, name) for name in expected} == expected
@@ -184,9 +220,10 @@ class TestConfigs:
     @pytest.mark.parametrize(
         ("changes", "problem"),
         [
-            ({"model_type": "llama4_text"}, "experts of model_type = 'llama4_text' are not known"),
-            ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2: every layer after the first"),
-            ({"mlp_only_layers": [5]}, r"mlp_only_layers = \[5\]: layers with a dense MLP must be the first"),
+            ({"model_type": "jamba"}, "experts of model_type = 'jamba' are not known"),
+            ({"decoder_sparse_step": 0}, "decoder_sparse_step = 0: must be a positive whole number"),
+            ({"decoder_sparse_step": "2"}, "decoder_sparse_step = '2': must be a positive whole number"),
+            ({"mlp_only_layers": ["5"]}, "mlp_only_layers: '5': must be the number of a layer"),
             ({"mlp_only_layers": 5}, "mlp_only_layers = 5: must be a list"),
             ({"model_type": "glm4_moe", "n_shared_experts": "2"}, "n_shared_experts = '2': must be a whole number"),
             ({"moe_intermediate_size": [768]}, r"moe_intermediate_size = \[768\]: must be a whole number"),
@@ -212,6 +249,8 @@ class TestStep:
         model = mixture(dense_layers=2)
         assert self.names(model, 1) == ["gate_up_proj", "activation", "down_proj"]
         assert self.names(model, 2) == ["router_proj", "route", "experts"]
+        some = mixture(layers=[0, 2])
+        assert [self.names(some, layer)[0] for layer in range(4)] == ["router_proj", "gate_up_proj"] * 2
         shared = mixture(shared_intermediate_size=64)
         assert self.names(shared, 5) == [*self.names(model, 1), *self.names(model, 2)]
 

@@ -65,6 +65,7 @@ def test_experts_whose_config_leaves_out_the_width_of_an_mlp(tmp_path: Path) -> 
         "intermediate_size": 512,
         "shared_intermediate_size": 384,
         "dense_layers": 0,
+        "layers": (),
         "weight_bytes_per_value": None,
     }
     with pytest.raises(SpecError, match="no field 'intermediate_size'"):

@@ -50,7 +50,6 @@ class TestConfigs:
                 {"layer_types": ["full_attention"] + ["indexed_attention"] * 77},
                 "full_attention beside layers with an indexer is not modelled",
             ),
-            ({"mlp_layer_types": ["sparse"] * 77 + ["dense"]}, "layers with a dense MLP must be the first ones"),
         ],
     )
     def test_what_is_not_known_is_refused(self, tmp_path: Path, changes: dict[str, Any], problem: str) -> None:

@@ -395,7 +395,7 @@ class TestConfigs:
             ({"index_topk": 2048}, "index_topk = 2048: known of model_type deepseek_v32, glm_moe_dsa only"),
             ({"v_head_dim": None}, "no field 'v_head_dim': latent attention needs it"),
             ({"kv_lora_rank": "512"}, "kv_lora_rank = '512': must be a whole number"),
-            ({"moe_layer_freq": 2}, "moe_layer_freq = 2: every layer after the first must have experts"),
+            ({"moe_layer_freq": 2}, "moe_layer_freq = 2: which layers that means is not known"),
             ({"qk_rope_head_dim": 0}, "model.latent.rope_dim = 0"),
         ],
     )

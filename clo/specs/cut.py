@@ -19,7 +19,9 @@ def first_layers(model: ModelSpec, count: int) -> ModelSpec:
     windowed = [layer for layer in model.windowed_layers if layer < count]
     linear = [layer for layer in model.linear.layers if layer < count] if model.linear else []
     shared = [layer for layer in model.indexer.shared_layers if layer < count] if model.indexer else []
-    experts = model.experts if model.experts and model.experts.dense_layers < count else None
+    experts = model.experts if model.experts and any(map(model.experts_in, range(count))) else None
+    if experts and experts.layers:
+        experts = experts.with_fields(layers=[layer for layer in experts.layers if layer < count])
     return model.with_fields(
         num_layers=count,
         experts=experts and experts.model_dump(),

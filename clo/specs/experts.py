@@ -20,6 +20,9 @@ class ExpertsSpec(Spec):
         default=0, description="width of the shared expert, which every token passes"
     )
     dense_layers: NonNegativeInt = Field(default=0, description="first layers, which have an MLP instead of experts")
+    layers: tuple[NonNegativeInt, ...] = Field(
+        default=(), description="layers with experts, counted from 0; none: all but the first dense_layers"
+    )
     weight_bytes_per_value: float | None = Field(
         default=None, gt=0, description="bytes a weight of an expert takes, scales included; none: as of MLPs"
     )
@@ -30,7 +33,16 @@ class ExpertsSpec(Spec):
             raise ValueError(
                 f"experts_per_token = {self.experts_per_token} must be at most num_experts = {self.num_experts}"
             )
+        if self.layers and (self.dense_layers or list(self.layers) != sorted(set(self.layers))):
+            raise ValueError(
+                f"layers = {list(self.layers)}: each once, in their order, and dense_layers = {self.dense_layers} "
+                "must be 0 beside them"
+            )
         return self
+
+    def are_in(self, layer: int) -> bool:
+        """Whether that layer has experts."""
+        return layer in self.layers if self.layers else layer >= self.dense_layers
 
     def used_by(self, tokens: Any) -> Any:
         """How many experts of a layer `tokens` tokens pass, in the mean, if routing is even and independent.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from clo.specs.hf_blocks import WITH_BLOCKS, block_fields, block_problem
+from clo.specs.hf_chunks import WITH_CHUNKS
 
 COUNTS = (
     "kv_lora_rank",
@@ -169,7 +170,7 @@ def linear_fields(config: dict[str, Any]) -> dict[str, Any]:
     return {"gated_attention": True, "linear": sizes if sizes["layers"] else None}
 
 
-WITH_WINDOWS = ("gemma2", "gemma3_text", "gpt_oss", "ministral", "olmo3", "qwen2", "qwen3")
+WITH_WINDOWS = ("gemma2", "gemma3_text", "gpt_oss", "ministral", "olmo3", "qwen2", "qwen2_moe", "qwen3")
 """Kinds of model whose windowed layers differ from the others in nothing but the window."""
 
 
@@ -195,7 +196,7 @@ def _other_windows(config: dict[str, Any]) -> str:
         return f"sliding_window = {window}: which layers have it is not said (layer_types)" if limits else ""
     if WINDOWED not in kinds:
         return ""
-    if config.get("model_type") not in WITH_WINDOWS:
+    if config.get("model_type") not in (*WITH_WINDOWS, *WITH_CHUNKS):
         known = ", ".join(WITH_WINDOWS)
         return f"layer_types: windows of model_type = {config.get('model_type')!r} are not known (known: {known})"
     if not isinstance(window, int):

@@ -9,6 +9,7 @@ from clo.errors import SpecError
 from clo.files import read_json
 from clo.specs.hf_attention import COUNTS, attention_fields, attention_problem
 from clo.specs.hf_blocks import as_others_say
+from clo.specs.hf_chunks import chunk_problem, chunks_as_windows
 from clo.specs.hf_weights import BF16, FP8, UnknownCacheError, UnknownWidthError, Widths, cache_width, weight_widths
 from clo.specs.model import ModelSpec
 
@@ -34,6 +35,9 @@ def model_from_hf_config(path: Path) -> ModelSpec:
     if not isinstance(text_config, dict):
         raise SpecError(f"{file}: text_config = {text_config!r}: a JSON object is expected")
     merged = as_others_say(_quantized_beside(file) | config | text_config)
+    if problem := chunk_problem(merged):
+        raise SpecError(f"{file}: {problem}")
+    merged = chunks_as_windows(merged)
     if _experts_field(merged) and "moe_intermediate_size" in merged:
         # some leave out the width of an MLP that none of their layers has
         merged.setdefault("intermediate_size", merged["moe_intermediate_size"])
@@ -62,6 +66,7 @@ _WITH_EXPERTS = (
     "glm_moe_dsa",
     "gpt_oss",
     "kimi_k2",
+    "llama4_text",
     "minimax_m2",
     "minimax_m3",
     "minimax_m3_vl",
@@ -152,24 +157,26 @@ def _other_experts(config: dict[str, Any]) -> str:
     if kind not in _WITH_EXPERTS:
         known = ", ".join(_WITH_EXPERTS)
         return f"{field} = {config[field]!r}: experts of model_type = {kind!r} are not known (known: {known})"
-    if config.get("decoder_sparse_step") not in (None, 1):
-        return f"decoder_sparse_step = {config['decoder_sparse_step']!r}: every layer after the first must have experts"
     if config.get("moe_layer_freq") not in (None, 1):
-        return f"moe_layer_freq = {config['moe_layer_freq']!r}: every layer after the first must have experts"
-    for field, dense in _dense_layers(config).items():
-        if dense != list(range(len(dense))):
-            return f"{field} = {config[field]!r}: layers with a dense MLP must be the first ones"
-    return ""
+        return f"moe_layer_freq = {config['moe_layer_freq']!r}: which layers that means is not known"
+    step = config.get("decoder_sparse_step")
+    if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 1):
+        return f"decoder_sparse_step = {step!r}: must be a positive whole number"
+    others = [layer for layer in config.get("mlp_only_layers") or [] if not isinstance(layer, int)]
+    return f"mlp_only_layers: {others[0]!r}: must be the number of a layer" if others else ""
 
 
-def _dense_layers(config: dict[str, Any]) -> dict[str, list[int]]:
-    """Which layers have no experts, by the field that says so."""
-    found: dict[str, list[int]] = {}
-    if only := config.get("mlp_only_layers"):
-        found["mlp_only_layers"] = only
-    if kinds := config.get("mlp_layer_types"):
-        found["mlp_layer_types"] = [layer for layer, kind in enumerate(kinds) if kind == "dense"]
-    return found
+def _dense_layers(config: dict[str, Any]) -> set[int]:
+    """Which layers have no experts."""
+    count, step = config["num_hidden_layers"], config.get("decoder_sparse_step") or 1
+    kinds, first = config.get("mlp_layer_types") or [], config.get("first_k_dense_replace")
+    if kinds:
+        first = 0
+    elif first is None:
+        first = _FIRST_DENSE.get(config.get("model_type"), 0)
+    dense = {layer for layer, kind in enumerate(kinds) if kind == "dense"}
+    dense |= {layer for layer in range(count) if layer < first or (layer + 1) % step}
+    return (dense | set(config.get("mlp_only_layers") or [])) & set(range(count))
 
 
 def _experts_field(config: dict[str, Any]) -> str | None:
@@ -221,13 +228,11 @@ def experts_of(config: dict[str, Any]) -> dict[str, Any] | None:
     field = _experts_field(config)
     if field is None or _other_experts(config):
         return None
-    said, listed = config.get("first_k_dense_replace"), _dense_layers(config)
-    unsaid = said is None and not config.get("mlp_layer_types")
-    dense = said or max(
-        map(len, listed.values()), default=_FIRST_DENSE.get(config.get("model_type"), 0) if unsaid else 0
-    )
-    if dense >= config["num_hidden_layers"]:
+    dense = _dense_layers(config)
+    others = [layer for layer in range(config["num_hidden_layers"]) if layer not in dense]
+    if not others:
         return None
+    at_first = dense == set(range(len(dense)))
     width = config.get("moe_intermediate_size") or config["intermediate_size"]
     shared = (config.get("n_shared_experts") or 0) * width
     return {
@@ -235,8 +240,7 @@ def experts_of(config: dict[str, Any]) -> dict[str, Any] | None:
         "experts_per_token": config.get("num_experts_per_tok"),
         "intermediate_size": width,
         "shared_intermediate_size": config.get("shared_expert_intermediate_size") or shared,
-        "dense_layers": dense,
-    }
+    } | ({"dense_layers": len(dense)} if at_first else {"layers": others})
 
 
 def _head_dim(config: dict[str, Any], file: Path) -> Any:

@@ -79,6 +79,10 @@ class ModelSpec(Spec):
             raise ValueError(
                 f"experts.dense_layers = {self.experts.dense_layers} must be less than num_layers = {self.num_layers}"
             )
+        if self.experts is not None and self.experts.layers and self.experts.layers[-1] >= self.num_layers:
+            raise ValueError(
+                f"experts.layers: {self.experts.layers[-1]} must be less than num_layers = {self.num_layers}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -286,15 +290,19 @@ class ModelSpec(Spec):
     @property
     def num_expert_layers(self) -> int:
         """Layers with experts."""
-        return 0 if self.experts is None else self.num_layers - self.experts.dense_layers
+        if self.experts is None:
+            return 0
+        return len(self.experts.layers) or self.num_layers - self.experts.dense_layers
 
     def experts_in(self, layer: int) -> ExpertsSpec | None:
         """The experts of a layer, if it has any."""
-        return self.experts if layer >= self.num_layers - self.num_expert_layers else None
+        return self.experts if self.experts is not None and self.experts.are_in(layer) else None
 
     def mlp_width(self, layer: int) -> int:
         """Width of the gated MLP that every token passes in a layer: where there are experts, of the shared one."""
-        experts = self.experts_in(layer)
+        return self._mlp_width(self.experts_in(layer))
+
+    def _mlp_width(self, experts: ExpertsSpec | None) -> int:
         return self.intermediate_size if experts is None else experts.shared_intermediate_size
 
     def attention_weight_values(self, layer: int) -> int:
@@ -315,7 +323,7 @@ class ModelSpec(Spec):
 
         All but those of an indexer.
         """
-        return self.attention_weight_values(layer) + sum(self._mlp_values(layer, num_experts))
+        return self.attention_weight_values(layer) + sum(self._mlp_values(self.experts_in(layer), num_experts))
 
     @property
     def weight_bytes(self) -> float:
@@ -373,13 +381,13 @@ class ModelSpec(Spec):
         return self.all_attention_weight_values + sum(self._mlps_values(num_experts))
 
     def _mlps_values(self, num_experts: float | None) -> tuple[float, float]:
-        """Of all layers: of MLPs, shared experts and routers, and of experts. Layers with experts are alike."""
+        """Of all layers: of MLPs, shared experts and routers, and of experts."""
         mixed = self.num_expert_layers
-        first, last = (self._mlp_values(layer, num_experts) for layer in (0, self.num_layers - 1))
-        return (self.num_layers - mixed) * first[0] + mixed * last[0], mixed * last[1]
+        dense, own = (self._mlp_values(experts, num_experts) for experts in (None, self.experts))
+        return (self.num_layers - mixed) * dense[0] + mixed * own[0], mixed * own[1]
 
-    def _mlp_values(self, layer: int, num_experts: float | None) -> tuple[float, float]:
-        mlp, experts = 3 * self.hidden_size * self.mlp_width(layer), self.experts_in(layer)
+    def _mlp_values(self, experts: ExpertsSpec | None, num_experts: float | None) -> tuple[float, float]:
+        mlp = 3 * self.hidden_size * self._mlp_width(experts)
         if experts is None:
             return mlp, 0.0
         router, one = self.hidden_size * experts.num_experts, 3 * self.hidden_size * experts.intermediate_size

@@ -70,7 +70,8 @@ def _weight_notes(scene: Scene) -> tuple[str, ...]:
     if isinstance(profile, OperationProfile):
         return ()
     tables, notes = TablePrices(profile, scene.machine), list[str]()
-    mlps = any(map(model.mlp_width, (0, model.num_layers - 1)))
+    shared = model.experts is None or model.experts.shared_intermediate_size
+    mlps = bool(shared) or model.num_expert_layers < model.num_layers
     widths = dict.fromkeys((model.weight_bytes_per_value, *([model.mlp_weight_bytes] if mlps else [])))
     products: list[tuple[str, float, GemmTable | ExpertsTable]] = [
         ("weights", width, tables.gemm(width)) for width in widths

@@ -347,11 +347,19 @@ class TestRandomWeights:
         with pytest.raises(SpecError, match=message):
             library_kind(shape)
 
-    def test_windows_beside_a_shared_expert(self) -> None:
-        shape = presets.load_model("qwen3-30b-a3b")
-        shared = shape.experts and shape.experts.with_fields(shared_intermediate_size=64).model_dump()
-        with pytest.raises(SpecError, match="windows together with a shared expert"):
-            library_kind(shape.with_fields(experts=shared, window_tokens=9, windowed_layers=[0]))
+    @pytest.mark.parametrize("changes", [{"dense_layers": 1}, {"layers": [1, 5]}])
+    def test_windows_beside_layers_without_experts(self, changes: dict[str, Any]) -> None:
+        shape = presets.load_model("qwen3-30b-a3b").with_fields(window_tokens=9, windowed_layers=[0])
+        assert shape.experts is not None
+        with pytest.raises(SpecError, match="windows together with layers without experts, and no shared expert"):
+            library_kind(shape.with_fields(experts=shape.experts.with_fields(**changes).model_dump()))
+
+    def test_latent_attention_with_experts_here_and_there(self) -> None:
+        shape = presets.load_model("deepseek-v3")
+        assert shape.experts is not None
+        some = shape.experts.with_fields(dense_layers=0, layers=[3, 5]).model_dump()
+        with pytest.raises(SpecError, match="latent attention with experts in layers of your choice"):
+            library_kind(shape.with_fields(experts=some))
 
     def test_windows_beside_gates(self) -> None:
         shape = presets.load_model("llama-3-8b").with_fields(gated_attention=True)

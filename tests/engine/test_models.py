@@ -127,9 +127,20 @@ def test_rotation_of_a_part_that_attention_cuts_out_itself() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"decoder_sparse_step": 2}, {"mlp_only_layers": [1]}])
-def test_experts_where_no_plan_has_them(changes: dict[str, Any]) -> None:
-    with pytest.raises(SpecError, match=r"layer \d has other MLPs or experts than plans .* use clo\.engine\.offload"):
-        Network(small_model("Qwen3Moe", **changes))
+@pytest.mark.parametrize("kind", ["Qwen2Moe", "Qwen3Moe"])
+def test_experts_in_some_layers(kind: str, changes: dict[str, Any]) -> None:
+    model, tokens = small_model(kind, **changes), prompt(70)
+    found = forced_logits(model, design("clo", **EVERYTHING), tokens, 60)
+    torch.testing.assert_close(found, dense_logits(model, tokens)[59:], rtol=1e-4, atol=1e-4)
+
+
+def test_experts_where_the_config_has_none() -> None:
+    model = small_model("Qwen3Moe")
+    model.config.mlp_only_layers = [1]
+    with pytest.raises(
+        SpecError, match=r"layer 1 has other MLPs or experts than its config .* use clo\.engine\.offload"
+    ):
+        Network(model)
 
 
 def test_a_mixture_all_of_whose_layers_have_mlps_has_no_experts() -> None:

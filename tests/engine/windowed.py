@@ -30,13 +30,19 @@ KINDS: dict[str, dict[str, Any]] = {
     "Ministral": {},
     "Olmo3": {},
     "Qwen2": {"use_sliding_window": True},
+    # with experts in some layers only, the first and the last among them
+    "Qwen2Moe with windows": {
+        "use_sliding_window": True,
+        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        **{"shared_expert_intermediate_size": 24, "mlp_only_layers": [1, 4]},
+    },
     "Qwen3": {"use_sliding_window": True},
 }
 
 
 def windowed_config(kind: str, *, layers: tuple[str, ...] = LAYERS, window: int = WINDOW, **changes: Any) -> Any:
     """Of a model with `layers` of these types."""
-    config = getattr(transformers, f"{kind}TextConfig" if kind == "Gemma3" else f"{kind}Config")
+    config = getattr(transformers, f"{_name(kind)}TextConfig" if kind == "Gemma3" else f"{_name(kind)}Config")
     heads = KV_HEADS * GROUP
     shape = {
         "vocab_size": VOCABULARY,
@@ -52,6 +58,11 @@ def windowed_config(kind: str, *, layers: tuple[str, ...] = LAYERS, window: int 
         "layer_types": list(layers),
     } | dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"))
     return config(**shape | KINDS[kind] | changes)
+
+
+def _name(kind: str) -> str:
+    """The library's."""
+    return kind.split()[0]
 
 
 def seeing_model() -> Any:
@@ -74,7 +85,7 @@ def seeing_model() -> Any:
 def windowed_model(kind: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """Large weights make attention far from uniform; sinks take shares of all sizes."""
     torch.manual_seed(0)
-    model = getattr(transformers, f"{kind}ForCausalLM")(windowed_config(kind, **changes)).eval()
+    model = getattr(transformers, f"{_name(kind)}ForCausalLM")(windowed_config(kind, **changes)).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("sinks"):

@@ -37,17 +37,19 @@ def library_kind(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
         own = {"sliding_window": spec.window_tokens, "layer_types": _kinds(spec, spec.windowed_layers, WINDOWED)}
         if experts is None:
             return "Qwen3", own | {"use_sliding_window": True}
-        if experts.shared_intermediate_size or experts.dense_layers:
+        if experts.shared_intermediate_size:
+            return "Qwen2Moe", own | {"use_sliding_window": True} | _mixture(spec, experts)
+        if spec.num_expert_layers < spec.num_layers:
             raise SpecError(
-                f"model {spec.name}: windows together with a shared expert, or with layers without experts, are "
-                "simulated only: no such model of the library is known here"
+                f"model {spec.name}: windows together with layers without experts, and no shared expert in the others, "
+                "are simulated only: no such model of the library is known here"
             )
         routed = {"num_local_experts": experts.num_experts, "intermediate_size": experts.intermediate_size}
         return "GptOss", own | routed | {"num_experts_per_tok": experts.experts_per_token}
     if experts is None:
         # a Llama's hidden size must be a multiple of its query heads
         return ("Qwen3" if spec.hidden_size % spec.num_query_heads else "Llama"), own
-    return ("Qwen2Moe" if experts.shared_intermediate_size else "Qwen3Moe"), _mixture(experts)
+    return ("Qwen2Moe" if experts.shared_intermediate_size else "Qwen3Moe"), _mixture(spec, experts)
 
 
 def _latent(spec: ModelSpec, latent: LatentSpec) -> dict[str, Any]:
@@ -67,6 +69,11 @@ def _latent(spec: ModelSpec, latent: LatentSpec) -> dict[str, Any]:
     if experts is None:
         return heads | {"first_k_dense_replace": spec.num_layers}
     shared, each = experts.shared_intermediate_size, experts.intermediate_size
+    if experts.layers:
+        raise SpecError(
+            f"model {spec.name}: latent attention with experts in layers of your choice (experts.layers) is simulated "
+            "only: no such model of the library is known here"
+        )
     if not shared or shared % each:
         raise SpecError(
             f"model {spec.name}: latent attention with a shared expert of other than a multiple of "
@@ -93,14 +100,14 @@ def _indexed(spec: ModelSpec, indexer: IndexerSpec, heads: dict[str, Any]) -> tu
     return "GlmMoeDsa", heads | own | {"indexer_types": kinds}
 
 
-def _mixture(experts: ExpertsSpec) -> dict[str, Any]:
+def _mixture(spec: ModelSpec, experts: ExpertsSpec) -> dict[str, Any]:
     shared = experts.shared_intermediate_size
     return {
         "num_experts": experts.num_experts,
         "num_experts_per_tok": experts.experts_per_token,
         "moe_intermediate_size": experts.intermediate_size,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": list(range(experts.dense_layers)),
+        "mlp_only_layers": [layer for layer in range(spec.num_layers) if spec.experts_in(layer) is None],
     } | ({"shared_expert_intermediate_size": shared} if shared else {})
 
 
@@ -123,7 +130,7 @@ def _hybrid(spec: ModelSpec) -> dict[str, Any]:
         }
     )
     kinds = _kinds(spec, () if linear is None else linear.layers, LINEAR)
-    routed = {"num_experts": 0, "mlp_only_layers": []} if experts is None else _mixture(experts)
+    routed = {"num_experts": 0, "mlp_only_layers": []} if experts is None else _mixture(spec, experts)
     return {"layer_types": kinds} | states | routed
 
 

@@ -380,8 +380,8 @@ def _taken_apart(model: Any, layers: list[Any], spec: ModelSpec) -> list[Mlp]:
     for layer, mlp in enumerate(mlps):
         if mlp.has_experts != (spec.experts_in(layer) is not None) or mlp.is_gated != bool(spec.mlp_width(layer)):
             raise SpecError(
-                f"model {name}: layer {layer} has other MLPs or experts than plans count with (experts from a first "
-                f"layer on, all alike){elsewhere}"
+                f"model {name}: layer {layer} has other MLPs or experts than its config says (experts are all alike)"
+                f"{elsewhere}"
             )
     return mlps
 
