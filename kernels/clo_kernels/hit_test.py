@@ -18,6 +18,7 @@ FOLDS = ("mean", "min", "importance")
 PROGRAM_VALUES = 8192
 """Of queries, and of anchors, that a program holds at once: of more it goes through parts."""
 WARP_VALUES = 1024
+MAX_WARPS = 32
 
 
 @triton.jit
@@ -130,6 +131,6 @@ def hit_test(
                 DIM=head_dim,
                 PART=part,
                 FOLD=str(fold),
-                num_warps=max(1, members * part // WARP_VALUES),
+                num_warps=max(1, min(MAX_WARPS, members * part // WARP_VALUES)),
             )
     return out

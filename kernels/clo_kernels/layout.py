@@ -163,11 +163,11 @@ class DeviceKV:
         batch, heads, _, _, head_dim = self.window.shape
         check_head_dim("window", head_dim, LARGEST_HEAD_DIM if rows == 2 else LARGEST_VECTOR_DIM)
         require(
-            self.value_width <= head_dim and self.value_width % 8 == 0,
-            f"value_dim = {self.value_dim}, expected a multiple of 8 up to head_dim = {head_dim}",
+            16 <= self.value_width <= head_dim and self.value_width % 8 == 0,
+            f"value_dim = {self.value_dim}, expected a multiple of 8 from 16 to head_dim = {head_dim}",
         )
         require(
-            not self.coded or self.value_width % STEP_VALUES == 0,
+            not self.coded or self.value_dim is None or self.value_dim % STEP_VALUES == 0,
             f"value_dim = {self.value_dim}, expected a multiple of {STEP_VALUES}, values of a coded page that share a "
             "step",
         )

@@ -27,6 +27,13 @@ FOLD_VALUES = 8192
 
 
 @triton.jit
+def _finite(bound, LARGEST: tl.constexpr):
+    """What is no number stays so."""
+    bound = tl.where(bound == float("inf"), LARGEST, bound)
+    return tl.where(bound == float("-inf"), -LARGEST, bound)
+
+
+@triton.jit
 def page_logits_kernel(
     query,
     index,
@@ -48,6 +55,7 @@ def page_logits_kernel(
     DOT: tl.constexpr,
 ):
     """The larger of two products, by minimum and by maximum, is the latter's where the query is positive."""
+    LARGEST: tl.constexpr = 65504.0 if tl.float16 == DOT else 3.3895313892515355e38
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     if tl.load(missed + row) != 0:
@@ -66,6 +74,9 @@ def page_logits_kernel(
             low = tl.load(index + at, mask=inside, other=0.0).to(DOT)
             if VECTORS == 2:
                 high = tl.load(index + at + DIM, mask=inside, other=0.0).to(DOT)
+                # else it would be lost where the query has the other sign: zero times infinity is no number
+                low = _finite(low, LARGEST)
+                high = _finite(high, LARGEST)
                 none = tl.zeros([MEMBERS, PART], DOT)
                 product += tl.dot(high, tl.trans(tl.where(q > 0, q, none)), input_precision="ieee")
                 # what is no number is not lost
@@ -132,15 +143,19 @@ def score_pages(
     """Scores, float32 [batch, num_kv_heads, num_pages]; -inf for pages that are no candidates.
 
     `query` is [batch, num_query_heads, head_dim]; `index` [batch, num_kv_heads, num_pages, *entry] one of the layouts
-    in `page_index`, and `planes` float32 [128, head_dim] those of a sign hash. Pages 1 to `num_candidates` (int32
-    [batch]) are candidates. Rows of heads that did not miss (`missed`, bool [batch, num_kv_heads]) are left as they
-    are. `scale` is 1 / sqrt(head_dim) by default.
+    in `page_index`, of floats in the query's dtype, and `planes` float32 [128, head_dim] those of a sign hash. Pages 1
+    to `num_candidates` (int32 [batch]) are candidates. Rows of heads that did not miss (`missed`, bool
+    [batch, num_kv_heads]) are left as they are. `scale` is 1 / sqrt(head_dim) by default.
     """
     check_tensor("query", query, (-1, -1, -1), FLOATS)
     batch, num_query_heads, head_dim = query.shape
     kind = check_index(index, (batch, -1), head_dim, planes, query.device)
     _, heads, num_pages, vectors, _ = index.shape
     require(num_pages > 0, f"index: {num_pages} pages, expected at least one")
+    require(
+        kind.of_tokens or index.dtype == query.dtype,
+        f"index: dtype {index.dtype}, expected that of the query, {query.dtype}",
+    )
     group = group_size(num_query_heads, heads)
     check_tensor("num_candidates", num_candidates, (batch,), INT32, query.device)
     check_tensor("missed", missed, (batch, heads), torch.bool, query.device)

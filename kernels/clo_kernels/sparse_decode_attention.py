@@ -31,7 +31,12 @@ MAX_RESIDENT = 3
 MOST_SHARING = 32
 """Query heads of a program where vectors are key and value in one: all heads of a layer share those."""
 SHARED_PROGRAM_BYTES = 120 * 1024
-"""The same of such a program; a multiprocessor has registers for one."""
+"""The same of such a program, at least; a multiprocessor has registers for one."""
+BESIDE_BYTES = 2048
+"""Of it what is neither vectors nor queries."""
+DECODED_BYTES = {(3, 2): 2, (2, 2): 4, (3, 4): 2, (2, 4): 2}
+"""Of it what a value read from codes takes on its way to a product, at most of all widths compiled: by stages and
+bytes of a value."""
 MERGED_PART = 128
 MAX_SPLITS = 64
 LOG2_E = math.log2(math.e)
@@ -288,9 +293,9 @@ def sparse_decode_attention(
             GROUP=group,
             MEMBERS=tiles.members,
             DIM=width,
-            DIM_PAD=triton.next_power_of_2(width),
+            DIM_PAD=_padded(width),
             REST=-1 if kv.value_dim is None else head_dim - width,
-            REST_PAD=max(16, triton.next_power_of_2(head_dim - width)),
+            REST_PAD=_padded(head_dim - width),
             PAGE=page_size,
             BLOCK=tiles.block,
             CODED=kv.coded,
@@ -339,8 +344,31 @@ class Tiles:
         # what more heads would need beside codes, or products of float32, takes more registers than there are
         exact = query.dtype == torch.float32
         members = min(members, 16 if kv.coded or exact else MOST_SHARING)
-        stages = 3 if shared_memory(query.device, of_program=True) >= SHARED_PROGRAM_BYTES else 2
-        return cls(members, -(-group // members), 16 if exact else 32, 8, stages, SHARED_PROGRAM_BYTES)
+        block, most = 16 if exact else 32, shared_memory(query.device, of_program=True)
+        # two blocks under way beside the one in use if they fit, or one, of fewer tokens and heads if need be
+        tried = ((3, block, members), (2, block, members), (2, 16, members), (2, 16, 16))
+        sizes = {one: _vector_bytes(query, kv, *one) for one in tried}
+        chosen = next((one for one, size in sizes.items() if not most or size <= most), None)
+        if chosen is None:
+            raise ValueError(
+                f"query: head_dim = {kv.head_dim}, {kv.value_width} of it the value, in {query.dtype} needs "
+                f"{min(sizes.values())} bytes of shared memory in a program, this device has {most}"
+            )
+        stages, block, members = chosen
+        return cls(members, -(-group // members), block, 8, stages, max(SHARED_PROGRAM_BYTES, sizes[chosen]))
+
+
+def _vector_bytes(query: torch.Tensor, kv: DeviceKV, stages: int, block: int, members: int) -> int:
+    """Shared memory of a program over vectors that are key and value in one: what Triton takes, or a little more."""
+    width = _padded(kv.value_width) + _padded(kv.head_dim - kv.value_width)
+    item = int(query.element_size())
+    decoded = DECODED_BYTES[stages, item] * block if kv.coded else 0
+    return width * (item * ((stages - 1) * block + members) + decoded) + BESIDE_BYTES
+
+
+def _padded(width: int) -> int:
+    """As wide as a matrix product takes it."""
+    return max(16, int(triton.next_power_of_2(width)))
 
 
 def block_tokens(query: torch.Tensor) -> int:
@@ -372,7 +400,7 @@ def resident_programs(device: torch.device, program_bytes: int = PROGRAM_BYTES) 
 
 
 def shared_memory(device: torch.device, *, of_program: bool) -> int:
-    """Bytes of a multiprocessor, or as many of them as one program may take."""
+    """Bytes of a multiprocessor, or as many of them as one program may take; 0 where there is no limit."""
     if device.type != "cuda":
         return 0
     name = "shared_memory_per_block_optin" if of_program else "shared_memory_per_multiprocessor"

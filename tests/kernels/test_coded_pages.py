@@ -198,3 +198,10 @@ def test_slots_of_a_width_that_does_not_fit_the_window_are_refused():
     wrong = replace(kv, slots=torch.zeros(1, 1, 4, 2, 16, 64, dtype=torch.int8, device=DEVICE))
     with pytest.raises(ValueError, match=r"slots: shape .*72"):
         check(query, wrong, selected, lengths, torch.zeros(1, 1, 2, 100, 64), {})
+
+
+def test_vectors_that_no_whole_number_of_steps_fits_are_refused():
+    wrong = empty_kv(1, 1, 5, 4, 24, sinks=3, recent=6, max_tokens=40, dtype=torch.float32)
+    wrong = replace(wrong, slots=torch.zeros(1, 1, 5, 2, 4, 27, dtype=torch.int8, device=DEVICE))
+    with pytest.raises(ValueError, match="head_dim = 24 must be a multiple of 16"):
+        wrong.check(torch.device(DEVICE), torch.float32)

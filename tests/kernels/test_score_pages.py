@@ -68,6 +68,23 @@ def test_agrees_with_float64(candidates, heads, group, dim, pages, vectors, dtyp
 
 
 @by_dtype
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_bound_without_bound_on_the_side_that_is_not_asked(sign, dtype):
+    """One key that overflowed: where the query has the other sign the page's bound is the other extreme."""
+    query = torch.randn(1, 2, 16).to(DEVICE, dtype)
+    query[:, :, 3] = -sign
+    index = page_index(torch.randn(1, 1, 9, 4, 16).to(DEVICE, dtype), 2)
+    index[0, 0, 2, 1 if sign > 0 else 0, 3] = sign * float("inf")
+    counts, missed = torch.tensor([8], dtype=torch.int32, device=DEVICE), torch.ones(1, 1, dtype=torch.bool).to(DEVICE)
+    expected = reference.score_pages(
+        query.cpu(), index.cpu(), counts.cpu(), missed.cpu(), scale=0.25, out=torch.empty(1, 1, 9)
+    )
+    assert expected[0, 0, 1:].isfinite().all()
+    found = score_pages(query, index, counts, missed, scale=0.25).cpu()
+    torch.testing.assert_close(found, expected, **TOLERANCE[torch.float32])
+
+
+@by_dtype
 @pytest.mark.parametrize("kind", [IndexKind.KEY_4BIT, IndexKind.SIGN_HASH])
 @cases(
     "candidates heads group dim pages page_size",
@@ -132,6 +149,10 @@ def test_minmax_bounds_every_key_of_the_page():
     ("change", "message"),
     [
         ({"index": torch.zeros(1, 2, 5, 3, 64)}, "index: 3 vectors a page, expected 2"),
+        (
+            {"index": torch.zeros(1, 2, 5, 2, 64).half()},
+            r"index: dtype torch\.float16, expected that of the query, torch\.float32",
+        ),
         ({"index": torch.zeros(1, 2, 5, 4, 8).int()}, "index: 8 a row, expected 9 of key_4bit with head_dim = 64"),
         (
             {"index": torch.zeros(1, 2, 5, 4, 4).int(), "planes": torch.zeros(128, 32)},
@@ -142,7 +163,7 @@ def test_minmax_bounds_every_key_of_the_page():
         ({"missed": torch.zeros(1, 2)}, "missed: dtype torch.float32, expected torch.bool"),
         ({"out": torch.zeros(1, 2, 4)}, r"out: shape \[1, 2, 4\], expected \[1, 2, 5\]"),
     ],
-    ids=["vectors", "words", "planes", "planes-of-floats", "heads", "mask", "out"],
+    ids=["vectors", "dtype", "words", "planes", "planes-of-floats", "heads", "mask", "out"],
 )
 def test_refuses(change, message):
     arguments = {

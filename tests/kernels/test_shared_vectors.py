@@ -121,6 +121,37 @@ def test_programs_share_a_group_and_run_at_once(monkeypatch):
         assert module.default_splits(query, kv, selected) == splits
 
 
+@pytest.mark.parametrize(
+    ("widths", "shared", "tiles"),
+    [
+        # an H200 lends 227 KiB to a program, an A100 163, an RTX 4090 99
+        (WIDE, 232448, (3, 32, 32)),
+        (WIDE, 166912, (3, 32, 32)),
+        (WIDE, 101376, (2, 32, 32)),
+        ((1024, 512), 232448, (3, 32, 32)),
+        ((1024, 512), 166912, (2, 32, 32)),
+        ((1024, 512), 101376, (2, 16, 32)),
+        ((1024, 512), 80000, (2, 16, 16)),
+    ],
+)
+def test_blocks_are_as_many_and_as_large_as_fit(widths, shared, tiles, monkeypatch):
+    monkeypatch.setattr(module, "shared_memory", lambda *_, **__: shared)
+    query, kv, *_ = problem((70,), 1, 40, widths[0], 16, budget=2, value_dim=widths[1], dtype=torch.float16)
+    found = Tiles.of(query, kv)
+    assert (found.num_stages, found.block, found.members) == tiles
+    assert found.members * found.parts >= 40
+    assert found.program_bytes <= max(shared, module.SHARED_PROGRAM_BYTES)
+
+
+def test_a_device_on_which_nothing_fits(monkeypatch):
+    monkeypatch.setattr(module, "shared_memory", lambda *_, **__: 65536)
+    query, kv, *_ = problem((70,), 1, 40, 1024, 16, budget=2, value_dim=512, dtype=torch.float16)
+    with pytest.raises(
+        ValueError, match=r"head_dim = 1024, 512 of it the value, in torch\.float16 needs 67584 bytes .* has 65536"
+    ):
+        Tiles.of(query, kv)
+
+
 # ---- the index path
 
 
@@ -283,8 +314,11 @@ def test_pages_of_one_row_are_gathered(dim):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"value_dim": 20}, "value_dim = 20, expected a multiple of 8 up to head_dim = 48"),
-        ({"value_dim": 56}, "value_dim = 56, expected a multiple of 8 up to head_dim = 48"),
+        ({"value_dim": 20}, "value_dim = 20, expected a multiple of 8 from 16 to head_dim = 48"),
+        ({"value_dim": 56}, "value_dim = 56, expected a multiple of 8 from 16 to head_dim = 48"),
+        ({"value_dim": 8}, "value_dim = 8, expected a multiple of 8 from 16 to"),
+        ({"value_dim": 0}, "value_dim = 0, expected a multiple of 8 from 16 to"),
+        ({"value_dim": -8}, "value_dim = -8, expected a multiple of 8 from 16 to"),
         ({"value_dim": None}, r"window: shape \[2, 2, 1, 12, 48\], expected \['any', 'any', 2, 'any', 'any'\]"),
     ],
 )
