@@ -1,7 +1,8 @@
 """Decode steps of a Llama-3-8B shape with 128K tokens under several designs, on a CUDA device: `python3
 benchmarks/decode_designs.py --out decode.json`; of another shape with `--model`. **Not yet run on a GPU.**
 
-Random weights and a made-up context, the same for every design. For each design: TPOT of steps whose operations are not
+Random weights, and a made-up context and text, the same for every design; pages turn over about as fast as with a real
+model (clo/engine/random_weights.py). For each design: TPOT of steps whose operations are not
 timed (median, 10th and 90th percentile of all in the file), bytes over the link, what share of a pinned copy's rate
 that is, and, from further steps with times, what the main stream waited for. A design that does not fit, or fails, is
 named with the reason. Where the memory is too small for all layers there are fewer: the file says how many.
@@ -25,7 +26,7 @@ from clo.engine.decoder import Decoder
 from clo.engine.measure import go_on, run_steps
 from clo.engine.models.network import Network
 from clo.engine.prompts import Prompt
-from clo.engine.random_weights import need_device, random_model, random_prompt
+from clo.engine.random_weights import need_device, random_model, random_prompt, random_text
 from clo.engine.run import result_of
 from clo.errors import CloError
 from clo.specs import Design, ModelSpec
@@ -128,10 +129,10 @@ def copy_rate(device: torch.device) -> float:
 def measured(network: Network, design: Design, prompt: Prompt, steps: int, link: float) -> dict[str, Any]:
     """One design: first without times of operations, then, going on with the same sequences, with them."""
     with Decoder(network, design, max_new_tokens=SPARE, timed=False) as decoder:
-        plain = run_steps(decoder, [prompt], steps=steps, warmup_steps=3)
+        text = random_text(network, 1)
+        plain = run_steps(decoder, [prompt], steps=steps, warmup_steps=3, text=text)
         decoder.time_operations(True)
-        token = torch.zeros(1, dtype=torch.int64, device=network.device)
-        timed = go_on(decoder, token, steps=max(2, steps // 4))
+        timed = go_on(decoder, text, steps=max(2, steps // 4))
     seconds, result = plain.step_s, result_of(timed)
     moved = float(plain.traffic.spec_pages.sum() + plain.traffic.demand_pages.sum()) * plain.plan.page_bytes / steps
     tpot = float(np.median(seconds))

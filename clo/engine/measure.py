@@ -5,7 +5,7 @@ Knows nothing about models of cost.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from clo.engine.decoder import Decoder
 from clo.engine.layers import Layer, OffloadedLayer, StreamedLayer
 from clo.engine.prompts import Prompt
+from clo.engine.random_weights import random_text
 from clo.errors import EngineError
 from clo.plan import DecodePlan
 from clo.progress import Progress, nobody
@@ -47,30 +48,35 @@ def run_steps(
     *,
     steps: int,
     warmup_steps: int = 2,
+    text: Iterator[torch.Tensor] | None = None,
     progress: Progress = nobody,
 ) -> MachineRun:
-    """Decode greedily; the first `warmup_steps` are not kept. Raises `EngineError` for no step to measure."""
+    """Decode a `text`, by default the same random one under every design; the first `warmup_steps` are not kept.
+
+    Raises `EngineError` for no step to measure.
+    """
     if steps < 1:
         raise EngineError(f"steps = {steps}: must be at least 1")
-    first = decoder.prefill(prompts).argmax(-1)
-    return go_on(decoder, first, steps=steps, warmup_steps=warmup_steps, progress=progress)
+    decoder.prefill(prompts)
+    text = text or random_text(decoder.network, len(prompts))
+    return go_on(decoder, text, steps=steps, warmup_steps=warmup_steps, progress=progress)
 
 
 def go_on(
     decoder: Decoder,
-    tokens: torch.Tensor,
+    text: Iterator[torch.Tensor],
     *,
     steps: int,
     warmup_steps: int = 2,
     progress: Progress = nobody,
 ) -> MachineRun:
-    """Further steps of prompts that have been read, from `tokens` `[batch]` on.
+    """Further steps of prompts that have been read: tokens `[batch]` of each come from `text`.
 
     `progress(done, total)` is called after every step.
     """
     timelines, rows = [], []
     for step in range(warmup_steps + steps):
-        tokens = decoder.step(tokens).argmax(-1)
+        decoder.step(next(text))
         if step >= warmup_steps:
             assert decoder.timeline is not None
             timelines.append(decoder.timeline)

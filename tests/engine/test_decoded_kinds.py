@@ -316,7 +316,7 @@ class TestRandomWeights:
         wanted = scaled_down(presets.load_model(name))
         if wanted.latent is not None:
             latent_model("DeepseekV3" if wanted.indexer is None else "DeepseekV32")  # skips where there is none
-        network = Network(random_model(wanted), wanted.name)
+        network = Network(random_model(wanted, likeness=0), wanted.name)
         # a kind of model all of whose layers have experts says nothing of an MLP
         same = {"source": "", "intermediate_size": 1}
         assert network.spec.with_fields(**same) == wanted.with_fields(**same)
