@@ -117,7 +117,7 @@ def explore(
     Named designs are simulated side by side with the same device memory for KV to use. Then choices of one design are
     swept: the clock sifts all combinations, the simulator decides among the best, and each choice of the winner is
     changed alone. On a machine that `clo calibrate` has timed, --measure lets real runs of the best decide: random
-    weights, contexts made up, so that other pages are chosen than in the trace.
+    weights, contexts and texts made up, so that other pages are chosen than in the trace.
 
     \b
     clo explore --out out

@@ -69,9 +69,9 @@ def run(
 ) -> None:
     """Really decode under a design on this machine, and print where a step's time goes.
 
-    The result and the timeline are those of `clo simulate`. Contexts are made up, and so are weights unless
-    --weights names some: a shape of any size needs no download. --device cuda decodes on a GPU, in bfloat16 unless
-    --weights say otherwise; it has not yet run on one.
+    The result and the timeline are those of `clo simulate`. Contexts and text are made up, and so are weights unless
+    --weights names some: a shape of any size needs no download. Made-up weights move about as many pages as real ones.
+    --device cuda decodes on a GPU, in bfloat16 unless --weights say otherwise; it has not yet run on one.
 
     \b
     clo run --design resolve --context 4096 --timeline step.json
