@@ -2,10 +2,11 @@
 benchmarks/decode_designs.py --out decode.json`; of another shape with `--model`. **Not yet run on a GPU.**
 
 Random weights, and a made-up context and text, the same for every design; pages turn over about as fast as with a real
-model (clo/engine/random_weights.py). For each design: TPOT of steps whose operations are not
-timed (median, 10th and 90th percentile of all in the file), bytes over the link, what share of a pinned copy's rate
-that is, and, from further steps with times, what the main stream waited for. A design that does not fit, or fails, is
-named with the reason. Where the memory is too small for all layers there are fewer: the file says how many.
+model (clo/engine/random_weights.py). What offloads keeps one budget of pages on the device: all would fit. For each
+design: TPOT of steps whose operations are not timed (median, 10th and 90th percentile of all in the file), bytes over
+the link, what share of a pinned copy's rate that is, and, from further steps with times, what the main stream waited
+for. A design that does not fit, or fails, is named with the reason. Where the memory is too small for all layers there
+are fewer: the file says how many.
 """
 
 from __future__ import annotations
@@ -51,6 +52,12 @@ def main() -> int:
     parser.add_argument("--model", default="llama-3-8b", help="preset: only its shape")
     parser.add_argument("--layers", type=int, help="the first layers only (default: as many as fit)")
     parser.add_argument("--steps", type=int, default=16, help="steps to measure, after three more")
+    parser.add_argument(
+        "--slot-budgets",
+        type=float,
+        default=1.0,
+        help="pages that offloading designs keep on the device, in budgets (default 1: else all would fit in the end)",
+    )
     options = parser.parse_args()
     need_device("cuda")
     end = time.monotonic() + options.seconds
@@ -75,7 +82,7 @@ def main() -> int:
             report["left_out"].append(f"{name}: {lost or 'no time left'}")
             continue
         try:
-            design = presets.load_design(name, shape).as_without_head_profile()
+            design = sized(presets.load_design(name, shape), options.slot_budgets)
             row = measured(network, design, prompt, options.steps, link)
         except (CloError, RuntimeError) as error:
             report["left_out"].append(f"{name}: {str(error).splitlines()[0]}")
@@ -87,6 +94,11 @@ def main() -> int:
         lost = "" if returned(device) else f"the device was lost at {name}"
     options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0 if report["designs"] else 1
+
+
+def sized(design: Design, slot_budgets: float) -> Design:
+    """With slots of so many budgets, if pages are on the host."""
+    return design.as_without_head_profile().with_fields(**({"slot_budgets": slot_budgets} if design.offloads else {}))
 
 
 def returned(device: torch.device) -> bool:
@@ -140,6 +152,8 @@ def measured(network: Network, design: Design, prompt: Prompt, steps: int, link:
         "design": design.name,
         "sync": str(design.sync),
         "offloads": design.offloads,
+        "slot_pages": plain.plan.slot_pages,
+        "budget_pages": plain.plan.budget_pages,
         "tpot_s": tpot,
         "tpot_p10_s": float(np.percentile(seconds, 10)),
         "tpot_p90_s": float(np.percentile(seconds, 90)),

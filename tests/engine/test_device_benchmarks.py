@@ -189,6 +189,15 @@ def test_a_design_s_row_adds_up(decode_designs: ModuleType, monkeypatch: pytest.
     assert name in decode_designs.line(row)
 
 
+def test_what_offloads_keeps_as_much_as_is_asked_for(decode_designs: ModuleType) -> None:
+    network = Network(small_model())
+    for name, budgets, slots in (("clo", 1.0, 2), ("resolve", 3.0, 6), ("clo-v2", 3.0, 2)):
+        chosen = decode_designs.sized(design(name, budget_pages=2, slot_pages=None), budgets)
+        row = decode_designs.measured(network, chosen, random_prompt(network, 100), 2, 1e9)
+        assert row["slot_pages"] == slots, name
+    assert decode_designs.sized(design("resident"), 1.0) == design("resident")
+
+
 def test_as_many_layers_as_fit(decode_designs: ModuleType) -> None:
     deepseek, hybrid = presets.load_model("deepseek-v3"), presets.load_model("qwen3-next-80b-a3b")
     assert decode_designs.fitting(deepseek, 130_816, 120e9, 3).experts is None
