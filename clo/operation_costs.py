@@ -33,6 +33,7 @@ from clo.schedule.work import (
     Gemm,
     HostAction,
     HostGather,
+    IndexTokens,
     LatentAttention,
     LatentMap,
     Quantity,
@@ -186,6 +187,9 @@ def feature_values(work: Work, plan: DecodePlan, traffic: Traffic) -> dict[str, 
     varying = [quantity for quantity in counts.values() if isinstance(quantity, Amount)]
     if varying:
         values["some"] = np.minimum(1.0, traffic.amount(varying[0].name))
+    if isinstance(work, IndexTokens):
+        # as the decoder does it on a CPU: of all sequences, if one of them asks
+        values["scanned_bytes"] = values["some"] * values["all_bytes"]
     return values
 
 
@@ -209,7 +213,11 @@ def _features_of(work: Work, plan: DecodePlan) -> dict[str, Quantity]:
         rows = float(work.batch)
         return features | {"rows": rows, "kv_bytes": rows * work.kv_tokens * work.vector_dim * work.kv_bytes_per_value}
     if isinstance(work, StreamKernel):
-        return features | _stream_features(work, plan)
+        stored = work.host_store_bytes
+        pages = {"pages": _scaled(stored, 1 / plan.page_bytes)} if isinstance(stored, Amount) else {}
+        return features | _stream_features(work.num_bytes, plan) | pages
+    if isinstance(work, IndexTokens):
+        return features | _stream_features(work.num_bytes, plan)
     if isinstance(work, ZeroCopy):
         return features | {"pages": _scaled(work.num_bytes, 1 / plan.page_bytes), "bytes": work.num_bytes}
     if isinstance(work, Copy | HostGather | BarWrite):
@@ -247,13 +255,11 @@ def graph_operations(plan: DecodePlan) -> int:
     return len(record_step(plan).nodes)
 
 
-def _stream_features(work: StreamKernel, plan: DecodePlan) -> dict[str, Quantity]:
+def _stream_features(num_bytes: Quantity, plan: DecodePlan) -> dict[str, Quantity]:
     features: dict[str, Quantity] = {"sequences": float(plan.workload.batch)}
-    if isinstance(work.num_bytes, Amount):
-        features |= {"heads": Amount(work.num_bytes.name), "all_bytes": _if_all(work.num_bytes, plan)}
-    if isinstance(work.host_store_bytes, Amount):
-        features["pages"] = _scaled(work.host_store_bytes, 1 / plan.page_bytes)
-    return features | {"bytes": work.num_bytes}
+    if isinstance(num_bytes, Amount):
+        features |= {"heads": Amount(num_bytes.name), "all_bytes": _if_all(num_bytes, plan)}
+    return features | {"bytes": num_bytes}
 
 
 def _scaled(quantity: Quantity, factor: float) -> Quantity:

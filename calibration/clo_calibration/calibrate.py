@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from clo import presets
 from clo.engine.measure import MachineRun, fastest
 from clo.engine.memory import local_machine
 from clo.engine.models.network import Network
@@ -36,7 +37,16 @@ from clo_calibration.operation_fit import (
     observations,
     predicted_s,
 )
-from clo_calibration.probes import DESIGNS, STEPS, Probe, calibration_probes, grid_of, local_design, plan_of, run_probe
+from clo_calibration.probes import (
+    STEPS,
+    Probe,
+    calibration_probes,
+    designs_of,
+    grid_of,
+    plain_design,
+    plan_of,
+    run_probe,
+)
 from clo_calibration.run_files import load_benchmarks, load_run, save_benchmarks, save_run
 
 MICROBENCHMARKS = "microbenchmarks.json"
@@ -54,7 +64,7 @@ def calibrate(
     samples: Path,
     name: str,
     device: torch.device | None = None,
-    designs: Sequence[str] = DESIGNS,
+    designs: Sequence[str] | None = None,
     steps: int = STEPS,
     rounds: int = 3,
     again: bool = False,
@@ -63,15 +73,16 @@ def calibrate(
     """Measure, fit, and return the profile; raw samples go to the folder `samples` and are taken up from there, unless
     everything is to be measured `again`.
 
-    Raises `SpecError` for fewer layers than the designs keep dense or a model with its own indexer, and `CloError`
-    if `samples` holds measurements of another machine or model.
+    `designs`: presets, by default all that run there. Raises `SpecError` for fewer layers than they keep dense, and
+    `CloError` if `samples` holds measurements of another machine or model.
     """
     device = device or torch.device("cpu")
+    designs = designs or designs_of(device, model)
     _check_model(model, designs)
     network = network_of(model, device)
     here = fingerprint(device)
     claim_samples(samples, here, network.spec, again=again)
-    probes = calibration_probes(designs, steps=steps, grid=grid_of(device))
+    probes = calibration_probes(model, designs, steps=steps, grid=grid_of(device))
     progress("microbenchmarks", 0, 1)
     benchmarks = _microbenchmarks(device, samples / MICROBENCHMARKS)
     progress("microbenchmarks", 1, 1)
@@ -82,12 +93,7 @@ def calibrate(
 
 def _check_model(model: ModelSpec, designs: Sequence[str]) -> None:
     """Every design has a layer to offload: else nothing would be learnt of what it does there."""
-    if model.indexer is not None:
-        raise SpecError(
-            f"model {model.name}: what its own indexer takes is not fitted: calibrate with a model without one "
-            "(clo run times this one's steps)"
-        )
-    chosen = [local_design(name, 0.1) for name in designs]
+    chosen = [presets.load_design(name, model) for name in designs]
     dense = max((design.dense_layers for design in chosen if design.selects), default=0)
     if model.num_layers <= dense:
         raise SpecError(f"model.num_layers = {model.num_layers}: designs keep {dense} of them dense: take more")
@@ -168,7 +174,7 @@ def fit_profile(
     costs = fit_costs({key: timed for key, timed in alone.items() if not timed.rows[0].is_runtime} | runtime)
     together = [run for _, probe, run in learnt if not probe.alone]
     interference = fit_interference(beside, costs)
-    hold = launch_hold_s(together)
+    hold, plain = launch_hold_s(together), plain_design(network.spec)
     profile = OperationProfile(
         name=name,
         date=date.today().isoformat(),
@@ -179,7 +185,7 @@ def fit_profile(
         operations={key: _beside_others(key, cost, interference) for key, cost in costs.items()},
         handover_s=handover_s(together, hold),
         launch_hold_s=hold,
-        drift=drift([run for _, probe, run in learnt if probe.design.name == "resident" and not probe.alone]),
+        drift=drift([run for _, probe, run in learnt if probe.design.name == plain and not probe.alone]),
         steps_s={probe.place: float(np.median(run.step_s)) for _, probe, run in learnt if not probe.alone},
         benchmarks=tuple(_row(benchmark) for benchmark in benchmarks),
         fits={key: _points(timed, costs[key]) for key, timed in (alone | runtime).items() if key in costs},

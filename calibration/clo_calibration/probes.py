@@ -23,7 +23,7 @@ from clo.engine.random_weights import random_prompt
 from clo.errors import SpecError
 from clo.operation_costs import GEMM_ROWS
 from clo.plan import DecodePlan
-from clo.specs import Cache, Design, Transfer
+from clo.specs import Cache, Design, ModelSpec, Transfer
 
 DESIGNS = (
     "resident",
@@ -37,8 +37,6 @@ DESIGNS = (
     "clo-v2",
     "clo",
 )
-
-QUICK_DESIGNS = ("resident", "resolve", "clo")
 
 Size = tuple[int, int, float]
 """Context tokens, sequences, budget as a share of the context."""
@@ -88,19 +86,39 @@ STEPS = 5
 """Steps of a run that count."""
 
 
-def designs_of(device: torch.device) -> tuple[str, ...]:
-    """Presets that run on `device`: on CUDA storing through the BAR needs GDRCopy."""
-    if device.type != "cuda" or bar.is_installed(device):
-        return DESIGNS
-    return tuple(name for name in DESIGNS if presets.load_design(name).transfer is not Transfer.CPU_ZERO_COPY)
+def designs_of(device: torch.device, model: ModelSpec) -> tuple[str, ...]:
+    """Presets that run on `device`, where storing through the BAR needs GDRCopy on CUDA, and with `model`."""
+    stores = device.type != "cuda" or bar.is_installed(device)
+    chosen = {name: presets.load_design(name, model) for name in DESIGNS}
+    return tuple(
+        name
+        for name, design in chosen.items()
+        if (stores or design.transfer is not Transfer.CPU_ZERO_COPY) and _suits(design, model)
+    )
 
 
-def named(designs: str | None, device: torch.device) -> tuple[str, ...]:
+def _suits(design: Design, model: ModelSpec) -> bool:
+    """A model with an indexer attends to what that chooses; who shares one has no query to choose ahead by."""
+    indexer = model.indexer
+    return indexer is None or (design.selects and not (design.prefetches_layers and indexer.shared_layers))
+
+
+def plain_design(model: ModelSpec) -> str:
+    """The preset that moves nothing and chooses nothing but what the model itself does."""
+    return "resident" if model.indexer is None else "resident-sparse"
+
+
+def quick_designs(model: ModelSpec) -> tuple[str, ...]:
+    """Few that differ much."""
+    return plain_design(model), "resolve", "clo"
+
+
+def named(designs: str | None, device: torch.device, model: ModelSpec) -> tuple[str, ...]:
     """Presets from a comma-separated list, all if there is none. Raises `SpecError` for one that cannot be run."""
+    possible = designs_of(device, model)
     if designs is None:
-        return designs_of(device)
+        return possible
     chosen = tuple(name.strip() for name in designs.split(",") if name.strip())
-    possible = designs_of(device)
     if not chosen or not set(chosen) <= set(possible):
         raise SpecError(f"--designs {designs}: choose from {', '.join(possible)}")
     return chosen
@@ -139,41 +157,49 @@ class Probe:
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
 
-def local_design(name: str, budget: float) -> Design:
-    """A preset as it runs without a head profile: one threshold, slots for two budgets, threads this machine has."""
-    design = presets.load_design(name)
+def local_design(name: str, size: Size, model: ModelSpec) -> Design:
+    """A preset as it runs without a head profile: one threshold, slots for two budgets, threads this machine has.
+
+    A model's own indexer chooses no more than it does, whatever the budget.
+    """
+    context, _, budget = size
+    design = presets.load_design(name, model)
     fields: dict[str, object] = {"transfer_threads": min(design.transfer_threads, os.cpu_count() or 1)}
-    if design.selects:
+    if design.asks_indexer and model.indexer is not None:
+        tokens = min(model.indexer.older_tokens, round(budget * context))
+        fields["budget_pages"] = max(1, tokens // design.page_size)
+    elif design.selects:
         fields["budget_fraction"] = budget
     if design.offloads and design.selects and design.cache is not Cache.NONE and not design.replaces_sets:
         fields |= {"slot_pages": None, "slot_budgets": 2.0}
     return design.as_without_head_profile().with_fields(**fields)
 
 
-def calibration_probes(designs: Sequence[str] = DESIGNS, *, steps: int = STEPS, grid: Grid = CPU_GRID) -> list[Probe]:
+def calibration_probes(
+    model: ModelSpec, designs: Sequence[str] = DESIGNS, *, steps: int = STEPS, grid: Grid = CPU_GRID
+) -> list[Probe]:
     """Every design at every fitted size, alone and beside others; the baseline comes back to show how calm it is."""
     probes: list[Probe] = []
     # after every third design, and three times where there are fewer: two say nothing of a spread
     every = max(1, min(3, len(designs) // 3))
     for number, name in enumerate(designs):
         if number % every == 0:
-            probes.append(_probe("resident", grid.baseline, alone=False, steps=steps, turn=number))
+            plain = local_design(plain_design(model), grid.baseline, model)
+            probes.append(_fitted(plain, grid.baseline, alone=False, steps=steps, turn=number))
         for size in grid.fitted:
-            probes += [_probe(name, size, alone=alone, steps=steps) for alone in (True, False)]
+            design = local_design(name, size, model)
+            probes += [_fitted(design, size, alone=alone, steps=steps) for alone in (True, False)]
     for size in grid.short:
-        probes += [
-            Probe(design=design, size=size, alone=True, fitted=True, steps=steps)
-            for design in _every_gemm(designs, size[2])
-        ]
+        probes += [_fitted(design, size, alone=True, steps=steps) for design in _every_gemm(designs, size, model)]
     for size in grid.fitted:
-        for design in _fitted_variants(designs, size[2]):
-            probes += [
-                Probe(design=design, size=size, alone=alone, fitted=True, steps=steps) for alone in (True, False)
-            ]
+        for design in _fitted_variants(designs, size, model):
+            probes += [_fitted(design, size, alone=alone, steps=steps) for alone in (True, False)]
     return probes
 
 
-def validation_probes(designs: Sequence[str] = DESIGNS, *, steps: int = STEPS, grid: Grid = CPU_GRID) -> list[Probe]:
+def validation_probes(
+    model: ModelSpec, designs: Sequence[str] = DESIGNS, *, steps: int = STEPS, grid: Grid = CPU_GRID
+) -> list[Probe]:
     """Half at the fitted sizes, half at others, where some choices of a design are others too.
 
     In turn, so that what disturbs the machine for minutes meets both: the fitted ones say how much slower it became.
@@ -183,38 +209,38 @@ def validation_probes(designs: Sequence[str] = DESIGNS, *, steps: int = STEPS, g
         if size is None:
             continue
         fitted = size in grid.fitted
-        chosen = [local_design(name, size[2]) for name in designs] + _fitted_variants(designs, size[2])
+        chosen = [local_design(name, size, model) for name in designs] + _fitted_variants(designs, size, model)
         if not fitted:
-            chosen += _variants(designs, size[2])
+            chosen += _variants(designs, size, model)
         probes += [Probe(design=design, size=size, alone=False, fitted=fitted, steps=steps) for design in chosen]
     return probes
 
 
-def _fitted_variants(designs: Sequence[str], budget: float) -> list[Design]:
+def _fitted_variants(designs: Sequence[str], size: Size, model: ModelSpec) -> list[Design]:
     """What no preset does beside other operations: fetching ahead only what is missing."""
-    ahead = {"name": "clo, fetching ahead", "prefetch_depth": 1}
-    return [local_design("clo", budget).with_fields(**ahead)] if "clo" in designs else []
+    ahead = local_design("clo", size, model).with_fields(name="clo, fetching ahead", prefetch_depth=1)
+    return [ahead] if "clo" in designs and _suits(ahead, model) else []
 
 
-def _every_gemm(designs: Sequence[str], budget: float) -> list[Design]:
+def _every_gemm(designs: Sequence[str], size: Size, model: ModelSpec) -> list[Design]:
     """Few designs that run every GEMM: those of the model, and one that predicts the next layer's query."""
-    chosen = [local_design(name, budget) for name in designs] + _fitted_variants(designs, budget)
+    chosen = [local_design(name, size, model) for name in designs] + _fitted_variants(designs, size, model)
     ahead = [design for design in chosen if design.prefetches_layers and design.selects]
-    return [local_design("resident", budget), *ahead[:1]]
+    return [local_design(plain_design(model), size, model), *ahead[:1]]
 
 
-def _variants(designs: Sequence[str], budget: float) -> list[Design]:
+def _variants(designs: Sequence[str], size: Size, model: ModelSpec) -> list[Design]:
     """Designs that nothing was fitted from."""
     changes: dict[str, dict[str, object]] = {
         "clo": {"name": "clo, fetching two ahead", "prefetch_depth": 2},
         "resolve": {"name": "resolve, one budget", "slot_budgets": 1.0},
         "clo-v2": {"name": "clo-v2, tau 0.95", "tau": 0.95},
     }
-    return [local_design(name, budget).with_fields(**changed) for name, changed in changes.items() if name in designs]
+    chosen = [local_design(name, size, model).with_fields(**changes[name]) for name in changes if name in designs]
+    return [design for design in chosen if _suits(design, model)]
 
 
-def _probe(name: str, size: Size, *, alone: bool, steps: int, turn: int = 0) -> Probe:
-    design = local_design(name, size[2])
+def _fitted(design: Design, size: Size, *, alone: bool, steps: int, turn: int = 0) -> Probe:
     return Probe(design=design, size=size, alone=alone, fitted=True, steps=steps, turn=turn)
 
 

@@ -18,8 +18,10 @@ from clo.errors import CloError
 from clo.files import read_json, write_json, write_whole
 from clo.plan import DecodePlan
 from clo.timeline import Span, Timeline
-from clo.traffic import COUNTS, Traffic
+from clo.traffic import COUNTS, SEQUENCE_COUNTS, Traffic
 from clo_calibration.host_benchmarks import Benchmark
+
+EVERY_COUNT = (*COUNTS, *SEQUENCE_COUNTS)
 
 
 def save_run(path: Path, run: MachineRun) -> None:
@@ -33,7 +35,7 @@ def save_run(path: Path, run: MachineRun) -> None:
         "waits": np.array([";".join(f"{cause}={seconds!r}" for cause, seconds in span.waits) for _, span in spans]),
         "heads": np.array(run.traffic.heads),
         **{name: np.array([getattr(span, name) for _, span in spans]) for name in ("lane", "name", "part")},
-        **{f"traffic_{name}": getattr(run.traffic, name) for name in COUNTS},
+        **{f"traffic_{name}": value for name in EVERY_COUNT if (value := getattr(run.traffic, name)) is not None},
     }
     write_whole(path, lambda file: np.savez_compressed(file, **arrays))
 
@@ -79,7 +81,8 @@ def _run_of(arrays: dict[str, np.ndarray], plan: DecodePlan) -> MachineRun:
     title = str(arrays["title"])
     lanes = tuple(dict.fromkeys(arrays["lane"].tolist()))
     timelines = tuple(Timeline(title=title, spans=tuple(by_step[step]), lanes=lanes) for step in sorted(by_step))
-    counts: dict[str, Any] = {name: arrays[f"traffic_{name}"] for name in COUNTS}
+    there = [name for name in EVERY_COUNT if name in COUNTS or f"traffic_{name}" in arrays]
+    counts: dict[str, Any] = {name: arrays[f"traffic_{name}"] for name in there}
     traffic = Traffic(heads=float(arrays["heads"]), overlap=float("nan"), **counts)
     return MachineRun(plan, timelines, traffic)
 

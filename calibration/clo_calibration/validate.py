@@ -17,7 +17,7 @@ from clo.timeline import save_chrome_trace
 from clo_calibration.calibrate import claim_samples, measure, network_of, rounds_of
 from clo_calibration.comparison import ABLATIONS, Comparison, compare, price_run, simulated_s
 from clo_calibration.fingerprint import differences, fingerprint
-from clo_calibration.probes import DESIGNS, STEPS, Probe, grid_of, validation_probes
+from clo_calibration.probes import STEPS, Probe, designs_of, grid_of, validation_probes
 from clo_calibration.verdict import Pair, Point, Verdict
 from clo_sim.intervals import predict
 
@@ -26,7 +26,7 @@ def validate(
     profile: OperationProfile,
     *,
     samples: Path,
-    designs: Sequence[str] = DESIGNS,
+    designs: Sequence[str] | None = None,
     sizes: int | None = None,
     steps: int = STEPS,
     rounds: int = 3,
@@ -35,7 +35,8 @@ def validate(
     timeline: Path | None = None,
     progress: PhaseProgress = nobody,
 ) -> Verdict:
-    """Real and simulated decode steps of a grid of designs and sizes; `sizes` limits it to the first so many of each.
+    """Real and simulated decode steps of a grid of designs (presets, by default all that run there) and sizes; `sizes`
+    limits it to the first so many of each.
 
     Writes one step in both worlds to `timeline`. Raises `CloError` for a profile of another machine, unless
     `any_machine`.
@@ -46,7 +47,8 @@ def validate(
         raise CloError(f"profile {profile.name} is of another machine ({'; '.join(found)}): --any-machine to go on")
     network = network_of(profile.model, device)
     claim_samples(samples, here, network.spec, again=again)
-    probes = _first_sizes(validation_probes(designs, steps=steps, grid=grid_of(device)), sizes)
+    designs = designs or designs_of(device, profile.model)
+    probes = _first_sizes(validation_probes(profile.model, designs, steps=steps, grid=grid_of(device)), sizes)
     runs = measure(network, probes, samples, progress, rounds=rounds)
     points = []
     for done, (probe, run) in enumerate(zip(probes, runs, strict=True)):

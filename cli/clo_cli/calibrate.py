@@ -107,7 +107,7 @@ def _calibrated(
             samples=samples,
             name=out.stem,
             device=found,
-            designs=named(designs, found),
+            designs=named(designs, found, shape),
             rounds=rounds,
             again=again,
             progress=progress,

@@ -55,7 +55,7 @@ def validate(
     claim_folder(out)
     need_engine("validating", "calibrate", ("scipy",))
     from clo_calibration.machines import device_of, half_the_cores
-    from clo_calibration.probes import QUICK_DESIGNS, named
+    from clo_calibration.probes import named, quick_designs
     from clo_calibration.validate import validate as run
     from clo_calibration.verdict import markdown
     from clo_plots import Judged, plot_ablation, plot_verdict, save_figure
@@ -65,7 +65,9 @@ def validate(
         verdict = run(
             profile,
             samples=out / "samples",
-            designs=QUICK_DESIGNS if quick and designs is None else named(designs, device),
+            designs=quick_designs(profile.model)
+            if quick and designs is None
+            else named(designs, device, profile.model),
             sizes=1 if quick else None,
             rounds=min(rounds, 2) if quick else rounds,
             again=again,

@@ -132,4 +132,7 @@ def _traffic(plan: DecodePlan, layers: Sequence[Layer], counts: np.ndarray) -> T
         reused_heads=np.maximum(0.0, choosing - demand_heads),
         heads=float(heads.sum()),
         overlap=float("nan"),
+        # an indexer chooses for the one KV head that there is
+        spec_sequences=spec_heads if plan.design.asks_indexer else None,
+        demand_sequences=demand_heads if plan.design.asks_indexer else None,
     )

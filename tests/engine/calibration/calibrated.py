@@ -13,7 +13,7 @@ DESIGNS = ("resident", "streamed", "staged", "lru-cpu", "recall", "resolve", "cl
 SHAPE = load_model("smollm2-135m").with_fields(
     num_layers=3, hidden_size=48, intermediate_size=64, head_dim=16, num_query_heads=4, num_kv_heads=2, vocab_size=64
 )
-CONTEXT, BATCH, BUDGET = 320, 2, 0.2
+SIZE = CONTEXT, BATCH, BUDGET = (320, 2, 0.2)
 
 
 def run_of(network: Network, design: Design, *, alone: bool = False, steps: int = 3) -> MachineRun:

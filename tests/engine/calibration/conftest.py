@@ -21,7 +21,7 @@ from clo_calibration.operation_fit import (
 from clo_calibration.probes import (
     local_design,
 )
-from tests.engine.calibration.calibrated import BUDGET, DESIGNS, SHAPE, run_of
+from tests.engine.calibration.calibrated import DESIGNS, SHAPE, SIZE, run_of
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +34,7 @@ def runs(network: Network) -> dict[str, tuple[MachineRun, MachineRun]]:
     """Alone and beside others, by design."""
     found = {}
     for name in DESIGNS:
-        design = local_design(name, BUDGET).with_fields(dense_layers=1) if name != "resident" else local_design(name, 1)
+        design = local_design(name, SIZE, SHAPE).with_fields(**({"dense_layers": 1} if name != "resident" else {}))
         found[name] = (run_of(network, design, alone=True), run_of(network, design))
     return found
 

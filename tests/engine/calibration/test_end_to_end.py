@@ -44,7 +44,7 @@ from clo_cli.real_machine import measure_here
 from clo_sim import make_scene, simulate
 from clo_sim.intervals import predict
 from clo_sim.serving.prefill import prefill_prices
-from tests.engine.calibration.calibrated import BATCH, BUDGET, CONTEXT, SHAPE
+from tests.engine.calibration.calibrated import BATCH, CONTEXT, SHAPE, SIZE
 
 
 class TestEndToEnd:
@@ -129,7 +129,10 @@ class TestEndToEnd:
             (["calibrate", "--figure", "fits.txt"], "fits.txt: a figure's suffix must be one of"),
             (["calibrate", "--designs", "nosuch"], "--designs nosuch"),
             (["calibrate", "--layers", "2"], "model.num_layers = 2: designs keep 2 of them dense"),
-            (["calibrate", "--model", "deepseek-v3.2"], "deepseek-v3.2: what its own indexer takes is not fitted"),
+            (
+                ["calibrate", "--model", "deepseek-v3.2", "--designs", "resident"],
+                "--designs resident: choose from resident-sparse, staged",
+            ),
             (["validate", "--profile", "nosuch.json"], "nosuch.json: No such file"),
         ],
     )
@@ -166,7 +169,11 @@ class TestEndToEnd:
         self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
     ) -> None:
         probe = Probe(
-            design=local_design("clo", BUDGET), size=(CONTEXT, BATCH, BUDGET), alone=False, fitted=False, steps=3
+            design=local_design("clo", SIZE, SHAPE),
+            size=SIZE,
+            alone=False,
+            fitted=False,
+            steps=3,
         )
         found = point_of(profile, probe, runs["clo"][1], disturbed_s=1.0)
         assert found.low_s <= found.simulated_s <= found.high_s
@@ -256,7 +263,7 @@ class TestExploringACalibratedMachine:
         scene = make_scene(machine=str(path), context_tokens=CONTEXT, batch=BATCH)
         timed = load_operation_profile(path)
         assert scene.model == timed.model
-        plan = scene.plan(local_design(design, BUDGET).with_fields(dense_layers=1))
+        plan = scene.plan(local_design(design, SIZE, SHAPE).with_fields(dense_layers=1))
         priced = scene.priced(plan)
         traffic, seconds = priced.traffic, np.zeros(priced.num_steps)
         for node in record_step(plan).nodes:
@@ -310,7 +317,7 @@ class TestExploringACalibratedMachine:
             )
 
     def test_services_need_costs_of_any_batch_and_context(self, path: Path) -> None:
-        scene, design = make_scene(machine=str(path)), local_design("clo", BUDGET)
+        scene, design = make_scene(machine=str(path)), local_design("clo", SIZE, SHAPE)
         with pytest.raises(SpecError, match="serving: needs a profile of a GPU"):
             prefill_prices(scene, design, chunk_tokens=64)
 

@@ -44,7 +44,7 @@ from clo_calibration.probes import (
     validation_probes,
 )
 from clo_sim.contention import Contention
-from tests.engine.calibration.calibrated import BATCH, BUDGET, CONTEXT, DESIGNS
+from tests.engine.calibration.calibrated import DESIGNS, SHAPE, SIZE
 
 
 def rows(run: int, count: int, features: dict[str, float], seconds: float, **more: object) -> list[Observation]:
@@ -93,7 +93,7 @@ class TestFit:
 
     def test_every_grid_times_gemms_of_every_number_of_rows(self) -> None:
         for grid in (CPU_GRID, CUDA_GRID):
-            assert {probe.size[1] for probe in calibration_probes(grid=grid) if probe.alone} >= set(GEMM_ROWS)
+            assert {probe.size[1] for probe in calibration_probes(SHAPE, grid=grid) if probe.alone} >= set(GEMM_ROWS)
 
     def test_an_outlier_does_not_count(self) -> None:
         found = Timed(rows(0, 50, {"calls": 1.0}, 1e-4) + rows(0, 1, {"calls": 1.0}, 5.0))
@@ -197,8 +197,7 @@ def test_held_out_runs_teach_nothing(network: Network, runs: dict[str, tuple[Mac
     ]
 
     def probe(name: str, *, alone: bool, fitted: bool = True) -> Probe:
-        size = (CONTEXT, BATCH, BUDGET)
-        return Probe(design=local_design(name, BUDGET), size=size, alone=alone, fitted=fitted, steps=3)
+        return Probe(design=local_design(name, SIZE, SHAPE), size=SIZE, alone=alone, fitted=fitted, steps=3)
 
     def fitted(measured: list[tuple[Probe, MachineRun]]) -> OperationProfile:
         return fit_profile(measured, benchmarks, name="t", here={}, network=network)
@@ -212,8 +211,8 @@ def test_held_out_runs_teach_nothing(network: Network, runs: dict[str, tuple[Mac
 class TestProbes:
     @pytest.mark.parametrize("grid", [CPU_GRID, CUDA_GRID])
     def test_half_of_the_grid_is_held_out(self, grid: Grid) -> None:
-        probes = validation_probes(grid=grid)
-        fitted = {probe.size for probe in calibration_probes(grid=grid)} | {grid.baseline}
+        probes = validation_probes(SHAPE, grid=grid)
+        fitted = {probe.size for probe in calibration_probes(SHAPE, grid=grid)} | {grid.baseline}
         held_out = [probe for probe in probes if not probe.fitted]
         assert len(held_out) >= len(probes) / 2
         assert not fitted & {probe.size for probe in held_out}
@@ -221,24 +220,24 @@ class TestProbes:
     @pytest.mark.parametrize("grid", [CPU_GRID, CUDA_GRID])
     def test_held_out_sizes_are_run_between_fitted_ones(self, grid: Grid) -> None:
         """What slows the machine for minutes must show in the runs that say how much slower it is."""
-        sizes = dict.fromkeys((probe.size, probe.fitted) for probe in validation_probes(grid=grid))
+        sizes = dict.fromkeys((probe.size, probe.fitted) for probe in validation_probes(SHAPE, grid=grid))
         assert [fitted for _, fitted in sizes] == [True, False] * 4
 
     @pytest.mark.parametrize("count", [3, 4, 6, 8, len(DESIGNS)])
     def test_the_baseline_comes_back_often_enough_to_have_a_spread(self, count: int) -> None:
-        probes = calibration_probes(DESIGNS[:count])
+        probes = calibration_probes(SHAPE, DESIGNS[:count])
         assert sum(probe.size == CPU_GRID.baseline for probe in probes) >= 3
 
     def test_keys_tell_probes_apart(self) -> None:
-        probes = [*calibration_probes(), *validation_probes()]
+        probes = [*calibration_probes(SHAPE), *validation_probes(SHAPE)]
         assert len({probe.key for probe in probes}) == len(set(probes))
 
     def test_unknown_designs_are_refused(self) -> None:
         with pytest.raises(SpecError, match="--designs clo,nosuch"):
-            named("clo,nosuch", torch.device("cpu"))
+            named("clo,nosuch", torch.device("cpu"), SHAPE)
 
     def test_cuda_takes_no_design_that_stores_through_the_bar(self) -> None:
-        assert "clo-v2" in named(None, torch.device("cpu"))
-        assert not {"clo-v1", "clo-v2"} & set(named(None, torch.device("cuda")))
+        assert "clo-v2" in named(None, torch.device("cpu"), SHAPE)
+        assert not {"clo-v1", "clo-v2"} & set(named(None, torch.device("cuda"), SHAPE))
         with pytest.raises(SpecError, match="--designs clo-v2: choose from resident"):
-            named("clo-v2", torch.device("cuda"))
+            named("clo-v2", torch.device("cuda"), SHAPE)
