@@ -209,11 +209,15 @@ def validation_probes(
         if size is None:
             continue
         fitted = size in grid.fitted
-        chosen = [local_design(name, size, model) for name in designs] + _fitted_variants(designs, size, model)
+        chosen = _fitted_designs(designs, size, model)
         if not fitted:
             chosen += _variants(designs, size, model)
         probes += [Probe(design=design, size=size, alone=False, fitted=fitted, steps=steps) for design in chosen]
     return probes
+
+
+def _fitted_designs(designs: Sequence[str], size: Size, model: ModelSpec) -> list[Design]:
+    return [local_design(name, size, model) for name in designs] + _fitted_variants(designs, size, model)
 
 
 def _fitted_variants(designs: Sequence[str], size: Size, model: ModelSpec) -> list[Design]:
@@ -224,8 +228,7 @@ def _fitted_variants(designs: Sequence[str], size: Size, model: ModelSpec) -> li
 
 def _every_gemm(designs: Sequence[str], size: Size, model: ModelSpec) -> list[Design]:
     """Few designs that run every GEMM: those of the model, and one that predicts the next layer's query."""
-    chosen = [local_design(name, size, model) for name in designs] + _fitted_variants(designs, size, model)
-    ahead = [design for design in chosen if design.prefetches_layers and design.selects]
+    ahead = [design for design in _fitted_designs(designs, size, model) if design.prefetches_layers and design.selects]
     return [local_design(plain_design(model), size, model), *ahead[:1]]
 
 

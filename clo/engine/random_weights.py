@@ -22,14 +22,14 @@ from clo.units import format_bytes
 
 WEIGHT_SCALE = 0.02
 TOKEN_LIKENESS = 0.86
-"""Of the variance of a token's embedding the share that all tokens have in common. With it a query's cosine with that
-of the step before is 0.85, four steps before 0.65; on SmolLM2 0.83 and 0.73."""
+"""Of the variance of a token's embedding the share that all tokens have in common. With it about
+half of the heads keep their sets in a step of `clo`, as recorded (`tests/engine/test_random_weights.py`)."""
 TOKEN_SCALE = 30.0
 """Of an embedding's values: what layers add to it, random as they are, is to leave the likeness."""
 PASSAGE_TOKENS = 16
 PASSAGE_SPREAD = 0.25
-"""Of the logarithm of the length of a passage's keys. With it `resolve` with slots of one budget fetches 0.25 budgets a
-step and `clo` 0.14, of two budgets 0.06 and 0.04; on SmolLM2 0.23 and 0.12, 0.08 and 0.05."""
+"""Of the logarithm of the length of a passage's keys. With it `clo` and `resolve` with slots of one
+budget fetch about as many pages as recorded (the same tests)."""
 
 PRECISION = {torch.float32: "single precision", torch.bfloat16: "bfloat16"}
 MOST_OF_MEMORY = 0.8

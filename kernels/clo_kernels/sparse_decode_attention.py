@@ -359,7 +359,10 @@ class Tiles:
 
 
 def _vector_bytes(query: torch.Tensor, kv: DeviceKV, stages: int, block: int, members: int) -> int:
-    """Shared memory of a program over vectors that are key and value in one: what Triton takes, or a little more."""
+    """Shared memory of a program over vectors that are key and value in one: at least what Triton takes.
+
+    A little more, or of codes up to 1.4 times as much: some widths take what `DECODED_BYTES` says, others nothing.
+    """
     width = _padded(kv.value_width) + _padded(kv.head_dim - kv.value_width)
     item = int(query.element_size())
     decoded = DECODED_BYTES[stages, item] * block if kv.coded else 0

@@ -6,10 +6,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from clo_kernels.sparse_decode_attention import PROGRAM_BYTES, SHARED_PROGRAM_BYTES
+from clo_kernels.sparse_decode_attention import PROGRAM_BYTES, SHARED_PROGRAM_BYTES, _vector_bytes
 
 SCRIPT = Path(__file__).parents[2] / "kernels" / "clo_kernels_bench" / "compiled.py"
 ARCHS = [80, 90]
@@ -190,6 +192,15 @@ def test_vectors_that_are_values_too_are_copied_once_and_ahead(compiled, kernel,
     # of keys, and of the rest of them, a block each
     assert re.findall(r"cp\.async\.wait_group\s+(?:0x)?(\d+)", ptx)[0] == "2"
     assert "mma.sync" in ptx
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("coded", "least"), [(False, 0.9), (True, 0.7)])
+def test_what_vectors_take_is_known_before_it_is_compiled(compiled, coded, least, arch):
+    """512 values and 64 more, blocks of 32 tokens: as `Tiles` asks whether it fits."""
+    kv = SimpleNamespace(value_width=512, head_dim=576, coded=coded)
+    expected = _vector_bytes(torch.empty(0, dtype=torch.bfloat16), kv, 3, 32, 16 if coded else 32)
+    assert least * expected <= compiled[f"attend_split_shared{'_coded' * coded}:{arch}"]["shared_bytes"] <= expected
 
 
 @pytest.mark.parametrize(("arch", "programs"), [(80, 2), (90, 3)])

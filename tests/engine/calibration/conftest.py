@@ -34,7 +34,9 @@ def runs(network: Network) -> dict[str, tuple[MachineRun, MachineRun]]:
     """Alone and beside others, by design."""
     found = {}
     for name in DESIGNS:
-        design = local_design(name, SIZE, SHAPE).with_fields(**({"dense_layers": 1} if name != "resident" else {}))
+        design = local_design(name, SIZE, SHAPE)
+        if design.selects:
+            design = design.with_fields(dense_layers=1)
         found[name] = (run_of(network, design, alone=True), run_of(network, design))
     return found
 

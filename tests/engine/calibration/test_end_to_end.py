@@ -168,13 +168,7 @@ class TestEndToEnd:
     def test_point_of_reports_both_worlds(
         self, runs: dict[str, tuple[MachineRun, MachineRun]], profile: OperationProfile
     ) -> None:
-        probe = Probe(
-            design=local_design("clo", SIZE, SHAPE),
-            size=SIZE,
-            alone=False,
-            fitted=False,
-            steps=3,
-        )
+        probe = Probe(design=local_design("clo", SIZE, SHAPE), size=SIZE, alone=False, fitted=False, steps=3)
         found = point_of(profile, probe, runs["clo"][1], disturbed_s=1.0)
         assert found.low_s <= found.simulated_s <= found.high_s
         # of the median step, as the real run is judged by its median step
