@@ -14,7 +14,7 @@ from clo_kernels import reference
 from clo_kernels.checks import FLOATS, check_host_tensor, check_tensor, require
 from clo_kernels.coded_pages import STEP_DTYPE
 from clo_kernels.coded_rows import store_coded
-from clo_kernels.dispatch import on_device, runs_kernel
+from clo_kernels.dispatch import FUSED, on_device, runs_kernel
 from clo_kernels.index_codes import pack_4bit, sign_words
 from clo_kernels.layout import INT32, DeviceKV
 from clo_kernels.page_index import check_index
@@ -216,4 +216,5 @@ def append_kv(
                 BLOCK=block,
                 HASHED=min(HASHED_PART, padded),
                 num_warps=4 if block * padded <= BLOCK_VALUES else 8,
+                **FUSED,
             )

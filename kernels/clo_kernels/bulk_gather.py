@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clo_kernels.checks import require
-from clo_kernels.dispatch import on_device
+from clo_kernels.dispatch import FUSED, on_device
 from clo_kernels.layout import Resolved
 
 ROW_WORDS = 256
@@ -89,5 +89,6 @@ def bulk_gather(host_pages: torch.Tensor, slots: torch.Tensor, fetch: Resolved, 
             ROWS_PAD=triton.next_power_of_2(batch * heads),
             UNDER_WAY=STAGES,
             num_warps=8,
+            **FUSED,
         )
     return slots

@@ -18,6 +18,12 @@ INTERPRETED = not isinstance(_probe, JITFunction)
 """Whether Triton's interpreter runs the kernels: TRITON_INTERPRET was set when they were imported."""
 
 
+FUSED = {"enable_fp_fusion": True}
+"""Launch option: products may be added before they are rounded, whatever a version of Triton does unasked."""
+ROUNDED = {"enable_fp_fusion": False}
+"""Launch option: every product is rounded, as torch's operations round it."""
+
+
 def runs_kernel(tensor: torch.Tensor) -> bool:
     """The kernel on CUDA tensors and in the interpreter, the reference on other tensors."""
     return bool(tensor.is_cuda) or INTERPRETED

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from clo_kernels import reference
 from clo_kernels.checks import check_host_tensor, check_tensor, require
-from clo_kernels.dispatch import on_device, runs_kernel
+from clo_kernels.dispatch import FUSED, on_device, runs_kernel
 from clo_kernels.layout import Resolved
 
 FLOATS_AND_BYTES = (torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.uint8, torch.int16, torch.int32)
@@ -112,5 +112,6 @@ def gather_pages(
                 ITEMS=max(1, IN_FLIGHT_WORDS // chunk),
                 ROWS_PAD=triton.next_power_of_2(batch * heads),
                 num_warps=8,
+                **FUSED,
             )
     return slots

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from clo_kernels import reference
 from clo_kernels.checks import FLOATS, check_tensor, group_size, require
-from clo_kernels.dispatch import on_device, runs_kernel
+from clo_kernels.dispatch import FUSED, on_device, runs_kernel
 
 FOLDS = ("mean", "min", "importance")
 PROGRAM_VALUES = 8192
@@ -132,5 +132,6 @@ def hit_test(
                 PART=part,
                 FOLD=str(fold),
                 num_warps=max(1, min(MAX_WARPS, members * part // WARP_VALUES)),
+                **FUSED,
             )
     return out

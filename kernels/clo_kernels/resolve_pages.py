@@ -15,7 +15,7 @@ import triton.language as tl
 
 from clo_kernels import reference
 from clo_kernels.checks import check_tensor, require
-from clo_kernels.dispatch import on_device, runs_kernel
+from clo_kernels.dispatch import FUSED, on_device, runs_kernel
 from clo_kernels.flag_pairs import first_of, paired, second_of
 from clo_kernels.layout import INT32, PageTable, Resolved
 
@@ -315,6 +315,7 @@ def resolve_pages(
                 num_slots,
                 table.slot_of_page.shape[2],
                 **options,
+                **FUSED,
             )
     return out
 

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from clo_kernels import reference
 from clo_kernels.checks import check_host_tensor, check_tensor
-from clo_kernels.dispatch import on_device, runs_kernel
+from clo_kernels.dispatch import FUSED, on_device, runs_kernel
 from clo_kernels.layout import INT32
 
 MESSAGE_BLOCK = 1024
@@ -50,5 +50,5 @@ def ring_doorbell(sequence: torch.Tensor, message: torch.Tensor, mailbox: torch.
         return
     with on_device(sequence):
         ring_doorbell_kernel[(1,)](
-            sequence, message, mailbox, doorbell, message.shape[0], BLOCK=MESSAGE_BLOCK, num_warps=4
+            sequence, message, mailbox, doorbell, message.shape[0], BLOCK=MESSAGE_BLOCK, num_warps=4, **FUSED
         )

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from clo_kernels import reference
 from clo_kernels.checks import FLOATS, LARGEST_VECTOR_DIM, check_tensor, require
-from clo_kernels.dispatch import on_device, runs_kernel
+from clo_kernels.dispatch import ROUNDED, on_device, runs_kernel
 
 WARP_VALUES = 256
 
@@ -135,5 +135,6 @@ def rotate(
                 DIM_PAD=padded,
                 PAIRED=paired,
                 num_warps=max(1, min(4, padded // WARP_VALUES)),
+                **ROUNDED,
             )
     return out_query, out_key

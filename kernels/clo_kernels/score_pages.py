@@ -15,7 +15,7 @@ import triton.language as tl
 
 from clo_kernels import reference
 from clo_kernels.checks import FLOATS, check_tensor, group_size, require
-from clo_kernels.dispatch import on_device, runs_kernel
+from clo_kernels.dispatch import FUSED, on_device, runs_kernel
 from clo_kernels.layout import INT32
 from clo_kernels.page_index import check_index
 from clo_kernels.token_logits import group_sizes, launch_token_logits, pages_of_block, store_logits
@@ -191,6 +191,7 @@ def score_pages(
                 VECTORS=vectors,
                 BLOCK=LOGIT_BLOCK,
                 num_warps=4,
+                **FUSED,
             )
         blocks_pad = int(triton.next_power_of_2(num_blocks))
         blocks_part = min(blocks_pad, FOLD_VALUES)
@@ -207,5 +208,6 @@ def score_pages(
             BLOCKS_PART=blocks_part,
             BLOCK=FOLD_BLOCK,
             num_warps=4,
+            **FUSED,
         )
     return out

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from clo_kernels import reference
 from clo_kernels.checks import check_tensor, require
-from clo_kernels.dispatch import on_device, runs_kernel
+from clo_kernels.dispatch import FUSED, on_device, runs_kernel
 from clo_kernels.flag_pairs import first_of, paired, second_of
 from clo_kernels.layout import INT32
 
@@ -145,5 +145,6 @@ def select_pages(
                 HELD=num_pages <= block,
                 PLACE=min(PLACE_BLOCK, block),
                 num_warps=max(4, min(MAX_WARPS, block // 256)),
+                **FUSED,
             )
     return selection

@@ -19,7 +19,7 @@ from clo_kernels import reference
 from clo_kernels.checks import FLOATS, check_tensor, group_size, require
 from clo_kernels.coded_pages import STEP_DTYPE
 from clo_kernels.coded_rows import load_coded
-from clo_kernels.dispatch import INTERPRETED, on_device, runs_kernel
+from clo_kernels.dispatch import FUSED, INTERPRETED, on_device, runs_kernel
 from clo_kernels.layout import INT32, DeviceKV
 
 BLOCK_BYTES = 64 * 256
@@ -302,6 +302,7 @@ def sparse_decode_attention(
             # the interpreter cannot multiply bfloat16 matrices
             DOT=tl.float32 if INTERPRETED else TRITON_TYPES[query.dtype],
             num_warps=tiles.num_warps,
+            **FUSED,
             num_stages=tiles.num_stages,
         )
         part = min(MERGED_PART, int(triton.next_power_of_2(width)))
@@ -317,6 +318,7 @@ def sparse_decode_attention(
             PART=part,
             SPLITS_PAD=triton.next_power_of_2(num_splits),
             num_warps=4,
+            **FUSED,
         )
     return out
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from clo_kernels.dispatch import INTERPRETED
+from clo_kernels.dispatch import FUSED, INTERPRETED
 from clo_kernels.index_codes import bits_set, sign_words, unpack_4bit, unpack_scales
 from clo_kernels.page_index import HASH_WORDS
 
@@ -174,6 +174,7 @@ def launch_token_logits(
             PART=min(HASHED_PART, sizes["PART"]),
             ROWS=HASHED_AT_ONCE,
             num_warps=4,
+            **FUSED,
         )
         scale *= math.sqrt(head_dim)  # keys are taken to be this long
     block = pages_of_block(page_size)
@@ -196,4 +197,5 @@ def launch_token_logits(
         BLOCK=block,
         HASHED=planes is not None,
         num_warps=4,
+        **FUSED,
     )

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from clo_kernels import reference
 from clo_kernels.checks import check_host_tensor, check_tensor, require
-from clo_kernels.dispatch import on_device, runs_kernel
+from clo_kernels.dispatch import FUSED, on_device, runs_kernel
 
 MAX_SPINS = 2**22
 """At about a microsecond a look over the link, some seconds."""
@@ -54,7 +54,7 @@ def wait_ready(
         reference.wait_ready(sequence, ready, report, max_spins=max_spins)
         return
     with on_device(sequence):
-        wait_ready_kernel[(1,)](sequence, ready, report, max_spins, num_warps=1)
+        wait_ready_kernel[(1,)](sequence, ready, report, max_spins, num_warps=1, **FUSED)
 
 
 def raise_if_late(flag: str, report: torch.Tensor) -> None:

@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 
 from clo_kernels.append_kv import append_kv_kernel
 from clo_kernels.bulk_gather import ROW_WORDS, STAGES, bulk_gather_kernel
+from clo_kernels.dispatch import FUSED, ROUNDED
 from clo_kernels.gather_pages import gather_pages_kernel
 from clo_kernels.hit_test import hit_test_kernel
 from clo_kernels.resolve_pages import MAX_BUDGET, variant
@@ -150,6 +151,12 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
         4,
     ),
     "rotate": (rotate_kernel, ROTATE, {"FIRST": 0, "ROTATED": 128, "DIM": 128, "DIM_PAD": 128, "PAIRED": False}, 1),
+    "rotate_fp32": (
+        rotate_kernel,
+        ROTATE.replace("bf16", "fp32"),
+        {"FIRST": 0, "ROTATED": 128, "DIM": 128, "DIM_PAD": 128, "PAIRED": False},
+        1,
+    ),
     "rotate_shared": (
         rotate_kernel,
         ROTATE,
@@ -218,7 +225,8 @@ def compiled(
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": 3})
+    options = {"num_warps": num_warps, "num_stages": 3} | (ROUNDED if kernel is rotate_kernel else FUSED)
+    return triton.compile(source, target=target, options=options)
 
 
 def assembled(ptx: str) -> dict[str, int | None]:

@@ -216,6 +216,15 @@ def test_attention_over_coded_pages_loads_ahead_too(compiled, arch, programs):
         assert programs * 4 * 32 * kernel["registers"] <= 2**16
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kernel", ["rotate", "rotate_fp32", "rotate_shared"])
+def test_rotation_rounds_products_before_it_adds_them(compiled, kernel, arch):
+    """As torch's operations do; ptxas may multiply and add at once what is not marked as rounded."""
+    ptx = compiled[f"{kernel}:{arch}"]["ptx"]
+    assert not re.findall(r"fma\.rn\.f32|(?:mul|add|sub)\.f32", ptx)
+    assert "mul.rn.f32" in ptx
+
+
 def test_registers_and_shared_memory_are_reported_and_nothing_spills(compiled):
     if all(kernel["registers"] is None for kernel in compiled.values()):
         pytest.skip("needs ptxas")
