@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from clo.engine.make_layers import make_whole_layers
 from clo.engine.models.anatomy import project_query
 from clo.engine.models.network import Network, Rotation
 from clo.engine.step_traffic import StepTraffic
+from clo.engine.turns import Turns
 from clo.errors import EngineError, SpecError
 from clo.plan import DecodePlan
 from clo.schedule.ops import Stage
@@ -53,14 +54,15 @@ def offload(
 ) -> OffloadedCache:
     """Make `model` attend through a cache of `design` (a record, a preset's name or a TOML file), and return the cache.
 
-    Give it to `model.generate` or to the model as `past_key_values`; one cache serves one batch of prompts of equal
-    length. Prefill is the model's own, exact. Whatever comes after the first generated token, a chat's next turn too,
-    is decoded token by token under the design; `max_new_tokens` is the room for all of it, as far as the model's
-    positions go. With any other cache the model works as before, with SDPA as its attention: it returns no attention
-    weights. (One with attention sinks, which SDPA does not know, keeps its "eager" attention for that, for prompts and
-    for layers with a window.) `close`, the end of a `with` block, or dropping the last of a model's caches gives the
-    model back as it was. A design whose thresholds, weights or pinned heads come from a head profile takes `heads`, or
-    the shipped one if that is of such a model. Raises `SpecError` for a model or a design that does not fit.
+    Give it to `model.generate` or to the model as `past_key_values`; one cache serves a batch of prompts. Shorter ones
+    are padded in front; padding is not kept. Prefill is the model's own, exact. Whatever comes after the first
+    generated token, a chat's next turn too, is decoded token by token under the design; `max_new_tokens` is the room
+    for all of it, as far as the model's positions go. With any other cache the model works as before, with SDPA as its
+    attention: it returns no attention weights. (One with attention sinks, which SDPA does not know, keeps its "eager"
+    attention for that, for prompts and for layers with a window.) `close`, the end of a `with` block, or dropping the
+    last of a model's caches gives the model back as it was. A design whose thresholds, weights or pinned heads come
+    from a head profile takes `heads`, or the shipped one if that is of such a model. Raises `SpecError` for a model or
+    a design that does not fit.
     """
     chosen = design if isinstance(design, Design) else presets.load_design(str(design))
     network = Network(model, whole=True)
@@ -121,20 +123,6 @@ class _Mount:
         self._network.decoder.set_attn_implementation(self._attention_before)
 
 
-def _refuse_padding(mask: Any, count: int) -> None:
-    """Of one token that is decoded the mask says nothing. Raises `SpecError` where the last does not see all others.
-
-    `mask`: as the model was given it, one of tokens `[batch, tokens]`, of pairs, or such of each kind of layers.
-    """
-    mask = mask.get("full_attention") if isinstance(mask, Mapping) else mask
-    if mask is None or count < 2:
-        return
-    of_pairs = mask.dim() == 4
-    seen = mask if mask.dtype == torch.bool else mask == 0 if of_pairs else mask != 0
-    if not bool((seen[..., -1, :] if of_pairs else seen).all()):
-        raise SpecError("attention_mask: padded prompts are not supported here: use clo.engine.decoder.Decoder")
-
-
 def _before_all(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Runs before the model's layers and what is in front of them, whatever cache the model was given."""
     cache = kwargs.get("past_key_values")
@@ -165,6 +153,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         self._decoder, self._network = decoder, network
         self.plan: DecodePlan | None = None
         self.given_mask: Any = None
+        self._turns = Turns()
         self._kv: dict[int, AttendedLayer] = {}
         self._lengths = torch.zeros(0, dtype=torch.int32)
         self._tokens: list[int] = []
@@ -226,17 +215,18 @@ class OffloadedCache(Cache):  # type: ignore[misc]
     def begin_decoding(self) -> None:
         """The prompt is complete: make the caches, and let each layer hand over what prefill left."""
         first = self.layers[self._first_full]
-        batch, tokens = first.keys.shape[0], first.keys.shape[2]
-        self._decoder.max_new_tokens = self._most_new_tokens(tokens)
-        self.plan = self._decoder.make_plan([tokens] * batch)
-        room = tokens + self._decoder.max_new_tokens
+        padding = self._turns.padding
+        tokens = [first.keys.shape[2] - hidden for hidden in padding]
+        self._decoder.max_new_tokens = self._most_new_tokens(max(tokens))
+        self.plan = self._decoder.make_plan(tokens)
+        room = max(tokens) + self._decoder.max_new_tokens
         self._kv = make_whole_layers(self._network, self.plan, self._decoder.heads, room)
-        self._tokens = [tokens] * batch
-        self._lengths = torch.full((batch,), tokens, dtype=torch.int32, device=first.keys.device)
+        self._tokens = tokens
+        self._lengths = torch.tensor(tokens, dtype=torch.int32, device=first.keys.device)
         for index, kv in self._kv.items():
             layer = self.layers[index]
-            for sequence in range(batch):
-                kv.load(sequence, layer.keys[sequence], layer.values[sequence])
+            for sequence, hidden in enumerate(padding):
+                kv.load(sequence, layer.keys[sequence][:, hidden:], layer.values[sequence][:, hidden:])
             layer.release()
 
     def _most_new_tokens(self, tokens: int) -> int:
@@ -259,11 +249,10 @@ class OffloadedCache(Cache):  # type: ignore[misc]
             raise EngineError("cache: tokens were broken off half-way: offload() the model anew")
         batch, count = hidden.shape[:2]
         self._check_batch(batch)
-        # of a prompt that does not go on where the cache ends, some versions of the library make a mask with gaps
-        self._check_turn(count, positions)
-        _refuse_padding(mask, count)
+        turns = self._turns.then(self.get_seq_length(), batch, count, mask, positions)
         self.given_mask = None
         self._make_room(count)
+        self._turns = turns
         self._under_way = True
 
     def arrived(self, layer: int) -> None:
@@ -276,16 +265,6 @@ class OffloadedCache(Cache):  # type: ignore[misc]
             held = len(self._tokens) if self.decodes else self.layers[self._first_full].keys.shape[0]
         if batch != held:
             raise SpecError(f"input_ids: a batch of {batch}, the cache holds one of {held}: offload() anew for another")
-
-    def _check_turn(self, count: int, positions: torch.Tensor | None) -> None:
-        """A prompt that does not go on where the cache ends would be attended as if it did."""
-        held = self.get_seq_length()
-        begins = int(positions[0, 0]) if held and count > 1 and positions is not None else held
-        if count == 0 or begins != held:
-            raise SpecError(
-                f"input_ids: {count} new tokens from position {begins} on, the cache holds {held}: give it the whole "
-                "conversation, or offload() anew for another prompt"
-            )
 
     def _make_room(self, count: int) -> None:
         """For so many tokens more of each sequence, unless they are the prompt's."""
@@ -376,8 +355,8 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         return kv.attend(now, lengths, sink_logits)
 
     def decoded_length(self) -> int:
-        """Tokens in the cache while decoding."""
-        return max(self._tokens)
+        """Tokens that the library counts while decoding: padding, too."""
+        return self._tokens[0] + self._turns.padding[0]
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> OffloadedCache:
         """The library's way to keep a prompt for several continuations, which this cache does not."""
