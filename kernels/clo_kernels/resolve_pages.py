@@ -214,6 +214,7 @@ def resolve_pages_kernel(
             for start in range(0, num_slots, BLOCK):
                 at = start + first
                 leaving = _of_slots(page_of_slot, at, num_slots, -1)
+                tl.debug_barrier()  # of a block smaller than the program all warps read all
                 tl.store(slot_of_page + leaving, tl.full([BLOCK], -1, tl.int32), mask=leaving >= 0)
                 tl.store(tl.max_contiguous(page_of_slot + at, 1), tl.full([BLOCK], -1, tl.int32), mask=at < num_slots)
         else:
@@ -259,6 +260,7 @@ def resolve_pages_kernel(
                 tl.store(fetch_slots + place, slot, mask=absent)
             else:
                 slot = tl.load(fetch_slots + place, mask=absent, other=-1)
+                tl.debug_barrier()  # all warps have read what is absent
             tl.store(fetch_pages + place, page, mask=absent)
             tl.store(out_slots + rank, slot, mask=absent)
             tl.store(page_of_slot + slot, page, mask=absent)

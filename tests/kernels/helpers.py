@@ -1,11 +1,14 @@
 """Where kernels run in tests, how closely results must agree, and shapes that every test of a kind uses."""
 
+import os
+
 import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # bf16 arithmetic is wrong in the interpreter
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+COMPILED = DEVICE == "cuda" or "CLO_TEST_COMPILED" in os.environ
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if COMPILED else [])
 TOLERANCE = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
     torch.float16: {"rtol": 4e-3, "atol": 2e-3},

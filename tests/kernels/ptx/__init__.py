@@ -1,0 +1,1 @@
+"""Runs compiled kernels without a GPU: their PTX, instruction by instruction, on tensors in ordinary memory."""
