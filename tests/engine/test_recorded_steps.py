@@ -294,10 +294,12 @@ class TestTheSameAnswers:
         monkeypatch.setattr("clo.engine.staging.two_memories", lambda _: True)
         assert torch.equal(decoded(), expected)
 
-    def test_with_triton_s_kernels(self) -> None:
-        script = Path(__file__).with_name("interpreted_steps.py")
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    @pytest.mark.parametrize("compiled_for", [[], ["90"]], ids=["interpreted", "compiled"])
+    def test_with_triton_s_kernels(self, compiled_for: list[str]) -> None:
+        script = Path(__file__).with_name("kernel_steps.py")
+        interprets = {"TRITON_INTERPRET": "0" if compiled_for else "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, str(script), *compiled_for]
+        done = subprocess.run(command, env=os.environ | interprets, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         assert float(done.stdout) < 1e-4
 

@@ -11,11 +11,9 @@ import pytest
 import torch
 
 if "CLO_TEST_COMPILED" in os.environ:
-    from clo_kernels import dispatch
     from tests.kernels.ptx.launches import install
 
     install(int(os.environ["CLO_TEST_COMPILED"]))
-    dispatch.runs_kernel = lambda tensor: True
 
 # Triton has no wheels beyond Linux
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"]

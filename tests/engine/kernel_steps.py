@@ -1,16 +1,19 @@
-"""Decodes as a recorded CUDA step does, on a CPU, with Triton's kernels interpreted; prints the largest error.
+"""Decodes as a recorded CUDA step does, on a CPU, with Triton's kernels; prints the largest error.
 
-Run with TRITON_INTERPRET=1: `test_recorded_steps.py` does.
+They are interpreted with TRITON_INTERPRET=1, run as compiled with TRITON_INTERPRET=0 and the architecture as argument:
+`test_recorded_steps.py` does both.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from kernels.ptx import launches
 from latent import indexer_design, latent_model
 from small import design, prompt, small_model
 
@@ -67,6 +70,8 @@ def main() -> None:
     torch.set_num_threads(1)
     chosen = list(runs())
     expected = [decoded(*one) for one in chosen]
+    for architecture in sys.argv[1:]:
+        launches.install(int(architecture))
     networks.one_launch = lambda _: True  # type: ignore[assignment]
     chosen = list(runs())
     shape.kernels_for = lambda _: triton_kernels()  # type: ignore[assignment]
