@@ -180,7 +180,8 @@ def _where_tokens_go(design: Design) -> str:
 def feature_values(work: Work, plan: DecodePlan, traffic: Traffic) -> dict[str, Seconds]:
     """What the time of `work` may grow with: numbers, or one per step and layer `[steps, layers]`.
 
-    `all_*`: as if every head took part; `rows`: heads times sequences; `some`: whether there is anything to do.
+    `all_*`: as if every head took part; `rows`: heads times sequences; `some`: whether there is anything to do;
+    `several`: whether there is more than one sequence, whose tensors are not contiguous wherever one's are.
     """
     counts = _features_of(work, plan)
     values = {name: value_of(quantity, traffic) for name, quantity in counts.items()}
@@ -207,11 +208,13 @@ def _features_of(work: Work, plan: DecodePlan) -> dict[str, Quantity]:
         rows = float(work.batch * work.num_kv_heads)
         return features | {
             "rows": rows,
+            "several": float(work.batch > 1),
             "kv_bytes": 2 * rows * work.kv_tokens * work.head_dim * work.kv_bytes_per_value,
         }
     if isinstance(work, LatentAttention):
         rows = float(work.batch)
-        return features | {"rows": rows, "kv_bytes": rows * work.kv_tokens * work.vector_dim * work.kv_bytes_per_value}
+        kv_bytes = rows * work.kv_tokens * work.vector_dim * work.kv_bytes_per_value
+        return features | {"rows": rows, "several": float(work.batch > 1), "kv_bytes": kv_bytes}
     if isinstance(work, StreamKernel):
         stored = work.host_store_bytes
         pages = {"pages": _scaled(stored, 1 / plan.page_bytes)} if isinstance(stored, Amount) else {}
@@ -256,7 +259,8 @@ def graph_operations(plan: DecodePlan) -> int:
 
 
 def _stream_features(num_bytes: Quantity, plan: DecodePlan) -> dict[str, Quantity]:
-    features: dict[str, Quantity] = {"sequences": float(plan.workload.batch)}
+    batch = plan.workload.batch
+    features: dict[str, Quantity] = {"sequences": float(batch), "several": float(batch > 1)}
     if isinstance(num_bytes, Amount):
         features |= {"heads": Amount(num_bytes.name), "all_bytes": _if_all(num_bytes, plan)}
     return features | {"bytes": num_bytes}

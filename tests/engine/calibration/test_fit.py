@@ -24,7 +24,7 @@ from clo.pricing import Demand
 from clo.profile import InterferenceCost, Source
 from clo.schedule import record_step
 from clo.schedule.ops import price_name
-from clo.schedule.work import Gemm
+from clo.schedule.work import DecodeAttention, Gemm
 from clo_calibration.calibrate import drift, fit_profile
 from clo_calibration.host_benchmarks import Benchmark
 from clo_calibration.interference_fit import fit_interference
@@ -94,6 +94,15 @@ class TestFit:
     def test_every_grid_times_gemms_of_every_number_of_rows(self) -> None:
         for grid in (CPU_GRID, CUDA_GRID):
             assert {probe.size[1] for probe in calibration_probes(SHAPE, grid=grid) if probe.alone} >= set(GEMM_ROWS)
+
+    @given(st.floats(1e-6, 1e-3), st.floats(0, 1e-3), st.floats(1e-6, 1e-4))
+    def test_more_than_one_sequence_may_cost_something_once(self, one: float, several: float, each: float) -> None:
+        """One sequence's tensors are contiguous wherever those of several are copied."""
+        found, seconds = Timed(), [one + (several if batch > 1 else 0.0) + each * batch for batch in (1, 2, 3, 4)]
+        for batch, total in enumerate(seconds, 1):
+            work = DecodeAttention(batch, 64, num_query_heads=4, num_kv_heads=2, head_dim=16)
+            found.rows += rows(batch, 3, feature_values(work, None, None), total)  # type: ignore[arg-type]
+        assert fit_costs({"a": found})["a"].spread < 1e-6
 
     def test_an_outlier_does_not_count(self) -> None:
         found = Timed(rows(0, 50, {"calls": 1.0}, 1e-4) + rows(0, 1, {"calls": 1.0}, 5.0))
