@@ -30,11 +30,10 @@ pytestmark = [
 ]
 
 
-def run(architecture: int, tests: tuple[str, ...], cache: Path, *options: str) -> None:
+def run(architecture: int, tests: tuple[str, ...], *options: str) -> None:
     environment = os.environ | {
         "TRITON_INTERPRET": "0",
         "CLO_TEST_COMPILED": str(architecture),
-        "TRITON_CACHE_DIR": str(cache),
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     paths = [str(HERE / test) for test in tests] or [str(HERE)]
@@ -46,11 +45,11 @@ def run(architecture: int, tests: tuple[str, ...], cache: Path, *options: str) -
 
 # by one worker: beside itself it would take as long
 @pytest.mark.xdist_group("ptx")
-def test_some_as_compiled_for_an_h100(tmp_path):
-    run(90, WITHIN_A_MINUTE, tmp_path, "-v")
+def test_some_as_compiled_for_an_h100():
+    run(90, WITHIN_A_MINUTE, "-v")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("architecture", [80, 90])
-def test_all(architecture, tmp_path):
-    run(architecture, (), tmp_path, "-v", "-n", "2")
+def test_all(architecture):
+    run(architecture, (), "-v", "-n", "2")

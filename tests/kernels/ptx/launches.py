@@ -5,12 +5,16 @@ Blocks run one after another in random order, the warps of a block in turns of r
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
@@ -52,6 +56,9 @@ def install(architecture: int, seed: int = 0) -> None:
 
     driver.set_active(NoDriver(architecture))
     CompiledKernel._init_handles = prepare
+    # machine code takes long and is not needed here: kept apart from what a GPU may find later
+    CUDABackend.make_cubin = lambda *_: b""
+    os.environ["TRITON_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"clo-ptx-{os.getuid()}")
     for module in list(sys.modules.values()):
         if getattr(module, "runs_kernel", None) is dispatch.runs_kernel and module is not dispatch:
             module.runs_kernel = _always
