@@ -14,7 +14,7 @@ from clo_kernels import dispatch, hit_test, reference
 from tests.kernels.helpers import DEVICE
 
 # nothing that a second run would show
-SLOW = ("test_ptx.py", "test_bench.py", "test_sanitizer.py", Path(__file__).name)
+APART = ("test_ptx.py", "test_ptx_instructions.py", "test_compiled.py", "test_bench.py", "test_sanitizer.py")
 
 
 def test_the_kernel_runs_here_and_not_the_reference(monkeypatch):
@@ -46,7 +46,7 @@ def test_the_reference_takes_what_the_wrapper_takes(name):
 def test_wrappers_run_the_reference_on_the_cpu_without_the_interpreter():
     """All tests of operations again, where a launch would fail: there is no GPU for it."""
     folder = Path(__file__).parent
-    files = [str(path) for path in folder.glob("test_*.py") if path.name not in SLOW]
+    files = [str(path) for path in folder.glob("test_*.py") if path.name not in (*APART, Path(__file__).name)]
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "0",
