@@ -1,0 +1,1 @@
+"""What has to run on a GPU, run without one: see `run.py`."""

@@ -1,0 +1,247 @@
+"""torch's CUDA operations, done by the CPU in the same memory: `install` once, in a process that runtime.c serves.
+
+Every operation that has a CUDA implementation gets another: it sees its tensors as the CPU's, at the same addresses.
+While the current stream is captured nothing is computed but the shapes of what comes out; the graph has the operation
+done with each launch. Operations that wait for the device are refused there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+THEIR_OWN = (
+    *("empty.memory_format", "empty_strided", "as_strided", "view", "_reshape_alias", "alias", "detach", "unfold"),
+    *("view_as_real", "view_as_complex", "resize_", "set_", "set_.source_Storage", "set_.source_Tensor"),
+    *("set_.source_Storage_storage_offset", "set_.source_Tensor_storage_offset", "is_set_to"),
+    *("record_stream", "_pin_memory", "is_pinned"),
+)
+"""They compute nothing."""
+WAITING = (
+    *("_local_scalar_dense", "nonzero", "masked_select", "equal"),
+    *("_unique2", "unique_dim", "unique_consecutive"),
+)
+"""They need a number on the host."""
+
+_calls: list[Callable[[], Any]] = []
+"""What graphs have done, by number."""
+
+
+class RehearsalError(RuntimeError):
+    """What a GPU would refuse."""
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_long)
+def _do(call: int) -> int:
+    try:
+        with torch.inference_mode():
+            _calls[call]()
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+_runtime = ctypes.CDLL("libcudart.so.13")
+_runtime.rehearsal_captures.argtypes = (ctypes.c_void_p,)
+_runtime.rehearsal_collect.argtypes = (ctypes.c_void_p, ctypes.c_long)
+
+
+def submit(do: Callable[[], Any], stream: int | None = None) -> None:
+    """Do it now, or with each launch of the graph that the stream (the current one) is captured into."""
+    stream = torch.cuda.current_stream().cuda_stream if stream is None else stream
+    if not _runtime.rehearsal_captures(stream):
+        do()
+        return
+    _calls.append(do)
+    _runtime.rehearsal_collect(stream, len(_calls) - 1)
+
+
+def captures() -> bool:
+    """Whether the current stream is captured."""
+    return bool(_runtime.rehearsal_captures(torch.cuda.current_stream().cuda_stream))
+
+
+def on_cpu(value: Any) -> Any:
+    """A CUDA tensor as one of the CPU in the same memory; CUDA generators as none; anything else as it is."""
+    if isinstance(value, torch.device):
+        return CPU if value.type == "cuda" else value
+    if isinstance(value, torch.Generator):
+        return None
+    if not (isinstance(value, torch.Tensor) and value.is_cuda):
+        return value
+    storage, item = value.untyped_storage(), value.element_size()
+    if not value.numel():
+        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype)
+    room = (ctypes.c_uint8 * (storage.nbytes() // item * item)).from_address(storage.data_ptr())
+    flat = torch.frombuffer(room, dtype=value.dtype)
+    seen = flat.as_strided(value.size(), value.stride(), value.storage_offset())
+    seen = seen.conj() if value.is_conj() else seen
+    return torch._neg_view(seen) if value.is_neg() else seen
+
+
+def on_cuda(value: Any) -> Any:
+    """A tensor of the CPU copied to a new one of the device."""
+    if not (isinstance(value, torch.Tensor) and value.device.type == "cpu"):
+        return value
+    there = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=CUDA)
+    on_cpu(there).copy_(value)
+    return there
+
+
+def put(there: Any, found: Any) -> None:
+    """Values into tensors of the device, one or several."""
+    for to, value in zip(
+        *(each if isinstance(each, tuple | list) else (each,) for each in (there, found)), strict=True
+    ):
+        if isinstance(to, torch.Tensor) and to.is_cuda:
+            on_cpu(to).copy_(value)
+
+
+def _zeros(value: Any) -> Any:
+    return torch.zeros_like(value) if isinstance(value, torch.Tensor) else value
+
+
+def functional(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """An operation that makes new tensors, done by `compute` on the CPU's."""
+
+    def run(*given: Any, **named: Any) -> Any:
+        def go() -> Any:
+            return compute(*tree_map(on_cpu, given), **tree_map(on_cpu, named))
+
+        if not captures():
+            return tree_map(on_cuda, go())
+        # zeros are valid as indices, too
+        blank = tree_map(_zeros, tree_map(on_cpu, (given, named)))
+        there = tree_map(on_cuda, compute(*blank[0], **blank[1]))
+        submit(lambda: put(there, go()))
+        return there
+
+    return run
+
+
+def changing(compute: Callable[..., Any], arguments: list[Any], results: int, *, sizes: bool) -> Callable[..., Any]:
+    """An operation that writes into some of its arguments; `sizes`: it gives empty ones a size."""
+    written = [(place, one.name) for place, one in enumerate(arguments) if one.alias_info and one.alias_info.is_write]
+
+    def run(*given: Any, **named: Any) -> Any:
+        def go() -> Any:
+            return compute(*tree_map(on_cpu, given), **tree_map(on_cpu, named))
+
+        targets = [
+            named[name] if name in named else given[place]
+            for place, name in written
+            if name in named or place < len(given)
+        ]
+        if sizes and any(isinstance(one, torch.Tensor) and not one.numel() for one in targets):
+            found = go()
+            for to, value in zip(targets, found if isinstance(found, tuple) else (found,), strict=False):
+                to.resize_(value.size())
+        submit(go)
+        return None if not results else targets[0] if results == 1 else tuple(targets[:results])
+
+    return run
+
+
+def copy_(to: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """As torch copies between memories."""
+    if captures():
+        if any(not one.is_cuda and not one.is_pinned() for one in (to, source)):
+            raise RehearsalError("a capture copies pageable memory")
+        if not (to.is_cuda and source.is_cuda) and not non_blocking:
+            raise RehearsalError("a capture waits for a copy")
+    submit(lambda: on_cpu(to).copy_(on_cpu(source)))
+    return to
+
+
+def refusing(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    """An operation that the host waits for."""
+
+    def wait(*given: Any, **named: Any) -> Any:
+        if captures():
+            raise RehearsalError(f"{name} in a capture")
+        return run(*given, **named)
+
+    return wait
+
+
+def attention(results: int, numbers: tuple[int, ...], *, masked: bool) -> Callable[..., Any]:
+    """One of torch's fused attentions; of what they return beside, nothing is computed. `numbers`: not tensors."""
+
+    def compute(query: Any, key: Any, value: Any, mask: Any, is_causal: bool, scale: float | None) -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            found = torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=True
+            )
+        return found.transpose(1, 2).contiguous().transpose(1, 2)  # as theirs lie in memory
+
+    def run(query: Any, key: Any, value: Any, *others: Any, scale: float | None = None, **named: Any) -> Any:
+        mask = others[0] if masked and others else named.get("attn_bias")
+        causal = 3 if masked else 1
+        is_causal = others[causal] if len(others) > causal else named.get("is_causal", False)
+        out = functional(compute)(query, key, value, mask, is_causal, scale)
+        beside = [0 if number in numbers else torch.empty(0, device=CUDA) for number in range(1, results)]
+        return (out, *beside)
+
+    return run
+
+
+def depthwise(source: Any, weight: Any, size: Any, bias: Any, stride: Any, padding: Any, dilation: Any) -> Any:
+    """A convolution of each channel by itself."""
+    groups = source.shape[-len(size) - 1]
+    return torch.nn.functional.conv2d(source, weight, bias, stride, padding, dilation, groups=groups)
+
+
+SPECIAL: dict[str, Callable[..., Any]] = {
+    "copy_": copy_,
+    "_fused_sdp_choice": lambda *_, **__: 0,
+    "_scaled_dot_product_efficient_attention": attention(4, (), masked=True),
+    "_scaled_dot_product_cudnn_attention": attention(9, (4, 5), masked=True),
+    "_scaled_dot_product_flash_attention": attention(9, (4, 5), masked=False),
+    # what the CPU has by another name, or not for all types
+    "_conv_depthwise2d": functional(depthwise),
+    "histc": functional(lambda values, *others: torch.histc(values.double(), *others).to(values.dtype)),
+}
+
+
+def _stand_in(name: str, operation: Any) -> Callable[..., Any]:
+    if name in SPECIAL:
+        return SPECIAL[name]
+    schema = operation._schema
+    tensors = [place for place, one in enumerate(schema.arguments) if str(one.type) == "Tensor"]
+
+    def compute(*given: Any, **named: Any) -> Any:
+        # the dispatcher took a plain number for a tensor: another overload takes it
+        numbers = any(place < len(given) and isinstance(given[place], int | float | complex) for place in tensors)
+        return (operation.overloadpacket if numbers else operation)(*given, **named)
+
+    if any(one.alias_info and one.alias_info.is_write for one in schema.arguments):
+        run = changing(compute, schema.arguments, len(schema.returns), sizes="out" in schema.overload_name)
+    else:
+        run = functional(compute)
+    return refusing(name, run) if name.partition(".")[0] in WAITING else run
+
+
+_library = torch.library.Library("aten", "IMPL")
+
+
+def install() -> None:
+    """Put them in the place of torch's."""
+    _runtime.rehearsal_calls(_do)
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    every = [full for full in torch._C._dispatch_get_all_op_names() if full.startswith("aten::") and has(full, "CUDA")]
+    names = {full.removeprefix("aten::") for full in every} - set(THEIR_OWN) | SPECIAL.keys()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one already
+        for full in names:
+            name, _, overload = full.partition(".")
+            operation = getattr(getattr(torch.ops.aten, name), overload or "default")
+            _library.impl(full, _stand_in(full, operation), "CUDA", allow_override=True)
