@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
 
-.PHONY: run test test-long bench gpu lint profiles clean
+.PHONY: run test test-long bench gpu rehearse lint profiles clean
 
 run: $(VENV)/.base
 	$(BIN)/clo explore --out out
@@ -32,6 +32,12 @@ bench: $(VENV)/.base
 MINUTES ?= 8
 gpu:
 	@$(PYTHON) benchmarks/gpu.py --minutes $(MINUTES)
+
+# What `make gpu` tests of the decoder, on a machine without a GPU: with a Python that has torch built for CUDA 13.
+rehearse:
+	@$(PYTHON) tests/rehearsal/run.py tests/rehearsal/captures.py
+	@$(PYTHON) tests/rehearsal/run.py --kernels compiled tests/rehearsal/compiled_steps.py
+	@$(PYTHON) tests/rehearsal/run.py -m pytest -p no:cacheprovider tests/engine/test_cuda_decoder.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -11,7 +11,7 @@ import click
 
 from clo.errors import SpecError
 from clo.files import write_json
-from clo_cli.options import check_outputs, check_seed, design_from, names_from, overrides_from
+from clo_cli.options import check_outputs, check_seed, design_from, device_option, names_from, overrides_from
 
 if TYPE_CHECKING:
     from clo.specs import Design
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option("--model", default="smollm2-135m", show_default=True, help="smollm2-135m, a model folder or a hub name.")
+@device_option
 @click.option("--designs", default="resident,resolve,clo", show_default=True, help="Presets or TOML files.")
 @click.option("--taus", help="Try designs that reuse heads at each of these thresholds: 0.7,0.8,0.9.")
 @click.option("--pools", help="Try designs that keep pages at each of these cache sizes, in budgets: 1,2,4.")
@@ -58,6 +59,8 @@ def evaluate(**options: Any) -> None:
     clo evaluate --designs resolve,clo --taus 0.6,0.8 --out answers.json
     clo evaluate --designs clo --vary dense_layers=0,1,2 --split tune
     clo plot answers.json --out answers.png
+
+    --device cuda decodes on a GPU, in bfloat16; it has not yet run on one.
     """
     check_seed(options["seed"])
     variants = _variants(options)
@@ -176,7 +179,7 @@ def _evaluate(designs: list[Design], options: dict[str, Any]) -> dict[str, Any]:
         for context in options["contexts"]
     ]
     words = _text(options["text"])
-    model, tokenizer = load_for_decoding(options["model"])
+    model, tokenizer = load_for_decoding(options["model"], options["device"])
     network = Network(model)
     contenders = [
         Contender(name=design.name, design=design, heads=heads_from(design, model, options["trace_path"]))
@@ -197,7 +200,7 @@ def _evaluate(designs: list[Design], options: dict[str, Any]) -> dict[str, Any]:
     if len(by_context) > 1:
         about["context_tokens"] = options["contexts"]
     return {
-        "evaluation": {"model": options["model"], "text": options["text"], **about},
+        "evaluation": {"model": options["model"], "device": options["device"], "text": options["text"], **about},
         "versions": package_versions(),
         "designs": {contender.name: contender.design.model_dump(mode="json") for contender in contenders},
         "answers": records,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import click
 
 from clo.errors import SpecError
-from clo_cli.options import check_design, check_outputs, check_seed, design_from, overrides_from
+from clo_cli.options import check_design, check_outputs, check_seed, design_from, device_option, overrides_from
 
 if TYPE_CHECKING:
     from clo.engine.decoder import Decoder
@@ -39,6 +39,7 @@ class Step(NamedTuple):
 @click.option("--model", default="smollm2-135m", show_default=True, help="smollm2-135m, a model folder or a hub name.")
 @click.option("--design", "design_name", default="clo", show_default=True, help="Preset or TOML file.")
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Change a field: design.tau=0.9.")
+@device_option
 @click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens to generate.")
 @click.option("--temperature", default=0.0, show_default=True, help="0: the most likely token each time.")
 @click.option("--seed", default=0, show_default=True, help="For sampling.")
@@ -52,6 +53,7 @@ def generate(
     model: str,
     design_name: str,
     settings: tuple[str, ...],
+    device: str,
     tokens: int,
     temperature: float,
     seed: int,
@@ -64,6 +66,8 @@ def generate(
     \b
     clo generate "The three laws of" --tokens 40
     clo generate @book.txt --design resolve --timeline step.json
+
+    --device cuda decodes on a GPU, in bfloat16; it has not yet run on one.
     """
     overrides, words = overrides_from(settings, ("design",)), _prompt(prompt)
     check_design(design_name, overrides)
@@ -74,7 +78,7 @@ def generate(
         _check_steps(tokens)
     check_outputs(timeline)
     with_design = partial(design_from, design_name, overrides)
-    figures = _generate(model, with_design, words, tokens, temperature, seed, trace_path, timeline, as_json)
+    figures = _generate(model, device, with_design, words, tokens, temperature, seed, trace_path, timeline, as_json)
     if as_json:
         click.echo(json.dumps(figures, indent=1))
     else:
@@ -136,6 +140,7 @@ def _read(generation: Iterator[Token]) -> Token:
 
 def _generate(
     name: str,
+    device: str,
     with_design: Callable[[ModelSpec], Design],
     words: str,
     count: int,
@@ -152,7 +157,7 @@ def _generate(
     from clo.engine.models.network import spec_of
     from clo.engine.sampling import sampler_of
 
-    model, tokenizer = load_for_decoding(name)
+    model, tokenizer = load_for_decoding(name, device)
     design = with_design(spec_of(model))
     heads = heads_from(design, model, trace_path)
     ids = tokenizer(words, return_tensors="pt", verbose=False).input_ids[0]

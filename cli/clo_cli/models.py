@@ -29,13 +29,16 @@ def need_engine(doing: str, extra: str = "models", also: tuple[str, ...] = ()) -
     hush()
 
 
-def load_for_decoding(name: str) -> tuple[Any, Any]:
-    """A model and its tokenizer."""
+def load_for_decoding(name: str, device: str = "cpu") -> tuple[Any, Any]:
+    """A model on `device`, in what models run in there, and its tokenizer."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     need_engine("decoding")
     from clo.engine.models.loading import load_model
+    from clo.engine.random_weights import dtype_on, need_device
 
-    return load_model(name)
+    need_device(device)
+    model, tokenizer = load_model(name, dtype=dtype_on(device))
+    return model.to(device), tokenizer
 
 
 def cut_to(shape: ModelSpec, layers: int | None) -> ModelSpec:

@@ -24,6 +24,10 @@ MOST_SEED = 2**63 - 1
 
 ROOTS = ("model", "machine", "profile", "design", "workload")
 
+device_option = click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to decode."
+)
+
 _SCENE_OPTIONS = (
     click.option(
         "--model",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from clo.errors import SpecError
-from clo_cli.options import check_design, check_outputs, design_from, overrides_from
+from clo_cli.options import check_design, check_outputs, design_from, device_option, overrides_from
 
 if TYPE_CHECKING:
     from clo.engine.measure import MachineRun
@@ -32,7 +32,7 @@ BY_HEAD_PROFILE = ("target_hit_rate", "tau_importance_power", "gqa_fold")
 @click.option(
     "--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any field of the design: design.tau=0.9."
 )
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to decode.")
+@device_option
 @click.option(
     "--context",
     type=click.IntRange(1),
@@ -71,7 +71,7 @@ def run(
 
     The result and the timeline are those of `clo simulate`. Contexts and text are made up, and so are weights unless
     --weights names some: a shape of any size needs no download. Made-up weights move about as many pages as real ones.
-    --device cuda decodes on a GPU, in bfloat16 unless --weights say otherwise; it has not yet run on one.
+    --device cuda decodes on a GPU, in bfloat16; it has not yet run on one.
 
     \b
     clo run --design resolve --context 4096 --timeline step.json
@@ -129,9 +129,9 @@ def _network(model: str, weights: str | None, layers: int | None, device: str) -
     from clo.engine.random_weights import checked, dtype_on, need_device, random_model
     from clo_cli.models import cut_to, load_for_decoding
 
-    need_device(device)
     if weights:
-        return Network(load_for_decoding(weights)[0].to(device))
+        return Network(load_for_decoding(weights, device)[0])
+    need_device(device)
     whole = presets.load_model(model)
     shape = cut_to(whole, layers)
     name = shape.name if shape == whole else f"{shape.name} ({shape.num_layers} layers)"

@@ -23,6 +23,14 @@ from clo.errors import CloError
 from clo.timeline import load_chrome_trace
 from clo_cli.main import clo
 
+on_each_device = pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")),
+    ],
+)
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -74,12 +82,21 @@ def test_every_head_of_the_trace_is_listed() -> None:
     assert run("heads").count("\n") > 30
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("command", [["generate", "a"], ["evaluate"], ["run"]])
+def test_a_device_that_is_not_there_is_refused(command: list[str]) -> None:
+    done = CliRunner().invoke(clo, [*command, "--device", "cuda"])
+    assert str(done.exception) == "--device cuda: torch sees no CUDA device on this machine"
+
+
 @pytest.mark.model
-def test_a_real_model_generates_under_a_design(tmp_path: Path) -> None:
+@on_each_device
+def test_a_real_model_generates_under_a_design(tmp_path: Path, device: str) -> None:
     timeline = tmp_path / "step.json"
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("Water boils at one hundred degrees. " * 20 + "Water boils at one hundred", encoding="utf-8")
-    said = json.loads(run("generate", f"@{prompt}", "--tokens", "4", "--json", "--timeline", str(timeline)))
+    options = ["--device", device, "--tokens", "4", "--json", "--timeline", str(timeline)]
+    said = json.loads(run("generate", f"@{prompt}", *options))
     assert said["text"].startswith(" degrees")
     assert said["design"] == "clo"
     assert said["model"] == "smollm2-135m"
@@ -125,11 +142,12 @@ def test_a_token_that_comes_with_the_prompt_has_no_time() -> None:
 
 
 @pytest.mark.model
-def test_answers_of_a_real_model_are_recorded_for_each_design() -> None:
+@on_each_device
+def test_answers_of_a_real_model_are_recorded_for_each_design(device: str) -> None:
     records = json.loads(
         run(
             *("evaluate", "--designs", "resident,clo", "--taus", "0.5,0.9", "--context", "256", "--texts", "1"),
-            *("--tokens", "8", "--passkeys", "1", "--json"),
+            *("--tokens", "8", "--passkeys", "1", "--json", "--device", device),
         )
     )
     assert [record["design"] for record in records] == ["resident", "clo tau=0.5", "clo tau=0.9"]

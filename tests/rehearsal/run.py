@@ -86,7 +86,7 @@ def compile_library(headers: list[Path], sources: list[str], target: Path, *opti
 
 def environment(libraries: Path, kernels: str) -> dict[str, str]:
     """In which torch and Triton find the stand-ins first, and Python the operations."""
-    sources = [ROOT / name for name in ("", "sim", "kernels", "calibration", "plots", "cli")]
+    sources = [ROOT / name for name in ("", "sim", "kernels", "calibration", "plots", "cli", "tests/engine", "tests")]
     before = {name: os.environ.get(name, "") for name in ("PYTHONPATH", "LD_LIBRARY_PATH")}
     return os.environ | {
         "CLO_REHEARSAL": kernels,

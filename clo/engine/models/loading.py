@@ -7,17 +7,22 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clo.engine.models.smollm2 import MODEL_NAME, ensure_smollm2
 from clo.errors import NotFoundError
 
+if TYPE_CHECKING:
+    import torch
+
 HUB_PATIENCE_S = 5.0
 
 
-def load_model(model: str | Path, *, attention: str | None = None) -> tuple[Any, Any]:
-    """A float32 `transformers` model and its tokenizer; `attention` is a name in the library's attention registry, none
-    the library's choice (SDPA, "eager" where a model's attention has sinks).
+def load_model(model: str | Path, *, attention: str | None = None, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """A `transformers` model in `dtype` (none: float32) and its tokenizer.
+
+    `attention` is a name in the library's attention registry, none the library's choice (SDPA, "eager" where a model's
+    attention has sinks).
 
     Raises `NotFoundError` if there is no such folder or hub model, or the `models` extra is not installed.
     """
@@ -36,7 +41,7 @@ def load_model(model: str | Path, *, attention: str | None = None) -> tuple[Any,
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=away)
         loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, attn_implementation=attention, local_files_only=away
+            source, dtype=dtype or torch.float32, attn_implementation=attention, local_files_only=away
         )
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
