@@ -65,7 +65,8 @@ def _submitted(reference: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(reference)
 
     def run(*given: Any, **named: Any) -> Any:
-        submit(lambda: reference(*_deep(given), **_deep(named)))
+        seen, named_seen = _deep(given), _deep(named)
+        submit(lambda: reference(*seen, **named_seen))
         known = signature.bind(*given, **named).arguments
         found = tuple(known.get(name) for name in WRITTEN.get(reference.__name__, ("out",)))
         return found if len(found) > 1 else found[0]
@@ -104,7 +105,8 @@ def _install_compiled(*, runs: bool) -> None:
     def _after(launch: Callable[..., None], run: Callable[..., None], name: str) -> Callable[..., None]:
         def both(*given: Any) -> None:
             launch(*given)
-            submit(lambda: in_turn(run, given) if "wait" not in name else run(*given), stream=given[3])
+            seen = tuple(on_cpu(value) for value in given)
+            submit(lambda: in_turn(run, seen) if "wait" not in name else run(*seen), stream=given[3])
 
         return both
 

@@ -1,13 +1,14 @@
 """torch's CUDA operations, done by the CPU in the same memory: `install` once, in a process that runtime.c serves.
 
-Every operation that has a CUDA implementation gets another: it sees its tensors as the CPU's, at the same addresses.
-While the current stream is captured nothing is computed but the shapes of what comes out; the graph has the operation
-done with each launch. Operations that wait for the device are refused there.
+Every operation that has a CUDA implementation gets another: it sees its tensors as the CPU's, at the same addresses,
+and is done by its stream when its turn comes; what comes out has its memory at once. Operations that need a number of
+the device on the host wait for the stream, and are refused while it is captured.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import traceback
 import warnings
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+CPU, CUDA, META = torch.device("cpu"), torch.device("cuda", 0), torch.device("meta")
 THEIR_OWN = (
     *("empty.memory_format", "empty_strided", "as_strided", "view", "_reshape_alias", "alias", "detach", "unfold"),
     *("view_as_real", "view_as_complex", "resize_", "set_", "set_.source_Storage", "set_.source_Tensor"),
@@ -31,8 +32,10 @@ WAITING = (
 )
 """They need a number on the host."""
 
-_calls: list[Callable[[], Any]] = []
-"""What graphs have done, by number."""
+_calls: dict[int, Callable[[], Any]] = {}
+"""What streams are to do, by number; what graphs have done stays."""
+_once: set[int] = set()
+_numbers = itertools.count()
 
 
 class RehearsalError(RuntimeError):
@@ -40,34 +43,51 @@ class RehearsalError(RuntimeError):
 
 
 @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_long)
-def _do(call: int) -> int:
+def _do(number: int) -> int:
     try:
         with torch.inference_mode():
-            _calls[call]()
+            (_calls.pop if number in _once else _calls.__getitem__)(number)()
     except BaseException:
         traceback.print_exc()
         return 1
+    finally:
+        _once.discard(number)
     return 0
 
 
 _runtime = ctypes.CDLL("libcudart.so.13")
-_runtime.rehearsal_captures.argtypes = (ctypes.c_void_p,)
-_runtime.rehearsal_collect.argtypes = (ctypes.c_void_p, ctypes.c_long)
+for _function in (_runtime.rehearsal_captures, _runtime.cudaStreamSynchronize):
+    _function.argtypes = (ctypes.c_void_p,)
+_runtime.rehearsal_submit.argtypes = (ctypes.c_void_p, ctypes.c_long)
 
 
-def submit(do: Callable[[], Any], stream: int | None = None) -> None:
-    """Do it now, or with each launch of the graph that the stream (the current one) is captured into."""
-    stream = torch.cuda.current_stream().cuda_stream if stream is None else stream
-    if not _runtime.rehearsal_captures(stream):
-        do()
-        return
-    _calls.append(do)
-    _runtime.rehearsal_collect(stream, len(_calls) - 1)
+def current_stream() -> int:
+    """Its handle."""
+    return int(torch.cuda.current_stream().cuda_stream)
 
 
 def captures() -> bool:
     """Whether the current stream is captured."""
-    return bool(_runtime.rehearsal_captures(torch.cuda.current_stream().cuda_stream))
+    return bool(_runtime.rehearsal_captures(current_stream()))
+
+
+def submit(do: Callable[[], Any], stream: int | None = None) -> None:
+    """Have it done by the stream (the current one), or with each launch of the graph that it is captured into.
+
+    What it needs of tensors it has to have taken before (`on_cpu`): tensors may be gone when its turn comes, and their
+    memory is others' then, as on a GPU.
+    """
+    stream, number = current_stream() if stream is None else stream, next(_numbers)
+    _calls[number] = do
+    if not _runtime.rehearsal_captures(stream):
+        _once.add(number)
+    _runtime.rehearsal_submit(stream, number)
+
+
+def wait() -> None:
+    """Until the current stream has done everything."""
+    if _runtime.cudaStreamSynchronize(current_stream()):
+        raise RehearsalError("the device has failed")
 
 
 def on_cpu(value: Any) -> Any:
@@ -88,22 +108,36 @@ def on_cpu(value: Any) -> Any:
     return torch._neg_view(seen) if value.is_neg() else seen
 
 
-def on_cuda(value: Any) -> Any:
-    """A tensor of the CPU copied to a new one of the device."""
-    if not (isinstance(value, torch.Tensor) and value.device.type == "cpu"):
+def room_for(value: Any) -> Any:
+    """A new tensor of the device like one of another; anything else as it is."""
+    if not isinstance(value, torch.Tensor):
         return value
-    there = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=CUDA)
-    on_cpu(there).copy_(value)
-    return there
+    return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=CUDA)
 
 
 def put(there: Any, found: Any) -> None:
-    """Values into tensors of the device, one or several."""
-    for to, value in zip(
-        *(each if isinstance(each, tuple | list) else (each,) for each in (there, found)), strict=True
-    ):
-        if isinstance(to, torch.Tensor) and to.is_cuda:
-            on_cpu(to).copy_(value)
+    """Values into the CPU's views of tensors, one or several."""
+    targets, values = (each if isinstance(each, tuple | list) else (each,) for each in (there, found))
+    for to, value in zip(targets, values, strict=True):
+        if isinstance(to, torch.Tensor):
+            to.copy_(value)
+
+
+def outcome(compute: Callable[..., Any], given: Any, named: Any) -> Any:
+    """Tensors as `compute` would make them, without values; of the CPU's where torch can say no more without them."""
+    try:
+        return compute(*tree_map(_shape, given), **tree_map(_shape, named))
+    except (RuntimeError, NotImplementedError):
+        # zeros are valid as indices, too
+        return compute(*tree_map(_zeros, given), **tree_map(_zeros, named))
+
+
+def _shape(value: Any) -> Any:
+    if isinstance(value, torch.device):
+        return META
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=META)
 
 
 def _zeros(value: Any) -> Any:
@@ -114,15 +148,10 @@ def functional(compute: Callable[..., Any]) -> Callable[..., Any]:
     """An operation that makes new tensors, done by `compute` on the CPU's."""
 
     def run(*given: Any, **named: Any) -> Any:
-        def go() -> Any:
-            return compute(*tree_map(on_cpu, given), **tree_map(on_cpu, named))
-
-        if not captures():
-            return tree_map(on_cuda, go())
-        # zeros are valid as indices, too
-        blank = tree_map(_zeros, tree_map(on_cpu, (given, named)))
-        there = tree_map(on_cuda, compute(*blank[0], **blank[1]))
-        submit(lambda: put(there, go()))
+        given, named = tree_map(on_cpu, given), tree_map(on_cpu, named)
+        there = tree_map(room_for, outcome(compute, given, named))
+        views = tree_map(on_cpu, there)
+        submit(lambda: put(views, compute(*given, **named)))
         return there
 
     return run
@@ -133,44 +162,48 @@ def changing(compute: Callable[..., Any], arguments: list[Any], results: int, *,
     written = [(place, one.name) for place, one in enumerate(arguments) if one.alias_info and one.alias_info.is_write]
 
     def run(*given: Any, **named: Any) -> Any:
-        def go() -> Any:
-            return compute(*tree_map(on_cpu, given), **tree_map(on_cpu, named))
-
         targets = [
             named[name] if name in named else given[place]
             for place, name in written
             if name in named or place < len(given)
         ]
         if sizes and any(isinstance(one, torch.Tensor) and not one.numel() for one in targets):
-            found = go()
+            found = outcome(compute, tree_map(on_cpu, given), tree_map(on_cpu, named))
             for to, value in zip(targets, found if isinstance(found, tuple) else (found,), strict=False):
                 to.resize_(value.size())
-        submit(go)
+        seen, named_seen = tree_map(on_cpu, given), tree_map(on_cpu, named)
+        submit(lambda: compute(*seen, **named_seen))
         return None if not results else targets[0] if results == 1 else tuple(targets[:results])
 
     return run
 
 
-def copy_(to: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    """As torch copies between memories."""
-    if captures():
-        if any(not one.is_cuda and not one.is_pinned() for one in (to, source)):
-            raise RehearsalError("a capture copies pageable memory")
-        if not (to.is_cuda and source.is_cuda) and not non_blocking:
-            raise RehearsalError("a capture waits for a copy")
-    submit(lambda: on_cpu(to).copy_(on_cpu(source)))
-    return to
+def waiting(name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
+    """An operation that the host waits for, as it needs a number of the device."""
 
-
-def refusing(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    """An operation that the host waits for."""
-
-    def wait(*given: Any, **named: Any) -> Any:
+    def run(*given: Any, **named: Any) -> Any:
         if captures():
             raise RehearsalError(f"{name} in a capture")
-        return run(*given, **named)
+        wait()
+        found = compute(*tree_map(on_cpu, given), **tree_map(on_cpu, named))
+        there = tree_map(room_for, found)
+        put(tree_map(on_cpu, there), found)
+        return there
 
-    return wait
+    return run
+
+
+def copy_(to: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """As torch copies between memories: the host goes on if it says so and its memory is pinned."""
+    pageable = any(not one.is_cuda and not one.is_pinned() for one in (to, source))
+    waits = not (to.is_cuda and source.is_cuda) and (pageable or not non_blocking)
+    if captures() and waits:
+        raise RehearsalError(f"a capture {'copies pageable memory' if pageable else 'waits for a copy'}")
+    target, values = on_cpu(to), on_cpu(source)  # which keep what is the host's, as torch does
+    submit(lambda: target.copy_(values))
+    if waits:
+        wait()
+    return to
 
 
 def attention(results: int, numbers: tuple[int, ...], *, masked: bool) -> Callable[..., Any]:
@@ -224,10 +257,8 @@ def _stand_in(name: str, operation: Any) -> Callable[..., Any]:
         return (operation.overloadpacket if numbers else operation)(*given, **named)
 
     if any(one.alias_info and one.alias_info.is_write for one in schema.arguments):
-        run = changing(compute, schema.arguments, len(schema.returns), sizes="out" in schema.overload_name)
-    else:
-        run = functional(compute)
-    return refusing(name, run) if name.partition(".")[0] in WAITING else run
+        return changing(compute, schema.arguments, len(schema.returns), sizes="out" in schema.overload_name)
+    return waiting(name, compute) if name.partition(".")[0] in WAITING else functional(compute)
 
 
 _library = torch.library.Library("aten", "IMPL")

@@ -4,10 +4,10 @@
     python tests/rehearsal/run.py --kernels compiled -m clo_cli.main run --device cuda --layers 2 --context 512
 
 The CUDA runtime and driver are stand-ins, built from the C files here by `cc` (or $CC): device memory is the process's
-own, torch's operations are done by the CPU in it, streams are in order and graphs are captured and launched, each
-under the rules for captures. So every call that is made of torch, of Triton and of the driver is a real one, every
-number is right, and no time means anything. What it cannot show: how streams overlap (tests/engine/test_cuda_machine.py
-does), what a GPU's own libraries compute, and speed.
+own, torch's operations are done by the CPU in it, each stream is a thread, and graphs are captured and launched under
+the rules for captures. So every call that is made of torch, of Triton and of the driver is a real one, every number is
+right, and what is used before its event has happened is wrong. What it cannot show: other orders within a graph than
+that of its capture (tests/engine/test_cuda_machine.py does), what a GPU's own libraries compute, and any time.
 
 Needs torch built for CUDA 13, its headers (which come with it) and Triton. `--kernels`: `references` are done in the
 kernels' place (the default); `compiled` code is run instruction by instruction, a second or so a launch; `nothing`.
@@ -64,13 +64,15 @@ def find_headers() -> list[Path]:
 
 def build(headers: list[Path]) -> Path:
     """The folder of the two libraries; they are kept until their sources change."""
-    sources = sorted([*HERE.glob("*.c"), *HERE.glob("*.h"), HERE / "runtime.map"])
+    sources = [*sorted(HERE.glob("*.[ch]")), HERE / "runtime.map", Path(__file__)]
     text = b"".join(source.read_bytes() for source in sources) + "".join(map(str, headers)).encode()
     folder = Path(tempfile.gettempdir()) / f"clo-rehearsal-{os.getuid()}-{hashlib.sha256(text).hexdigest()[:12]}"
     if not (folder / DRIVER).exists():
         folder.mkdir(exist_ok=True)
         version_script = f"-Wl,--version-script={HERE / 'runtime.map'}"
-        compile_library(headers, ["runtime.c", "device.c", "absent.c"], folder / RUNTIME, version_script, "-ldl")
+        compile_library(
+            headers, ["runtime.c", "memory.c", "device.c", "absent.c"], folder / RUNTIME, version_script, "-ldl"
+        )
         compile_library(headers, ["driver.c"], folder / DRIVER, f"-L{folder}", f"-l:{RUNTIME}")
     return folder
 

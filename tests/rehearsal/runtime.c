@@ -1,22 +1,23 @@
 /* Stands in for the CUDA runtime (version 13) under a CUDA build of torch, on a machine without a GPU.
  *
- * Device memory is the process's own, and what is submitted happens at once, in the order of submission. A stream that
- * is captured collects what it is given; each launch of the graph does that again, in the same order. What CUDA refuses
- * in a capture is refused: see `unsafe`, `cudaStreamWaitEvent` and `cudaStreamEndCapture`. Kernels do nothing here:
- * operations.py and launches.py put something in their place. What is refused is said on stderr.
+ * Device memory is the process's own (memory.c). Each stream is a thread that does what it is given in order, a random
+ * while later; events order streams and tell the host how far they are. A stream that is captured collects what it is
+ * given; each launch of the graph does that again, one after another. What CUDA refuses in a capture is refused: see
+ * `unsafe`, `cudaStreamWaitEvent` and `cudaStreamEndCapture`. Kernels do nothing here: operations.py and launches.py put
+ * something in their place. What is refused is said on stderr.
  */
 #define _GNU_SOURCE
 #include "runtime.h"
 #include <pthread.h>
-#include <sys/mman.h>
 #include <time.h>
+#include <unistd.h>
 
 __thread cudaError_t last_error;
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 cudaError_t said(cudaError_t code, const char *function) {
   last_error = code;
-  if (code && code != cudaErrorNoDevice) fprintf(stderr, "[rehearsal] %s returns %d\n", function, code);
+  if (code && code != cudaErrorNoDevice && code != cudaErrorNotReady)
+    fprintf(stderr, "[rehearsal] %s returns %d\n", function, code);
   return code;
 }
 
@@ -26,76 +27,30 @@ static double now_ms(void) {
   return now.tv_sec * 1e3 + now.tv_nsec * 1e-6;
 }
 
-/* ---- memory: addresses of the device are addresses of the process */
+/* ---- what streams do, and what a capture collects */
 
-typedef struct { char *start; size_t size; enum Kind kind; } Range;
-
-static const size_t POISONED_BYTES = 64ULL << 20, LARGE_PAGE = 2ULL << 20;
-static Range ranges[1 << 16];
-static int num_ranges;
-static size_t used_bytes;
-
-static size_t whole_pages(size_t size) { return (size + LARGE_PAGE - 1) & ~(LARGE_PAGE - 1); }
-
-static void add_range(void *start, size_t size, enum Kind kind) {
-  pthread_mutex_lock(&lock);
-  ranges[num_ranges++] = (Range){start, size, kind};
-  if (kind == DEVICE) used_bytes += size;
-  pthread_mutex_unlock(&lock);
-}
-
-static cudaError_t allocate(void **start, size_t size, enum Kind kind) {
-  *start = mmap(NULL, whole_pages(size), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (*start == MAP_FAILED) return cudaErrorMemoryAllocation;
-  if (size <= POISONED_BYTES) memset(*start, 0xA5, size); /* larger ones would cost the machine its memory */
-  add_range(*start, size, kind);
-  return cudaSuccess;
-}
-
-static cudaError_t release(void *start) {
-  cudaError_t code = cudaErrorInvalidValue;
-  pthread_mutex_lock(&lock);
-  for (int n = 0; n < num_ranges; n++) {
-    if (ranges[n].start != start) continue;
-    if (ranges[n].kind == DEVICE) used_bytes -= ranges[n].size;
-    if (ranges[n].kind != REGISTERED) munmap(start, whole_pages(ranges[n].size));
-    ranges[n] = ranges[--num_ranges];
-    code = cudaSuccess;
-    break;
-  }
-  pthread_mutex_unlock(&lock);
-  return code;
-}
-
-static Range range_of(const void *address) {
-  Range found = {NULL, 0, PAGEABLE};
-  pthread_mutex_lock(&lock);
-  for (int n = 0; n < num_ranges; n++)
-    if ((char *)address >= ranges[n].start && (char *)address < ranges[n].start + ranges[n].size) found = ranges[n];
-  pthread_mutex_unlock(&lock);
-  return found;
-}
-
-static int leaves(Range range, const void *address, size_t size) {
-  return range.kind != PAGEABLE && (char *)address + size > range.start + range.size;
-}
-
-/* ---- streams, events and what a capture collects */
-
-enum What { COPY, FILL, CALL, STAMP };
-typedef struct Event { double ms; int recorded; struct Capture *capture; unsigned flags; } Event;
+enum What { COPY, FILL, CALL, STAMP, HAPPEN, AFTER, LAUNCH, HOST };
+typedef struct Event { double ms; unsigned long recorded, happened; struct Capture *capture; unsigned flags; } Event;
 typedef struct Node {
   enum What what;
   void *to;
   const void *from;
   size_t size;
-  int value;
-  long call;
+  long number;
   Event *event;
+  struct Graph *graph;
+  cudaHostFn_t function;
   struct Node *next;
 } Node;
-typedef struct { Node *first, *last; size_t count; } Graph;
-typedef struct Stream { struct Capture *capture; long unjoined; } Stream;
+typedef struct Graph { Node *first, *last; size_t count; } Graph;
+typedef struct Stream {
+  Graph queue;
+  pthread_cond_t more;
+  struct Capture *capture;
+  long unjoined;
+  unsigned seed;
+  int begun;
+} Stream;
 typedef struct Capture {
   Graph *graph;
   Stream *origin;
@@ -105,8 +60,11 @@ typedef struct Capture {
   struct Capture *next;
 } Capture;
 
-static Stream default_stream, *streams[4096];
-static int num_streams;
+static const unsigned MOST_DELAY_US = 200, DELAYED_ONE_IN = 4;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
+static Stream default_stream = {.more = PTHREAD_COND_INITIALIZER}, *streams[4096] = {&default_stream};
+static int num_streams = 1, failed;
 static Capture *captures;
 static unsigned long long num_captures;
 static __thread enum cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
@@ -114,20 +72,85 @@ static int (*do_call)(long);
 
 static Stream *stream_of(cudaStream_t handle) { return (size_t)handle <= 2 ? &default_stream : (Stream *)handle; }
 
-static Node *collect(Stream *stream, enum What what) {
-  Graph *graph = stream->capture->graph;
-  Node *node = calloc(1, sizeof *node);
-  node->what = what;
-  if (graph->last) graph->last->next = node;
-  else graph->first = node;
-  graph->last = node;
+static void append(Graph *graph, Node node) {
+  Node *kept = malloc(sizeof *kept);
+  *kept = node;
+  kept->next = NULL;
+  if (graph->last) graph->last->next = kept;
+  else graph->first = kept;
+  graph->last = kept;
   graph->count++;
-  stream->unjoined++;
-  return node;
 }
 
-/* Whether a capture under way forbids a call that may wait, or allocate: here, or in any thread if it is global. */
-static int unsafe(void) {
+static void perform(const Node *node) {
+  if (node->what == COPY) memmove(node->to, node->from, node->size);
+  if (node->what == FILL) memset(node->to, (int)node->number, node->size);
+  if (node->what == CALL && do_call(node->number)) failed = 1;
+  if (node->what == STAMP) node->event->ms = now_ms();
+  if (node->what == HOST) node->function(node->to);
+  if (node->what == LAUNCH)
+    for (Node *each = node->graph->first; each && !failed; each = each->next) perform(each);
+}
+
+static void *work(void *of) {
+  Stream *stream = of;
+  pthread_mutex_lock(&lock);
+  for (;;) {
+    Node *node = stream->queue.first;
+    if (!node) {
+      pthread_cond_wait(&stream->more, &lock);
+      continue;
+    }
+    if (node->what == AFTER && node->event->happened < (unsigned long)node->number) {
+      pthread_cond_wait(&changed, &lock);
+      continue;
+    }
+    if (node->what == HAPPEN) {
+      node->event->happened = node->number;
+      node->event->ms = now_ms();
+    } else if (node->what != AFTER) {
+      pthread_mutex_unlock(&lock);
+      if (rand_r(&stream->seed) % DELAYED_ONE_IN == 0) usleep(rand_r(&stream->seed) % MOST_DELAY_US);
+      perform(node);
+      pthread_mutex_lock(&lock);
+    }
+    stream->queue.first = node->next;
+    if (!node->next) stream->queue.last = NULL;
+    if (!node->next || node->what == HAPPEN) pthread_cond_broadcast(&changed);
+    free(node);
+  }
+  return NULL;
+}
+
+/* Next in the stream, or in the graph that it is captured into. */
+static void submit(Stream *stream, Node node) {
+  pthread_mutex_lock(&lock);
+  if (stream->capture) {
+    append(stream->capture->graph, node);
+    stream->unjoined++;
+  } else {
+    append(&stream->queue, node);
+    if (!stream->begun) {
+      pthread_t thread;
+      stream->begun = !pthread_create(&thread, NULL, work, stream) && !pthread_detach(thread);
+    }
+    pthread_cond_signal(&stream->more);
+  }
+  pthread_mutex_unlock(&lock);
+}
+
+static cudaError_t wait_for(Stream *stream) {
+  pthread_mutex_lock(&lock);
+  while (stream->queue.first) pthread_cond_wait(&changed, &lock);
+  pthread_mutex_unlock(&lock);
+  return failed ? cudaErrorLaunchFailure : cudaSuccess;
+}
+
+void wait_for_all(void) {
+  for (int n = 0; n < num_streams; n++) wait_for(streams[n]);
+}
+
+int unsafe(void) {
   int found = 0;
   if (thread_mode == cudaStreamCaptureModeRelaxed) return 0;
   pthread_mutex_lock(&lock);
@@ -138,15 +161,15 @@ static int unsafe(void) {
   pthread_mutex_unlock(&lock);
   return found;
 }
-#define SAFE() do { if (unsafe()) RETURN(cudaErrorStreamCaptureUnsupported); } while (0)
 
 void launched(cudaStream_t stream) { stream_of(stream)->unjoined++; }
-int kind_of(const void *address) { return range_of(address).kind; }
 
-/* For Python: what is called with a number each time that a graph runs which collected it; not 0: it failed. */
+/* For Python: what is called with the number of a call when its turn has come; not 0: it failed. */
 void rehearsal_calls(int (*call)(long)) { do_call = call; }
 int rehearsal_captures(cudaStream_t stream) { return stream_of(stream)->capture != NULL; }
-void rehearsal_collect(cudaStream_t stream, long call) { collect(stream_of(stream), CALL)->call = call; }
+void rehearsal_submit(cudaStream_t on, long call) { submit(stream_of(on), (Node){.what = CALL, .number = call}); }
+
+/* ---- captures */
 
 cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *mode) {
   enum cudaStreamCaptureMode before = thread_mode;
@@ -211,26 +234,45 @@ cudaError_t cudaStreamGetCaptureInfo(cudaStream_t handle, enum cudaStreamCapture
   RETURN(cudaSuccess);
 }
 
+/* ---- streams and events */
+
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) {
   SAFE();
-  streams[num_streams] = calloc(1, sizeof(Stream));
-  *stream = (cudaStream_t)streams[num_streams++];
+  Stream *made = calloc(1, sizeof *made);
+  pthread_cond_init(&made->more, NULL);
+  pthread_mutex_lock(&lock);
+  made->seed = num_streams;
+  streams[num_streams++] = made;
+  pthread_mutex_unlock(&lock);
+  *stream = (cudaStream_t)made;
   RETURN(cudaSuccess);
 }
 cudaError_t cudaStreamCreate(cudaStream_t *stream) { return cudaStreamCreateWithPriority(stream, 0, 0); }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) { RETURN(cudaSuccess); }
 cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) { *priority = 0; RETURN(cudaSuccess); }
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
-  RETURN(stream_of(stream)->capture ? cudaErrorStreamCaptureUnsupported : cudaSuccess);
+  if (stream_of(stream)->capture) RETURN(cudaErrorStreamCaptureUnsupported);
+  RETURN(failed ? cudaErrorLaunchFailure : stream_of(stream)->queue.first ? cudaErrorNotReady : cudaSuccess);
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) { SAFE(); return cudaStreamQuery(stream); }
-cudaError_t cudaDeviceSynchronize(void) { SAFE(); RETURN(cudaSuccess); }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  SAFE();
+  if (stream_of(stream)->capture) RETURN(cudaErrorStreamCaptureUnsupported);
+  RETURN(wait_for(stream_of(stream)));
+}
+cudaError_t cudaDeviceSynchronize(void) {
+  SAFE();
+  wait_for_all();
+  RETURN(failed ? cudaErrorLaunchFailure : cudaSuccess);
+}
 
 /* A stream that waits for a captured event joins the capture; a captured one cannot wait for what is outside. */
-cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned flags) {
+cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t given, unsigned flags) {
   Stream *stream = stream_of(handle);
-  Capture *theirs = ((Event *)event)->capture;
-  if (flags & cudaEventWaitExternal || !((Event *)event)->recorded || theirs == stream->capture) RETURN(cudaSuccess);
+  Event *event = (Event *)given;
+  Capture *theirs = event->capture;
+  if (flags & cudaEventWaitExternal || !event->recorded) RETURN(cudaSuccess);
+  if (!theirs && !stream->capture) submit(stream, (Node){.what = AFTER, .event = event, .number = event->recorded});
+  if (theirs == stream->capture) RETURN(cudaSuccess);
   if (stream->capture) REFUSE(cudaErrorStreamCaptureIsolation, "a capture waits for an event outside");
   if (theirs->origin->capture != theirs) REFUSE(cudaErrorInvalidValue, "waits for an event of a capture that ended");
   if (stream == &default_stream) RETURN(cudaErrorStreamCaptureImplicit);
@@ -246,50 +288,62 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
   RETURN(cudaSuccess);
 }
 cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlags(event, 0); }
-cudaError_t cudaEventDestroy(cudaEvent_t event) { RETURN(cudaSuccess); }
+cudaError_t cudaEventDestroy(cudaEvent_t event) { RETURN(cudaSuccess); } /* streams may still come to it */
 
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t handle, cudaStream_t on, unsigned flags) {
   Event *event = (Event *)handle;
   Stream *stream = stream_of(on);
-  event->recorded = 1;
+  event->recorded++;
   if (flags & cudaEventRecordExternal) {
     if (!stream->capture) RETURN(cudaErrorInvalidValue);
-    collect(stream, STAMP)->event = event;
+    submit(stream, (Node){.what = STAMP, .event = event});
+    event->happened = event->recorded;
     event->capture = NULL;
     RETURN(cudaSuccess);
   }
   event->capture = stream->capture;
-  event->ms = now_ms();
-  stream->unjoined = 0; /* whoever waits for this event brings the stream's work along */
+  if (stream->capture) stream->unjoined = 0; /* whoever waits for this event brings the stream's work along */
+  else submit(stream, (Node){.what = HAPPEN, .event = event, .number = event->recorded});
   RETURN(cudaSuccess);
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t on) { return cudaEventRecordWithFlags(event, on, 0); }
-cudaError_t cudaEventQuery(cudaEvent_t event) {
-  if (((Event *)event)->capture) RETURN(cudaErrorCapturedEvent);
+
+cudaError_t cudaEventQuery(cudaEvent_t handle) {
+  Event *event = (Event *)handle;
+  if (event->capture) RETURN(cudaErrorCapturedEvent);
   SAFE();
-  RETURN(cudaSuccess);
+  pthread_mutex_lock(&lock);
+  int done = event->happened == event->recorded;
+  pthread_mutex_unlock(&lock);
+  RETURN(failed ? cudaErrorLaunchFailure : done ? cudaSuccess : cudaErrorNotReady);
 }
-cudaError_t cudaEventSynchronize(cudaEvent_t event) { return cudaEventQuery(event); }
+cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
+  Event *event = (Event *)handle;
+  if (event->capture) RETURN(cudaErrorCapturedEvent);
+  SAFE();
+  pthread_mutex_lock(&lock);
+  while (event->happened != event->recorded) pthread_cond_wait(&changed, &lock);
+  pthread_mutex_unlock(&lock);
+  RETURN(failed ? cudaErrorLaunchFailure : cudaSuccess);
+}
 
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t first, cudaEvent_t second) {
   Event *from = (Event *)first, *to = (Event *)second;
   if ((from->flags | to->flags) & cudaEventDisableTiming || !from->recorded || !to->recorded || from->capture ||
       to->capture)
     RETURN(cudaErrorInvalidResourceHandle);
+  if (from->happened != from->recorded || to->happened != to->recorded) RETURN(cudaErrorNotReady);
   if (from->ms == 0 || to->ms == 0) REFUSE(cudaErrorNotReady, "asked for the time of an event that never happened");
   *ms = (float)(to->ms - from->ms);
   RETURN(cudaSuccess);
 }
 
+/* ---- graphs */
+
 cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
   if (stream_of(stream)->capture) RETURN(cudaErrorStreamCaptureUnsupported);
-  for (Node *node = ((Graph *)graph)->first; node; node = node->next) {
-    if (node->what == COPY) memmove(node->to, node->from, node->size);
-    if (node->what == FILL) memset(node->to, node->value, node->size);
-    if (node->what == CALL && do_call(node->call)) RETURN(cudaErrorLaunchFailure);
-    if (node->what == STAMP) node->event->ms = now_ms();
-  }
-  RETURN(cudaSuccess);
+  submit(stream_of(stream), (Node){.what = LAUNCH, .graph = (Graph *)graph});
+  RETURN(failed ? cudaErrorLaunchFailure : cudaSuccess);
 }
 cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *made, cudaGraph_t graph, unsigned long long flags) {
   SAFE();
@@ -297,7 +351,7 @@ cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *made, cudaGraph_t gra
   RETURN(cudaSuccess);
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) { RETURN(cudaSuccess); }
-cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) { RETURN(cudaSuccess); }
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) { RETURN(cudaSuccess); } /* a launch may be under way */
 cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *count) {
   *count = ((Graph *)graph)->count;
   RETURN(cudaSuccess);
@@ -310,69 +364,30 @@ cudaError_t cudaGraphNodeGetDependencies(cudaGraphNode_t node, cudaGraphNode_t *
 cudaError_t cudaGraphDebugDotPrint(cudaGraph_t graph, const char *path, unsigned how) { RETURN(cudaErrorNotSupported); }
 
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void *data) {
-  if (stream_of(stream)->capture) RETURN(cudaErrorStreamCaptureUnsupported);
-  function(data);
+  submit(stream_of(stream), (Node){.what = HOST, .function = function, .to = data});
   RETURN(cudaSuccess);
 }
 
-/* ---- allocation and copies */
+/* ---- copies */
 
-cudaError_t cudaMalloc(void **start, size_t size) {
-  SAFE();
-  if (used_bytes + size > DEVICE_BYTES - RESERVED_BYTES) RETURN(cudaErrorMemoryAllocation);
-  RETURN(allocate(start, size, DEVICE));
-}
-cudaError_t cudaMallocAsync(void **start, size_t size, cudaStream_t stream) { return cudaMalloc(start, size); }
-cudaError_t cudaFree(void *start) {
-  if (!start) RETURN(cudaSuccess);
-  SAFE();
-  RETURN(release(start));
-}
-cudaError_t cudaFreeAsync(void *start, cudaStream_t stream) { return cudaFree(start); }
-cudaError_t cudaHostAlloc(void **start, size_t size, unsigned flags) { SAFE(); RETURN(allocate(start, size, PINNED)); }
-cudaError_t cudaFreeHost(void *start) { RETURN(release(start)); }
-cudaError_t cudaHostRegister(void *start, size_t size, unsigned flags) {
-  add_range(start, size, REGISTERED);
-  RETURN(cudaSuccess);
-}
-cudaError_t cudaHostUnregister(void *start) { RETURN(release(start)); }
-cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total_bytes) {
-  *total_bytes = DEVICE_BYTES;
-  *free_bytes = DEVICE_BYTES - RESERVED_BYTES - used_bytes;
-  RETURN(cudaSuccess);
-}
-cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *found, const void *address) {
-  enum Kind kind = range_of(address).kind;
-  memset(found, 0, sizeof *found);
-  found->type = kind == DEVICE ? cudaMemoryTypeDevice : kind ? cudaMemoryTypeHost : cudaMemoryTypeUnregistered;
-  found->device = kind ? 0 : -2;
-  found->devicePointer = kind ? (void *)address : NULL;
-  found->hostPointer = kind == DEVICE ? NULL : (void *)address;
-  RETURN(cudaSuccess);
-}
-
+/* With memory that is not pinned the host waits: as CUDA says for what is read, and stricter for what is written. */
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind, cudaStream_t handle) {
   Stream *stream = stream_of(handle);
   Range target = range_of(to), source = range_of(from);
   if (leaves(target, to, size) || leaves(source, from, size))
     REFUSE(cudaErrorInvalidValue, "a copy of %zu bytes leaves its allocation", size);
-  if (!stream->capture) {
-    memmove(to, from, size);
-    RETURN(cudaSuccess);
-  }
-  if (!target.kind || !source.kind) REFUSE(cudaErrorStreamCaptureUnsupported, "a capture copies pageable memory");
-  Node *node = collect(stream, COPY);
-  node->to = to;
-  node->from = from;
-  node->size = size;
-  RETURN(cudaSuccess);
+  int pageable = !target.kind || !source.kind;
+  if (pageable && stream->capture) REFUSE(cudaErrorStreamCaptureUnsupported, "a capture copies pageable memory");
+  submit(stream, (Node){.what = COPY, .to = to, .from = from, .size = size});
+  RETURN(pageable ? wait_for(stream) : cudaSuccess);
 }
 cudaError_t cudaMemcpyPeerAsync(void *to, int there, const void *from, int here, size_t size, cudaStream_t stream) {
   return cudaMemcpyAsync(to, from, size, cudaMemcpyDefault, stream);
 }
 cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
   SAFE();
-  return cudaMemcpyAsync(to, from, size, kind, NULL);
+  cudaError_t code = cudaMemcpyAsync(to, from, size, kind, NULL);
+  RETURN(code ? code : wait_for(&default_stream));
 }
 cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
                               size_t height, enum cudaMemcpyKind kind, cudaStream_t stream) {
@@ -381,24 +396,8 @@ cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_
     code = cudaMemcpyAsync((char *)to + row * to_pitch, (const char *)from + row * from_pitch, width, kind, stream);
   return code;
 }
-cudaError_t cudaMemsetAsync(void *to, int value, size_t size, cudaStream_t handle) {
-  Stream *stream = stream_of(handle);
-  if (!stream->capture) {
-    memset(to, value, size);
-    RETURN(cudaSuccess);
-  }
-  Node *node = collect(stream, FILL);
-  node->to = to;
-  node->value = value;
-  node->size = size;
+cudaError_t cudaMemsetAsync(void *to, int value, size_t size, cudaStream_t stream) {
+  submit(stream_of(stream), (Node){.what = FILL, .to = to, .number = value, .size = size});
   RETURN(cudaSuccess);
 }
 cudaError_t cudaMemset(void *to, int value, size_t size) { SAFE(); return cudaMemsetAsync(to, value, size, NULL); }
-cudaError_t cudaMemcpyToSymbol(const void *symbol, const void *from, size_t size, size_t at, enum cudaMemcpyKind kind) {
-  RETURN(cudaSuccess);
-}
-cudaError_t cudaGetSymbolAddress(void **address, const void *symbol) {
-  static char room[1 << 20];
-  *address = room;
-  RETURN(cudaSuccess);
-}
