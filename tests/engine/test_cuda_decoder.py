@@ -105,6 +105,18 @@ class TestAnswers:
             rows.append(torch.stack(logits))
         torch.testing.assert_close(rows[1], rows[0], rtol=1e-3, atol=1e-3)
 
+    @pytest.mark.parametrize("name", ["clo", "resolve", "streamed", "lru-cpu"])
+    def test_prompts_in_chunks(self, name: str) -> None:
+        """Of each layer earlier chunks come back from the host, while the layer before is computed."""
+        tokens, chosen = prompt(130), on_cuda(name)
+        rows = []
+        for model in (small_model(), small_model().cuda()):
+            with Decoder(model, chosen, max_new_tokens=4, prefill_chunk_tokens=24) as decoder:
+                logits = [decoder.prefill([tokens[:-4]])[0].cpu()]
+                logits += [decoder.step(token[None])[0].cpu().clone() for token in tokens[-4:]]
+            rows.append(torch.stack(logits))
+        torch.testing.assert_close(rows[1], rows[0], rtol=1e-3, atol=1e-3)
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_narrow_dtypes(self, dtype: torch.dtype) -> None:
         """With a budget of everything no further from the truth than the model's own attention, give or take."""

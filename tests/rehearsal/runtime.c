@@ -48,7 +48,7 @@ typedef struct Stream {
   pthread_cond_t more;
   struct Capture *capture;
   long unjoined;
-  unsigned seed;
+  unsigned seed, delay_us, steps_left;
   int begun;
 } Stream;
 typedef struct Capture {
@@ -60,7 +60,8 @@ typedef struct Capture {
   struct Capture *next;
 } Capture;
 
-static const unsigned MOST_DELAY_US = 200, DELAYED_ONE_IN = 4;
+/* Streams are slow by turns: so long after each thing, of which so many. */
+static const unsigned DELAYS_US[] = {0, 0, 0, 0, 0, 50, 50, 2000}, TURN = 16;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 static Stream default_stream = {.more = PTHREAD_COND_INITIALIZER}, *streams[4096] = {&default_stream};
@@ -92,6 +93,14 @@ static void perform(const Node *node) {
     for (Node *each = node->graph->first; each && !failed; each = each->next) perform(each);
 }
 
+static void dawdle(Stream *stream) {
+  if (!stream->steps_left--) {
+    stream->delay_us = DELAYS_US[rand_r(&stream->seed) % (sizeof DELAYS_US / sizeof *DELAYS_US)];
+    stream->steps_left = rand_r(&stream->seed) % TURN;
+  }
+  if (stream->delay_us) usleep(stream->delay_us);
+}
+
 static void *work(void *of) {
   Stream *stream = of;
   pthread_mutex_lock(&lock);
@@ -110,7 +119,7 @@ static void *work(void *of) {
       node->event->ms = now_ms();
     } else if (node->what != AFTER) {
       pthread_mutex_unlock(&lock);
-      if (rand_r(&stream->seed) % DELAYED_ONE_IN == 0) usleep(rand_r(&stream->seed) % MOST_DELAY_US);
+      dawdle(stream);
       perform(node);
       pthread_mutex_lock(&lock);
     }
