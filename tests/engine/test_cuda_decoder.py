@@ -12,6 +12,7 @@ from latent import indexer_design, latent_model
 from small import dense_logits, design, prompt, small_model
 
 from clo import presets
+from clo.engine import offload
 from clo.engine.cuda import bar
 from clo.engine.cuda.machine import CudaMachine
 from clo.engine.decoder import Decoder
@@ -126,6 +127,25 @@ class TestAnswers:
         own = dense_logits(model, tokens.cuda())[69:].float().cpu()
         found = decoded(model, chosen, tokens, 70).float()
         assert (found - exact).abs().max() <= 4.0 * (own - exact).abs().max()
+
+
+class TestOffload:
+    """The library's own `generate`."""
+
+    @pytest.mark.parametrize("name", ["clo", "resolve", "recall", "streamed"])
+    @pytest.mark.parametrize("batch", [1, 2])
+    def test_it_says_what_it_says_on_the_cpu(self, name: str, batch: int) -> None:
+        """Of two sequences the second is shorter, and padded in front."""
+        tokens = torch.stack([prompt(90, seed) for seed in range(batch)])
+        mask = torch.ones_like(tokens)
+        mask[1:, :21] = 0
+        said = []
+        for model in (small_model(), small_model().cuda()):
+            given = {"input_ids": tokens.to(model.device), "attention_mask": mask.to(model.device)}
+            with offload(model, on_cuda(name), max_new_tokens=16) as cache:
+                out = model.generate(**given, past_key_values=cache, max_new_tokens=16, do_sample=False)
+            said.append(out[:, 90:].tolist())
+        assert said[1] == said[0]
 
 
 class TestOtherKinds:
