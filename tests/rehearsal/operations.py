@@ -28,9 +28,11 @@ THEIR_OWN = (
 """They compute nothing."""
 WAITING = (
     *("_local_scalar_dense", "nonzero", "masked_select", "equal"),
-    *("_unique2", "unique_dim", "unique_consecutive"),
+    *("_unique2", "unique_dim", "unique_consecutive", "bincount", "repeat_interleave"),
 )
 """They need a number on the host."""
+INDEXED = ("index.Tensor", "index_put_", "_index_put_impl_")
+"""They do where an index is a mask."""
 
 _calls: dict[int, Callable[[], Any]] = {}
 """What streams are to do, by number; what graphs have done stays."""
@@ -85,7 +87,9 @@ def submit(do: Callable[[], Any], stream: int | None = None) -> None:
 
 
 def wait() -> None:
-    """Until the current stream has done everything."""
+    """Until the current stream has done everything; not while it is captured."""
+    if captures():
+        raise RehearsalError("a capture waits for the device")
     if _runtime.cudaStreamSynchronize(current_stream()):
         raise RehearsalError("the device has failed")
 
@@ -193,6 +197,18 @@ def waiting(name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def unless_masked(name: str, run: Callable[..., Any], wait_and_run: Callable[..., Any]) -> Callable[..., Any]:
+    """An operation with indices: a mask among them has to be counted first."""
+
+    def either(to: torch.Tensor, indices: Any, *given: Any, **named: Any) -> Any:
+        masked = any(one is not None and one.dtype in (torch.bool, torch.uint8) for one in indices)
+        if masked and name != "index.Tensor":
+            wait()  # what is written is there already
+        return (wait_and_run if masked and name == "index.Tensor" else run)(to, indices, *given, **named)
+
+    return either
+
+
 def copy_(to: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     """As torch copies between memories: the host goes on if it says so and its memory is pinned."""
     pageable = any(not one.is_cuda and not one.is_pinned() for one in (to, source))
@@ -257,8 +273,12 @@ def _stand_in(name: str, operation: Any) -> Callable[..., Any]:
         return (operation.overloadpacket if numbers else operation)(*given, **named)
 
     if any(one.alias_info and one.alias_info.is_write for one in schema.arguments):
-        return changing(compute, schema.arguments, len(schema.returns), sizes="out" in schema.overload_name)
-    return waiting(name, compute) if name.partition(".")[0] in WAITING else functional(compute)
+        run = changing(compute, schema.arguments, len(schema.returns), sizes="out" in schema.overload_name)
+    else:
+        run = functional(compute)
+    if name in INDEXED:
+        return unless_masked(name, run, waiting(name, compute))
+    return waiting(name, compute) if name.partition(".")[0] in WAITING else run
 
 
 _library = torch.library.Library("aten", "IMPL")
