@@ -204,4 +204,4 @@ def test_vectors_that_no_whole_number_of_steps_fits_are_refused():
     wrong = empty_kv(1, 1, 5, 4, 24, sinks=3, recent=6, max_tokens=40, dtype=torch.float32)
     wrong = replace(wrong, slots=torch.zeros(1, 1, 5, 2, 4, 27, dtype=torch.int8, device=DEVICE))
     with pytest.raises(ValueError, match="head_dim = 24 must be a multiple of 16"):
-        wrong.check(torch.device(DEVICE), torch.float32)
+        wrong.check(wrong.window.device, torch.float32)

@@ -325,7 +325,7 @@ def test_pages_of_one_row_are_gathered(dim):
 def test_what_does_not_go_together(changes, message):
     kv = empty_kv(2, 2, 5, 4, 48, sinks=3, recent=6, max_tokens=40, dtype=torch.float32, value_dim=32)
     with pytest.raises(ValueError, match=message):
-        replace(kv, **changes).check(torch.device(DEVICE), torch.float32)
+        replace(kv, **changes).check(kv.window.device, torch.float32)
 
 
 def test_coded_values_end_where_a_step_does():
@@ -333,7 +333,7 @@ def test_coded_values_end_where_a_step_does():
     with pytest.raises(
         ValueError, match="value_dim = 40, expected a multiple of 16, values of a coded page that share"
     ):
-        kv.check(torch.device(DEVICE), torch.float32)
+        kv.check(kv.window.device, torch.float32)
 
 
 def test_a_value_beside_vectors_that_are_values():
