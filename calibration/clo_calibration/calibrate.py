@@ -82,7 +82,7 @@ def calibrate(
     network = network_of(model, device)
     here = fingerprint(device)
     claim_samples(samples, here, network.spec, again=again)
-    probes = calibration_probes(model, designs, steps=steps, grid=grid_of(device))
+    probes = calibration_probes(model, designs, steps=steps, grid=grid_of(device, model))
     progress("microbenchmarks", 0, 1)
     benchmarks = _microbenchmarks(device, samples / MICROBENCHMARKS)
     progress("microbenchmarks", 1, 1)

@@ -58,6 +58,24 @@ class Grid:
         batches = {batch for _, batch, _ in self.fitted}
         return tuple((SHORT_CONTEXT, rows, 0.1) for rows in GEMM_ROWS if rows not in batches)
 
+    @property
+    def longest_context(self) -> int:
+        """Of every size."""
+        return max(context for context, _, _ in (*self.fitted, *self.held_out, self.baseline))
+
+    def halved(self) -> Grid:
+        """Every context half as long."""
+        return Grid(
+            fitted=tuple(map(_halved, self.fitted)),
+            held_out=tuple(map(_halved, self.held_out)),
+            baseline=_halved(self.baseline),
+        )
+
+
+def _halved(size: Size) -> Size:
+    context, batch, budget = size
+    return context // 2, batch, budget
+
 
 CPU_GRID = Grid(
     fitted=((512, 1, 0.1), (4096, 1, 0.1), (1024, 4, 0.2), (2048, 2, 0.05)),
@@ -71,13 +89,25 @@ CUDA_GRID = Grid(
 )
 
 
-def grid_of(device: torch.device) -> Grid:
-    """Longer contexts where a device is worth them."""
-    return CUDA_GRID if device.type == "cuda" else CPU_GRID
-
-
 SPARE_TOKENS = 48
 """Room for the tokens of a run."""
+
+
+def grid_of(device: torch.device, model: ModelSpec) -> Grid:
+    """Longer contexts where a device is worth them; halved until `model` has positions for the longest.
+
+    Raises `SpecError` where that would leave less than `SHORT_CONTEXT`, which some runs have anyhow.
+    """
+    grid = CUDA_GRID if device.type == "cuda" else CPU_GRID
+    while grid.longest_context + SPARE_TOKENS > model.max_positions:
+        grid = grid.halved()
+        if grid.longest_context < SHORT_CONTEXT:
+            raise SpecError(
+                f"{model.name} has {model.max_positions} positions: "
+                f"calibration takes {SHORT_CONTEXT + SPARE_TOKENS} and more"
+            )
+    return grid
+
 
 WARMUP_STEPS = {"cpu": 1, "cuda": 2}
 """Steps that do not count: on a CPU the second takes as long as later ones; on CUDA it records graphs."""

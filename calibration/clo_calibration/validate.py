@@ -48,7 +48,8 @@ def validate(
     network = network_of(profile.model, device)
     claim_samples(samples, here, network.spec, again=again)
     designs = designs or designs_of(device, profile.model)
-    probes = _first_sizes(validation_probes(profile.model, designs, steps=steps, grid=grid_of(device)), sizes)
+    grid = grid_of(device, profile.model)
+    probes = _first_sizes(validation_probes(profile.model, designs, steps=steps, grid=grid), sizes)
     runs = measure(network, probes, samples, progress, rounds=rounds)
     points = []
     for done, (probe, run) in enumerate(zip(probes, runs, strict=True)):

@@ -36,9 +36,11 @@ from clo_calibration.operation_fit import (
 from clo_calibration.probes import (
     CPU_GRID,
     CUDA_GRID,
+    SPARE_TOKENS,
     Grid,
     Probe,
     calibration_probes,
+    grid_of,
     local_design,
     named,
     validation_probes,
@@ -231,6 +233,21 @@ class TestProbes:
         """What slows the machine for minutes must show in the runs that say how much slower it is."""
         sizes = dict.fromkeys((probe.size, probe.fitted) for probe in validation_probes(SHAPE, grid=grid))
         assert [fitted for _, fitted in sizes] == [True, False] * 4
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    @given(positions=st.integers(304, 200_000))
+    def test_contexts_are_as_long_as_the_model_takes(self, device: str, positions: int) -> None:
+        model = SHAPE.with_fields(max_positions=positions)
+        grid, full = grid_of(torch.device(device), model), CUDA_GRID if device == "cuda" else CPU_GRID
+        assert grid.longest_context + SPARE_TOKENS <= positions
+        assert grid == full or 2 * grid.longest_context + SPARE_TOKENS > positions
+        shares = {tuple(size[1:] for size in sizes) for sizes in (grid.fitted, full.fitted)}
+        assert len(shares) == 1
+        assert not {*grid.fitted, grid.baseline} & set(grid.held_out)
+
+    def test_a_model_for_short_texts_is_refused(self) -> None:
+        with pytest.raises(SpecError, match="has 303 positions: calibration takes 304 and more"):
+            grid_of(torch.device("cpu"), SHAPE.with_fields(max_positions=303))
 
     @pytest.mark.parametrize("count", [3, 4, 6, 8, len(DESIGNS)])
     def test_the_baseline_comes_back_often_enough_to_have_a_spread(self, count: int) -> None:
