@@ -35,8 +35,8 @@ class Owner(Protocol):
     def mixed(self, layer: int, states: torch.Tensor) -> None:
         """A layer with linear attention has its new states."""
 
-    def decoded_length(self) -> int:
-        """Tokens in it while decoding."""
+    def decoded_length(self, layer: int) -> int:
+        """Tokens that `layer` has while decoding."""
 
 
 class Owned:
@@ -97,7 +97,7 @@ class FullLayer(Owned, DynamicLayer):  # type: ignore[misc]
     def get_seq_length(self) -> int:
         """Tokens seen so far. Raises `EngineError` if the prompt's are dropped."""
         if self.cache.decodes:
-            return self.cache.decoded_length()
+            return self.cache.decoded_length(self.index)
         self.cache.check_open()
         return int(super().get_seq_length())
 

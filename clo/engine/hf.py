@@ -160,6 +160,10 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         self._predicted: dict[int, torch.Tensor] = {}
         self._projected: dict[int, Projected] = {}
         self._under_way = False
+        self._to_come: dict[int, int] = {}
+        """Of layers that the new tokens have not reached, how many those are."""
+        self._unattended: int | None = None
+        """The layer that has taken tokens which have not been attended yet."""
         super().__init__(layers=[_empty_layer(network, layer) for layer in range(len(network.layers))])
         for index, layer in enumerate(self.layers):
             layer.belong(self, index)
@@ -245,6 +249,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
     def arrive(self, hidden: torch.Tensor, mask: Any, positions: torch.Tensor | None) -> None:
         """New tokens `[batch, tokens, hidden_size]` are about to run. Raises `CloError` for what cannot be done."""
         self.check_open()
+        self._check_attended()
         if self._under_way:
             raise EngineError("cache: tokens were broken off half-way: offload() the model anew")
         batch, count = hidden.shape[:2]
@@ -254,10 +259,19 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         self._make_room(count)
         self._turns = turns
         self._under_way = True
+        self._to_come = dict.fromkeys(self._kv, count)
 
     def arrived(self, layer: int) -> None:
         """Layer `layer` has the new tokens: once the last one has, others may come."""
         self._under_way = self._under_way and layer < len(self.layers) - 1
+
+    def _check_attended(self) -> None:
+        """Keys that nobody asked for would leave no trace but wrong answers."""
+        if self._unattended is not None:
+            raise EngineError(
+                f"cache: layer {self._unattended} did not attend to its new tokens: they were broken off there, or the "
+                "model's attention implementation was changed while the cache is open; offload() the model anew"
+            )
 
     def _check_batch(self, batch: int) -> None:
         held = batch
@@ -283,6 +297,9 @@ class OffloadedCache(Cache):  # type: ignore[misc]
 
     def take(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """New tokens of each sequence, `[batch, kv_heads, tokens, head_dim]`: what is attended next is their query."""
+        self._check_attended()
+        self._unattended = layer
+        self._to_come.pop(layer, None)
         self._network.layers[layer].self_attn.clo_layer = _Arrived(self, layer, key, value)
 
     def attend(self, arrived: _Arrived, query: torch.Tensor, sink_logits: torch.Tensor | None) -> torch.Tensor:
@@ -301,6 +318,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
 
     def attended(self, arrived: _Arrived, query: torch.Tensor, output: torch.Tensor) -> None:
         """A layer's attention has run, under the design or in a window. Raises `EngineError` if its output is none."""
+        self._unattended = None
         newest = (tensor[:, :, -1].contiguous() for tensor in (query, arrived.key, arrived.value))
         self._projected[arrived.layer] = Projected(*newest)
         if arrived.layer == len(self.layers) - 1:
@@ -354,9 +372,9 @@ class OffloadedCache(Cache):  # type: ignore[misc]
             kv.copy(Stage.DEMAND, self.plan.design.page_size)
         return kv.attend(now, lengths, sink_logits)
 
-    def decoded_length(self) -> int:
-        """Tokens that the library counts while decoding: padding, too."""
-        return self._tokens[0] + self._turns.padding[0]
+    def decoded_length(self, layer: int) -> int:
+        """Tokens that the library counts while decoding: padding, too, and new ones once `layer` has them."""
+        return self._tokens[0] + self._turns.padding[0] - self._to_come.get(layer, 0)
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> OffloadedCache:
         """The library's way to keep a prompt for several continuations, which this cache does not."""

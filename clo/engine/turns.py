@@ -27,14 +27,19 @@ class Turns:
         """After `count` more tokens of each sequence, where `held` are in the cache, padding with them.
 
         `mask` is as the model was given it, one of tokens `[batch, tokens]`, of pairs, or such of each kind of layers;
-        of one token that is decoded it says nothing. `positions` are `[batch or 1, count]`. Raises `SpecError` for
-        tokens that do not go on where the cache ends, and for others that are hidden than those in front of a prompt.
+        without one, a token that is decoded goes on as its prompt did. `positions` are `[batch or 1, count]`. Raises
+        `SpecError` for tokens that do not go on where the cache ends, and for others that are hidden than those in
+        front of a prompt.
         """
-        padding = self.padding or (0,) * batch
-        if count != 1 or not held:
-            padding = padding_in_front(mask, batch, held + count)
+        mask = _of_whole_layers(mask)
+        decoded = count == 1 and held > 0
+        # a mask of pairs made by the library for one token has no column for that token: the cache tells it so
+        made_here = decoded and mask is not None and mask.dim() == 4 and mask.shape[-1] == held
+        told = padding_in_front(mask, batch, held if made_here else held + count)
+        padding = (self.padding or told) if decoded and mask is None else told
+        if not decoded:
             self._check_goes_on(held, count, padding, positions)
-            self._check_same(held, padding)
+        self._check_same(held, padding)
         return Turns(padding, None if positions is None else (positions[:, -1] + 1).expand(batch))
 
     def _check_goes_on(self, held: int, count: int, padding: tuple[int, ...], positions: torch.Tensor | None) -> None:
@@ -66,7 +71,7 @@ def padding_in_front(mask: Any, batch: int, tokens: int) -> tuple[int, ...]:
 
     Raises `SpecError` where it hides others, too: those of an answer cannot be taken out of a cache.
     """
-    mask = mask.get("full_attention") if isinstance(mask, Mapping) else mask
+    mask = _of_whole_layers(mask)
     if mask is None:
         return (0,) * batch
     of_pairs = mask.dim() == 4
@@ -79,3 +84,7 @@ def padding_in_front(mask: Any, batch: int, tokens: int) -> tuple[int, ...]:
     if bool(hidden.any()) and seen.shape[1] != tokens:
         raise SpecError(f"attention_mask: {seen.shape[1]} tokens, expected {tokens}: those of the cache and the new")
     return tuple(hidden.tolist())
+
+
+def _of_whole_layers(mask: Any) -> Any:
+    return mask.get("full_attention") if isinstance(mask, Mapping) else mask

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from small import EXPERTS, VOCABULARY, dense_logits, design, prompt, small_model
 
 from clo import presets
@@ -181,6 +182,29 @@ class TestWhatAMaskHides:
                 greedy(model, asked, cache, attention_mask=mask)
             assert greedy(model, asked, cache, attention_mask=torch.ones_like(asked)).shape == (1, 85)
 
+    @pytest.mark.parametrize("made", ["of tokens", "of pairs"])
+    def test_of_an_answer_it_is_refused_with_one_new_token_too(self, made: str) -> None:
+        model = small_model()
+        with offload(model, design("streamed"), max_new_tokens=40) as cache:
+            told = greedy(model, prompt(70)[None], cache)  # the last token is not in the cache yet
+            seen = torch.ones(1, 73, dtype=torch.bool)
+            seen[0, 10:20] = False
+            mask = seen if made == "of tokens" else seen[:, None, None]
+            with pytest.raises(SpecError, match="it hides tokens behind others"):
+                model(told[:, -1:], past_key_values=cache, attention_mask=mask)
+            assert greedy(model, told, cache, attention_mask=torch.ones_like(told)).shape == (1, 76)
+
+    def test_an_answer_that_ended_early_is_not_gone_on_from(self) -> None:
+        """Its padding lies behind its text: the library hides it in the next turn."""
+        model = small_model()
+        batch = torch.stack([prompt(70, 1), prompt(70, 2)])
+        with offload(model, design("clo", budget_pages=3), max_new_tokens=40) as cache:
+            told = greedy(model, batch, cache, 5)
+            mask = torch.ones_like(told)
+            mask[0, 72:] = 0
+            with pytest.raises(SpecError, match="it hides tokens behind others"):
+                greedy(model, told, cache, attention_mask=mask)
+
     def test_the_librarys_own_cache_still_takes_it(self) -> None:
         model, batch = small_model(), torch.stack([prompt(70, 1), prompt(70, 2)])
         mask = torch.ones(2, 70, dtype=torch.long)
@@ -233,6 +257,45 @@ class TestAnotherConversation:
                 greedy(model, torch.cat([text, text[:, :1]], dim=1), cache)
         with offload(model, design("clo", budget_pages=3), max_new_tokens=40) as cache:
             assert greedy(model, text, cache).shape[1] == text.shape[1] + 3
+
+
+def test_attention_that_is_changed_while_the_cache_is_open_is_noticed() -> None:
+    model = small_model()
+    with offload(model, design("streamed"), max_new_tokens=40) as cache:
+        model.set_attn_implementation("sdpa")
+        with pytest.raises(EngineError, match="layer 0 did not attend to its new tokens"):
+            greedy(model, prompt(70)[None], cache)
+
+
+def test_a_layer_may_ask_how_many_tokens_came_before() -> None:
+    """Llama 4 scales its queries by that."""
+    torch.manual_seed(0)
+    config = transformers.Llama4TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=96,
+        intermediate_size=48,
+        intermediate_size_mlp=64,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        layer_types=["full_attention"] * 4,
+        floor_scale=8,
+        attn_scale=1.0,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        initializer_range=0.15,
+    )
+    model = transformers.Llama4ForCausalLM(config).eval()
+    own = transformers.DynamicCache()
+    with offload(model, design("streamed"), max_new_tokens=60) as cache, torch.no_grad():
+        for count, seed in ((62, 1), (1, 2), (1, 3), (20, 4)):
+            tokens = prompt(count, seed)[None]
+            wanted, found = (model(tokens, past_key_values=each).logits for each in (own, cache))
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 10, 11, 14])
