@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from clo.engine.compiled import uncompiled
 from clo.engine.prefill import query_length
 from clo.errors import EngineError, SpecError
 
@@ -25,6 +26,9 @@ class Owner(Protocol):
 
     def check_open(self) -> None:
         """Raises `EngineError` once it is closed."""
+
+    def check_dtype(self, *new: torch.Tensor) -> None:
+        """Raises `SpecError` for keys or values of another type than those that there is room for."""
 
     def arrived(self, layer: int) -> None:
         """Layer `layer` has the new tokens."""
@@ -82,11 +86,13 @@ class Owned:
 class FullLayer(Owned, DynamicLayer):  # type: ignore[misc]
     """Grows with the prompt as the library's own; from the first decoded token on the design's cache takes over."""
 
+    @uncompiled
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """New keys and values; while decoding, those of the new tokens: attention knows where the rest is."""
         self.cache.check_open()
+        self.cache.check_dtype(key_states, value_states)
         if not self.cache.decodes:
             grown: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states)
             self.cache.arrived(self.index)
@@ -94,6 +100,7 @@ class FullLayer(Owned, DynamicLayer):  # type: ignore[misc]
         self.cache.take(self.index, key_states, value_states)
         return key_states, value_states
 
+    @uncompiled
     def get_seq_length(self) -> int:
         """Tokens seen so far. Raises `EngineError` if the prompt's are dropped."""
         if self.cache.decodes:
@@ -101,6 +108,7 @@ class FullLayer(Owned, DynamicLayer):  # type: ignore[misc]
         self.cache.check_open()
         return int(super().get_seq_length())
 
+    @uncompiled
     def get_mask_sizes(self, query: int | torch.Tensor) -> tuple[int, int]:
         """Every cached token and the new ones; of one token that is decoded no mask is made."""
         count = query_length(query)
@@ -111,6 +119,7 @@ class FullLayer(Owned, DynamicLayer):  # type: ignore[misc]
 class WindowedLayer(Owned, DynamicSlidingWindowLayer):  # type: ignore[misc]
     """The library's own: what the next token sees of its window, on the device. Attention there is the model's own."""
 
+    @uncompiled
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,18 +10,12 @@ linear attention keep their states there, and nothing of them is anybody else's.
 
 from __future__ import annotations
 
-import sys
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
 
 from clo import presets
 from clo.engine import inline
@@ -33,15 +27,13 @@ from clo.engine.layers import AttendedLayer, OffloadedLayer, StreamedLayer
 from clo.engine.make_layers import make_whole_layers
 from clo.engine.models.anatomy import project_query
 from clo.engine.models.network import Network, Rotation
+from clo.engine.mount import Arrived, Mount, Mounted, hand_over
 from clo.engine.step_traffic import StepTraffic
 from clo.engine.turns import Turns
 from clo.errors import EngineError, SpecError
 from clo.plan import DecodePlan
 from clo.schedule.ops import Stage
 from clo.specs import Design
-
-ATTENTION_NAME = "clo"
-ATTENTION_WITH_SINKS_NAME = "clo_with_sinks"
 
 
 def offload(
@@ -71,10 +63,6 @@ def offload(
     decoder.close()  # only its sizes and checks are needed: the model drives
     if chosen.prefetches_layers and chosen.selects:
         network.check_predicts()
-    AttentionInterface.register(ATTENTION_NAME, _attend)
-    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
-    AttentionInterface.register(ATTENTION_WITH_SINKS_NAME, _attend_with_sinks)
-    AttentionMaskInterface.register(ATTENTION_WITH_SINKS_NAME, eager_mask)
     return OffloadedCache(decoder)
 
 
@@ -85,74 +73,13 @@ def _shipped_profile(design: Design, network: Network) -> HeadProfile | None:
     return heads_for(design, network.spec) if by_gate or pins else None
 
 
-class _Mount:
-    """What a model is given as long as any cache uses it: hooks and an attention. It does not know the caches."""
-
-    def __init__(self, network: Network) -> None:
-        self._network = network
-        self._attention_before = network.decoder.config._attn_implementation
-        self._users: set[int] = set()
-        self._hooks = [
-            layer.register_forward_pre_hook(_before(index), with_kwargs=True)
-            for index, layer in enumerate(network.layers)
-        ]
-        # windowed layers, the first of which may be one, are given no mask that shows all of a prompt
-        self._hooks.append(network.decoder.register_forward_pre_hook(_before_all, with_kwargs=True))
-        network.decoder.set_attn_implementation(ATTENTION_WITH_SINKS_NAME if network.has_sinks else ATTENTION_NAME)
-        network.model.clo_mount = self
-
-    @staticmethod
-    def on(network: Network) -> _Mount:
-        """The one of this model."""
-        return vars(network.model).get("clo_mount") or _Mount(network)
-
-    def join(self, user: int) -> None:
-        """A cache uses it."""
-        self._users.add(user)
-
-    def leave(self, user: int) -> None:
-        """A cache uses it no more; after the last the model is as it was."""
-        self._users.discard(user)
-        if self._users:
-            return
-        for hook in self._hooks:
-            hook.remove()
-        for attention in self._network.attentions:
-            vars(attention).pop("clo_layer", None)
-        vars(self._network.model).pop("clo_mount", None)
-        self._network.decoder.set_attn_implementation(self._attention_before)
-
-
-def _before_all(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Runs before the model's layers and what is in front of them, whatever cache the model was given."""
-    cache = kwargs.get("past_key_values")
-    if isinstance(cache, OffloadedCache):
-        cache.given_mask = kwargs["attention_mask"] if "attention_mask" in kwargs else (*args, None, None)[1]
-
-
-def _before(layer: int) -> Callable[..., None]:
-    """Runs before decoder layer `layer`, whatever cache the model was given."""
-
-    def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
-        if isinstance(cache, OffloadedCache):
-            hidden = args[0] if args else kwargs["hidden_states"]
-            positions = kwargs.get("position_ids")
-            if layer == 0:
-                cache.arrive(hidden, cache.given_mask, positions)
-            cache.before_layer(layer, hidden, kwargs["position_embeddings"], positions)
-
-    return hook
-
-
-class OffloadedCache(Cache):  # type: ignore[misc]
+class OffloadedCache(Mounted, Cache):  # type: ignore[misc]
     """The KV cache of one batch. `traffic` says what the last token moved; close it, or use it in a `with` block."""
 
     def __init__(self, decoder: Decoder) -> None:
         network = decoder.network
         self._decoder, self._network = decoder, network
         self.plan: DecodePlan | None = None
-        self.given_mask: Any = None
         self._turns = Turns()
         self._kv: dict[int, AttendedLayer] = {}
         self._lengths = torch.zeros(0, dtype=torch.int32)
@@ -168,7 +95,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         for index, layer in enumerate(self.layers):
             layer.belong(self, index)
         self._first_full = network.spec.whole_layers[0]
-        mount = _Mount.on(network)
+        mount = Mount.on(network)
         mount.join(id(self))
         # also when nobody has the cache any more
         self._leave = weakref.finalize(self, mount.leave, id(self))
@@ -252,6 +179,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         self._check_attended()
         if self._under_way:
             raise EngineError("cache: tokens were broken off half-way: offload() the model anew")
+        self._check_mode(hidden)
         batch, count = hidden.shape[:2]
         self._check_batch(batch)
         turns = self._turns.then(self.get_seq_length(), batch, count, mask, positions)
@@ -271,6 +199,25 @@ class OffloadedCache(Cache):  # type: ignore[misc]
             raise EngineError(
                 f"cache: layer {self._unattended} did not attend to its new tokens: they were broken off there, or the "
                 "model's attention implementation was changed while the cache is open; offload() the model anew"
+            )
+
+    def _check_mode(self, hidden: torch.Tensor) -> None:
+        """Raise `SpecError` where the library leaves a cache out, or gradients would end in it."""
+        decoder = self._network.decoder
+        if decoder.training and getattr(decoder, "gradient_checkpointing", False):
+            raise SpecError("model: gradient checkpointing uses no cache: call model.eval() before")
+        if hidden.requires_grad:
+            raise SpecError(
+                "model: gradients do not go through this cache: call the model under torch.no_grad() (generate() does)"
+            )
+
+    def check_dtype(self, *new: torch.Tensor) -> None:
+        """Raises `SpecError` for keys or values of another type than those that there is room for."""
+        others = {tensor.dtype for tensor in new} - {self._network.dtype}
+        if others:
+            raise SpecError(
+                f"cache: keys or values in {_short(others.pop())}, the model was in {_short(self._network.dtype)}: "
+                "convert it before offload(), not after, and leave out torch.autocast"
             )
 
     def _check_batch(self, batch: int) -> None:
@@ -300,9 +247,9 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         self._check_attended()
         self._unattended = layer
         self._to_come.pop(layer, None)
-        self._network.layers[layer].self_attn.clo_layer = _Arrived(self, layer, key, value)
+        hand_over(self._network, Arrived(self, layer, key, value))
 
-    def attend(self, arrived: _Arrived, query: torch.Tensor, sink_logits: torch.Tensor | None) -> torch.Tensor:
+    def attend(self, arrived: Arrived, query: torch.Tensor, sink_logits: torch.Tensor | None) -> torch.Tensor:
         """Attention output `[batch, tokens, query_heads, head_dim]` under the design, as if they came one by one.
 
         Nothing overlaps here, so that a prefetch may as well be done when its layer runs.
@@ -316,7 +263,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         """Whether a layer decodes under the design, and not in a window."""
         return layer in self._kv
 
-    def attended(self, arrived: _Arrived, query: torch.Tensor, output: torch.Tensor) -> None:
+    def attended(self, arrived: Arrived, query: torch.Tensor, output: torch.Tensor) -> None:
         """A layer's attention has run, under the design or in a window. Raises `EngineError` if its output is none."""
         self._unattended = None
         newest = (tensor[:, :, -1].contiguous() for tensor in (query, arrived.key, arrived.value))
@@ -350,7 +297,7 @@ class OffloadedCache(Cache):  # type: ignore[misc]
 
     def _attend_one(
         self,
-        arrived: _Arrived,
+        arrived: Arrived,
         query: torch.Tensor,
         predicted: torch.Tensor | None,
         sink_logits: torch.Tensor | None,
@@ -376,20 +323,13 @@ class OffloadedCache(Cache):  # type: ignore[misc]
         """Tokens that the library counts while decoding: padding, too, and new ones once `layer` has them."""
         return self._tokens[0] + self._turns.padding[0] - self._to_come.get(layer, 0)
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> OffloadedCache:
-        """The library's way to keep a prompt for several continuations, which this cache does not."""
+    def __reduce_ex__(self, _protocol: Any) -> NoReturn:
+        """Copies are the library's way to keep a prompt for several continuations, which this cache does not."""
         raise SpecError("cache: it cannot be copied: offload() the model anew for each continuation of a prompt")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Arrived:
-    """New keys and values `[batch, kv_heads, tokens, head_dim]` of a layer, on their way to its attention; of latent
-    attention the values' share of vectors, and their rest."""
-
-    cache: OffloadedCache
-    layer: int
-    key: torch.Tensor
-    value: torch.Tensor
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _empty_layer(network: Network, layer: int) -> Any:
@@ -399,29 +339,3 @@ def _empty_layer(network: Network, layer: int) -> Any:
 
         return LinearLayer()
     return WindowedLayer(sliding_window=spec.window_tokens) if layer in spec.windowed_layers else FullLayer()
-
-
-def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
-    """SDPA, but for tokens that a full layer of an `OffloadedCache` has just taken in."""
-    return _attend_by(sdpa_attention_forward, module, query, key, value, attention_mask, **options)
-
-
-def _attend_with_sinks(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
-    """The same of a model whose sinks SDPA leaves out: its own attention."""
-    own = sys.modules[type(module).__module__].eager_attention_forward
-    return _attend_by(own, module, query, key, value, attention_mask, **options)
-
-
-def _attend_by(
-    own: Callable[..., Any], module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any
-) -> Any:
-    arrived: _Arrived | None = vars(module).pop("clo_layer", None)
-    if arrived is None:
-        return own(module, query, key, value, mask, **options)
-    cache = arrived.cache
-    if cache.holds(arrived.layer):
-        found = cache.attend(arrived, query, options.get("s_aux")), None
-    else:
-        found = own(module, query, key, value, mask, **options)
-    cache.attended(arrived, query, found[0])
-    return found

@@ -11,6 +11,7 @@ import torch
 from transformers.cache_utils import LinearAttentionLayer
 
 from clo.engine.cache_layers import Owned
+from clo.engine.compiled import uncompiled
 from clo.engine.finite import States
 from clo.engine.layers.linear import states_of
 
@@ -18,12 +19,14 @@ from clo.engine.layers.linear import states_of
 class LinearLayer(Owned, LinearAttentionLayer):  # type: ignore[misc]
     """The library's own: states that every token changes, and what the next convolution spans."""
 
+    @uncompiled
     def update_conv_state(self, conv_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """What the convolution reads of a prompt, or of several tokens. Raises `EngineError` once it is closed."""
         self.cache.check_open()
         seen: torch.Tensor = super().update_conv_state(conv_states, *args, **kwargs)
         return seen
 
+    @uncompiled
     def update_recurrent_state(self, recurrent_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The states after the new tokens."""
         states: torch.Tensor = super().update_recurrent_state(recurrent_states, *args, **kwargs)

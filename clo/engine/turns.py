@@ -52,8 +52,8 @@ class Turns:
             begins, wanted = others[0] if others else (held, held)
         if count == 0 or begins != wanted:
             raise SpecError(
-                f"input_ids: {count} new tokens from position {begins} on, the cache holds {held}: give it the whole "
-                "conversation, or offload() anew for another prompt"
+                f"input_ids: {count} new tokens from position {begins} on, the cache holds {held}: give generate() the "
+                "whole conversation, with use_cache, and the model what is new, or offload() anew for another prompt"
             )
 
     def _check_same(self, held: int, padding: tuple[int, ...]) -> None:

@@ -19,7 +19,7 @@ from test_memory import held
 from whole_models import Attention, assert_same, batch, everything, generated
 
 from clo import presets
-from clo.engine import hf, memory, offload
+from clo.engine import hf, memory, mount, offload
 from clo.engine.decoder import Decoder
 from clo.engine.models import hybrid as models_hybrid
 from clo.engine.models.anatomy import project_query
@@ -165,8 +165,8 @@ class TestPredictions:
                 hidden, rotation = args[0] if args else kwargs["hidden_states"], kwargs["position_embeddings"]
                 predicted[module.self_attn.layer_idx] = project_query(module, hidden, rotation)
 
-        before, predicted = hf._attend_by, {}
-        monkeypatch.setattr(hf, "_attend_by", attend)
+        before, predicted = mount._attend_by, {}
+        monkeypatch.setattr(mount, "_attend_by", attend)
         with offload(model, everything("staged")), torch.inference_mode():
             hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in model.model.layers]
             model(batch(40))

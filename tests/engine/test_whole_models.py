@@ -17,7 +17,7 @@ from windowed import windowed_model
 
 import clo_sim
 from clo import presets
-from clo.engine import hf, inline, offload
+from clo.engine import inline, mount, offload
 from clo.engine.layers import OffloadedLayer
 from clo.engine.memory import local_machine
 from clo.engine.models.network import Network
@@ -85,11 +85,11 @@ def test_what_the_cache_cannot_take_back(kind: str, first: str) -> None:
         assert isinstance(cache.layer(cache.plan.model.whole_layers[-1]), OffloadedLayer)  # type: ignore[union-attr]
         with pytest.raises(SpecError, match="the cache holds one of 2"):
             generated(model, told[:1], cache, 4)
-        with pytest.raises(SpecError, match="give it the whole conversation"):
+        with pytest.raises(SpecError, match="the whole conversation"):
             generated(model, ids, cache, 4)
     with pytest.raises(EngineError, match="cache: closed"):
         generated(model, told, cache, 4)
-    assert model.config._attn_implementation != hf.ATTENTION_NAME
+    assert model.config._attn_implementation != mount.ATTENTION_NAME
 
 
 @pytest.mark.parametrize("at", [1, 3])

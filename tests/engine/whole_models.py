@@ -11,7 +11,7 @@ from small import GROUP, PAGE, design, prompt
 from small import WINDOW as RECENT
 
 from clo import presets
-from clo.engine import hf
+from clo.engine import mount
 from clo.specs import Design
 from clo_kernels.layout import NO_PAGE, window_start
 
@@ -52,9 +52,9 @@ class Attention:
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
         self.given: list[SimpleNamespace] = []
-        self._cache, self._attend, self._update = cache, hf._attend_by, type(cache).update
+        self._cache, self._attend, self._update = cache, mount._attend_by, type(cache).update
         monkeypatch.setattr(type(cache), "update", self._updating)
-        monkeypatch.setattr(hf, "_attend_by", self._attending)
+        monkeypatch.setattr(mount, "_attend_by", self._attending)
 
     def _updating(self, key: torch.Tensor, value: torch.Tensor, layer: int, *rest: Any, **more: Any) -> Any:
         for kept, new in ((self.keys, key), (self.values, value)):
