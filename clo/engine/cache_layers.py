@@ -125,6 +125,7 @@ class WindowedLayer(Owned, DynamicSlidingWindowLayer):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the new tokens see: of those before them the window, and themselves."""
         self.cache.check_open()
+        self.cache.check_dtype(key_states, value_states)
         seen: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states)
         if key_states.shape[2] > 1:
             # a view would keep the whole prompt

@@ -206,7 +206,8 @@ class OffloadedCache(Mounted, Cache):  # type: ignore[misc]
         decoder = self._network.decoder
         if decoder.training and getattr(decoder, "gradient_checkpointing", False):
             raise SpecError("model: gradient checkpointing uses no cache: call model.eval() before")
-        if hidden.requires_grad:
+        # checkpointing lets embeddings require gradients even where none are recorded
+        if torch.is_grad_enabled() and hidden.requires_grad:
             raise SpecError(
                 "model: gradients do not go through this cache: call the model under torch.no_grad() (generate() does)"
             )

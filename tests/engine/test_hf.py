@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import gc
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +217,7 @@ class TestAnotherConversation:
         model = small_model()
         with offload(model, design("clo", budget_pages=3), max_new_tokens=40) as cache:
             told = greedy(model, prompt(70)[None], cache)
-            with pytest.raises(SpecError, match=r"input_ids: .* the cache holds 72: give generate\(\) the whole conversation"):
+            with pytest.raises(SpecError, match=r"the cache holds 72: give generate\(\) the whole conversation"):
                 greedy(model, prompt(length, 2)[None], cache)
             assert greedy(model, told, cache).shape == (1, 76)
 
@@ -257,14 +254,6 @@ class TestAnotherConversation:
                 greedy(model, torch.cat([text, text[:, :1]], dim=1), cache)
         with offload(model, design("clo", budget_pages=3), max_new_tokens=40) as cache:
             assert greedy(model, text, cache).shape[1] == text.shape[1] + 3
-
-
-def test_attention_that_is_changed_while_the_cache_is_open_is_noticed() -> None:
-    model = small_model()
-    with offload(model, design("streamed"), max_new_tokens=40) as cache:
-        model.set_attn_implementation("sdpa")
-        with pytest.raises(EngineError, match="layer 0 did not attend to its new tokens"):
-            greedy(model, prompt(70)[None], cache)
 
 
 def test_a_layer_may_ask_how_many_tokens_came_before() -> None:
@@ -363,17 +352,6 @@ def test_a_query_that_is_not_finite_is_an_error_and_a_sound_model_goes_on(weight
         assert torch.equal(greedy(model, text, cache), wanted)
 
 
-@pytest.mark.parametrize("decoded", [False, True])
-def test_a_copy_of_a_cache_is_refused(decoded: bool) -> None:
-    model, text = small_model(), prompt(70)[None]
-    with offload(model, design("clo", budget_pages=3), max_new_tokens=20) as cache:
-        if decoded:
-            greedy(model, text, cache)
-        with pytest.raises(SpecError, match=r"cache: it cannot be copied: offload\(\) the model anew"):
-            copy.deepcopy(cache)
-        assert greedy(model, text if not decoded else prompt(80)[None], cache).shape[1] > 70
-
-
 @pytest.mark.parametrize("tokens", [0, -1, 1.5, float("nan"), "a", None])
 def test_room_is_a_whole_number(tokens: Any) -> None:
     with pytest.raises(SpecError, match=f"max_new_tokens = {tokens}: must be at least 1, a whole number"):
@@ -394,50 +372,3 @@ def test_a_design_is_a_record_a_name_or_a_file(tmp_path: Path) -> None:
     for wrong in (None, 5, b"clo"):
         with pytest.raises(NotFoundError, match=r"is unknown.*choose from clo"):
             offload(model, wrong)  # type: ignore[arg-type]
-
-
-def generated(model: Any, cache: Any, tokens: int = 8) -> list[int]:
-    found = model.generate(prompt(70)[None], past_key_values=cache, max_new_tokens=tokens, do_sample=False)
-    return list(found[0, 70:].tolist())
-
-
-class TestSeveralCaches:
-    def test_one_that_is_closed_leaves_the_others_alone(self) -> None:
-        model, chosen = small_model(), design("clo", budget_pages=3)
-        with offload(model, chosen, max_new_tokens=20) as cache:
-            wanted = generated(model, cache)
-        first, second, third = (offload(model, chosen, max_new_tokens=20) for _ in range(3))
-        first.close()
-        assert generated(model, second) == wanted
-        second.close()
-        second.close()
-        assert generated(model, third) == wanted
-        third.close()
-        assert model.config._attn_implementation != "clo"
-        assert not any(layer._forward_pre_hooks for layer in model.model.layers)
-
-    @pytest.mark.parametrize("decoded", [False, True])
-    def test_a_closed_one_says_so(self, decoded: bool) -> None:
-        model = small_model()
-        with offload(model, design("clo", budget_pages=3), max_new_tokens=20) as other:
-            cache = offload(model, design("clo", budget_pages=3), max_new_tokens=20)
-            if decoded:
-                generated(model, cache)
-            cache.close()
-            with pytest.raises(EngineError, match="cache: closed"):
-                generated(model, cache)
-            assert len(generated(model, other)) == 8
-
-    def test_one_that_is_dropped_is_gone_and_the_model_as_before(self) -> None:
-        model = small_model()
-        gc.collect()
-        gc.disable()
-        try:
-            cache = offload(model, design("clo", budget_pages=3), max_new_tokens=20)
-            generated(model, cache)
-            held = weakref.ref(cache.layer(2))
-            del cache
-            assert held() is None
-            assert model.config._attn_implementation != "clo"
-        finally:
-            gc.enable()
