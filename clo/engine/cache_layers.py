@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from clo.engine.compiled import uncompiled
 from clo.engine.prefill import query_length
+from clo.engine.torch_modes import uncompiled
 from clo.errors import EngineError, SpecError
 
 

@@ -29,6 +29,7 @@ from clo.engine.models.anatomy import project_query
 from clo.engine.models.network import Network, Rotation
 from clo.engine.mount import Arrived, Mount, Mounted, hand_over
 from clo.engine.step_traffic import StepTraffic
+from clo.engine.torch_modes import changeable
 from clo.engine.turns import Turns
 from clo.errors import EngineError, SpecError
 from clo.plan import DecodePlan
@@ -151,9 +152,10 @@ class OffloadedCache(Mounted, Cache):  # type: ignore[misc]
         self._decoder.max_new_tokens = self._most_new_tokens(max(tokens))
         self.plan = self._decoder.make_plan(tokens)
         room = max(tokens) + self._decoder.max_new_tokens
-        self._kv = make_whole_layers(self._network, self.plan, self._decoder.heads, room)
+        with changeable():
+            self._kv = make_whole_layers(self._network, self.plan, self._decoder.heads, room)
+            self._lengths = torch.tensor(tokens, dtype=torch.int32, device=first.keys.device)
         self._tokens = tokens
-        self._lengths = torch.tensor(tokens, dtype=torch.int32, device=first.keys.device)
         for index, kv in self._kv.items():
             layer = self.layers[index]
             for sequence, hidden in enumerate(padding):

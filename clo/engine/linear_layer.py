@@ -11,13 +11,18 @@ import torch
 from transformers.cache_utils import LinearAttentionLayer
 
 from clo.engine.cache_layers import Owned
-from clo.engine.compiled import uncompiled
 from clo.engine.finite import States
 from clo.engine.layers.linear import states_of
+from clo.engine.torch_modes import changeable, uncompiled
 
 
 class LinearLayer(Owned, LinearAttentionLayer):  # type: ignore[misc]
     """The library's own: states that every token changes, and what the next convolution spans."""
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Room for the states."""
+        with changeable():
+            super().lazy_initialization(*args, **kwargs)
 
     @uncompiled
     def update_conv_state(self, conv_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -16,8 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from clo.engine.compiled import uncompiled
 from clo.engine.models.network import Network, Rotation
+from clo.engine.torch_modes import uncompiled
 from clo.errors import SpecError
 
 ATTENTION_NAME = "clo"

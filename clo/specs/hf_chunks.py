@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 WITH_CHUNKS = ("llama4_text",)
-_CHUNKED = "chunked_attention"
+CHUNKED = "chunked_attention"
 _USUAL = {"attention_chunk_size": 8192, "no_rope_layer_interval": 4, "interleave_moe_layer_step": 1}
 """What configs may leave out."""
 
@@ -18,11 +18,11 @@ def chunks_as_windows(config: dict[str, Any]) -> dict[str, Any]:
     """A config with its windows, experts and MLPs as other kinds of model name them; as it is if of another kind."""
     if config.get("model_type") not in WITH_CHUNKS or not isinstance(config.get("num_hidden_layers"), int):
         return config
-    kinds = config.get("layer_types") or ["full_attention" if each else _CHUNKED for each in _whole_layers(config)]
+    kinds = config.get("layer_types") or ["full_attention" if each else CHUNKED for each in _whole_layers(config)]
     width = config.get("intermediate_size")
     mixed = _layers_with_experts(config)
     return config | {
-        "layer_types": ["sliding_attention" if kind == _CHUNKED else kind for kind in kinds],
+        "layer_types": ["sliding_attention" if kind == CHUNKED else kind for kind in kinds],
         "sliding_window": config.get("attention_chunk_size", _USUAL["attention_chunk_size"]),
         "mlp_layer_types": ["sparse" if layer in mixed else "dense" for layer in range(config["num_hidden_layers"])],
         "moe_intermediate_size": width,

@@ -43,7 +43,7 @@ def model_of(kind: str, **changes: Any) -> Any:
         pad_token_id=None,
         **{"initializer_range": 0.15} | changes,
     )
-    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    return getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config).eval()
 
 
 @pytest.mark.parametrize("kind", SAME)
@@ -81,6 +81,43 @@ def test_but_offloaded_it_stays_whole_and_is_right(kind: str) -> None:
 def test_attention_with_weights_of_its_own_is_refused() -> None:
     with pytest.raises(SpecError, match=r"DiffLlamaForCausalLM: attention has weights of its own \(lambda_q1, "):
         offload(model_of("DiffLlama"), design("clo"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "problem"),
+    [
+        (
+            "Laguna",
+            {"num_attention_heads_per_layer": [6, 8, 6, 8], "layer_types": ["full_attention", "sliding_attention"] * 2},
+            rf"the first is {6 * DIM}x{KV_HEADS * GROUP * DIM}, .* number 2 {8 * DIM}x",
+        ),
+        ("MiMoV2Flash", {}, "layers differ in their heads"),
+    ],
+)
+def test_layers_that_differ_in_their_heads_are_refused(kind: str, changes: dict[str, Any], problem: str) -> None:
+    model = model_of(kind, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, **changes)
+    with pytest.raises(SpecError, match=problem):
+        offload(model, design("clo"))
+
+
+class TestChunks:
+    """Layers of Llama 4 that attend within chunks."""
+
+    def model(self, tokens: int) -> Any:
+        more = {"intermediate_size_mlp": 64, "num_local_experts": 2}
+        return model_of("Llama4Text", attention_chunk_size=tokens, **more)
+
+    def test_of_a_part_of_the_positions_are_refused(self) -> None:
+        with pytest.raises(SpecError, match=r"within chunks of 255 tokens .* simulated only \(clo simulate\)"):
+            offload(self.model(255), design("clo"))
+
+    def test_of_all_positions_are_none(self) -> None:
+        model, tokens = self.model(256), prompt(80)[None]
+        wanted = model.generate(tokens, max_new_tokens=15, do_sample=False)
+        with offload(model, design("clo", **EVERYTHING), max_new_tokens=20) as cache:
+            assert torch.equal(
+                model.generate(tokens, past_key_values=cache, max_new_tokens=15, do_sample=False), wanted
+            )
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

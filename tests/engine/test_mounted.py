@@ -48,7 +48,7 @@ def step_by_step(model: Any, cache: Any, tokens: int = 8) -> list[int]:
 
 
 def opened(model: Any) -> OffloadedCache:
-    return offload(model, design("clo", budget_pages=3), max_new_tokens=20)
+    return offload(model, design("clo", budget_pages=3), max_new_tokens=60)
 
 
 def test_attention_that_is_changed_while_the_cache_is_open_is_noticed() -> None:
@@ -85,6 +85,21 @@ class TestCompiled:
         with opened(model) as cache:
             assert generated(model, cache) == wanted
             assert cache.decodes
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize("modes", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)])
+def test_turns_in_and_out_of_inference_mode(kind: str, modes: tuple[Callable[[], Any], ...]) -> None:
+    """What one leaves is changed in the next."""
+    model, turns = MODELS[kind](), [prompt(tokens, seed)[None] for seed, tokens in enumerate((70, 1, 1, 30, 1))]
+    with opened(model) as cache, torch.no_grad():
+        wanted = [model(turn, past_key_values=cache).logits for turn in turns]
+    found = []
+    with opened(model) as cache:
+        for index, turn in enumerate(turns):
+            with modes[index % 2]():
+                found.append(model(turn, past_key_values=cache).logits.clone())
+    assert all(torch.equal(*each) for each in zip(found, wanted, strict=True))
 
 
 class TestOtherNumbers:

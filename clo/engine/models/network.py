@@ -387,7 +387,7 @@ def _taken_apart(model: Any, layers: list[Any], spec: ModelSpec) -> list[Mlp]:
 
 
 def _check_attention(model: Any, attentions: list[Any]) -> None:
-    """Attention to keys and values must be a softmax over products with keys, on one scale in all layers."""
+    """Attention must be a softmax over products with keys, on one scale and in heads of one shape in all layers."""
     for attention in attentions:
         cap = getattr(attention, "attn_logit_softcapping", None)
         if cap is not None:
@@ -400,3 +400,19 @@ def _check_attention(model: Any, attentions: list[Any]) -> None:
         raise SpecError(
             f"model {type(model).__name__}: layers scale attention differently ({sorted(scales)}): not supported"
         )
+    for layer, shape in enumerate(shapes := [_shape(attention) for attention in attentions]):
+        if shape != shapes[0]:
+            raise SpecError(
+                f"model {type(model).__name__}: layers differ in their heads (of those that attend the first is "
+                f"{_in_words(shapes[0])}, number {layer + 1} {_in_words(shape)}): not supported"
+            )
+
+
+def _shape(attention: Any) -> tuple[tuple[int, ...], ...]:
+    """Of the weights that heads come from, and that take what they give."""
+    parts = ("q_proj", "k_proj", "v_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    return tuple(tuple(getattr(attention, name).weight.shape) for name in parts if has_part(attention, name))
+
+
+def _in_words(shape: tuple[tuple[int, ...], ...]) -> str:
+    return ", ".join("x".join(map(str, sizes)) for sizes in shape)

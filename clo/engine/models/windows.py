@@ -6,6 +6,7 @@ from typing import Any
 
 from clo.errors import SpecError
 from clo.specs.hf_attention import INDEXED, LINEAR, WINDOWED, WITH_INDEXER, WITH_LINEAR, WITH_WINDOWS
+from clo.specs.hf_chunks import CHUNKED
 
 
 def windows_of(config: Any) -> dict[str, Any]:
@@ -33,9 +34,22 @@ def _places(config: Any) -> list[int]:
     kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     known = {"full_attention", WINDOWED, LINEAR if config.model_type in WITH_LINEAR else WINDOWED}
     known |= set(INDEXED) if config.model_type in WITH_INDEXER else set()
+    if (size := _chunk(config)) is not None:
+        if size < config.max_position_embeddings:
+            raise SpecError(
+                f"model {config.model_type}: layers attend within chunks of {size} tokens (attention_chunk_size): "
+                "such models are simulated only (clo simulate)"
+            )
+        known.add(CHUNKED)
     if others := sorted({str(kind) for kind in kinds or ()} - known):
         raise SpecError(f"model {config.model_type}: {', '.join(others)} of layers is not supported")
     if window is None or not getattr(config, "use_sliding_window", True):
         return []
     # without a list the library gives every layer the window
     return [layer for layer, kind in enumerate(kinds or [WINDOWED] * config.num_hidden_layers) if kind == WINDOWED]
+
+
+def _chunk(config: Any) -> int | None:
+    """Tokens of the chunks that some layers attend within, if any do."""
+    chunked = CHUNKED in (getattr(config, "layer_types", None) or ())
+    return getattr(config, "attention_chunk_size", None) if chunked else None
