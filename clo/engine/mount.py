@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from clo.engine.models.library import given_cache
 from clo.engine.models.network import Network, Rotation
 from clo.engine.torch_modes import uncompiled
 from clo.errors import SpecError
@@ -118,7 +119,7 @@ def _register() -> None:
 @uncompiled
 def _before_all(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Runs before the model's layers and what is in front of them, whatever cache the model was given."""
-    cache = kwargs.get("past_key_values")
+    cache = given_cache(kwargs)
     if isinstance(cache, Mounted):
         cache.given_mask = kwargs["attention_mask"] if "attention_mask" in kwargs else (*args, None, None)[1]
 
@@ -131,7 +132,7 @@ class _BeforeLayer:
 
     @uncompiled
     def __call__(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         if isinstance(cache, Mounted):
             hidden = args[0] if args else kwargs["hidden_states"]
             positions = kwargs.get("position_ids")

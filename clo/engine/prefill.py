@@ -59,7 +59,7 @@ def read_into(
         try:
             for start in range(0, len(tokens), size):
                 chunk = tokens[None, start : start + size].to(network.device)
-                logits = network.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+                logits = network.read(chunk, cache)
             carrier.wait(carrier.ask("end of the prompt", _nothing))
             cache.hand_over()
         finally:

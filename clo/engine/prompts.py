@@ -68,7 +68,7 @@ def read_prompt(
                 cache.update_indexer(keys[None, :first], layer)
         for start in range(first, len(tokens), chunk_tokens):
             chunk = tokens[None, start : start + chunk_tokens].to(network.device)
-            logits = network.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = network.read(chunk, cache)
     kept = (_kept(layer, is_linear) for layer, is_linear in zip(cache.layers, linear, strict=True))
     indexed = tuple(map(_indexer_keys, cache.layers)) if spec.indexer is not None else ()
     return Prompt(tuple(kept), logits[0, -1], len(tokens), indexed)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from small import PAGE, WINDOW
 
+from clo.engine.models.library import as_cache
+
 
 class Sparse:
     """Attention in float64 of one step over the pages that the decoder says it attends, from the prompt's own keys."""
@@ -17,7 +19,7 @@ class Sparse:
 
         self.cache = DynamicCache()
         with torch.inference_mode():
-            model(tokens[None], past_key_values=self.cache, use_cache=True)
+            model(tokens[None], **as_cache(model, self.cache), use_cache=True)
 
     def attend(self, layer: int, head: int, query: torch.Tensor, pages: list[int], length: int) -> torch.Tensor:
         keys, values = self.cache.layers[layer].keys[0, head], self.cache.layers[layer].values[0, head]

@@ -15,6 +15,7 @@ from clo.engine.decoder import Decoder
 from clo.engine.inline_decoder import InlineDecoder
 from clo.engine.layers import OffloadedLayer
 from clo.engine.memory import cache_bytes
+from clo.engine.models.library import as_cache
 from clo.engine.models.network import Network
 from clo.engine.prompts import read_prompt
 from clo.errors import EngineError, SpecError
@@ -127,7 +128,7 @@ class TestAnswers:
                 expected.append(int(logits[0].argmax()))
                 logits = decoder.step(torch.tensor(expected[-1:]))
         with offload(model, chosen, max_new_tokens=20) as cache:
-            found = model.generate(tokens[None], past_key_values=cache, max_new_tokens=20, do_sample=False)
+            found = model.generate(tokens[None], **as_cache(model, cache), max_new_tokens=20, do_sample=False)
         assert found[0, 90:].tolist() == expected
 
     def test_pinned_heads_lose_nothing(self) -> None:

@@ -16,6 +16,7 @@ from clo.engine import offload
 from clo.engine.cuda import bar
 from clo.engine.cuda.machine import CudaMachine
 from clo.engine.decoder import Decoder
+from clo.engine.models.library import as_cache
 from clo.engine.models.network import Network
 from clo.errors import EngineError, SpecError
 from clo.schedule import Lane, record_step
@@ -143,7 +144,7 @@ class TestOffload:
         for model in (small_model(), small_model().cuda()):
             given = {"input_ids": tokens.to(model.device), "attention_mask": mask.to(model.device)}
             with offload(model, on_cuda(name), max_new_tokens=16) as cache:
-                out = model.generate(**given, past_key_values=cache, max_new_tokens=16, do_sample=False)
+                out = model.generate(**given, **as_cache(model, cache), max_new_tokens=16, do_sample=False)
             said.append(out[:, 90:].tolist())
         assert said[1] == said[0]
 

@@ -23,6 +23,7 @@ from clo.engine import hf, memory, mount, offload
 from clo.engine.decoder import Decoder
 from clo.engine.models import hybrid as models_hybrid
 from clo.engine.models.anatomy import project_query
+from clo.engine.models.library import as_cache
 from clo.engine.models.network import Network
 from clo.errors import EngineError, SpecError
 from clo.specs import model_from_hf_config
@@ -96,9 +97,9 @@ class TestEverythingAttended:
                 offload(model, design("clo", budget_pages=2, tau=2.0), max_new_tokens=20) as cache,
                 torch.inference_mode(),
             ):
-                model(ids, past_key_values=cache)
-                model(ids[:, :1], past_key_values=cache)
-                logits.append(torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], dim=1))
+                model(ids, **as_cache(model, cache))
+                model(ids[:, :1], **as_cache(model, cache))
+                logits.append(torch.cat([model(piece, **as_cache(model, cache)).logits for piece in pieces], dim=1))
         torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("chunk", [1, 16, 69])
@@ -367,10 +368,10 @@ def test_numbers_that_are_none_are_found(
     spoilt = model.get_parameter(f"model.layers.{layer}.{weight}" + (".weight" if "proj" in weight else ""))
     what = "output is" if layers is LAST_IS_FULL else "states are"
     with offload(model, design("clo", budget_pages=2), max_new_tokens=20) as cache, torch.inference_mode():
-        model(ids, past_key_values=cache)
+        model(ids, **as_cache(model, cache))
         spoilt.data[row] = float("nan")
         with pytest.raises(EngineError, match=f"attention of layer 3: its {what} not finite, {message}"):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **as_cache(model, cache))
 
 
 class TestSeveralCaches:
@@ -409,7 +410,7 @@ class TestSeveralCaches:
                 generate(model, ids, cache, tokens)
             cache.close()
             with pytest.raises(EngineError, match="cache: closed"), torch.inference_mode():
-                model(ids, past_key_values=cache)
+                model(ids, **as_cache(model, cache))
             assert not any(isinstance(each, torch.Tensor) for each in states(cache.layers[0]))
 
 

@@ -29,6 +29,7 @@ from clo.engine.layers import OffloadedLayer
 from clo.engine.layers.indexed import IndexerSelection, best_pages
 from clo.engine.memory import cache_bytes
 from clo.engine.models import indexer as models_indexer
+from clo.engine.models.library import as_cache
 from clo.engine.models.network import Network
 from clo.engine.models.probe import check_taken_apart
 from clo.engine.prompts import read_prompt
@@ -71,11 +72,11 @@ class Wider:
         cache, rows = DynamicCache(config=self.model.config), []
         with torch.inference_mode():
             self.decodes = False
-            rows.append(self.model(text[None, :-STEPS], past_key_values=cache, use_cache=True).logits[0, -1])
+            rows.append(self.model(text[None, :-STEPS], **as_cache(self.model, cache), use_cache=True).logits[0, -1])
             self.decodes = True
             for at in range(-STEPS, 0):
                 token = text[None, at : at + 1] if at < -1 else text[None, -1:]
-                rows.append(self.model(token, past_key_values=cache, use_cache=True).logits[0, -1])
+                rows.append(self.model(token, **as_cache(self.model, cache), use_cache=True).logits[0, -1])
         return torch.stack(rows)
 
 
@@ -162,7 +163,8 @@ class TestEveryKind:
             forced(decoder, cut()[:1], (text,))
             found = {at: each.selection for at, each in enumerate(decoder.layers) if isinstance(each, OffloadedLayer)}
         with torch.inference_mode():
-            cache = model(text[None], past_key_values=DynamicCache(config=model.config), use_cache=True).past_key_values
+            cache = DynamicCache(config=model.config)
+            model(text[None], **as_cache(model, cache), use_cache=True)
         for layer, selection in found.items():
             if isinstance(selection, IndexerSelection):
                 wanted = cache.layers[layer].indexer_keys[0]

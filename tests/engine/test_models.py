@@ -13,6 +13,7 @@ from small import DIM, GROUP, KV_HEADS, LAYERS, VOCABULARY, dense_logits, design
 from clo.engine import offload
 from clo.engine.decoder import Decoder
 from clo.engine.inline_decoder import InlineDecoder
+from clo.engine.models.library import as_cache
 from clo.engine.models.network import Network
 from clo.engine.models.probe import check_taken_apart
 from clo.engine.prompts import read_prompt
@@ -74,7 +75,7 @@ def test_but_offloaded_it_stays_whole_and_is_right(kind: str) -> None:
     model, tokens = model_of(kind, **MORE[kind]), prompt(80)[None]
     wanted = model.generate(tokens, max_new_tokens=15, do_sample=False)
     with offload(model, design("clo", **EVERYTHING), max_new_tokens=20) as cache:
-        found = model.generate(tokens, past_key_values=cache, max_new_tokens=15, do_sample=False)
+        found = model.generate(tokens, **as_cache(model, cache), max_new_tokens=15, do_sample=False)
     assert torch.equal(found, wanted)
 
 
@@ -116,7 +117,7 @@ class TestChunks:
         wanted = model.generate(tokens, max_new_tokens=15, do_sample=False)
         with offload(model, design("clo", **EVERYTHING), max_new_tokens=20) as cache:
             assert torch.equal(
-                model.generate(tokens, past_key_values=cache, max_new_tokens=15, do_sample=False), wanted
+                model.generate(tokens, **as_cache(model, cache), max_new_tokens=15, do_sample=False), wanted
             )
 
 
@@ -160,7 +161,7 @@ def test_rotation_of_a_part_that_attention_cuts_out_itself() -> None:
         offload(model, design("clo", prefetch_depth=1))
     wanted = model.generate(tokens, max_new_tokens=15, do_sample=False)
     with offload(model, design("clo", **EVERYTHING, prefetch_depth=0), max_new_tokens=20) as cache:
-        assert torch.equal(model.generate(tokens, past_key_values=cache, max_new_tokens=15, do_sample=False), wanted)
+        assert torch.equal(model.generate(tokens, **as_cache(model, cache), max_new_tokens=15, do_sample=False), wanted)
 
 
 @pytest.mark.parametrize("changes", [{"decoder_sparse_step": 2}, {"mlp_only_layers": [1]}])

@@ -18,6 +18,7 @@ from windowed import windowed_model
 
 from clo.engine import offload
 from clo.engine.hf import OffloadedCache
+from clo.engine.models.library import as_cache
 from clo.errors import EngineError, SpecError
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -33,16 +34,17 @@ OF_COPIES: dict[str, Callable[[Any], Any]] = {
 
 
 def generated(model: Any, cache: Any, tokens: int = 8) -> list[int]:
-    found = model.generate(prompt(70)[None], past_key_values=cache, max_new_tokens=tokens, do_sample=False)
+    found = model.generate(prompt(70)[None], **as_cache(model, cache), max_new_tokens=tokens, do_sample=False)
     return list(found[0, 70:].tolist())
 
 
 @torch.no_grad()
 def step_by_step(model: Any, cache: Any, tokens: int = 8) -> list[int]:
     """The same, where the caller calls the model."""
+    named = as_cache(getattr(model, "_orig_mod", model), cache)
     given, told = prompt(70)[None], []
     for _ in range(tokens):
-        given = model(given, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+        given = model(given, **named).logits[:, -1].argmax(-1, keepdim=True)
         told.append(int(given))
     return told
 
@@ -93,12 +95,12 @@ def test_turns_in_and_out_of_inference_mode(kind: str, modes: tuple[Callable[[],
     """What one leaves is changed in the next."""
     model, turns = MODELS[kind](), [prompt(tokens, seed)[None] for seed, tokens in enumerate((70, 1, 1, 30, 1))]
     with opened(model) as cache, torch.no_grad():
-        wanted = [model(turn, past_key_values=cache).logits for turn in turns]
+        wanted = [model(turn, **as_cache(model, cache)).logits for turn in turns]
     found = []
     with opened(model) as cache:
         for index, turn in enumerate(turns):
             with modes[index % 2]():
-                found.append(model(turn, past_key_values=cache).logits.clone())
+                found.append(model(turn, **as_cache(model, cache)).logits.clone())
     assert all(torch.equal(*each) for each in zip(found, wanted, strict=True))
 
 
@@ -109,10 +111,10 @@ class TestOtherNumbers:
     def test_of_a_model_that_is_converted_half_way(self, kind: str) -> None:
         model = MODELS[kind]()
         with opened(model) as cache:
-            told = model.generate(prompt(70)[None], past_key_values=cache, max_new_tokens=3, do_sample=False)
+            told = model.generate(prompt(70)[None], **as_cache(model, cache), max_new_tokens=3, do_sample=False)
             model.to(torch.bfloat16)
             with pytest.raises(SpecError, match=r"keys or values in bfloat16, the model was in float32: convert it"):
-                model.generate(told, past_key_values=cache, max_new_tokens=3, do_sample=False)
+                model.generate(told, **as_cache(model, cache), max_new_tokens=3, do_sample=False)
         with opened(model) as cache:
             assert len(generated(model, cache)) == 8
 
@@ -131,13 +133,13 @@ class TestTraining:
         model = small_model()
         with opened(model) as cache:
             with pytest.raises(SpecError, match=r"gradients do not go through this cache: .* torch.no_grad\(\)"):
-                model(prompt(70)[None], past_key_values=cache)
+                model(prompt(70)[None], **as_cache(model, cache))
             assert len(generated(model, cache)) == 8
 
     def test_of_weights_that_have_none_there_are_none_to_refuse(self) -> None:
         model = small_model().requires_grad_(False)
         with opened(model) as cache:
-            assert model(prompt(70)[None], past_key_values=cache).logits.shape[1] == 70
+            assert model(prompt(70)[None], **as_cache(model, cache)).logits.shape[1] == 70
 
     def test_gradient_checkpointing_is_refused_in_training_only(self) -> None:
         model = small_model()
@@ -147,7 +149,7 @@ class TestTraining:
             wanted = generated(model, cache)
             model.train()
             with pytest.raises(SpecError, match=r"gradient checkpointing uses no cache: call model.eval\(\)"):
-                model.generate(prompt(90)[None], past_key_values=cache, max_new_tokens=3, do_sample=False)
+                model.generate(prompt(90)[None], **as_cache(model, cache), max_new_tokens=3, do_sample=False)
         with opened(model.eval()) as cache:
             assert generated(model, cache) == wanted
 
@@ -175,7 +177,7 @@ class TestCopies:
             with pytest.raises(SpecError, match=r"cache: it cannot be copied: offload\(\) the model anew"):
                 way(cache)
             given = prompt(80)[None] if decoded else text
-            told = model.generate(given, past_key_values=cache, max_new_tokens=3, do_sample=False)
+            told = model.generate(given, **as_cache(model, cache), max_new_tokens=3, do_sample=False)
             assert told.shape[1] == given.shape[1] + 3
 
 

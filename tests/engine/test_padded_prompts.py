@@ -16,6 +16,7 @@ from whole_models import assert_same, everything, generated
 
 from clo import presets
 from clo.engine import offload
+from clo.engine.models.library import as_cache
 from clo.engine.turns import Turns, padding_in_front
 from clo.errors import SpecError
 
@@ -100,7 +101,7 @@ def test_positions_may_count_padding() -> None:
     with torch.inference_mode():
         wanted = model(**batch).logits[:, -1]
         with offload(model, everything("clo"), max_new_tokens=8) as cache:
-            logits = model(**batch, past_key_values=cache).logits[:, -1]
+            logits = model(**batch, **as_cache(model, cache)).logits[:, -1]
             torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
             for _ in range(4):
                 new, seen = logits.argmax(-1)[:, None], torch.ones(2, 1, dtype=torch.long)
@@ -108,7 +109,7 @@ def test_positions_may_count_padding() -> None:
                     "input_ids": torch.cat([batch["input_ids"], new], 1),
                     "attention_mask": torch.cat([batch["attention_mask"], seen], 1),
                 }
-                logits = model(new, attention_mask=batch["attention_mask"], past_key_values=cache).logits[:, -1]
+                logits = model(new, attention_mask=batch["attention_mask"], **as_cache(model, cache)).logits[:, -1]
                 torch.testing.assert_close(logits, model(**batch).logits[:, -1], rtol=1e-4, atol=1e-4)
 
 

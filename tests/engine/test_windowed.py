@@ -18,6 +18,7 @@ from windowed import FULL, IMAGE, KINDS, LAYERS, SLIDES, WINDOW, seeing_model, w
 from clo import presets
 from clo.engine import hf, memory, offload
 from clo.engine.decoder import Decoder
+from clo.engine.models.library import as_cache
 from clo.engine.models.network import Network
 from clo.errors import EngineError, SpecError
 from clo.specs import model_from_hf_config
@@ -256,10 +257,10 @@ def test_numbers_that_are_none_are_found(layers: tuple[str, ...], weight: str, m
     model, ids = windowed_model("Qwen3", layers=layers), batch(40)
     spoilt = model.model.layers[2].get_submodule(weight).weight
     with offload(model, design("clo", budget_pages=2), max_new_tokens=20) as cache, torch.inference_mode():
-        model(ids, past_key_values=cache)
+        model(ids, **as_cache(model, cache))
         spoilt.data[0, 0] = float("nan")
         with pytest.raises(EngineError, match=message):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **as_cache(model, cache))
 
 
 @pytest.mark.parametrize("kind", ["Gemma3", "GptOss"])

@@ -12,6 +12,7 @@ from small import WINDOW as RECENT
 
 from clo import presets
 from clo.engine import mount
+from clo.engine.models.library import as_cache
 from clo.specs import Design
 from clo_kernels.layout import NO_PAGE, window_start
 
@@ -31,7 +32,7 @@ def generated(model: Any, ids: torch.Tensor, cache: Any, tokens: int, **options:
     """Its tokens and the logits of each."""
     return model.generate(
         ids,
-        past_key_values=cache,
+        **as_cache(model, cache),
         max_new_tokens=tokens,
         do_sample=False,
         output_logits=True,

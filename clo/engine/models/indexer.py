@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
+from clo.engine.models.library import as_cache
 from clo.engine.versions import release_of
 from clo.errors import SpecError
 from clo.specs import IndexerSpec
@@ -50,7 +51,7 @@ class Indexer:
         return self._run(seen, mask[:, None], _Keys(keys))[:, 0].long()
 
     def _run(self, seen: Seen, mask: torch.Tensor, keys: _Keys) -> torch.Tensor:
-        chosen: torch.Tensor = self._module(*seen, mask, None, past_key_values=keys)
+        chosen: torch.Tensor = self._module(*seen, mask, None, **as_cache(self._module, keys))
         return chosen
 
 

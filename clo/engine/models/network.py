@@ -32,6 +32,7 @@ from clo.engine.models.fused import Turn, fused_norms, fused_rotation, one_launc
 from clo.engine.models.hybrid import linear_of
 from clo.engine.models.indexer import Indexer, Seen, indexer_of
 from clo.engine.models.latent import LatentAttention
+from clo.engine.models.library import as_cache
 from clo.engine.models.mlp import Mlp
 from clo.engine.models.windows import windows_of
 from clo.errors import SpecError
@@ -100,6 +101,13 @@ class Network:
     def addresses(self) -> tuple[int, ...]:
         """Where the weights lie, by one of each layer: others after they were moved or loaded anew."""
         return tuple(int(attention.o_proj.weight.data_ptr()) for attention in self.attentions)
+
+    def read(self, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
+        """The model reads `tokens` `[batch, tokens]` into the library's `cache`; logits `[batch, 1, vocab_size]` of
+        what follows them."""
+        model = self.model
+        logits: torch.Tensor = model(tokens, use_cache=True, logits_to_keep=1, **as_cache(model, cache)).logits
+        return logits
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden states of one token a sequence, `[batch]` -> `[batch, 1, hidden_size]`."""
@@ -242,7 +250,8 @@ class Network:
 
         `states`: the library's cache, which has those of the batch.
         """
-        given: torch.Tensor = self.layers[layer].linear_attn(normed, cache_params=states)
+        module = self.layers[layer].linear_attn
+        given: torch.Tensor = module(normed, **as_cache(module, states))
         return given
 
     def post_norm(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:

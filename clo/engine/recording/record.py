@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clo.engine.models.library import as_cache
 from clo.engine.models.loading import check_packages, load_model
 from clo.engine.models.smollm2 import MODEL_NAME
 from clo.engine.recording.attention_recorder import AttentionRecorder, register_attention
@@ -107,7 +108,7 @@ def _run(
         with recorder.attached():
             for step in range(settings.num_steps):
                 at = settings.context_tokens - 1 + step
-                logits = model(token_ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits
+                logits = model(token_ids[:, at : at + 1], use_cache=True, **as_cache(model, cache)).logits
                 if step + 1 < settings.num_steps:
                     losses.append(-float(logits[0, -1].log_softmax(-1)[token_ids[0, at + 1]]))
                 recorder.next_step()
@@ -121,6 +122,6 @@ def _prefill(network: Network, token_ids: Any, progress: PhaseProgress) -> Any:
     cache, total = empty_library_cache(network.spec.linear_flags), token_ids.shape[1]
     for start in range(0, total, PREFILL_CHUNK_TOKENS):
         chunk = token_ids[:, start : start + PREFILL_CHUNK_TOKENS]
-        network.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        network.read(chunk, cache)
         progress("prefill", start + chunk.shape[1], total)
     return cache
