@@ -1,7 +1,7 @@
 """`offload`: a loaded `transformers` model decodes under a design, through the library's own cache and attention.
 
     cache = offload(model, "clo")
-    model.generate(**inputs, past_key_values=cache)
+    model.generate(**inputs, cache=cache)  # past_key_values=cache before transformers 5.24
 
 The model's own forward pass drives; what the design fetches, it fetches on the same thread. Layers with a sliding
 window keep what is in it, in the library's own cache, and attend with the model's own attention and mask. Layers with
@@ -47,15 +47,15 @@ def offload(
 ) -> OffloadedCache:
     """Make `model` attend through a cache of `design` (a record, a preset's name or a TOML file), and return the cache.
 
-    Give it to `model.generate` or to the model as `past_key_values`; one cache serves a batch of prompts. Shorter ones
-    are padded in front; padding is not kept. Prefill is the model's own, exact. Whatever comes after the first
-    generated token, a chat's next turn too, is decoded token by token under the design; `max_new_tokens` is the room
-    for all of it, as far as the model's positions go. With any other cache the model works as before, with SDPA as its
-    attention: it returns no attention weights. (One with attention sinks, which SDPA does not know, keeps its "eager"
-    attention for that, for prompts and for layers with a window.) `close`, the end of a `with` block, or dropping the
-    last of a model's caches gives the model back as it was. A design whose thresholds, weights or pinned heads come
-    from a head profile takes `heads`, or the shipped one if that is of such a model. Raises `SpecError` for a model or
-    a design that does not fit.
+    Give it to `model.generate` or to the model as `cache` (`past_key_values` before transformers 5.24); one serves a
+    batch of prompts. Shorter ones are padded in front; padding is not kept. Prefill is the model's own, exact. Whatever
+    comes after the first generated token, a chat's next turn too, is decoded token by token under the design;
+    `max_new_tokens` is the room for all of it, as far as the model's positions go. With any other cache the model works
+    as before, with SDPA as its attention: it returns no attention weights. (One with attention sinks, which SDPA does
+    not know, keeps its "eager" attention for that, for prompts and for layers with a window.) `close`, the end of a
+    `with` block, or dropping the last of a model's caches gives the model back as it was. A design whose thresholds,
+    weights or pinned heads come from a head profile takes `heads`, or the shipped one if that is of such a model.
+    Raises `SpecError` for a model or a design that does not fit.
     """
     chosen = design if isinstance(design, Design) else presets.load_design(str(design))
     network = Network(model, whole=True)
