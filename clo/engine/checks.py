@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from clo.engine.cuda.bar import is_installed as bar_is_installed
 from clo.engine.heads import HeadProfile
+from clo.engine.models.network import Network
 from clo.errors import SpecError
 from clo.specs import Attend, Design, ModelSpec, Selector, Sync, Transfer
 
@@ -47,6 +50,18 @@ def check_device(design: Design, heads: HeadProfile, device: torch.device) -> No
         raise SpecError("heads.refresh_rate: a recorded graph cannot ask the host's clock: choose design.sync = events")
 
 
+def check_alike(network: Network, lengths: Sequence[int]) -> None:
+    """Raise `SpecError` for a batch of texts of which the model rotates some otherwise than the others."""
+    if not lengths:
+        return
+    alike = network.longest_alike(min(lengths))
+    if alike != network.longest_alike(max(lengths)):
+        raise SpecError(
+            f"prompts of {min(lengths)} to {max(lengths)} tokens: {network.spec.name} rotates those of more than "
+            f"{alike} tokens differently: decode them in a batch of their own"
+        )
+
+
 def check_shared_choices(model: ModelSpec, design: Design) -> None:
     """Raise `SpecError` where pages would be fetched for a layer before the one whose choice it shares has chosen."""
     if design.asks_indexer and design.prefetches_layers and model.indexer is not None and model.indexer.shared_layers:
@@ -57,9 +72,18 @@ def check_shared_choices(model: ModelSpec, design: Design) -> None:
         )
 
 
-def check_recordable(design: Design, host_sees_experts: bool, device: torch.device) -> None:
+def check_recordable(
+    design: Design, host_sees_experts: bool, device: torch.device, *, host_sees_positions: bool = False
+) -> None:
     """Raise `SpecError` where a step would be recorded in which the host must know what was computed."""
-    if device.type == "cuda" and design.sync is Sync.GRAPH and host_sees_experts:
+    if device.type != "cuda" or design.sync is not Sync.GRAPH:
+        return
+    if host_sees_positions:
+        raise SpecError(
+            "design.sync = graph: before transformers 5.21 the host chooses LongRoPE's factors, which cannot be "
+            "recorded: install a newer version, or choose sync = events"
+        )
+    if host_sees_experts:
         raise SpecError(
             "design.sync = graph: experts that are called one by one cannot be recorded: load the model in bfloat16 "
             'with experts_implementation="grouped_mm", or with "batched_mm", or choose sync = events'

@@ -14,6 +14,7 @@ import torch
 
 from clo import presets
 from clo.engine.checks import (
+    check_alike,
     check_design,
     check_device,
     check_heads,
@@ -149,11 +150,15 @@ class Decoder:
         self._prefills += 1
         check_taken_apart(self.network)
         check_device(self.design, self.heads, self.network.device)
-        check_recordable(self.design, self.network.host_sees_experts, self.network.device)
+        network = self.network
+        check_recordable(
+            self.design, network.host_sees_experts, network.device, host_sees_positions=network.host_sees_positions
+        )
         for prompt in prompts:
             if not isinstance(prompt, Prompt):
                 check_tokens(prompt, "prompt", self.network.spec.vocab_size)
         lengths = [prompt.num_tokens if isinstance(prompt, Prompt) else len(prompt) for prompt in prompts]
+        check_alike(self.network, lengths)
         self._close_machine()
         # until everything has been read there is nothing to decode, and what was there before makes room
         self._machine = self._operations = None
@@ -276,6 +281,12 @@ class Decoder:
             raise SpecError(
                 f"prompt of {max(lengths)} tokens and max_new_tokens = {self.max_new_tokens} need {needed} positions: "
                 f"{model.name} has {model.max_positions}"
+            )
+        if needed > (alike := self.network.longest_alike(max(lengths))):
+            raise SpecError(
+                f"prompt of {max(lengths)} tokens and max_new_tokens = {self.max_new_tokens} need {needed} positions: "
+                f"{model.name} rotates texts of more than {alike} tokens differently, what is cached of shorter ones "
+                f"would be wrong: ask for at most {alike - max(lengths)} new tokens"
             )
         check_weights(model, self.network.device)
         workload = Workload(context_tokens=max(lengths), batch=len(lengths))

@@ -10,6 +10,7 @@ linear attention keep their states there, and nothing of them is anybody else's.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any, NoReturn
@@ -101,6 +102,10 @@ class OffloadedCache(Mounted, Cache):  # type: ignore[misc]
         # also when nobody has the cache any more
         self._leave = weakref.finalize(self, mount.leave, id(self))
 
+    def __bool__(self) -> bool:
+        """Whether it holds any tokens: one that does a long prompt is not given to, where the rotation would change."""
+        return self.decodes or bool(self.get_seq_length())
+
     def __enter__(self) -> OffloadedCache:
         return self
 
@@ -163,8 +168,16 @@ class OffloadedCache(Mounted, Cache):  # type: ignore[misc]
             layer.release()
 
     def _most_new_tokens(self, tokens: int) -> int:
-        """Those that were asked for, as far as the model's positions go; at least one, which is refused after them."""
-        return max(1, min(self._decoder.max_new_tokens, self._network.spec.max_positions - tokens))
+        """Those that were asked for, as far as the model's positions go, or those that it rotates as it did the prompt;
+        at least one, which is refused after them."""
+        asked, room = self._decoder.max_new_tokens, self._network.longest_alike(tokens) - tokens
+        if room < min(asked, self._network.spec.max_positions - tokens):
+            warnings.warn(
+                f"cache: {self._network.spec.name} rotates texts of more than {tokens + room} tokens differently: it "
+                f"has room for {room} new ones (Phi's generate() then reads everything anew, without offloading)",
+                stacklevel=2,
+            )
+        return max(1, min(asked, room))
 
     def before_layer(
         self, layer: int, hidden: torch.Tensor, rotation: Rotation, positions: torch.Tensor | None
@@ -238,9 +251,10 @@ class OffloadedCache(Mounted, Cache):  # type: ignore[misc]
             self.begin_decoding()
         room = self._kv[self._first_full].shape.max_tokens
         if max(self._tokens) + count > room:
-            model = self._network.spec
-            at_the_end = room == model.max_positions
-            why = f"{model.name} has no more" if at_the_end else "give offload() a larger max_new_tokens"
+            model, why = self._network.spec, "give offload() a larger max_new_tokens"
+            if room == self._network.longest_alike(max(self._tokens)):
+                at_the_end = room == model.max_positions
+                why = f"{model.name} has no more" if at_the_end else f"{model.name} rotates longer texts differently"
             raise EngineError(f"cache: there is room for {room} tokens: {why}")
         self._lengths = self._lengths + count
         self._tokens = [tokens + count for tokens in self._tokens]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from clo.engine import inline
+from clo.engine.checks import check_alike
 from clo.engine.decoder import Decoder
 from clo.engine.heads import HeadProfile
 from clo.engine.layers import AttendedLayer, Layer, LinearLayer, OffloadedLayer, StreamedLayer
@@ -82,6 +83,7 @@ class InlineDecoder:
         """Take in prompts that have been read; logits `[batch, vocab_size]` of what follows them."""
         check_taken_apart(self.network)
         lengths = [prompt.num_tokens for prompt in prompts]
+        check_alike(self.network, lengths)
         self._plan = self._sizes.make_plan(lengths)
         self.layers = make_layers(
             self.network, self._plan, self._sizes.heads, self._plan.workload.context_tokens + self.max_new_tokens

@@ -59,7 +59,7 @@ def read_into(
         try:
             for start in range(0, len(tokens), size):
                 chunk = tokens[None, start : start + size].to(network.device)
-                logits = network.read(chunk, cache)
+                logits = network.read(chunk, cache, len(tokens))
             carrier.wait(carrier.ask("end of the prompt", _nothing))
             cache.hand_over()
         finally:

@@ -50,7 +50,7 @@ def read_prompt(
     """Prefill in chunks with the model's own attention. Raises `SpecError` for a prompt that is empty or too long.
 
     The first `shared` tokens are those of the prompt `known`, which has been read: they are not read again, unless the
-    model has linear attention, whose states are those of the end.
+    model has linear attention, whose states are those of the end, or rotates texts of these two lengths differently.
     """
     spec = network.spec
     if not 1 <= len(tokens) <= spec.max_positions:
@@ -58,7 +58,8 @@ def read_prompt(
     if not 0 <= shared < len(tokens) or shared > (known.num_tokens if known else 0):
         raise SpecError(f"prompt of {len(tokens)} tokens: {shared} of them cannot be shared with what has been read")
     linear = spec.linear_flags
-    first = 0 if any(linear) else shared
+    is_alike = known is None or network.longest_alike(known.num_tokens) == network.longest_alike(len(tokens))
+    first = 0 if any(linear) or not is_alike else shared
     cache, logits = empty_library_cache(linear, indexed=spec.indexer is not None), torch.empty(0)
     with torch.inference_mode():
         for layer, (keys, values) in enumerate(known.kv if known and first else ()):
@@ -68,7 +69,7 @@ def read_prompt(
                 cache.update_indexer(keys[None, :first], layer)
         for start in range(first, len(tokens), chunk_tokens):
             chunk = tokens[None, start : start + chunk_tokens].to(network.device)
-            logits = network.read(chunk, cache)
+            logits = network.read(chunk, cache, len(tokens))
     kept = (_kept(layer, is_linear) for layer, is_linear in zip(cache.layers, linear, strict=True))
     indexed = tuple(map(_indexer_keys, cache.layers)) if spec.indexer is not None else ()
     return Prompt(tuple(kept), logits[0, -1], len(tokens), indexed)

@@ -21,7 +21,9 @@ WITH_EXPERTS: dict[str, Make] = {kind: partial(small_model, kind) for kind in EX
 WITH_WINDOWS: dict[str, Make] = {kind: partial(windowed_model, kind) for kind in windowed.KINDS if kind != "Gemma2"}
 HYBRID: dict[str, Make] = {kind: partial(hybrid_model, kind) for kind in hybrid.KINDS}
 LATENT: dict[str, Make] = {kind: partial(latent_model, kind) for kind in latent.KINDS}
-EVERY: dict[str, Make] = WITH_EXPERTS | WITH_WINDOWS | HYBRID | LATENT
+FUSED: dict[str, Make] = {"Phi3": partial(small_model, "Phi3")}
+"""One projection for queries, keys and values, one for the MLP's gate and what it gates."""
+EVERY: dict[str, Make] = FUSED | WITH_EXPERTS | WITH_WINDOWS | HYBRID | LATENT
 ONE_OF_EACH = ("Qwen2Moe", "Gemma3", "GptOss", "Olmo3", "Qwen3Next", "Qwen3_5", "DeepseekV2", "DeepseekV3")
 """Experts with a shared one; norms before and behind; experts, windows and sinks; norms behind; states with experts and
 without; vectors that are key and value in one, with queries from the hidden state and from a low rank."""

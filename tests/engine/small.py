@@ -53,10 +53,11 @@ def small_model(kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.f
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+        "Phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
     }
     config, model = kinds[kind] if kind in kinds else _with_experts(kind)
     shape |= EXPERTS[kind] | {"num_experts_per_tok": 2} if kind in EXPERTS else {}
-    if kind in ("qwen2", "Olmoe"):
+    if kind in ("qwen2", "Olmoe", "Phi3"):
         shape.pop("head_dim")
         shape |= {"hidden_size": KV_HEADS * GROUP * DIM}
     return model(config(**shape)).to(dtype).eval()

@@ -55,7 +55,7 @@ ABOUT = {
 def recorded(model: Any, settings: RecordSettings = KEEP) -> AttentionTrace:
     register_attention()
     recorder = AttentionRecorder(model, settings)
-    _run(model, recorder, TOKENS, settings, lambda *_: None)
+    _run(recorder, TOKENS, settings, lambda *_: None)
     return recorder.trace(ABOUT)
 
 

@@ -14,8 +14,12 @@ SINKS = "sinks"
 """A weight of attention: a logit of each query head that takes its share of the softmax, and has no value (gpt-oss)."""
 NEEDED = ("q_proj.weight", "k_proj.weight", "o_proj.weight", "head_dim", "scaling")
 """Of each attention to keys and values."""
+NEEDED_OF_FUSED = ("qkv_proj.weight", "o_proj.weight", "head_dim", "num_key_value_heads", "scaling")
+"""Of each that has one projection for queries, keys and values."""
 NEEDED_OF_LATENT = ("kv_a_proj_with_mqa.weight", "kv_a_layernorm", "kv_b_proj.weight", "o_proj.weight", "scaling")
 """Of each that caches one vector a token for all heads."""
+FUSED = ("phi3",)
+"""Kinds of model with one projection for queries, keys and values, one behind the other."""
 IN_ANOTHER = ("gemma3", "qwen3_5", "qwen3_5_moe")
 """Kinds of model that read images too: their text decoder, and its config, lie one level deeper."""
 
@@ -51,7 +55,7 @@ def decoder_layers(model: Any) -> list[Any]:
             )
     for layer in softmax:
         attention = getattr(layer, "self_attn", None)
-        needed = NEEDED_OF_LATENT if is_latent(attention) else NEEDED
+        needed = NEEDED_OF_LATENT if is_latent(attention) else NEEDED_OF_FUSED if is_fused(attention) else NEEDED
         missing = [] if has_part(layer, "input_layernorm") or norms_behind(layer) else ["input_layernorm"]
         missing += [f"self_attn.{part}" for part in needed if not has_part(attention, part)]
         if missing:
@@ -62,6 +66,20 @@ def decoder_layers(model: Any) -> list[Any]:
 def is_latent(attention: Any) -> bool:
     """Whether it caches one vector a token for all heads."""
     return has_part(attention, "kv_a_proj_with_mqa")
+
+
+def is_fused(attention: Any) -> bool:
+    """Whether one projection gives queries, keys and values."""
+    return getattr(getattr(attention, "config", None), "model_type", None) in FUSED and has_part(attention, "qkv_proj")
+
+
+def projected(attention: Any, normed: Any) -> tuple[Any, Any, Any]:
+    """Queries, keys and values of all heads, `[..., heads * head_dim]`; queries with their gates, if there are any."""
+    if not is_fused(attention):
+        return attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
+    width = attention.num_key_value_heads * attention.head_dim
+    queries, keys, values = attention.qkv_proj(normed).tensor_split((-2 * width, -width), -1)
+    return queries, keys, values
 
 
 def _own_weights(layer: Any) -> list[tuple[str, Any]]:
@@ -117,11 +135,11 @@ def project_query(
         from clo.engine.models.latent import LatentAttention  # needs torch, which the commands ask for by name
 
         return LatentAttention(attention, norms).query(normed, position_embeddings, turn)
-    projected = attention.q_proj(normed)
+    queries = projected(attention, normed)[0] if is_fused(attention) else attention.q_proj(normed)
     if has_gate(attention):
-        projected = projected.unflatten(-1, (-1, 2, attention.head_dim))[..., 0, :].flatten(-2)
+        queries = queries.unflatten(-1, (-1, 2, attention.head_dim))[..., 0, :].flatten(-2)
     own = getattr(attention, "q_norm", None)
-    query = in_heads(projected, norms.get(own, own), attention.head_dim).transpose(1, 2)
+    query = in_heads(queries, norms.get(own, own), attention.head_dim).transpose(1, 2)
     if turn is not None:
         return turn(query, query[:, :1], position_embeddings)[0]
     # the model's own function, for models that rotate only a part or in another order

@@ -13,6 +13,8 @@ Routed = tuple[torch.Tensor, torch.Tensor]
 """Of every token its experts' numbers, and what each counts, `[batch, experts_per_token]`."""
 
 GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
+FUSED = ("gate_up_proj", "down_proj", "activation_fn")
+"""Of one whose gate and what it gates come from one projection (Phi-3, GLM)."""
 SHARED = ("shared_expert", "shared_experts")
 ROUTERS = ("gate", "router")
 CORRECTION = "e_score_correction_bias"
@@ -34,7 +36,9 @@ class Mlp:
         # in versions of the library before 5.11 some routers give scores, and the mixture chooses
         self._choose: Any = getattr(module, "route_tokens_to_experts", None)
         self._owner = owner
-        missing = [f"mlp.{part}" for part in GATED if self.is_gated and not has_part(self._gated, part)]
+        self._is_fused = self.is_gated and has_part(self._gated, FUSED[0])
+        needed = FUSED if self._is_fused else GATED
+        missing = [f"mlp.{part}" for part in needed if self.is_gated and not has_part(self._gated, part)]
         missing += ["mlp.gate"] if self.has_experts and self._router is None else []
         if missing:
             raise SpecError(
@@ -54,11 +58,15 @@ class Mlp:
 
     def gate_up_proj(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The gate and what it gates."""
+        if self._is_fused:
+            gate, up = self._gated.gate_up_proj(normed).chunk(2, dim=-1)
+            return gate, up
         return self._gated.gate_proj(normed), self._gated.up_proj(normed)
 
     def activation(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """Gated activation."""
-        activated: torch.Tensor = self._gated.act_fn(gate) * up
+        activate = self._gated.activation_fn if self._is_fused else self._gated.act_fn
+        activated: torch.Tensor = activate(gate) * up
         return activated
 
     def down_proj(self, normed: torch.Tensor, activated: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +23,11 @@ from clo.engine.models.anatomy import (
     has_gate,
     has_part,
     in_heads,
+    is_fused,
     is_latent,
     norms_behind,
     project_query,
+    projected,
     text_decoder,
 )
 from clo.engine.models.fused import Turn, fused_norms, fused_rotation, one_launch
@@ -33,6 +35,7 @@ from clo.engine.models.hybrid import linear_of
 from clo.engine.models.indexer import Indexer, Seen, indexer_of
 from clo.engine.models.latent import LatentAttention
 from clo.engine.models.library import as_cache
+from clo.engine.models.longrope import as_of, host_chooses, longest_alike, switches_of
 from clo.engine.models.mlp import Mlp
 from clo.engine.models.windows import windows_of
 from clo.errors import SpecError
@@ -91,6 +94,7 @@ class Network:
         self._library = sys.modules[type(first).__module__]
         rotary = getattr(self.decoder, "rotary_emb", None)
         self._rotates_by_kind = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
+        self._switches = switches_of(self.decoder.config)
         self._norms: Norms = AS_THEY_ARE
         self._turn: Turn | None = None
         if one_launch(self.device) and not whole:
@@ -102,12 +106,19 @@ class Network:
         """Where the weights lie, by one of each layer: others after they were moved or loaded anew."""
         return tuple(int(attention.o_proj.weight.data_ptr()) for attention in self.attentions)
 
-    def read(self, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
-        """The model reads `tokens` `[batch, tokens]` into the library's `cache`; logits `[batch, 1, vocab_size]` of
-        what follows them."""
-        model = self.model
-        logits: torch.Tensor = model(tokens, use_cache=True, logits_to_keep=1, **as_cache(model, cache)).logits
+    def read(self, part: torch.Tensor, cache: Any, length: int) -> torch.Tensor:
+        """The model reads a part `[1, tokens]` of a text of `length` tokens into the library's `cache`.
+
+        Logits `[1, 1, vocab_size]` of what follows.
+        """
+        with as_of(self.decoder.rotary_emb, length) if self._switches else nullcontext():
+            told = self.model(part, use_cache=True, logits_to_keep=1, **as_cache(self.model, cache))
+        logits: torch.Tensor = told.logits
         return logits
+
+    def longest_alike(self, tokens: int) -> int:
+        """Positions that a text may grow to which is of `tokens` tokens: beyond, it would be rotated otherwise."""
+        return longest_alike(self._switches, tokens, self.spec.max_positions)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden states of one token a sequence, `[batch]` -> `[batch, 1, hidden_size]`."""
@@ -138,6 +149,11 @@ class Network:
         loops = by == "eager" or (by == "grouped_mm" and self.dtype is not torch.bfloat16)
         return loops and any(mlp.has_experts for mlp in self._mlps)
 
+    @property
+    def host_sees_positions(self) -> bool:
+        """Whether a CUDA device's host must know how long the texts are, which chooses how they are rotated."""
+        return bool(self._switches) and host_chooses()
+
     def sink_logits(self, layer: int) -> torch.Tensor | None:
         """Those logits, `[query_heads]`, if there are any."""
         return getattr(self.layers[layer].self_attn, SINKS, None)
@@ -166,14 +182,13 @@ class Network:
             vector = latent.normed_vector(latent.vector(normed))
             return self.mapped(layer, latent.queries(latent.normed_low(latent.low(normed))), vector)
         attention = self.layers[layer].self_attn
-        head_dim, queries, gate = attention.head_dim, attention.q_proj(normed), None
+        head_dim, gate = attention.head_dim, None
+        queries, keys, values = projected(attention, normed)
         if has_gate(attention):
             queries, gate = (part.flatten(-2) for part in queries.unflatten(-1, (-1, 2, head_dim)).unbind(-2))
         query = in_heads(queries, self._norm_in(attention, "q_norm"), head_dim)
-        key, value = (
-            in_heads(getattr(attention, f"{name}_proj")(normed), self._norm_in(attention, f"{name}_norm"), head_dim)
-            for name in "kv"
-        )
+        key = in_heads(keys, self._norm_in(attention, "k_norm"), head_dim)
+        value = in_heads(values, self._norm_in(attention, "v_norm"), head_dim)
         return Asked(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), gate)
 
     def latent(self, layer: int) -> LatentAttention:
@@ -345,6 +360,10 @@ def spec_of(model: Any, name: str = "") -> ModelSpec:
 
 def _heads(attention: Any) -> dict[str, Any]:
     head_dim = int(attention.head_dim)
+    if is_fused(attention):
+        kv_heads = int(attention.num_key_value_heads)
+        heads = attention.qkv_proj.weight.shape[0] // head_dim
+        return {"num_query_heads": heads - 2 * kv_heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
     return {
         "num_query_heads": attention.q_proj.weight.shape[0] // head_dim // (2 if has_gate(attention) else 1),
         "num_kv_heads": attention.k_proj.weight.shape[0] // head_dim,
@@ -419,7 +438,7 @@ def _check_attention(model: Any, attentions: list[Any]) -> None:
 
 def _shape(attention: Any) -> tuple[tuple[int, ...], ...]:
     """Of the weights that heads come from, and that take what they give."""
-    parts = ("q_proj", "k_proj", "v_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    parts = ("qkv_proj", "q_proj", "k_proj", "v_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
     return tuple(tuple(getattr(attention, name).weight.shape) for name in parts if has_part(attention, name))
 
 

@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clo.engine.models.library import as_cache
 from clo.engine.models.loading import check_packages, load_model
 from clo.engine.models.smollm2 import MODEL_NAME
 from clo.engine.recording.attention_recorder import AttentionRecorder, register_attention
@@ -60,7 +59,7 @@ def record(
     recorder = AttentionRecorder(loaded, settings)
     settings = recorder.settings
     token_ids = _token_ids(recorder.network.spec.max_positions, tokenizer, text, settings)
-    nll = _run(loaded, recorder, token_ids, settings, progress)
+    nll = _run(recorder, token_ids, settings, progress)
     about = {
         "model": model if str(model) == MODEL_NAME else Path(model).name,
         "text_source": text_source,
@@ -96,19 +95,18 @@ def _token_ids(limit: int, tokenizer: Any, text: str, settings: RecordSettings) 
     return token_ids[:, :needed]
 
 
-def _run(
-    model: Any, recorder: AttentionRecorder, token_ids: Any, settings: RecordSettings, progress: PhaseProgress
-) -> float:
+def _run(recorder: AttentionRecorder, token_ids: Any, settings: RecordSettings, progress: PhaseProgress) -> float:
     """Prefill all but the first recorded token, then one token a step. Returns the mean NLL of the decoded text."""
     import torch
 
+    network, length = recorder.network, token_ids.shape[1]
     with torch.inference_mode():
-        cache = _prefill(recorder.network, token_ids[:, : settings.context_tokens - 1], progress)
+        cache = _prefill(network, token_ids[:, : settings.context_tokens - 1], length, progress)
         losses: list[float] = []
         with recorder.attached():
             for step in range(settings.num_steps):
                 at = settings.context_tokens - 1 + step
-                logits = model(token_ids[:, at : at + 1], use_cache=True, **as_cache(model, cache)).logits
+                logits = network.read(token_ids[:, at : at + 1], cache, length)
                 if step + 1 < settings.num_steps:
                     losses.append(-float(logits[0, -1].log_softmax(-1)[token_ids[0, at + 1]]))
                 recorder.next_step()
@@ -116,12 +114,12 @@ def _run(
     return sum(losses) / max(1, len(losses))
 
 
-def _prefill(network: Network, token_ids: Any, progress: PhaseProgress) -> Any:
+def _prefill(network: Network, token_ids: Any, length: int, progress: PhaseProgress) -> Any:
     from clo.engine.layers.linear import empty_library_cache
 
     cache, total = empty_library_cache(network.spec.linear_flags), token_ids.shape[1]
     for start in range(0, total, PREFILL_CHUNK_TOKENS):
         chunk = token_ids[:, start : start + PREFILL_CHUNK_TOKENS]
-        network.read(chunk, cache)
+        network.read(chunk, cache, length)
         progress("prefill", start + chunk.shape[1], total)
     return cache
