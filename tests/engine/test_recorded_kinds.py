@@ -118,7 +118,7 @@ class Whole:
         norm = getattr(self.network.layers[layer], "input_layernorm", None)
         if self.latent:
             return self._predicted_in_vectors(attention, norm(hidden), turned)
-        asked = attention.q_proj(hidden if norm is None else norm(hidden))
+        asked = _queries(attention, hidden if norm is None else norm(hidden))
         if self.network.spec.gated_attention:
             asked = asked.unflatten(-1, (-1, 2, DIM))[..., 0, :].flatten(-2)
         if (own := getattr(attention, "q_norm", None)) is not None:
@@ -139,6 +139,13 @@ class Whole:
         else:
             end = library.apply_rotary_pos_emb_interleave(end[None], end[None], *turned)[0][0]
         return in_vectors(attention, torch.cat([plain, end], -1)).transpose(0, 1)
+
+
+def _queries(attention: Any, normed: torch.Tensor) -> torch.Tensor:
+    """Phi's come first in what one matrix gives."""
+    if hasattr(attention, "q_proj"):
+        return attention.q_proj(normed)
+    return attention.qkv_proj(normed)[..., : KV_HEADS * GROUP * DIM]
 
 
 ALL = EVERY | {f"{kind} that sees": make for kind, make in THAT_SEE.items()}
