@@ -194,7 +194,7 @@ class OffloadedCache(Mounted, Cache):  # type: ignore[misc]
         self._check_attended()
         if self._under_way:
             raise EngineError("cache: tokens were broken off half-way: offload() the model anew")
-        self._check_mode(hidden)
+        self._check_gradients(hidden)
         batch, count = hidden.shape[:2]
         self._check_batch(batch)
         turns = self._turns.then(self.get_seq_length(), batch, count, mask, positions)
@@ -216,11 +216,14 @@ class OffloadedCache(Mounted, Cache):  # type: ignore[misc]
                 "model's attention implementation was changed while the cache is open; offload() the model anew"
             )
 
-    def _check_mode(self, hidden: torch.Tensor) -> None:
-        """Raise `SpecError` where the library leaves a cache out, or gradients would end in it."""
+    def check_mode(self) -> None:
+        """Raises `SpecError` where the library leaves a cache out."""
         decoder = self._network.decoder
         if decoder.training and getattr(decoder, "gradient_checkpointing", False):
             raise SpecError("model: gradient checkpointing uses no cache: call model.eval() before")
+
+    def _check_gradients(self, hidden: torch.Tensor) -> None:
+        """Raise `SpecError` where they would end in this cache."""
         # checkpointing lets embeddings require gradients even where none are recorded
         if torch.is_grad_enabled() and hidden.requires_grad:
             raise SpecError(

@@ -32,6 +32,10 @@ class Mounted(ABC):
     """What the model was given, of tokens or of pairs."""
 
     @abstractmethod
+    def check_mode(self) -> None:
+        """Raises `SpecError` for a model that is about to leave its cache out."""
+
+    @abstractmethod
     def arrive(self, hidden: torch.Tensor, mask: Any, positions: torch.Tensor | None) -> None:
         """New tokens `[batch, tokens, hidden_size]` are about to run."""
 
@@ -121,6 +125,7 @@ def _before_all(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """Runs before the model's layers and what is in front of them, whatever cache the model was given."""
     cache = given_cache(kwargs)
     if isinstance(cache, Mounted):
+        cache.check_mode()
         cache.given_mask = kwargs["attention_mask"] if "attention_mask" in kwargs else (*args, None, None)[1]
 
 
