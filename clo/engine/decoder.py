@@ -286,7 +286,7 @@ class Decoder:
             raise SpecError(
                 f"prompt of {max(lengths)} tokens and max_new_tokens = {self.max_new_tokens} need {needed} positions: "
                 f"{model.name} rotates texts of more than {alike} tokens differently, what is cached of shorter ones "
-                f"would be wrong: ask for at most {alike - max(lengths)} new tokens"
+                f"would be wrong: there is room for {alike - max(lengths)} new ones"
             )
         check_weights(model, self.network.device)
         workload = Workload(context_tokens=max(lengths), batch=len(lengths))

@@ -103,8 +103,8 @@ class OffloadedCache(Mounted, Cache):  # type: ignore[misc]
         self._leave = weakref.finalize(self, mount.leave, id(self))
 
     def __bool__(self) -> bool:
-        """Whether it holds any tokens: one that does a long prompt is not given to, where the rotation would change."""
-        return self.decodes or bool(self.get_seq_length())
+        """Whether it is open and holds tokens: for a long prompt Phi drops what says that it does."""
+        return self._leave.alive and (self.decodes or bool(self.get_seq_length()))
 
     def __enter__(self) -> OffloadedCache:
         return self

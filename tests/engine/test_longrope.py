@@ -94,7 +94,7 @@ class TestFromOneSideToTheOther:
         model = longrope_model()
         with Decoder(model, design("clo"), max_new_tokens=5) as decoder:
             decoder.prefill([prompt(SWITCH - 5)])
-            with pytest.raises(SpecError, match=r"more than 64 tokens differently, .*: ask for at most 4 new tokens"):
+            with pytest.raises(SpecError, match=r"more than 64 tokens differently, .*: there is room for 4 new ones"):
                 decoder.prefill([prompt(SWITCH - 4)])
 
     def test_no_batch_has_both(self) -> None:

@@ -181,6 +181,21 @@ class TestCopies:
             assert told.shape[1] == given.shape[1] + 3
 
 
+def test_a_cache_is_true_while_it_is_open_and_holds_tokens() -> None:
+    model = small_model()
+    with opened(model) as cache:
+        assert not cache
+        with torch.no_grad():
+            model(prompt(20)[None], **as_cache(model, cache))
+        assert cache
+        generated(model, cache)
+        assert cache
+    assert not cache
+    with opened(model) as other:
+        pass
+    assert not other
+
+
 class TestSeveralCaches:
     def test_one_that_is_closed_leaves_the_others_alone(self) -> None:
         model, chosen = small_model(), design("clo", budget_pages=3)
