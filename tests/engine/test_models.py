@@ -20,7 +20,7 @@ from clo.engine.prompts import read_prompt
 from clo.errors import SpecError
 
 EVERYTHING: dict[str, Any] = {"budget_fraction": 1.0, "slot_budgets": 1.0, "tau": 2.0}
-SAME = ["Gemma", "Glm", "Helium", "Phi3"]
+SAME = ["Gemma", "Glm", "Glm4", "Helium", "Phi3"]
 MORE: dict[str, dict[str, Any]] = {
     "Granite": {"residual_multiplier": 0.3, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
     "SmolLM3": {"no_rope_layers": [1, 1, 1, 0]},

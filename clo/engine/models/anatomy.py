@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from clo.errors import SpecError
 from clo.specs.hf_attention import WITH_LINEAR
@@ -56,7 +56,7 @@ def decoder_layers(model: Any) -> list[Any]:
     for layer in softmax:
         attention = getattr(layer, "self_attn", None)
         needed = NEEDED_OF_LATENT if is_latent(attention) else NEEDED_OF_FUSED if is_fused(attention) else NEEDED
-        missing = [] if has_part(layer, "input_layernorm") or norms_behind(layer) else ["input_layernorm"]
+        missing = [] if has_part(layer, "input_layernorm") or norm_names(layer).behind_mlp else ["input_layernorm"]
         missing += [f"self_attn.{part}" for part in needed if not has_part(attention, part)]
         if missing:
             raise SpecError(f"model {type(model).__name__}: layers lack {missing[0]}: not a Llama or Qwen-style model")
@@ -104,9 +104,28 @@ def has_part(module: Any, path: str) -> bool:
     return module is not None
 
 
-def norms_behind(layer: Any) -> bool:
-    """Whether what attention and MLP give is normed: of Gemma's layers beside what they read, of OLMo's instead."""
-    return has_part(layer, "post_attention_layernorm") and has_part(layer, "post_feedforward_layernorm")
+class NormNames(NamedTuple):
+    """What a layer calls its norms by where they stand: of what attention and MLP read, and of what they give."""
+
+    behind_attention: str
+    before_mlp: str
+    behind_mlp: str
+
+
+BEFORE_ONLY = NormNames("", "post_attention_layernorm", "")
+"""Llama's: nothing is normed behind."""
+BEHIND = (
+    # Gemma's; OLMo's layers have none before
+    NormNames("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    # GLM-4-32B's
+    NormNames("post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+)
+
+
+def norm_names(layer: Any) -> NormNames:
+    """Of a layer: those of the first kind all of whose norms behind its parts it has."""
+    kinds = (each for each in BEHIND if has_part(layer, each.behind_attention) and has_part(layer, each.behind_mlp))
+    return next(kinds, BEFORE_ONLY)
 
 
 def in_heads(projected: Any, norm: Any, head_dim: int) -> Any:

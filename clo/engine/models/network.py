@@ -25,7 +25,7 @@ from clo.engine.models.anatomy import (
     in_heads,
     is_fused,
     is_latent,
-    norms_behind,
+    norm_names,
     project_query,
     projected,
     text_decoder,
@@ -94,6 +94,7 @@ class Network:
         self._library = sys.modules[type(first).__module__]
         rotary = getattr(self.decoder, "rotary_emb", None)
         self._rotates_by_kind = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
+        self._norm_names = [norm_names(layer) for layer in self.layers]
         self._switches = switches_of(self.decoder.config)
         self._norms: Norms = AS_THEY_ARE
         self._turn: Turn | None = None
@@ -258,7 +259,7 @@ class Network:
     def out_proj(self, layer: int, attended: torch.Tensor) -> torch.Tensor:
         """Attention's contribution to the hidden state, from `[batch, query_heads, value_dim]`."""
         projected: torch.Tensor = self.layers[layer].self_attn.o_proj(attended.flatten(1)[:, None])
-        return self._normed_behind(layer, "post_attention_layernorm", projected)
+        return self._normed_behind(layer, self._norm_names[layer].behind_attention, projected)
 
     def linear_attention(self, layer: int, normed: torch.Tensor, states: Any) -> torch.Tensor:
         """The contribution of a layer with linear attention, all of it: projections, states, gate.
@@ -271,8 +272,7 @@ class Network:
 
     def post_norm(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """Before the MLP."""
-        behind = norms_behind(self.layers[layer])
-        return self._normed(layer, "pre_feedforward_layernorm" if behind else "post_attention_layernorm", hidden)
+        return self._normed(layer, self._norm_names[layer].before_mlp, hidden)
 
     def mlp(self, layer: int) -> Mlp:
         """What follows attention; of a model that is taken apart."""
@@ -280,7 +280,7 @@ class Network:
 
     def of_mlp(self, layer: int, given: torch.Tensor) -> torch.Tensor:
         """The contribution to the hidden state of all that the MLP gives."""
-        return self._normed_behind(layer, "post_feedforward_layernorm", given)
+        return self._normed_behind(layer, self._norm_names[layer].behind_mlp, given)
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """After the last layer."""
@@ -310,8 +310,7 @@ class Network:
         return hidden if module is None else module(hidden)
 
     def _normed_behind(self, layer: int, norm: str, given: torch.Tensor) -> torch.Tensor:
-        block = self.layers[layer]
-        return self._norm_in(block, norm)(given) if norms_behind(block) else given
+        return self._norm_in(self.layers[layer], norm)(given) if norm else given
 
     def _norm_in(self, owner: Any, name: str) -> Any:
         """That norm, or what stands for it; `None` where there is no such norm."""
