@@ -69,7 +69,9 @@ class TestCompiled:
         yield
         torch._dynamo.reset()
 
-    @pytest.mark.parametrize("kind", list(MODELS))
+    @pytest.mark.parametrize(
+        "kind", [pytest.param(kind, marks=() if kind == "llama" else pytest.mark.long) for kind in MODELS]
+    )
     def test_a_compiled_model_gives_the_same_tokens(self, kind: str) -> None:
         model = MODELS[kind]()
         with opened(model) as cache:
